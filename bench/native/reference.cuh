@@ -1,0 +1,117 @@
+// The numerics of docs/numerics.md as naive kernels over the packed weights: one thread per output, nothing shared with the
+// fused kernel but the formulas. Slow on purpose.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace probe {
+
+struct Sizes {
+  int tokens, top_k, hidden, inter, experts;
+};
+
+__device__ inline float e4m3_to_float(uint8_t byte) {
+  __nv_fp8_e4m3 value;
+  value.__x = byte;
+  return static_cast<float>(value);
+}
+
+__device__ inline uint8_t float_to_e4m3(float value) { return __nv_fp8_e4m3(value).__x; }
+
+// Position of (row, k) inside a 64 x 128 plane.
+__device__ inline int plane_byte(int row, int k) { return row * 128 + (((k / 16) ^ (row % 8)) * 16) + k % 16; }
+
+// Quantised tokens as floats, and their scales.
+__global__ void quantize(Sizes s, const __nv_bfloat16* x, float* values, float* scales) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= s.tokens * (s.hidden / 128)) return;
+  const __nv_bfloat16* block = x + static_cast<size_t>(index) * 128;
+  float amax = 0;
+  for (int i = 0; i < 128; ++i) amax = fmaxf(amax, fabsf(__bfloat162float(block[i])));
+  const float scale = fmaxf(amax, 1e-4f) / 448.0f;
+  scales[index] = scale;
+  for (int i = 0; i < 128; ++i) {
+    values[static_cast<size_t>(index) * 128 + i] = e4m3_to_float(float_to_e4m3(__bfloat162float(block[i]) / scale));
+  }
+}
+
+__global__ void gate_up(Sizes s, const float* values, const float* scales, const uint8_t* weights,
+                        const float* weight_scales, const int* ids, const float* routing, float clamp, float factor,
+                        float* h) {
+  const int column = blockIdx.y * blockDim.x + threadIdx.x;
+  const int pair = blockIdx.x;
+  const int expert = ids[pair];
+  if (column >= s.inter || expert < 0 || expert >= s.experts) return;
+  const int token = pair / s.top_k, blocks = s.hidden / 128, tile = column / 64, within = column % 64;
+  const int plane = within / 32, row = within % 32 / 8 * 16 + within % 8;
+  float gate = 0, up = 0;
+  for (int kb = 0; kb < blocks; ++kb) {
+    const size_t block = (static_cast<size_t>(expert) * (s.inter / 64) + tile) * blocks + kb;
+    const uint8_t* w = weights + block * 16384 + plane * 8192;
+    float g = 0, u = 0;
+    for (int k = 0; k < 128; ++k) {
+      const float v = values[static_cast<size_t>(token) * s.hidden + kb * 128 + k];
+      g += v * e4m3_to_float(w[plane_byte(row, k)]);
+      u += v * e4m3_to_float(w[plane_byte(row + 8, k)]);
+    }
+    const float scale = scales[static_cast<size_t>(token) * blocks + kb];
+    gate += g * (scale * weight_scales[block * 4]);
+    up += u * (scale * weight_scales[block * 4 + 1]);
+  }
+  gate = fminf(gate, clamp);
+  up = fminf(fmaxf(up, -clamp), clamp);
+  h[static_cast<size_t>(pair) * s.inter + column] = gate / (1 + expf(-gate)) * up * (routing[pair] * factor);
+}
+
+__global__ void requantize(Sizes s, float* h, float* scales) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= s.tokens * s.top_k * (s.inter / 64)) return;
+  float* block = h + static_cast<size_t>(index) * 64;
+  float amax = 0;
+  for (int i = 0; i < 64; ++i) amax = fmaxf(amax, fabsf(block[i]));
+  const float scale = exp2f(ceilf(log2f(fmaxf(amax, 1e-30f) / 448.0f)));
+  scales[index] = scale;
+  for (int i = 0; i < 64; ++i) block[i] = e4m3_to_float(float_to_e4m3(block[i] / scale));
+}
+
+__global__ void down(Sizes s, const float* h, const float* scales, const uint8_t* weights, const float* weight_scales,
+                     const int* ids, float* out) {
+  const int column = blockIdx.y * blockDim.x + threadIdx.x;
+  const int pair = blockIdx.x;
+  const int expert = ids[pair];
+  if (column >= s.hidden || expert < 0 || expert >= s.experts) return;
+  const int blocks = s.inter / 128, tile = column / 64, within = column % 64;
+  const int row = within / 16 * 16 + within % 16 / 2 + within % 2 * 8;
+  float sum = 0;
+  for (int kb = 0; kb < blocks; ++kb) {
+    const size_t base = static_cast<size_t>(expert) * (s.hidden / 64) + tile;
+    const uint8_t* w = weights + (base * blocks + kb) * 8192;
+    const float ws = weight_scales[(base * ((blocks + 1) / 2) + kb / 2) * 4 + kb % 2];
+    for (int half = 0; half < 2; ++half) {
+      float partial = 0;
+      for (int k = half * 64; k < half * 64 + 64; ++k) {
+        partial += h[static_cast<size_t>(pair) * s.inter + kb * 128 + k] * e4m3_to_float(w[plane_byte(row, k)]);
+      }
+      sum += partial * (scales[static_cast<size_t>(pair) * (s.inter / 64) + kb * 2 + half] * ws);
+    }
+  }
+  out[static_cast<size_t>(pair) * s.hidden + column] = __bfloat162float(__float2bfloat16(sum));
+}
+
+__global__ void combine(Sizes s, const float* out, const int* ids, float* y) {
+  const int column = blockIdx.y * blockDim.x + threadIdx.x;
+  const int token = blockIdx.x;
+  if (column >= s.hidden) return;
+  float sum = 0;
+  for (int slot = 0; slot < s.top_k; ++slot) {
+    const int pair = token * s.top_k + slot;
+    if (ids[pair] < 0 || ids[pair] >= s.experts) continue;
+    sum += out[static_cast<size_t>(pair) * s.hidden + column];
+  }
+  y[static_cast<size_t>(token) * s.hidden + column] = sum;
+}
+
+}  // namespace probe

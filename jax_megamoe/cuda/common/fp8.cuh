@@ -1,0 +1,31 @@
+// E4M3 conversions and the two scale formulas of the numerics contract (docs/numerics.md).
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace megamoe::fp8 {
+
+constexpr float kMaxE4m3 = 448.0f;
+
+__device__ __forceinline__ uint16_t pack2(float low, float high) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+}
+
+// Tokens: one FP32 scale per token and 128 hidden columns.
+__device__ __forceinline__ float token_scale(float amax) { return __fdiv_rn(fmaxf(amax, 1e-4f), kMaxE4m3); }
+
+// Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 intermediate
+// columns. Exact: the exponent field, plus one where the mantissa is not zero.
+__device__ __forceinline__ float activation_scale(float amax) {
+  const uint32_t bits = __float_as_uint(__fdiv_rn(fmaxf(amax, 1e-30f), kMaxE4m3));
+  return __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
+}
+
+// 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite.
+__device__ __forceinline__ float reciprocal_of_power_of_two(float scale) {
+  return __uint_as_float(0x7f000000u - __float_as_uint(scale));
+}
+
+}  // namespace megamoe::fp8

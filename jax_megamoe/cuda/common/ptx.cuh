@@ -1,0 +1,124 @@
+// Thin wrappers over the SM90 instructions the kernels use: mbarriers, 1-D bulk copies, fences, named barriers, flags.
+#pragma once
+
+#include <cstdint>
+
+namespace megamoe::ptx {
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- bounded waiting ----------------------------------------------------------------------------------------------
+// Every spin is bounded: a partner that never arrives ends the launch with an error instead of a hang. The limit is far
+// above any legitimate wait, tools that slow kernels down a hundredfold included.
+constexpr uint64_t kWaitLimitNanoseconds = 120ull * 1000 * 1000 * 1000;
+
+__device__ __forceinline__ uint64_t global_nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+  return time;
+}
+
+class WaitLimit {
+ public:
+  __device__ __forceinline__ void check() {
+    if ((++spins_ & 0xffff) != 0) return;  // reading the timer on every spin would slow the wait itself
+    const uint64_t now = global_nanoseconds();
+    if (start_ == 0) start_ = now;
+    if (now - start_ > kWaitLimitNanoseconds) __trap();
+  }
+
+ private:
+  uint32_t spins_ = 0;
+  uint64_t start_ = 0;
+};
+
+// ---- mbarrier -----------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  WaitLimit limit;
+  while (!mbarrier_try_wait(barrier, parity)) limit.check();
+}
+
+// ---- bulk copy (the copy engine, no tensor map) -------------------------------------------------------------------
+// Addresses and size are multiples of 16 bytes; completion is counted in bytes on the barrier.
+__device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
+                                                           uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_address(destination)),
+               "l"(source), "r"(bytes), "r"(smem_address(barrier))
+               : "memory");
+}
+
+// ---- fences -------------------------------------------------------------------------------------------------------
+// Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- named barriers -----------------------------------------------------------------------------------------------
+__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- device-wide counters -----------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void wait_until_at_least(const uint32_t* counter, uint32_t target) {
+  WaitLimit limit;
+  while (load_acquire(counter) < target) limit.check();
+}
+
+// ---- register reallocation between warpgroups ---------------------------------------------------------------------
+template <uint32_t kRegisters>
+__device__ __forceinline__ void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <uint32_t kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace megamoe::ptx

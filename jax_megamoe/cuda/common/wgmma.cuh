@@ -1,0 +1,125 @@
+// FP8 (E4M3 x E4M3 -> FP32) warpgroup matrix multiply, both operands in 128-byte-swizzled, K-major shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+
+namespace megamoe::wgmma {
+
+// Bytes of K that one instruction consumes.
+constexpr int kInstructionK = 32;
+
+// Shared-memory matrix descriptor of a K-major tile stored as rows of 128 bytes in the 128-byte swizzle: groups of eight
+// rows are 1024 bytes apart. The tile starts on a multiple of 1024 bytes; stepping along K inside the 128-byte row adds the
+// plain byte offset, because the hardware swizzles the final address.
+__device__ __forceinline__ uint64_t make_descriptor(const void* tile) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62;
+  constexpr uint64_t kStride = static_cast<uint64_t>(1024 >> 4) << 32;
+  constexpr uint64_t kLeadingUnused = 1ull << 16;
+  return kSwizzle128 | kStride | kLeadingUnused | ((ptx::smem_address(tile) & 0x3ffff) >> 4);
+}
+
+// Orders register and shared-memory accesses of the warpgroup before its next multiplies.
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of an accumulator across the asynchronous multiplies that write it.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// D[64 x kN] (+)= A[64 x 32] * B[kN x 32]^T. Thread (warp w, lane l) holds D[16w + l/4 + 8*(i/2 % 2)][8*(i/4) + 2*(l%4) + i%2]
+// in d[i]. `accumulate` false overwrites D.
+template <int kN>
+struct Multiply;
+
+#define MEGAMOE_F4(b) "+f"(d[b]), "+f"(d[b + 1]), "+f"(d[b + 2]), "+f"(d[b + 3])
+#define MEGAMOE_F8(b) MEGAMOE_F4(b), MEGAMOE_F4(b + 4)
+#define MEGAMOE_F16(b) MEGAMOE_F8(b), MEGAMOE_F8(b + 8)
+#define MEGAMOE_F32(b) MEGAMOE_F16(b), MEGAMOE_F16(b + 16)
+// Arguments: N, the register list as text, the operand numbers of descriptor A, descriptor B and the accumulate flag.
+#define MEGAMOE_DEFINE_MULTIPLY(N, REGISTERS, A, B, FLAG, ...)                                              \
+  template <>                                                                                               \
+  struct Multiply<N> {                                                                                      \
+    __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
+                   "k32.f32.e4m3.e4m3 {" REGISTERS "}, " A ", " B ", p, 1, 1;\n}\n"                         \
+                   : __VA_ARGS__                                                                            \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                      \
+    }                                                                                                       \
+  }
+
+// clang-format off
+MEGAMOE_DEFINE_MULTIPLY(8,
+    "%0, %1, %2, %3",
+    "%4", "%5", "%6", MEGAMOE_F4(0));
+MEGAMOE_DEFINE_MULTIPLY(16,
+    "%0, %1, %2, %3, %4, %5, %6, %7",
+    "%8", "%9", "%10", MEGAMOE_F8(0));
+MEGAMOE_DEFINE_MULTIPLY(24,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11",
+    "%12", "%13", "%14", MEGAMOE_F8(0), MEGAMOE_F4(8));
+MEGAMOE_DEFINE_MULTIPLY(32,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15",
+    "%16", "%17", "%18", MEGAMOE_F16(0));
+MEGAMOE_DEFINE_MULTIPLY(40,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19",
+    "%20", "%21", "%22", MEGAMOE_F16(0), MEGAMOE_F4(16));
+MEGAMOE_DEFINE_MULTIPLY(48,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23",
+    "%24", "%25", "%26", MEGAMOE_F16(0), MEGAMOE_F8(16));
+MEGAMOE_DEFINE_MULTIPLY(56,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, "
+    "%24, %25, %26, %27",
+    "%28", "%29", "%30", MEGAMOE_F16(0), MEGAMOE_F8(16), MEGAMOE_F4(24));
+MEGAMOE_DEFINE_MULTIPLY(64,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, "
+    "%24, %25, %26, %27, %28, %29, %30, %31",
+    "%32", "%33", "%34", MEGAMOE_F32(0));
+MEGAMOE_DEFINE_MULTIPLY(128,
+    "%0, %1, %2, %3, %4, %5, %6, %7, "
+    "%8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, "
+    "%24, %25, %26, %27, %28, %29, %30, %31, "
+    "%32, %33, %34, %35, %36, %37, %38, %39, "
+    "%40, %41, %42, %43, %44, %45, %46, %47, "
+    "%48, %49, %50, %51, %52, %53, %54, %55, "
+    "%56, %57, %58, %59, %60, %61, %62, %63",
+    "%64", "%65", "%66", MEGAMOE_F32(0), MEGAMOE_F32(32));
+// clang-format on
+
+#undef MEGAMOE_DEFINE_MULTIPLY
+#undef MEGAMOE_F32
+#undef MEGAMOE_F16
+#undef MEGAMOE_F8
+#undef MEGAMOE_F4
+
+// One 128-byte K block (four instructions) or a part of it: `kSteps` instructions starting at K byte `k_begin`.
+template <int kN, int kSteps>
+__device__ __forceinline__ void multiply_block(float (&d)[kN / 2], uint64_t a, uint64_t b, int k_begin = 0) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint64_t offset = (k_begin + step * kInstructionK) >> 4;
+    Multiply<kN>::run(d, a + offset, b + offset, step != 0);
+  }
+}
+
+}  // namespace megamoe::wgmma

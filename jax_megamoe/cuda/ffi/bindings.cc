@@ -1,0 +1,68 @@
+// The Python module `jax_megamoe._core`: it only hands out registrations and sizes.
+#include <pybind11/pybind11.h>
+
+#include "host/problem.h"
+
+#ifdef MEGAMOE_CUDA
+#include "ffi/handlers.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+#ifdef MEGAMOE_CUDA
+template <typename Function>
+py::capsule handler(Function* function) {
+  return py::capsule(reinterpret_cast<void*>(function));
+}
+#endif
+
+// {"types": {name: {"type_id", "type_info"}}, "targets": {name: {stage: capsule}}}; types have to be registered first.
+py::dict ffi_registrations() {
+  py::dict types, targets;
+#ifdef MEGAMOE_CUDA
+  py::dict type;
+  type["type_id"] = py::capsule(megamoe::moe_instance_type_id());
+  type["type_info"] = py::capsule(megamoe::moe_instance_type_info());
+  types["jax_megamoe.moe_instance.v1"] = type;
+
+  py::dict moe;
+  moe["instantiate"] = handler(megamoe::MoeInstantiate);
+  moe["initialize"] = handler(megamoe::MoeInitialize);
+  moe["execute"] = handler(megamoe::MoeExecute);
+  targets["jax_megamoe.moe.v1"] = moe;
+
+  py::dict read_ceiling;
+  read_ceiling["execute"] = handler(megamoe::ReadCeiling);
+  targets["jax_megamoe.read_ceiling.v1"] = read_ceiling;
+#endif
+  py::dict registrations;
+  registrations["types"] = types;
+  registrations["targets"] = targets;
+  return registrations;
+}
+
+int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {
+  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts};
+  const std::string reason = megamoe::unsupported_reason(problem);
+  if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
+  return static_cast<int64_t>(megamoe::Workspace::bytes(problem));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "XLA FFI registrations of jax_megamoe.";
+#ifdef MEGAMOE_CUDA
+  module.attr("has_cuda") = true;
+  module.def("moe_execute_count", &megamoe::moe_execute_count,
+             "Times the fused kernel's handler ran in this process; replayed command buffers do not count.");
+#else
+  module.attr("has_cuda") = false;
+#endif
+  module.def("ffi_registrations", &ffi_registrations, "FFI types and targets, for jax.ffi to register.");
+  module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+             py::arg("intermediate_size"), py::arg("num_experts"),
+             "Bytes of scratch memory one call of the fused kernel needs on a device.");
+}

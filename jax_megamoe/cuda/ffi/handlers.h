@@ -1,0 +1,22 @@
+// What the Python module registers with XLA.
+#pragma once
+
+#include <cstdint>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace megamoe {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeExecute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(ReadCeiling);
+
+// Type of the state that a call site keeps between executions.
+void* moe_instance_type_id();
+void* moe_instance_type_info();
+
+// How often the execute handler ran in this process: a replayed command buffer does not call it.
+int64_t moe_execute_count();
+
+}  // namespace megamoe

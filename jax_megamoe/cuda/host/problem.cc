@@ -1,0 +1,23 @@
+#include "host/problem.h"
+
+namespace megamoe {
+
+std::string unsupported_reason(const Problem& p) {
+  auto text = [](int value) { return std::to_string(value); };
+  if (p.hidden_size <= 0 || p.hidden_size % kBlockK != 0) {
+    return "hidden_size is " + text(p.hidden_size) + "; it has to be a positive multiple of 128.";
+  }
+  if (p.intermediate_size <= 0 || p.intermediate_size % kBlockK != 0) {
+    return "intermediate_size is " + text(p.intermediate_size) + "; it has to be a positive multiple of 128.";
+  }
+  if (p.top_k < 1 || p.top_k > kMaxTopK) return "top_k is " + text(p.top_k) + "; it has to be 1 to 32.";
+  if (p.num_experts < 1 || p.num_experts > kMaxExperts) {
+    return "the device holds " + text(p.num_experts) + " experts; the kernel serves 1 to 1024.";
+  }
+  if (p.num_tokens < 1 || p.num_tokens > kMaxTokens) {
+    return "there are " + text(p.num_tokens) + " tokens; the kernel serves 1 to " + text(kMaxTokens) + " per call.";
+  }
+  return "";
+}
+
+}  // namespace megamoe

@@ -1,0 +1,3 @@
+#include "instantiations/orientation_launcher.cuh"
+
+template struct megamoe::OrientationLauncher<true>;

@@ -1,0 +1,145 @@
+// Dispatch inside one GPU: quantise the tokens to E4M3 and write each into the image of every chunk it belongs to.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "common/fp8.cuh"
+#include "kernels/pipeline.cuh"
+
+namespace megamoe {
+
+// Work is cut into (token, 256 hidden columns) items, one warp each, in contiguous shares per CTA.
+constexpr int kGatherColumns = 256;
+
+struct GatherShare {
+  int blocks;  // items per token
+  int first_item;
+  int end_item;
+
+  __device__ GatherShare(const Problem& p)
+      : blocks(ceil_div(p.hidden_size, kGatherColumns)),
+        first_item(static_cast<int>(static_cast<int64_t>(p.num_tokens) * blocks * blockIdx.x / gridDim.x)),
+        end_item(static_cast<int>(static_cast<int64_t>(p.num_tokens) * blocks * (blockIdx.x + 1) / gridDim.x)) {}
+
+  __device__ int first_token() const { return first_item / blocks; }
+};
+
+// Offset of byte `column % 128` of image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
+__device__ __forceinline__ int swizzled_offset(int row, int column) {
+  return row * kBlockK + ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
+}
+
+// Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
+// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing.
+template <bool kSwap>
+__device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan& plan, const GatherShare& share,
+                                            int token_begin, int token_end, PairTarget* targets) {
+  constexpr int kTile = Orientation<kSwap>::kTokenTile;
+  const int lane = threadIdx.x % 32;
+  const int top_k = args.problem.top_k;
+  const int first_pair = token_begin * top_k;
+  const int end_pair = token_end * top_k;
+  for (int base = first_pair; base < end_pair; base += 32) {
+    const int pair = base + lane;
+    int expert = pair < end_pair ? args.topk_ids[pair] : -1;
+    if (expert < 0 || expert >= args.problem.num_experts) expert = -1;
+    const uint32_t peers = __match_any_sync(~0u, expert);
+    const int earlier = __popc(peers & ((1u << lane) - 1));
+    PairTarget target{-1, 0};
+    int position = 0;
+    if (expert >= 0) position = plan.before[expert] + earlier;
+    __syncwarp();
+    if (expert >= 0) {
+      if (earlier == 0) plan.before[expert] = position + __popc(peers);
+      const int chunk = position / kTile;
+      const int row = position - chunk * kTile;
+      const int padded = round_up(min(kTile, plan.count[expert] - chunk * kTile), 8);
+      target = {plan.row_base[expert] + chunk * kTile, row | padded << 16};
+      // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
+      if (pair / top_k * share.blocks >= share.first_item) {
+        args.workspace.row_sources[target.chunk_row_base + row] = {
+            pair, args.topk_weights[pair] * args.routed_scaling_factor};
+      }
+    }
+    __syncwarp();
+    if (pair < end_pair) targets[pair - first_pair] = target;
+  }
+}
+
+// Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots.
+__device__ __forceinline__ void gather_item(const MoeArguments& args, int token, int block,
+                                            const PairTarget* token_targets) {
+  const Problem& p = args.problem;
+  const int lane = threadIdx.x % 32;
+  const int column = block * kGatherColumns + lane * 8;
+  const bool active = column < p.hidden_size;
+  uint4 packed = make_uint4(0, 0, 0, 0);
+  if (active) {
+    packed = __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token) * p.hidden_size + column));
+  }
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  float values[8];
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+    amax = fmaxf(amax, fabsf(values[i]));
+  }
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+  if (!active) return;
+  const float scale = fp8::token_scale(amax);
+  uint32_t bytes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t low = fp8::pack2(__fdiv_rn(values[4 * i], scale), __fdiv_rn(values[4 * i + 1], scale));
+    const uint32_t high = fp8::pack2(__fdiv_rn(values[4 * i + 2], scale), __fdiv_rn(values[4 * i + 3], scale));
+    bytes[i] = low | high << 16;
+  }
+  const int k_block = column / kBlockK;
+  for (int slot = 0; slot < p.top_k; ++slot) {
+    const PairTarget target = token_targets[slot];
+    if (target.chunk_row_base < 0) continue;
+    const int row = target.row_and_padded & 0xffff;
+    const size_t rows_before = static_cast<size_t>(k_block) * (target.row_and_padded >> 16);
+    uint8_t* plane = args.workspace.token_planes + static_cast<size_t>(target.chunk_row_base) * p.hidden_size +
+                     rows_before * kBlockK;
+    *reinterpret_cast<uint2*>(plane + swizzled_offset(row, column % kBlockK)) = make_uint2(bytes[0], bytes[1]);
+    if (lane % 16 == 0) {
+      args.workspace
+          .token_scales[static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK) + rows_before + row] =
+          scale;
+    }
+  }
+}
+
+// This CTA's share of the tokens; all consumer threads. Ends by telling every CTA, through the counter, that it is done.
+template <bool kSwap>
+__device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
+                                              PairTarget* targets, uint32_t* quantized_ctas) {
+  const int warp = threadIdx.x / 32;
+  const int top_k = args.problem.top_k;
+  const int tokens_per_batch = kPairBatch / top_k;
+  const int end_token = ceil_div(share.end_item, share.blocks);
+  const int first_token = share.first_item < share.end_item ? share.first_token() : end_token;
+  for (int token_begin = first_token; token_begin < end_token; token_begin += tokens_per_batch) {
+    const int token_end = min(token_begin + tokens_per_batch, end_token);
+    if (warp == 0) place_pairs<kSwap>(args, plan, share, token_begin, token_end, targets);
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+    const int item_begin = max(share.first_item, token_begin * share.blocks);
+    const int item_end = min(share.end_item, token_end * share.blocks);
+    for (int item = item_begin + warp; item < item_end; item += kConsumerWarps) {
+      const int token = item / share.blocks;
+      gather_item(args, token, item - token * share.blocks, targets + (token - token_begin) * top_k);
+    }
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  }
+  // The images are read by the copy engine of every SM.
+  ptx::fence_proxy_async_global();
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  if (threadIdx.x == 0) ptx::add_release(quantized_ctas, 1);
+}
+
+}  // namespace megamoe

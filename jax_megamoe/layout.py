@@ -1,0 +1,168 @@
+"""The memory layout in which the kernel reads the weights, tag `sm90_v1`, and the way there and back.
+
+The kernel streams *planes*: 64 rows of 128 consecutive K bytes (8192 bytes), stored as the image that shared memory
+holds under the 128-byte swizzle. In row r the 16-byte chunk c lies at chunk position c ^ (r % 8), so a plane is copied
+by one bulk transfer and WGMMA reads it without bank conflicts.
+
+| leaf          | shape                     | content                                                                |
+|---------------|---------------------------|------------------------------------------------------------------------|
+| gate_up       | [E, I/64, H/128, 16384]   | planes p of 64 columns t; row 16g + q: column 64t + 32p + 8g + q%8     |
+|               |                           | of gate where q < 8, of up where q >= 8                                |
+| gate_up_scale | [E, I/64, H/128, 4]       | (gate, up, 0, 0)                                                       |
+| down          | [E, H/64, I/128, 8192]    | row 16g + q: hidden row 64t + 16g + 2(q % 8) + q // 8                  |
+| down_scale    | [E, H/64, ceil(I/256), 4] | (scale of I block 2j, of 2j + 1 or 0 past the end, 0, 0)               |
+
+Rows q and q + 8 of an accumulator belong to one WGMMA thread: it holds a column's gate beside its up, and two
+neighbouring hidden columns of the result. All functions take any leading dimensions (experts, or layers and experts),
+move bytes only, and are exact inverses of each other. They use no gather, so they run on operands sharded over the
+leading dimensions. FP8 arrays may come as their bytes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LAYOUT_TAG = "sm90_v1"
+BLOCK = 128  # a weight scale covers BLOCK x BLOCK weights
+PLANE_ROWS = 64
+PLANE_BYTES = PLANE_ROWS * BLOCK
+# Elements of one row of a scale leaf: the kernel loads 16 aligned bytes.
+SCALES_PER_ROW = 4
+
+
+class LeafShapes(NamedTuple):
+    """The shapes of the packed leaves of one layer."""
+
+    gate_up: tuple[int, ...]
+    gate_up_scale: tuple[int, ...]
+    down: tuple[int, ...]
+    down_scale: tuple[int, ...]
+
+
+def leaf_shapes(num_experts: int, hidden_size: int, intermediate_size: int) -> LeafShapes:
+    """The shapes of the packed leaves of `num_experts` experts (E, or E_local on one device)."""
+    e, h, i = num_experts, hidden_size, intermediate_size
+    return LeafShapes(
+        gate_up=(e, i // PLANE_ROWS, h // BLOCK, 2 * PLANE_BYTES),
+        gate_up_scale=(e, i // PLANE_ROWS, h // BLOCK, SCALES_PER_ROW),
+        down=(e, h // PLANE_ROWS, i // BLOCK, PLANE_BYTES),
+        down_scale=(e, h // PLANE_ROWS, -(-i // (2 * BLOCK)), SCALES_PER_ROW),
+    )
+
+
+def _bytes(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.uint8)
+
+
+def _fp8(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+
+
+def _permute_trailing(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    lead = x.ndim - len(order)
+    return x.transpose(*range(lead), *(lead + axis for axis in order))
+
+
+def reshape_trailing(x: jax.Array, num_lead: int, *sizes: int) -> jax.Array:
+    """Reshapes all but the first `num_lead` dimensions, which keep their sharding (explicit mode has to be told)."""
+    shape = (*x.shape[:num_lead], *sizes)
+    if all(axis is None for axis in jax.typeof(x).sharding.spec):
+        return x.reshape(shape)
+    lead = jax.typeof(x).sharding.spec[:num_lead]
+    return jax.lax.reshape(x, shape, out_sharding=jax.sharding.PartitionSpec(*lead, *(None for _ in sizes)))
+
+
+def _swizzle(x: jax.Array) -> jax.Array:
+    """x[..., q, c, :] -> x[..., q, c ^ q, :], q and c below 8; its own inverse.
+
+    Exchanging the halves of one bit of c where the same bit of q is set, bit by bit, is the whole of the XOR.
+    """
+    lead = x.ndim - 3
+    bits = reshape_trailing(x, lead, 2, 2, 2, 2, 2, 2, x.shape[-1])
+    for bit in range(3):
+        is_set = jnp.expand_dims(jnp.arange(2) == 1, [axis for axis in range(bits.ndim) if axis != lead + bit])
+        bits = jnp.where(is_set, jnp.flip(bits, lead + 3 + bit), bits)
+    return reshape_trailing(bits, lead, *x.shape[lead:])
+
+
+def pack_gate_up(gate_up: jax.Array) -> jax.Array:
+    """f8[..., 2I, H], gate rows first -> f8[..., I/64, H/128, 16384]."""
+    lead = gate_up.ndim - 2
+    tiles, blocks = gate_up.shape[-2] // (2 * PLANE_ROWS), gate_up.shape[-1] // BLOCK
+    # gate or up, tile, plane, g, q % 8, K block, chunk, byte
+    x = reshape_trailing(_bytes(gate_up), lead, 2, tiles, 2, 4, 8, blocks, 8, 16)
+    x = _swizzle(_permute_trailing(x, (1, 5, 2, 3, 0, 4, 6, 7)))
+    return _fp8(reshape_trailing(x, lead, tiles, blocks, 2 * PLANE_BYTES))
+
+
+def unpack_gate_up(packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_gate_up`: f8[..., I/64, H/128, 16384] -> f8[..., 2I, H]."""
+    lead = packed.ndim - 3
+    tiles, blocks = packed.shape[lead : lead + 2]
+    # tile, K block, plane, g, gate or up, q % 8, chunk, byte
+    x = _swizzle(reshape_trailing(_bytes(packed), lead, tiles, blocks, 2, 4, 2, 8, 8, 16))
+    x = _permute_trailing(x, (4, 0, 2, 3, 5, 1, 6, 7))
+    return _fp8(reshape_trailing(x, lead, 2 * tiles * PLANE_ROWS, blocks * BLOCK))
+
+
+def pack_gate_up_scale(scale: jax.Array) -> jax.Array:
+    """f32[..., 2I/128, H/128], gate first -> f32[..., I/64, H/128, 4]."""
+    lead = scale.ndim - 2
+    rows, blocks = scale.shape[-2:]
+    x = reshape_trailing(scale, lead, 2, rows // 2, blocks)
+    return _pad_last(jnp.moveaxis(_twice(x, -2), -3, -1), SCALES_PER_ROW)
+
+
+def unpack_gate_up_scale(packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_gate_up_scale`: f32[..., I/64, H/128, 4] -> f32[..., 2I/128, H/128]."""
+    lead = packed.ndim - 3
+    tiles, blocks = packed.shape[lead : lead + 2]
+    return reshape_trailing(jnp.moveaxis(packed[..., ::2, :, :2], -1, -3), lead, tiles, blocks)
+
+
+def pack_down(down: jax.Array) -> jax.Array:
+    """f8[..., H, I] -> f8[..., H/64, I/128, 8192]."""
+    lead = down.ndim - 2
+    tiles, blocks = down.shape[-2] // PLANE_ROWS, down.shape[-1] // BLOCK
+    # tile, g, q % 8, q // 8, K block, chunk, byte
+    x = reshape_trailing(_bytes(down), lead, tiles, 4, 8, 2, blocks, 8, 16)
+    x = _swizzle(_permute_trailing(x, (0, 4, 1, 3, 2, 5, 6)))
+    return _fp8(reshape_trailing(x, lead, tiles, blocks, PLANE_BYTES))
+
+
+def unpack_down(packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_down`: f8[..., H/64, I/128, 8192] -> f8[..., H, I]."""
+    lead = packed.ndim - 3
+    tiles, blocks = packed.shape[lead : lead + 2]
+    # tile, K block, g, q // 8, q % 8, chunk, byte
+    x = _swizzle(reshape_trailing(_bytes(packed), lead, tiles, blocks, 4, 2, 8, 8, 16))
+    x = _permute_trailing(x, (0, 2, 4, 3, 1, 5, 6))
+    return _fp8(reshape_trailing(x, lead, tiles * PLANE_ROWS, blocks * BLOCK))
+
+
+def pack_down_scale(scale: jax.Array) -> jax.Array:
+    """f32[..., H/128, I/128] -> f32[..., H/64, ceil(I/256), 4]."""
+    rows, blocks = scale.shape[-2:]
+    pairs = -(-blocks // 2)
+    x = reshape_trailing(_pad_last(scale, 2 * pairs), scale.ndim - 2, rows, pairs, 2)
+    return _pad_last(_twice(x, -3), SCALES_PER_ROW)
+
+
+def unpack_down_scale(packed: jax.Array, intermediate_size: int) -> jax.Array:
+    """The inverse of `pack_down_scale`: f32[..., H/64, ceil(I/256), 4] -> f32[..., H/128, I/128]."""
+    lead = packed.ndim - 3
+    tiles, pairs = packed.shape[lead : lead + 2]
+    x = reshape_trailing(packed[..., ::2, :, :2], lead, tiles // 2, 2 * pairs)
+    return x[..., : intermediate_size // BLOCK]
+
+
+def _twice(x: jax.Array, axis: int) -> jax.Array:
+    """Each element twice along a negative axis: both 64-row tiles of a 128-row block have its scale."""
+    lead = x.ndim + axis
+    x = jnp.stack([x, x], axis=lead + 1)
+    return reshape_trailing(x, lead, 2 * x.shape[lead], *x.shape[lead + 2 :])
+
+
+def _pad_last(x: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

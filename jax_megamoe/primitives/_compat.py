@@ -1,0 +1,40 @@
+"""The parts of JAX that have no public name yet; nothing else in the package imports from `jax._src`.
+
+Works with jax 0.11.2 to 0.12. Where a later version moves one of these, this is the file to change.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax._src import config as _config
+from jax._src import core as _core
+
+
+def tracks_varying() -> bool:
+    """Whether the enclosing `shard_map` tracks over which axes values vary (check_vma)."""
+    return bool(_config._check_vma.value)
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """The manual mesh axes over which at least one of the arrays is marked as varying."""
+    return frozenset[str]().union(*(jax.typeof(array).mat.varying for array in arrays))
+
+
+def align_varying(arrays: Sequence[Any]) -> list[Any]:
+    """Marks each array as varying over all axes over which any of them varies, as a primitive's operands have to be."""
+    return list(_core.auto_insert_reshard(*arrays))
+
+
+def check_varying(name: str, *avals: Any) -> None:
+    """Raises where operands of a primitive vary over different axes."""
+    _core.standard_vma_rule(name, *avals)
+
+
+def output_aval(like: Any, shape: tuple[int, ...], dtype: Any, spec: jax.sharding.PartitionSpec) -> Any:
+    """An output's abstract value that varies over the axes over which the operand `like` does.
+
+    A new `ShapedArray` would lose that mark, and `shard_map` would then accept wrong `out_specs`.
+    """
+    sharding = like.sharding.update(spec=spec)
+    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)

@@ -1,0 +1,74 @@
+"""What one device does inside a fully manual region: its experts, and the collectives around them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_megamoe.errors import ShapeError
+from jax_megamoe.primitives import _compat
+from jax_megamoe.primitives.moe_local import moe_local
+
+
+def moe_per_device(
+    x: jax.Array,
+    leaves: tuple[jax.Array, ...],
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array,
+    *,
+    num_experts: int,
+    expert_axes: tuple[str, ...],
+    token_axes: Iterable[str],
+    axis_sizes: Mapping[str, int],
+    with_load: bool,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """This device's tokens x bf16[T, H] through the experts of all devices: y bf16[T, H], load int32[E_local].
+
+    The ranks along `expert_axes` hold E_local = num_experts / n experts each, in the order of the axes. Along those of
+    them over which the tokens are split, tokens are gathered and results scattered; along the others every rank has the
+    same tokens, so that results are only added up. topk_ids int32[T, k] are global.
+
+    Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
+    Without `with_load`, load counts only what this device saw.
+    """
+    num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
+    num_local_experts = leaves[0].shape[-4]
+    is_split = num_local_experts != num_experts
+    if is_split and num_local_experts * num_ranks != num_experts:
+        raise ShapeError(
+            f"weights hold {num_local_experts} experts on each device, wanted {num_experts} / {num_ranks} along "
+            f"expert_axis {expert_axes} or all {num_experts}: shard dimension E over that axis and no other."
+        )
+    if _compat.tracks_varying():
+        split_axes = _compat.varying_axes(x, topk_ids, topk_weights)
+    else:
+        split_axes = frozenset(token_axes) & frozenset(axis_sizes)
+    gathered = tuple(axis for axis in expert_axes if axis in split_axes) if is_split else ()
+    added = tuple(axis for axis in expert_axes if axis not in split_axes) if is_split or num_ranks == 1 else ()
+    counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
+
+    tokens = (x, topk_ids, topk_weights)
+    if gathered and x.shape[0] > 0:
+        tokens = tuple(jax.lax.all_gather(value, gathered, axis=0, tiled=True) for value in tokens)
+    if is_split:
+        # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
+        first_expert = jax.lax.axis_index(expert_axes) * num_local_experts
+        tokens = (tokens[0], tokens[1] - first_expert, tokens[2])
+
+    out_dtype = jnp.float32 if is_split else jnp.bfloat16
+    y, load = moe_local(tokens[0], *leaves, *tokens[1:], layer, out_dtype=out_dtype, **params)
+    if x.shape[0] == 0:
+        y = x
+    else:
+        if gathered:
+            y = jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True)
+        if added:
+            # With one rank this changes nothing but the mark: the result varies like the tokens, not like the weights.
+            y = jax.lax.psum(y, added)
+    if counted and with_load:
+        load = jax.lax.psum(load, counted)
+    return y.astype(jnp.bfloat16), load

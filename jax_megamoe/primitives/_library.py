@@ -1,0 +1,61 @@
+"""The compiled module: registers its FFI handlers, and says what it cannot do."""
+
+import importlib
+from types import ModuleType
+
+import jax
+
+from jax_megamoe.errors import MegaMoEError
+
+MOE_TARGET = "jax_megamoe.moe.v1"
+_PLATFORM = "CUDA"
+
+
+def _load() -> ModuleType | None:
+    """`jax_megamoe._core` with its handlers registered, or None on a checkout that is not built."""
+    try:
+        core = importlib.import_module("jax_megamoe._core")
+    except ModuleNotFoundError as error:
+        if error.name != "jax_megamoe._core":
+            raise
+        return None
+    registrations = core.ffi_registrations()
+    # XLA looks up the types while it registers a handler that has state.
+    for name, capsules in registrations["types"].items():
+        jax.ffi.register_ffi_type(name, capsules, platform=_PLATFORM)
+    for name, capsules in registrations["targets"].items():
+        jax.ffi.register_ffi_target(name, capsules, platform=_PLATFORM)
+    return core
+
+
+# At import, since XLA wants the handlers before it loads an executable from the compilation cache.
+_core = _load()
+
+
+def check_kernel_available() -> None:
+    """Raises `MegaMoEError` where the fused kernel is not built, or no GPU of this process can run it."""
+    if _core is None or not _core.has_cuda:
+        state = "is not built" if _core is None else "was built without CUDA"
+        raise MegaMoEError(
+            f"jax_megamoe._core {state}, wanted its CUDA kernels for a GPU: "
+            "install the package with MEGAMOE_CUDA=ON, or pass implementation='reference'."
+        )
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return  # Lowering for another machine.
+    capabilities = {device.device_kind: str(getattr(device, "compute_capability", "9.0")) for device in devices}
+    if capabilities and "9.0" not in capabilities.values():
+        found = ", ".join(f"{kind} ({capability})" for kind, capability in capabilities.items())
+        raise MegaMoEError(
+            f"the GPU is {found}, wanted compute capability 9.0 (Hopper) for the fused kernel: "
+            "pass implementation='reference' elsewhere."
+        )
+
+
+def workspace_bytes(
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int
+) -> int:
+    """Scratch memory that one call of the fused kernel needs on a device."""
+    assert _core is not None, "check_kernel_available comes first"
+    return int(_core.workspace_bytes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts))

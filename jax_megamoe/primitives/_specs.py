@@ -1,0 +1,124 @@
+"""How a call is split over a mesh: read off the types of explicit axes, chosen for automatic ones."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_megamoe.errors import ShapeError, ShardingError
+
+_LEAF_NAMES = ("gate_up", "gate_up_scale", "down", "down_scale")
+
+
+class Axes(NamedTuple):
+    """The mesh axes that a call was given, those that its mesh has."""
+
+    experts: tuple[str, ...]
+    tokens: tuple[str, ...]
+
+
+class Specs(NamedTuple):
+    """Along what axes, of those that are not manual yet, a call is split."""
+
+    tokens: tuple[tuple[str, ...], ...]  # of each leading dimension of the tokens
+    experts: tuple[str, ...]  # of dimension E of the weights
+
+    def token_spec(self) -> P:
+        """The spec of x, topk_ids, topk_weights and y."""
+        return P(*(axes or None for axes in self.tokens), None)
+
+    def leaf_spec(self, ndim: int) -> P:
+        """The spec of a weight leaf, with or without layers in front."""
+        return P(*(None,) * (ndim - 4), self.experts or None)
+
+    def load_spec(self) -> P:
+        """The spec of the expert load."""
+        return P(self.experts or None)
+
+
+def axes_size(mesh: AbstractMesh, axes: Iterable[str]) -> int:
+    """The number of devices along the axes together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
+    """The axes of the mesh that have this type."""
+    return frozenset(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == axis_type)
+
+
+def choose_specs(x: Any, leaves: Iterable[Any], mesh: AbstractMesh, axes: Axes) -> Specs:
+    """The specs of a call whose tokens keep their leading dimensions.
+
+    Explicit axes split what the types say. Automatic axes split the first dimension of the tokens where they divide it,
+    and the experts. Raises `ShardingError` for types that cannot be served, `ShapeError` where E does not divide.
+    """
+    dims = _axes_of_dims("x", x)
+    if dims[-1]:
+        raise ShardingError(
+            f"x is {jax.typeof(x)}, wanted its last dimension, the hidden size, whole on each device: "
+            "reshard it to split leading dimensions only."
+        )
+    tokens = list(dims[:-1])
+    auto_axes = axes_of_type(mesh, AxisType.Auto)
+    if tokens:
+        first = (*tokens[0], *(axis for axis in axes.tokens if axis in auto_axes))
+        if x.shape[0] % axes_size(mesh, first) == 0:
+            tokens[0] = first
+    return Specs(tuple(tokens), _expert_axes(leaves, mesh, axes.experts))
+
+
+def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> tuple[str, ...]:
+    explicit_axes = axes_of_type(mesh, AxisType.Explicit)
+    wanted = tuple(axis for axis in expert_axes if axis not in mesh.manual_axes)
+    # Types may leave out axes of size one.
+    typed = tuple(axis for axis in wanted if axis in explicit_axes and mesh.shape[axis] > 1)
+    found = {}
+    for name, leaf in zip(_LEAF_NAMES, leaves, strict=True):
+        dims = _axes_of_dims(f"weights.{name}", leaf)
+        dim_of_experts = len(dims) - 4
+        others = [axes for dim, axes in enumerate(dims) if dim != dim_of_experts and axes]
+        found[name] = tuple(axis for axis in dims[dim_of_experts] if mesh.shape[axis] > 1)
+        if others or found[name] not in (typed, ()):
+            raise ShardingError(
+                f"weights.{name} is {jax.typeof(leaf)}, wanted dimension {dim_of_experts}, the experts, split over "
+                f"expert_axis={expert_axes} or nothing split: reshard the weights once, when they are loaded."
+            )
+        num_experts, num_ranks = leaf.shape[dim_of_experts], axes_size(mesh, wanted)
+        if num_experts % num_ranks:
+            raise ShapeError(
+                f"weights have {num_experts} experts, wanted a multiple of the {num_ranks} ranks along expert_axis="
+                f"{expert_axes}: choose another mesh, or pad the weights with experts that no id names."
+            )
+    if found["gate_up"] != found["down"]:
+        raise ShardingError(
+            f"weights.gate_up has its experts over {found['gate_up']} and weights.down over {found['down']}, "
+            "wanted the same: reshard the weights with one spec."
+        )
+    return wanted if found["gate_up"] == typed else ()
+
+
+def _axes_of_dims(name: str, value: Any) -> list[tuple[str, ...]]:
+    spec = jax.typeof(value).sharding.spec
+    if getattr(spec, "unreduced", None):
+        raise ShardingError(f"{name} is {jax.typeof(value)}, wanted no partial sums: reshard it first.")
+    entries = [*spec, *(None,) * (value.ndim - len(spec))]
+    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
+
+
+def reshard(value: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
+    """The value with the type that `shard_map` wants on explicit axes; XLA sees to the automatic ones."""
+    explicit_axes = axes_of_type(mesh, AxisType.Explicit)
+    if not explicit_axes:
+        return value
+    wanted = NamedSharding(mesh, restrict(spec, explicit_axes, value.ndim))
+    return value if jax.typeof(value).sharding == wanted else jax.sharding.reshard(value, wanted)
+
+
+def restrict(spec: P, axes: frozenset[str], ndim: int) -> P:
+    """The spec with only these axes in it, and an entry for every dimension."""
+    entries = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
+    kept = [tuple(axis for axis in entry if axis in axes) for entry in entries]
+    return P(*(entry or None for entry in kept), *(None,) * (ndim - len(kept)))

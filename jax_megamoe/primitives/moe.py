@@ -1,0 +1,161 @@
+"""The primitive `moe`, the global view: expands to a `shard_map` over all mesh axes around `moe_per_device`."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_megamoe.primitives import _compat, _exchange, _specs
+from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives._specs import Axes
+from jax_megamoe.primitives.moe_local import moe_local
+
+moe_p = Primitive("jax_megamoe.moe")
+moe_p.multiple_results = True
+
+
+def moe(
+    x: jax.Array,
+    leaves: tuple[jax.Array, ...],
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array,
+    *,
+    mesh: AbstractMesh,
+    axes: Axes,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The layer, wherever it is called: in the global view, inside `shard_map`, or between, some axes being manual.
+
+    x bf16[..., H], packed leaves, topk_ids int32[..., k], topk_weights f32[..., k], layer int32[] ->
+    y bf16[..., H] typed like x, load int32[E], of which a device has the part that belongs to its experts.
+    `mesh` may be empty: one device. `params` are num_experts, with_load, activation_clamp, routed_scaling_factor,
+    implementation; without `with_load`, load is partial and of no use.
+    """
+    operands = (x, *leaves, topk_ids, topk_weights, layer)
+    if not mesh.manual_axes:
+        y, load = moe_p.bind(*operands, mesh=mesh, axes=axes, **params)
+        return y, load
+    if set(mesh.manual_axes) == set(mesh.axis_names):
+        return _per_device(*operands, mesh=mesh, axes=axes, experts_over=axes.experts, **params)
+    return _map_over_mesh(*operands, mesh=mesh, axes=axes, **params)
+
+
+def _abstract_eval(x: Any, *others: Any, mesh: AbstractMesh, axes: Axes, num_experts: int, **_: Any) -> tuple[Any, Any]:
+    y, load = x.update(weak_type=False), jax.core.ShapedArray((num_experts,), jnp.int32)
+    if mesh.empty:
+        return y, load
+    specs = _specs.choose_specs(x, others[:4], mesh, axes)
+    explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
+    y_spec, load_spec = (
+        _specs.restrict(spec, explicit_axes, aval.ndim)
+        for spec, aval in ((specs.token_spec(), y), (specs.load_spec(), load))
+    )
+    return y.update(sharding=NamedSharding(mesh, y_spec)), load.update(sharding=NamedSharding(mesh, load_spec))
+
+
+def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
+    # A mapped axis is one leading dimension more.
+    batched = rules.move_mapped_axis_to_front(operands, dims)
+    y, load = moe_p.bind(*batched, **{**params, "with_load": False})
+    if params["with_load"]:
+        load_per_element = rules.load_per_element(batched[rules.TOPK_IDS], params["num_experts"])
+        load = _specs.reshard(load_per_element, params["mesh"], P(None, *jax.typeof(load).sharding.spec))
+    else:
+        load = jnp.broadcast_to(load, (y.shape[0], *load.shape))
+    return (y, load), (0, 0)
+
+
+def _expand(x: jax.Array, *others: jax.Array, mesh: AbstractMesh, **params: Any) -> tuple[jax.Array, jax.Array]:
+    if mesh.empty:
+        return _per_device(x, *others, mesh=mesh, experts_over=(), **params)
+    return _map_over_mesh(x, *others, mesh=mesh, **params)
+
+
+def _map_over_mesh(
+    x: jax.Array, *others: jax.Array, mesh: AbstractMesh, axes: Axes, **params: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`_per_device` on the devices of all axes that are not manual yet."""
+    leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
+    shape, num_tokens = x.shape, math.prod(x.shape[:-1])
+    if not _specs.axes_of_type(mesh, AxisType.Explicit):
+        # No types to keep to: one dimension of tokens, of a length that the axes divide.
+        automatic = [axis for axis in axes.tokens if axis not in mesh.manual_axes]
+        padding = -num_tokens % _specs.axes_size(mesh, automatic)
+        x = _flatten(x, padding, 0)
+        topk_ids, topk_weights = _flatten(topk_ids, padding, -1), _flatten(topk_weights, padding, 0)
+
+    specs = _specs.choose_specs(x, leaves, mesh, axes)
+    token_spec, leaf_specs = specs.token_spec(), tuple(specs.leaf_spec(leaf.ndim) for leaf in leaves)
+    in_specs = (token_spec, *leaf_specs, token_spec, token_spec, P())
+    operands = (x, *leaves, topk_ids, topk_weights, layer)
+    operands = tuple(_specs.reshard(value, mesh, spec) for value, spec in zip(operands, in_specs, strict=True))
+    # Explicit types may say that the experts are not split.
+    manual_axes = [axis for axis in axes.experts if axis in mesh.manual_axes]
+    experts_over = tuple(axis for axis in axes.experts if axis in (*manual_axes, *specs.experts))
+    split_over = tuple(axis for dim in specs.tokens for axis in dim)
+
+    def per_device(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = Axes(axes.experts, (*axes.tokens, *split_over))
+        return _per_device(*operands, mesh=mesh, axes=tokens, experts_over=experts_over, **params)
+
+    y, load = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(token_spec, specs.load_spec()),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        # Inside a region that does not track what varies, a nested one cannot.
+        check_vma=_compat.tracks_varying() or not mesh.manual_axes,
+    )(*operands)
+    return (y if y.shape == shape else y[:num_tokens].reshape(shape)), load
+
+
+def _per_device(
+    x: jax.Array,
+    *others: jax.Array,
+    mesh: AbstractMesh,
+    axes: Axes,
+    experts_over: tuple[str, ...],
+    num_experts: int,
+    with_load: bool,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """One device's part, or all of it where there is no mesh."""
+    leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
+    tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
+    if mesh.empty:
+        y, load = moe_local(tokens, *leaves, topk_ids, topk_weights, layer, **params)
+    else:
+        y, load = _exchange.moe_per_device(
+            tokens,
+            leaves,
+            topk_ids,
+            topk_weights,
+            layer,
+            num_experts=num_experts,
+            expert_axes=experts_over,
+            token_axes=axes.tokens,
+            axis_sizes=mesh.shape,
+            with_load=with_load,
+            **params,
+        )
+    return y.reshape(x.shape), load
+
+
+def _flatten(value: jax.Array, padding: int = 0, fill: int = 0) -> jax.Array:
+    flat = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
+    return jnp.pad(flat, ((0, padding), (0, 0)), constant_values=fill) if padding else flat
+
+
+moe_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_p, *operands, **params))
+moe_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[moe_p] = _batch
+ad.primitive_jvps[moe_p] = rules.refuse_differentiation
+ad.primitive_transposes[moe_p] = rules.refuse_differentiation
+mlir.register_lowering(moe_p, mlir.lower_fun(_expand, multiple_results=True))

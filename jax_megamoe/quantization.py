@@ -1,0 +1,114 @@
+"""FP8 (E4M3) quantisation: the rounding and the three kinds of scales of docs/numerics.md, and dequantisation."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_megamoe.layout import reshape_trailing
+
+E4M3_MAX = 448.0
+TOKEN_BLOCK = 128  # hidden columns that share one scale of a token
+ACTIVATION_BLOCK = 64  # intermediate columns that share one scale between the two GEMMs
+WEIGHT_BLOCK = 128  # rows, and columns, that share one weight scale
+# Floors of the largest magnitude, which keep the scale of a row of zeros away from zero.
+TOKEN_AMAX_FLOOR = 1e-4
+ACTIVATION_AMAX_FLOOR = 1e-30
+
+_MIN_NORMAL_E4M3 = 2.0**-6
+_SUBNORMAL_STEPS = 2.0**9  # E4M3 values per unit below 2^-6
+_MIN_BLOCK_AMAX = 512 * float(jnp.finfo(jnp.float32).tiny)
+
+
+def to_e4m3(values: jax.Array) -> jax.Array:
+    """f32[...] -> f8e4m3fn[...]: round to nearest even, saturate at +-448; NaN stays NaN.
+
+    The rounding is done here, in FP32, so that the cast is exact: how a cast rounds is the backend's choice, and one
+    that goes through half precision rounds twice.
+    """
+    values = jnp.asarray(values, jnp.float32)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    # Just under half a unit of what is kept, or exactly half where that is odd, carries as ties to even want it.
+    rounded_bits = (bits + jnp.uint32(0x7FFFF) + ((bits >> 20) & 1)) & jnp.uint32(0xFFF00000)
+    normal = jax.lax.bitcast_convert_type(rounded_bits, jnp.float32)
+    # Below 2^-6 the values are equidistant; `round` is to nearest even.
+    subnormal = jnp.round(values * _SUBNORMAL_STEPS) / _SUBNORMAL_STEPS
+    rounded = jnp.where(jnp.abs(values) < _MIN_NORMAL_E4M3, subnormal, normal)
+    saturated = jnp.clip(jnp.where(jnp.isnan(values), jnp.nan, rounded), -E4M3_MAX, E4M3_MAX)
+    return saturated.astype(jnp.float8_e4m3fn)
+
+
+def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
+    """The FP32 quotient a / b, correctly rounded on every backend.
+
+    Compilers turn divisions by a shared divisor into multiplications by its reciprocal, and GPUs divide approximately
+    by default; the result, and with it an FP8 value next to a tie, would depend on the backend. One step with the exact
+    remainder repairs it.
+    """
+    b = jnp.asarray(b, jnp.float32)
+    quotient = a / b
+    q_high, q_low = _split(quotient)
+    b_high, b_low = _split(b)
+    # Every product and difference is exact, fused or not: the halves have twelve bits.
+    remainder = ((a - q_high * b_high) - q_high * b_low - q_low * b_high) - q_low * b_low
+    correction = remainder / b
+    # Adding zero would lose the sign of -0.
+    return jnp.where(jnp.isfinite(correction) & (correction != 0), quotient + correction, quotient)
+
+
+def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return high, x - high
+
+
+def power_of_two_scale(amax: jax.Array) -> jax.Array:
+    """2^ceil(log2(amax / 448)) for f32[...] of at least 1e-30, exactly; not finite where `amax` is not."""
+    # 448 = 1.75 * 2^8. Adding all of the mantissa beyond that of 1.75 carries into the exponent where amax's is larger.
+    bits = jax.lax.bitcast_convert_type(amax, jnp.uint32)
+    bits = ((bits + jnp.uint32(0x1FFFFF)) & jnp.uint32(0x7F800000)) - jnp.uint32(8 << 23)
+    return jnp.where(jnp.isfinite(amax), jax.lax.bitcast_convert_type(bits, jnp.float32), amax)
+
+
+def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states, float [..., H] -> f8e4m3fn[..., H], f32[..., H/128] scales: one per token and 128 columns."""
+    blocks = _blocked(x, TOKEN_BLOCK)
+    scale = divide(jnp.maximum(_amax(blocks), TOKEN_AMAX_FLOOR), E4M3_MAX)
+    return to_e4m3(divide(blocks, scale[..., None])).reshape(x.shape), scale
+
+
+def quantize_activations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Input of the down projection, float [..., I] -> f8e4m3fn[..., I], f32[..., I/64] scales, powers of two."""
+    blocks = _blocked(a, ACTIVATION_BLOCK)
+    scale = power_of_two_scale(jnp.maximum(_amax(blocks), ACTIVATION_AMAX_FLOOR))
+    return to_e4m3(divide(blocks, scale[..., None])).reshape(a.shape), scale
+
+
+def quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A weight, float [..., N, K] -> f8e4m3fn[..., N, K], f32[..., N/128, K/128] scales: one per 128x128 block.
+
+    The scale is amax / 448, or 1 for a block of zeros (or of numbers so small that their scale would be subnormal).
+    """
+    blocks = _weight_blocks(weight)
+    amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
+    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, divide(amax, E4M3_MAX))
+    values = to_e4m3(divide(blocks, jnp.expand_dims(scale, (-3, -1))))
+    return reshape_trailing(values, weight.ndim - 2, *weight.shape[-2:]), scale
+
+
+def dequantize_blocks(weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """The inverse of `quantize_blocks` up to its rounding -> f32[..., N, K]."""
+    blocks = _weight_blocks(weight) * jnp.expand_dims(scale, (-3, -1))
+    return reshape_trailing(blocks, weight.ndim - 2, *weight.shape[-2:])
+
+
+def _weight_blocks(weight: jax.Array) -> jax.Array:
+    n, k = weight.shape[-2:]
+    blocks = n // WEIGHT_BLOCK, WEIGHT_BLOCK, k // WEIGHT_BLOCK, WEIGHT_BLOCK
+    return reshape_trailing(jnp.asarray(weight, jnp.float32), weight.ndim - 2, *blocks)
+
+
+def _blocked(x: jax.Array, size: int) -> jax.Array:
+    return jnp.asarray(x, jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def _amax(blocks: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(blocks), axis=-1)

@@ -1,0 +1,236 @@
+"""The numerics of docs/numerics.md in jax.numpy: what runs on a CPU, and what the kernel is compared with."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_megamoe import layout, quantization
+from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from jax_megamoe.weights import ExpertWeights
+
+# Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
+# tile's FP32 accumulators stay small beside the weights.
+_MAX_ROWS = 512
+_MIN_ROWS = 8
+
+
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    activation_clamp: float | None = None,
+    routed_scaling_factor: float = 1.0,
+    return_expert_load: bool = False,
+    layer: int | jax.Array | None = None,
+    expert_axis: Any = "expert",
+    token_axes: Any = ("data", "expert"),
+    implementation: str | None = None,
+) -> Any:
+    """`jax_megamoe.moe`, computed by plain array code.
+
+    x bf16[..., H], topk_ids int32[..., k], topk_weights f32[..., k] -> bf16[..., H], with `return_expert_load` also
+    int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised; all experts have
+    to be present, so `expert_axis` and `token_axes` have no influence.
+    """
+    del expert_axis, token_axes
+    if implementation not in (None, "reference"):
+        raise MegaMoEError(
+            f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
+        )
+    _check(x, weights, topk_ids, topk_weights, activation_clamp, layer)
+    tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
+    y, load = moe_local(
+        x.reshape(tokens, x.shape[-1]),
+        weights.gate_up,
+        weights.gate_up_scale,
+        weights.down,
+        weights.down_scale,
+        topk_ids.reshape(tokens, top_k),
+        topk_weights.reshape(tokens, top_k),
+        0 if layer is None else layer,
+        activation_clamp=math.inf if activation_clamp is None else activation_clamp,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    y = y.reshape(x.shape)
+    return (y, load) if return_expert_load else y
+
+
+def moe_local(
+    x: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scale: jax.Array,
+    down: jax.Array,
+    down_scale: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: int | jax.Array = 0,
+    *,
+    activation_clamp: float = math.inf,
+    routed_scaling_factor: float = 1.0,
+    out_dtype: Any = jnp.bfloat16,
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of one device: tokens -> the sum of their results, and how many pairs each expert received.
+
+    The pairs (token, slot) are sorted by expert and cut into tiles of one expert each; a loop runs over the tiles that
+    exist, so time follows the number of pairs, and memory holds one BF16 row per pair beside a tile's temporaries.
+
+    Args:
+      x: bf16[T, H].
+      gate_up, gate_up_scale, down, down_scale: packed leaves (`layout`) that lead with E_local, or with L, E_local.
+      topk_ids: int32[T, k], local ids; anything outside [0, E_local) is an unused slot.
+      topk_weights: f32[T, k].
+      layer: int32[], which layer of stacked leaves.
+      activation_clamp: bound of gate and up; infinity for none.
+      routed_scaling_factor: multiplies topk_weights.
+      out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
+
+    Returns:
+      y out_dtype[T, H] and load int32[E_local].
+    """
+    # XLA on CPUs slices FP8 arrays by converting them to half precision, whole; bytes it just slices.
+    gate_up, down = (jax.lax.bitcast_convert_type(leaf, jnp.uint8) for leaf in (gate_up, down))
+    leaves = [jnp.asarray(leaf) for leaf in (gate_up, gate_up_scale, down, down_scale)]
+    if gate_up.ndim == 4:
+        leaves, layer = [leaf[None] for leaf in leaves], 0
+    num_experts = leaves[0].shape[1]
+    (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
+    num_pairs = num_tokens * top_k
+    if num_pairs == 0 or num_experts == 0:
+        return jnp.zeros((num_tokens, hidden_size), out_dtype), jnp.zeros(num_experts, jnp.int32)
+
+    used = (topk_ids >= 0) & (topk_ids < num_experts)
+    expert_of_pair = jnp.where(used, topk_ids, num_experts).reshape(num_pairs)
+    order = jnp.argsort(expert_of_pair, stable=True)
+    begin = jnp.searchsorted(expert_of_pair[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
+    load = begin[1:] - begin[:-1]
+    rows = min(_MAX_ROWS, max(_MIN_ROWS, 1 << (num_pairs // num_experts).bit_length()))
+    last_tile = jnp.cumsum(-(-load // rows))
+
+    quantized, token_scales = quantization.quantize_tokens(x)
+    tokens = quantized.astype(jnp.bfloat16)
+    routing = jnp.where(used, topk_weights.astype(jnp.float32) * routed_scaling_factor, 0.0).reshape(num_pairs)
+    # One tile more than there are pairs, so that the last tile's write is not moved to fit.
+    padded_order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (rows,))])
+
+    def run_tile(tile: jax.Array, results: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(last_tile, tile, side="right")
+        tiles_before = jnp.where(expert > 0, last_tile[expert - 1], 0)
+        first = begin[expert] + (tile - tiles_before) * rows
+        pairs = jax.lax.dynamic_slice_in_dim(padded_order, first, rows)
+        token = pairs // top_k
+        result = _expert(
+            tokens[token],
+            token_scales[token],
+            routing[pairs],
+            *(leaf[layer, expert] for leaf in leaves),
+            activation_clamp=activation_clamp,
+        )
+        # Rows beyond the expert's last pair are those of later experts, whose tiles come later and overwrite them.
+        return jax.lax.dynamic_update_slice_in_dim(results, result, first, 0)
+
+    results = _zeros_like_varying((num_pairs + rows, hidden_size), jnp.bfloat16, x, gate_up, topk_ids, topk_weights)
+    results = jax.lax.fori_loop(0, last_tile[-1], run_tile, results)
+
+    row_of_pair = jnp.zeros_like(order).at[order].set(jnp.arange(num_pairs, dtype=order.dtype)).reshape(used.shape)
+    y = jnp.zeros((num_tokens, hidden_size), jnp.float32)
+    for slot in range(top_k):
+        y += jnp.where(used[:, slot, None], results[row_of_pair[:, slot]].astype(jnp.float32), 0.0)
+    return y.astype(out_dtype), load
+
+
+def _expert(
+    tokens: jax.Array,
+    token_scales: jax.Array,
+    routing: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scale: jax.Array,
+    down: jax.Array,
+    down_scale: jax.Array,
+    *,
+    activation_clamp: float,
+) -> jax.Array:
+    """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R]."""
+    intermediate_size = gate_up.shape[0] * layout.PLANE_ROWS
+    gate_up_scale = layout.unpack_gate_up_scale(gate_up_scale)
+    down_scale = layout.unpack_down_scale(down_scale, intermediate_size)
+
+    both = _scaled_matmul(tokens, token_scales, layout.unpack_gate_up(gate_up), gate_up_scale)
+    gate = jnp.minimum(both[:, :intermediate_size], activation_clamp)
+    up = jnp.clip(both[:, intermediate_size:], -activation_clamp, activation_clamp)
+    activations = gate / (1.0 + jnp.exp(-gate)) * up * routing[:, None]
+
+    quantized, scales = quantization.quantize_activations(activations)
+    return _scaled_matmul(quantized, scales, layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
+
+
+def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
+    """E4M3 [R, K], scales f32[R, K/S], times the transpose of E4M3 [N, K], scales f32[N/128, K/128] -> f32[R, N].
+
+    Each partial sum over S of K is added to the accumulator after scaling, in the order of K. Either operand may be
+    held in a wider type than FP8.
+    """
+    num_rows, k = a.shape
+    num_columns = b.shape[0]
+    num_blocks = a_scale.shape[1]
+    block = k // num_blocks
+    # BF16 holds every E4M3 value, and FP32 every product of two: as exact as FP32 operands, on every backend.
+    a_blocks = jnp.moveaxis(a.astype(jnp.bfloat16).reshape(num_rows, num_blocks, block), 1, 0)
+    b_blocks = jnp.moveaxis(b.astype(jnp.bfloat16).reshape(num_columns, num_blocks, block), 1, 0)
+    b_scales = jnp.repeat(b_scale.T, layout.BLOCK // block, axis=0)
+
+    def add_block(accumulator: jax.Array, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        a_block, b_block, row_scale, column_scale = operands
+        partial = jax.lax.dot_general(
+            a_block, b_block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision="highest"
+        )
+        scale = row_scale[:, None] * jnp.repeat(column_scale, layout.BLOCK)[None, :]
+        return accumulator + scale * partial, None
+
+    start = _zeros_like_varying((num_rows, num_columns), jnp.float32, a, a_scale, b, b_scale)
+    return jax.lax.scan(add_block, start, (a_blocks, b_blocks, a_scale.T, b_scales))[0]
+
+
+def _zeros_like_varying(shape: tuple[int, ...], dtype: Any, *others: jax.Array) -> jax.Array:
+    """Zeros to start a loop from that, in `shard_map`, count as varying over the mesh axes over which `others` vary."""
+    # The sum of no elements is zero, whatever the array holds, and inherits the mark.
+    nothing = (jnp.sum(other[(slice(0, 0),) * other.ndim].astype(jnp.float32)) for other in others)
+    return jnp.zeros(shape, dtype) + sum(nothing, start=jnp.float32(0)).astype(dtype)
+
+
+def _check(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    activation_clamp: float | None,
+    layer: int | jax.Array | None,
+) -> None:
+    if not isinstance(weights, ExpertWeights):
+        raise LayoutError(
+            f"weights is a {type(weights).__name__}, wanted ExpertWeights: call pack_experts or quantize_experts."
+        )
+    if x.dtype != jnp.bfloat16:
+        raise DTypeError(f"x has dtype {x.dtype}, wanted bfloat16: cast it.")
+    if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
+        raise ShapeError(f"x has shape {x.shape}, wanted [..., {weights.hidden_size}], the weights' hidden size.")
+    if topk_ids.dtype != jnp.int32:
+        raise DTypeError(f"topk_ids has dtype {topk_ids.dtype}, wanted int32: cast it.")
+    if topk_weights.dtype != jnp.float32:
+        raise DTypeError(f"topk_weights has dtype {topk_weights.dtype}, wanted float32: cast it.")
+    if topk_ids.ndim != x.ndim or topk_ids.shape[:-1] != x.shape[:-1]:
+        raise ShapeError(f"topk_ids has shape {topk_ids.shape}, wanted {x.shape[:-1]} + (k,) like x.")
+    if topk_weights.shape != topk_ids.shape:
+        raise ShapeError(f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids.")
+    if weights.is_stacked != (layer is not None):
+        wanted = "an index" if weights.is_stacked else "None"
+        raise ShapeError(
+            f"layer is {layer}, wanted {wanted}: the weights are{'' if weights.is_stacked else ' not'} stacked."
+        )
+    if activation_clamp is not None and not activation_clamp > 0:
+        raise MegaMoEError(
+            f"activation_clamp is {activation_clamp}, wanted a positive number: leave it out for no clamp."
+        )

@@ -1,0 +1,15 @@
+"""Settings that have to precede jax's start: which backend the tests use, and with how many devices."""
+
+import importlib.util
+import os
+
+
+def _has_cuda_plugin() -> bool:
+    return any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13, 14))
+
+
+if "JAX_PLATFORMS" not in os.environ and not _has_cuda_plugin():
+    os.environ["JAX_PLATFORMS"] = "cpu"
+# Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

@@ -1,0 +1,107 @@
+"""A second model of docs/numerics.md, in NumPy and apart from the package: natural layouts, loops, GEMMs in float64.
+
+Shares no code with `jax_megamoe`, so that one misreading of the numerics does not pass as agreement.
+"""
+
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+FP8 = ml_dtypes.float8_e4m3fn
+BF16 = ml_dtypes.bfloat16
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Experts(NamedTuple):
+    """FP8 experts as checkpoints hold them: the arguments of `pack_experts`, in that order."""
+
+    gate_up: Array  # f8[E, 2I, H]
+    gate_up_scale: Array  # f32[E, 2I/128, H/128]
+    down: Array  # f8[E, H, I]
+    down_scale: Array  # f32[E, H/128, I/128]
+
+
+def diff(a: Any, b: Any) -> float:
+    """1 - 2<a, b> / (<a, a> + <b, b>) in float64: 0 for equal arrays, also of zeros; NaN where either has one."""
+    a, b = np.asarray(a).astype(np.float64).ravel(), np.asarray(b).astype(np.float64).ravel()
+    norm = a @ a + b @ b
+    return 0.0 if norm == 0 else float(((a - b) @ (a - b)) / norm)
+
+
+def round_e4m3(values: Array) -> Array:
+    """float -> f8e4m3fn, round to nearest even, saturating."""
+    return np.clip(np.asarray(values, np.float32), -448, 448).astype(FP8)
+
+
+def quantize_rows(values: Array, block: int, floor: float, power_of_two: bool) -> tuple[Array, Array]:
+    """f32[T, N] -> f8[T, N], f32[T, N/block]."""
+    blocks = values.astype(np.float32).reshape(values.shape[0], -1, block)
+    scale = np.maximum(np.abs(blocks).max(-1), np.float32(floor)) / np.float32(448)
+    if power_of_two:
+        mantissa, exponent = np.frexp(scale)
+        scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+    return round_e4m3(blocks / scale[..., None]).reshape(values.shape), scale
+
+
+def quantize_experts(gate: Array, up: Array, down: Array) -> Experts:
+    """Float [E, I, H], [E, I, H], [E, H, I] -> FP8 with a scale per 128x128 block, block by block."""
+
+    def quantize(weight: Array) -> tuple[Array, Array]:
+        e, n, k = weight.shape
+        values, scales = np.empty(weight.shape, FP8), np.empty((e, n // 128, k // 128), np.float32)
+        for index in np.ndindex(scales.shape):
+            expert, rows, columns = index[0], *(slice(128 * i, 128 * i + 128) for i in index[1:])
+            block = weight[expert, rows, columns].astype(np.float32)
+            scales[index] = np.abs(block).max() / np.float32(448) or 1
+            values[expert, rows, columns] = round_e4m3(block / scales[index])
+        return values, scales
+
+    return Experts(*quantize(np.concatenate([gate, up], axis=1)), *quantize(down))
+
+
+def dequantize(values: Array, scales: Array) -> Array:
+    """FP8 blocks -> float64, exactly."""
+    return values.astype(np.float64) * scales.astype(np.float64).repeat(128, -1).repeat(128, -2)
+
+
+def moe(
+    x: Array,
+    experts: Experts,
+    topk_ids: Array,
+    topk_weights: Array,
+    *,
+    activation_clamp: float | None = None,
+    routed_scaling_factor: float = 1.0,
+    quantized: bool = True,
+) -> tuple[Array, Array]:
+    """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
+
+    Not `quantized`: the dequantised weights, with nothing rounded anywhere.
+    """
+    num_experts, hidden_size, intermediate_size = experts.down.shape
+    load = np.zeros(num_experts, np.int64)
+    y = np.zeros((len(x), hidden_size), np.float32 if quantized else np.float64)
+    gate_up = dequantize(experts.gate_up, experts.gate_up_scale)
+    down = dequantize(experts.down, experts.down_scale)
+
+    rows = x.astype(np.float64)
+    if quantized:
+        values, scales = quantize_rows(x.astype(np.float32), 128, 1e-4, power_of_two=False)
+        rows = values.astype(np.float64) * scales.repeat(128, -1)
+    for token, row in enumerate(rows):
+        for expert, weight in zip(topk_ids[token], topk_weights[token], strict=True):
+            if not 0 <= expert < num_experts:
+                continue
+            load[expert] += 1
+            both = gate_up[expert] @ row
+            gate, up = both[:intermediate_size], both[intermediate_size:]
+            if activation_clamp is not None:
+                gate, up = np.minimum(gate, activation_clamp), np.clip(up, -activation_clamp, activation_clamp)
+            activation = gate / (1 + np.exp(-gate)) * up * (np.float32(weight) * np.float32(routed_scaling_factor))
+            if quantized:
+                values, scales = quantize_rows(activation[None], 64, 1e-30, power_of_two=True)
+                activation = (values.astype(np.float64) * scales.repeat(64, -1))[0]
+            result = down[expert] @ activation
+            y[token] += result.astype(BF16).astype(np.float32) if quantized else result
+    return (y.astype(BF16) if quantized else y), load

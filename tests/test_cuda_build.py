@@ -1,0 +1,106 @@
+"""What the CUDA compiler made of the kernels, read out of the built module: no GPU needed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
+# The folders CMakeLists.txt takes CUDA sources from.
+COMPILED_FOLDERS = ("host", "kernels", "instantiations", "bench")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled function and what it needs per thread."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+
+
+@cache
+def module_path() -> Path:
+    try:
+        core = importlib.import_module("jax_megamoe._core")
+    except ImportError:
+        pytest.skip("jax_megamoe._core is not built: `pip install -e .` builds it")
+    if not core.has_cuda:
+        pytest.skip("jax_megamoe was built without CUDA (MEGAMOE_CUDA=OFF)")
+    assert core.__file__ is not None
+    return Path(core.__file__)
+
+
+@cache
+def cuobjdump_path() -> Path:
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(root) / "cu13" / "bin" for root in (spec.submodule_search_locations or [] if spec else [])]
+    folders += [Path(root) / "bin" for key in ("CUDA_HOME", "CUDA_PATH") if (root := os.environ.get(key))]
+    if found := shutil.which("cuobjdump"):
+        folders.append(Path(found).parent)
+    for folder in folders:
+        # It prints instructions only with nvdisasm beside it.
+        if all(os.access(folder / tool, os.X_OK) for tool in ("cuobjdump", "nvdisasm")):
+            return folder / "cuobjdump"
+    pytest.fail("no cuobjdump with nvdisasm beside it: install the extra `test` or a CUDA toolkit")
+
+
+@cache
+def dump(option: str) -> str:
+    return subprocess.run([cuobjdump_path(), option, module_path()], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def kernels() -> list[Kernel]:
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    found = re.findall(pattern, dump("--dump-resource-usage"))
+    return [Kernel(name, int(registers), int(stack), int(local)) for name, registers, stack, local in found]
+
+
+@cache
+def instructions() -> dict[str, set[str]]:
+    """Opcodes with their modifiers, for each function."""
+    parts = re.split(r"Function : (\S+)", dump("--dump-sass"))
+    opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)")
+    return {name: set(opcode.findall(text)) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def fused_kernels() -> dict[str, set[str]]:
+    found = {name: opcodes for name, opcodes in instructions().items() if "moe_sm90" in name}
+    assert found, f"no fused kernel among {sorted(instructions())}"
+    return found
+
+
+def test_every_source_is_compiled_for_sm_90a_only():
+    compiled = set(re.findall(r"ELF file\s+\d+: (\S+)\.(sm_\w+)\.cubin", dump("--list-elf")))
+    sources = {source.stem for folder in COMPILED_FOLDERS for source in (CUDA_SOURCES / folder).glob("*.cu")}
+    assert sources, f"no CUDA sources under {CUDA_SOURCES}"
+    assert compiled == {(source, "sm_90a") for source in sources}
+
+
+def test_no_kernel_spills_registers():
+    assert kernels(), "cuobjdump listed no kernels"
+    # Spilled registers live on the stack, and so do arrays with computed indices: both are slow, neither is wanted.
+    assert [kernel for kernel in kernels() if kernel.stack_bytes or kernel.local_bytes] == []
+
+
+def test_fused_kernels_multiply_fp8_on_the_tensor_cores():
+    for name, opcodes in fused_kernels().items():
+        multiplies = {opcode for opcode in opcodes if opcode.startswith("QGMMA")}
+        assert multiplies, f"{name} holds no FP8 WGMMA"
+        assert all(opcode.endswith(".F32.E4M3.E4M3") for opcode in multiplies), f"{name}: {sorted(multiplies)}"
+
+
+def test_fused_kernels_load_weights_by_bulk_copies():
+    for name, opcodes in fused_kernels().items():
+        assert any(opcode.startswith("UBLKCP") for opcode in opcodes), f"{name} holds no bulk copy"

@@ -1,0 +1,108 @@
+"""The packed layout against its definition, element by element, and the way back."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_megamoe import layout
+
+FP8 = ml_dtypes.float8_e4m3fn
+sizes = st.integers(1, 4).map(lambda blocks: 128 * blocks)
+
+
+def random_bytes(seed: int, *shape: int) -> np.ndarray:
+    """All 256 byte values, NaNs among them: a layout moves bytes, whatever they mean."""
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def as_bytes(array: jax.Array) -> np.ndarray:
+    return np.asarray(array).view(np.uint8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99), data=st.data())
+def test_gate_up_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed, data):
+    natural = random_bytes(seed, 2 * intermediate, hidden)
+    packed = as_bytes(layout.pack_gate_up(natural.view(FP8)))
+    assert packed.shape == (intermediate // 64, hidden // 128, 16384)
+    for _ in range(200):
+        tile = data.draw(st.integers(0, intermediate // 64 - 1))
+        block = data.draw(st.integers(0, hidden // 128 - 1))
+        plane, row, byte = (data.draw(st.integers(0, n - 1)) for n in (2, 64, 128))
+        g, q = divmod(row, 16)
+        column = 64 * tile + 32 * plane + 8 * g + q % 8
+        source = natural[column + (intermediate if q >= 8 else 0), 128 * block + byte]
+        chunk = (byte // 16) ^ (row % 8)
+        assert packed[tile, block, 8192 * plane + 128 * row + 16 * chunk + byte % 16] == source
+
+
+@settings(max_examples=25, deadline=None)
+@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99), data=st.data())
+def test_down_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed, data):
+    natural = random_bytes(seed, hidden, intermediate)
+    packed = as_bytes(layout.pack_down(natural.view(FP8)))
+    assert packed.shape == (hidden // 64, intermediate // 128, 8192)
+    for _ in range(200):
+        tile = data.draw(st.integers(0, hidden // 64 - 1))
+        block = data.draw(st.integers(0, intermediate // 128 - 1))
+        row, byte = (data.draw(st.integers(0, n - 1)) for n in (64, 128))
+        g, q = divmod(row, 16)
+        source = natural[64 * tile + 16 * g + (2 * q if q < 8 else 2 * (q - 8) + 1), 128 * block + byte]
+        assert packed[tile, block, 128 * row + 16 * ((byte // 16) ^ (row % 8)) + byte % 16] == source
+
+
+@pytest.mark.parametrize("intermediate", [128, 256, 384])
+def test_scales_lie_where_the_definition_puts_them(intermediate):
+    experts, hidden = 2, 384
+    rng = np.random.default_rng(0)
+    gate, up = rng.random((2, experts, intermediate // 128, hidden // 128), np.float32)
+    packed = np.asarray(layout.pack_gate_up_scale(jnp.concatenate([gate, up], axis=1)))
+    wanted = np.zeros((experts, intermediate // 64, hidden // 128, 4), np.float32)
+    for tile in range(intermediate // 64):
+        wanted[:, tile, :, 0], wanted[:, tile, :, 1] = gate[:, tile // 2], up[:, tile // 2]
+    np.testing.assert_array_equal(packed, wanted)
+
+    down = rng.random((experts, hidden // 128, intermediate // 128), np.float32)
+    packed = np.asarray(layout.pack_down_scale(down))
+    wanted = np.zeros((experts, hidden // 64, -(-intermediate // 256), 4), np.float32)
+    for tile, block in np.ndindex(hidden // 64, intermediate // 128):
+        wanted[:, tile, block // 2, block % 2] = down[:, tile // 2, block]
+    np.testing.assert_array_equal(packed, wanted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=2).map(tuple), hidden=sizes, intermediate=sizes, seed=st.integers(0, 99)
+)
+def test_unpacking_inverts_packing_under_any_leading_dimensions(lead, hidden, intermediate, seed):
+    gate_up = random_bytes(seed, *lead, 2 * intermediate, hidden)
+    np.testing.assert_array_equal(as_bytes(layout.unpack_gate_up(layout.pack_gate_up(gate_up.view(FP8)))), gate_up)
+    down = random_bytes(seed, *lead, hidden, intermediate)
+    np.testing.assert_array_equal(as_bytes(layout.unpack_down(layout.pack_down(down.view(FP8)))), down)
+    scales = np.random.default_rng(seed).random((*lead, 2 * intermediate // 128, hidden // 128), np.float32)
+    np.testing.assert_array_equal(layout.unpack_gate_up_scale(layout.pack_gate_up_scale(scales)), scales)
+    scales = np.random.default_rng(seed).random((*lead, hidden // 128, intermediate // 128), np.float32)
+    np.testing.assert_array_equal(layout.unpack_down_scale(layout.pack_down_scale(scales), intermediate), scales)
+
+
+def test_leading_dimensions_equal_vmap():
+    natural = random_bytes(0, 3, 256, 128).view(FP8)
+    np.testing.assert_array_equal(
+        as_bytes(layout.pack_gate_up(natural)), as_bytes(jax.vmap(layout.pack_gate_up)(natural))
+    )
+    np.testing.assert_array_equal(as_bytes(layout.pack_down(natural)), as_bytes(jax.vmap(layout.pack_down)(natural)))
+
+
+def test_shapes_are_those_that_packing_makes():
+    experts, hidden, intermediate = 3, 256, 384
+    packed = (
+        layout.pack_gate_up(random_bytes(0, experts, 2 * intermediate, hidden).view(FP8)),
+        layout.pack_gate_up_scale(jnp.ones((experts, 2 * intermediate // 128, hidden // 128))),
+        layout.pack_down(random_bytes(0, experts, hidden, intermediate).view(FP8)),
+        layout.pack_down_scale(jnp.ones((experts, hidden // 128, intermediate // 128))),
+    )
+    assert tuple(leaf.shape for leaf in packed) == layout.leaf_shapes(experts, hidden, intermediate)

@@ -1,0 +1,126 @@
+"""FP8 rounding and scales against ml_dtypes and exact arithmetic."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import numpy_model
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_megamoe import quantization
+
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+def as_bytes(array) -> np.ndarray:
+    return np.asarray(array).view(np.uint8)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_rounding_is_to_nearest_even_and_saturates(transform):
+    grid = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
+    grid = np.unique(grid[np.isfinite(grid)])
+    middles = (grid[1:] + grid[:-1]) / 2
+    values = np.concatenate(
+        [
+            grid,
+            middles,
+            np.nextafter(middles, np.float32(np.inf)),
+            np.nextafter(middles, np.float32(-np.inf)),
+            np.float32([0.0, -0.0, 464.0, 480.0, 3e38, -3e38, np.inf, -np.inf, 1e-30, np.nan]),
+        ]
+    )
+    wanted = np.clip(values, -448, 448).astype(FP8)
+    np.testing.assert_array_equal(as_bytes(transform(quantization.to_e4m3)(values)), as_bytes(wanted))
+
+
+def test_rounding_does_not_go_through_half_precision():
+    # Just above the middle of 1 and 1.125; half precision would round it to the middle, and that to even, 1.
+    assert float(quantization.to_e4m3(jnp.float32(1.0625 + 2**-20))) == 1.125
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-(2.0**14), 2.0**14, width=32), min_size=1, max_size=64))
+def test_rounding_of_any_value(values):
+    values = np.float32(values)
+    np.testing.assert_array_equal(as_bytes(quantization.to_e4m3(values)), as_bytes(numpy_model.round_e4m3(values)))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_division_is_correctly_rounded(transform):
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=(5000, 16)) * np.exp2(rng.integers(-20, 20, (5000, 16)))).astype(np.float32)
+    b = np.abs(rng.normal(size=(5000, 1))).astype(np.float32)
+    divide = transform(quantization.divide)
+    np.testing.assert_array_equal(divide(a, b), a / b)
+    np.testing.assert_array_equal(divide(a, 448.0), a / np.float32(448))
+    special = np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, 3e38])
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(divide(special, np.float32(1e-5)), special / np.float32(1e-5))
+    assert np.signbit(divide(special, np.float32(1e-5))[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(np.float32(1e-30).item(), 2.0**100, width=32))
+def test_power_of_two_scale_is_the_smallest_that_fits(amax):
+    scale = float(quantization.power_of_two_scale(jnp.float32(amax)))
+    assert math.frexp(scale)[0] == 0.5
+    assert Fraction(scale) / 2 < Fraction(amax) / 448 <= Fraction(scale)
+
+
+def test_power_of_two_scale_at_the_edges():
+    amax = np.float32([448, np.nextafter(np.float32(448), np.float32(449)), 224, 1e-30, np.inf, np.nan])
+    scale = np.asarray(quantization.power_of_two_scale(amax))
+    np.testing.assert_array_equal(scale, np.float32([1, 2, 0.5, 2.0**-108, np.inf, np.nan]))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-6, 1e4])
+def test_tokens_and_activations_match_the_numpy_model(magnitude):
+    rows = (np.random.default_rng(1).normal(size=(50, 512)) * magnitude).astype(np.float32)
+    rows[3], rows[4, :128] = 0, 0
+    for quantize, arguments in (
+        (quantization.quantize_tokens, (128, 1e-4, False)),
+        (quantization.quantize_activations, (64, 1e-30, True)),
+    ):
+        values, scales = jax.jit(quantize)(rows)
+        wanted, wanted_scales = numpy_model.quantize_rows(rows, *arguments)
+        np.testing.assert_array_equal(scales, wanted_scales)
+        np.testing.assert_array_equal(as_bytes(values), as_bytes(wanted))
+
+
+def test_a_row_of_nan_or_infinity_stays_in_its_block():
+    rows = np.ones((3, 256), np.float32)
+    rows[0, 5], rows[1, 200] = np.nan, np.inf
+    for quantize, block in ((quantization.quantize_tokens, 128), (quantization.quantize_activations, 64)):
+        values, scales = quantize(rows)
+        restored = np.asarray(values, np.float32) * np.repeat(scales, block, -1)
+        finite = np.isfinite(restored).reshape(3, -1, block).all(-1)
+        touched = np.zeros_like(finite)
+        touched[0, 5 // block] = touched[1, 200 // block] = True
+        np.testing.assert_array_equal(finite, ~touched)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), exponent=st.integers(-40, 30), seed=st.integers(0, 99))
+def test_blocks_use_their_whole_range(rows, columns, exponent, seed):
+    weight = (np.random.default_rng(seed).normal(size=(rows * 128, columns * 128)) * 2.0**exponent).astype(np.float32)
+    values, scales = quantization.quantize_blocks(weight)
+    assert values.shape == weight.shape and scales.shape == (rows, columns)
+    largest = np.abs(np.asarray(values, np.float32)).reshape(rows, 128, columns, 128).max((1, 3))
+    np.testing.assert_array_equal(largest, 448)
+    restored = np.asarray(quantization.dequantize_blocks(values, scales))
+    # Half a step of three mantissa bits, or of the smallest subnormal.
+    bound = np.maximum(np.abs(weight) * 2.0**-4, np.asarray(scales).repeat(128, 0).repeat(128, 1) * 2.0**-10)
+    assert (np.abs(restored - weight) <= bound * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, -1e-45])
+def test_blocks_without_a_normal_scale_have_scale_one(value):
+    values, scales = quantization.quantize_blocks(jnp.full((128, 128), value))
+    assert float(scales[0, 0]) == 1
+    assert not np.asarray(values, np.float32).any()

@@ -1,0 +1,203 @@
+"""The reference against the NumPy model, and what the contract says about slots, loads and shapes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jax_megamoe as mm
+from jax_megamoe import reference
+from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+
+E, H, I = 6, 256, 384
+# The order of FP32 sums, and FP8 values that it moves across a rounding boundary.
+TOLERANCE = 1e-7
+
+moe = jax.jit(reference.moe, static_argnames=("activation_clamp", "routed_scaling_factor", "return_expert_load"))
+
+
+@pytest.fixture(scope="module")
+def natural() -> numpy_model.Experts:
+    rng = np.random.default_rng(0)
+    shapes = ((E, I, H), (E, I, H), (E, H, I))
+    return numpy_model.quantize_experts(*(rng.normal(size=s).astype(np.float32) * s[-1] ** -0.5 for s in shapes))
+
+
+@pytest.fixture(scope="module")
+def weights(natural) -> mm.ExpertWeights:
+    return mm.pack_experts(*natural)
+
+
+def inputs(num_tokens: int, top_k: int, seed: int = 0, low: int = 0, high: int = E) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_tokens, H)).astype(numpy_model.BF16)
+    ids = rng.integers(low, high, (num_tokens, top_k)).astype(np.int32)
+    probs = rng.random((num_tokens, top_k), np.float32)
+    probs[(ids < 0) | (ids >= E)] = np.nan
+    return x, ids, probs
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 300])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_matches_the_numpy_model(natural, weights, num_tokens, top_k):
+    x, ids, probs = inputs(num_tokens, top_k, low=-2, high=E + 2)
+    y, load = moe(x, weights, ids, probs, return_expert_load=True)
+    wanted, wanted_load = numpy_model.moe(x, natural, ids, probs)
+    assert y.dtype == jnp.bfloat16 and load.dtype == jnp.int32
+    assert numpy_model.diff(y, wanted) < TOLERANCE
+    np.testing.assert_array_equal(load, wanted_load)
+
+
+def test_stays_close_to_unquantised_arithmetic(natural, weights):
+    x, ids, probs = inputs(64, 3)
+    exact, _ = numpy_model.moe(x, natural, ids, probs, quantized=False)
+    assert 1e-5 < numpy_model.diff(moe(x, weights, ids, probs), exact) < 2e-3
+
+
+@pytest.mark.parametrize(("clamp", "factor"), [(0.25, 1.0), (None, 2.5), (10.0, 0.3), (1e-3, 7.0)])
+def test_clamp_and_scaling(natural, weights, clamp, factor):
+    x, ids, probs = inputs(32, 2, seed=3)
+    options = {"activation_clamp": clamp, "routed_scaling_factor": factor}
+    wanted, _ = numpy_model.moe(x, natural, ids, probs, **options)
+    assert numpy_model.diff(moe(x, weights, ids, probs, **options), wanted) < TOLERANCE
+    if clamp is not None and clamp < 1:
+        unclamped = moe(x, weights, ids, probs, routed_scaling_factor=factor)
+        assert numpy_model.diff(unclamped, wanted) > 1e-2
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    pattern=st.sampled_from(["one expert", "two experts", "mostly unused", "duplicates"]),
+    magnitude=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+def test_skewed_and_sparse_routing(natural, weights, seed, pattern, magnitude):
+    x, ids, probs = inputs(40, 4, seed, low=-1)
+    rng = np.random.default_rng(seed)
+    match pattern:
+        case "one expert":
+            ids[:] = rng.integers(E)
+        case "two experts":
+            ids = rng.choice([1, 4], ids.shape).astype(np.int32)
+        case "mostly unused":
+            ids[rng.random(ids.shape) < 0.9] = 2**31 - 1
+        case "duplicates":
+            ids[:, 1:] = ids[:, :1]
+    probs = np.where((ids < 0) | (ids >= E), np.float32(np.nan), np.nan_to_num(probs, nan=0.5))
+    x = (x.astype(np.float32) * magnitude).astype(x.dtype)
+    y, load = moe(x, weights, ids, probs, return_expert_load=True)
+    wanted, wanted_load = numpy_model.moe(x, natural, ids, probs)
+    assert numpy_model.diff(y, wanted) < TOLERANCE
+    np.testing.assert_array_equal(load, wanted_load)
+
+
+def test_a_token_without_slots_gives_exact_zeros(weights):
+    x, ids, probs = inputs(8, 2)
+    ids[3], probs[3] = [-1, E], np.nan
+    y = np.asarray(moe(x, weights, ids, probs))
+    assert not y[3].view(np.uint16).any()
+    assert np.isfinite(y.astype(np.float32)).all()
+    nothing, load = moe(x, weights, np.full_like(ids, -1), np.full_like(probs, np.nan), return_expert_load=True)
+    assert not np.asarray(nothing).view(np.uint16).any() and not np.asarray(load).any()
+
+
+def test_duplicates_count_twice(weights):
+    x, _, _ = inputs(4, 1)
+    twice, load = moe(x, weights, np.full((4, 2), 3, np.int32), np.ones((4, 2), np.float32), return_expert_load=True)
+    once = moe(x, weights, np.full((4, 1), 3, np.int32), np.ones((4, 1), np.float32))
+    np.testing.assert_array_equal(np.asarray(twice, np.float32), 2 * np.asarray(once, np.float32))
+    assert load.tolist() == [0, 0, 0, 8, 0, 0]
+
+
+def test_nan_in_one_token_stays_there(weights):
+    x, ids, probs = inputs(20, 3)
+    clean = np.asarray(moe(x, weights, ids, probs))
+    x[7, 130] = np.nan
+    y = np.asarray(moe(x, weights, ids, probs))
+    assert np.isnan(y[7].astype(np.float32)).all()
+    np.testing.assert_array_equal(np.delete(y, 7, 0).view(np.uint16), np.delete(clean, 7, 0).view(np.uint16))
+
+
+def test_no_tokens(weights):
+    x, ids, probs = inputs(0, 2)
+    y, load = moe(x, weights, ids, probs, return_expert_load=True)
+    assert y.shape == (0, H) and load.tolist() == [0] * E
+
+
+def test_leading_dimensions_and_vmap_give_the_same_rows(weights):
+    x, ids, probs = inputs(12, 2)
+    flat = np.asarray(moe(x, weights, ids, probs), np.float32)
+    split = [array.reshape(2, 3, 2, -1) for array in (x, ids, probs)]
+    np.testing.assert_array_equal(np.asarray(moe(split[0], weights, *split[1:]), np.float32), flat.reshape(2, 3, 2, H))
+    mapped = jax.vmap(lambda x, ids, probs: reference.moe(x, weights, ids, probs))(*split)
+    assert numpy_model.diff(mapped, flat) < TOLERANCE
+    single = moe(x[0], weights, ids[0], probs[0])
+    assert single.shape == (H,) and numpy_model.diff(single, flat[0]) < TOLERANCE
+
+
+def test_stacked_layers_eager_and_scanned(weights):
+    x, ids, probs = inputs(5, 2)
+    reversed_experts = jax.tree.map(lambda leaf: leaf[::-1], weights)
+    stacked = mm.stack_experts([weights, reversed_experts])
+    wanted = [np.asarray(moe(x, layer, ids, probs), np.float32) for layer in (weights, reversed_experts)]
+    _, scanned = jax.lax.scan(
+        lambda carry, i: (carry, reference.moe(x, stacked, ids, probs, layer=i)), None, jnp.arange(2)
+    )
+    for layer in range(2):
+        np.testing.assert_array_equal(np.asarray(scanned[layer], np.float32), wanted[layer])
+    np.testing.assert_array_equal(np.asarray(reference.moe(x, stacked, ids, probs, layer=1), np.float32), wanted[1])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_local_parts_add_up_over_an_expert_axis(weights, check_vma):
+    x, ids, probs = inputs(16, 3, low=-1)
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+
+    def local(x, w, ids, probs):
+        first = jax.lax.axis_index("expert") * w.gate_up.shape[0]
+        leaves = w.gate_up, w.gate_up_scale, w.down, w.down_scale
+        y, load = reference.moe_local(x, *leaves, ids - first, probs, out_dtype=jnp.float32)
+        return jax.lax.psum(y, "expert").astype(jnp.bfloat16), load
+
+    in_specs, out_specs = (P(), P("expert"), P(), P()), (P(), P("expert"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    y, load = jax.jit(mapped)(x, weights, ids, probs)
+    wanted, wanted_load = moe(x, weights, ids, probs, return_expert_load=True)
+    # The sums over slots associate differently: at most one BF16 rounding apart.
+    assert numpy_model.diff(y, wanted) < 1e-6
+    np.testing.assert_array_equal(load, wanted_load)
+
+
+def test_runs_are_bitwise_reproducible(weights):
+    arguments = inputs(33, 3)
+    first, second = (np.asarray(moe(arguments[0], weights, *arguments[1:])) for _ in range(2))
+    np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        ({"x": np.zeros((4, H), np.float32)}, DTypeError, "x has dtype float32, wanted bfloat16"),
+        ({"x": jnp.zeros((4, 128), jnp.bfloat16)}, ShapeError, r"x has shape \(4, 128\)"),
+        ({"topk_ids": np.zeros((3, 2), np.int32)}, ShapeError, r"topk_ids has shape \(3, 2\)"),
+        ({"topk_ids": np.zeros((4, 2), np.float32)}, DTypeError, "topk_ids has dtype float32, wanted int32"),
+        ({"topk_weights": np.zeros((4, 3), np.float32)}, ShapeError, r"topk_weights has shape \(4, 3\)"),
+        ({"weights": None}, LayoutError, "weights is a NoneType"),
+        ({"layer": 0}, ShapeError, "layer is 0, wanted None"),
+        ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive number"),
+        ({"activation_clamp": float("nan")}, MegaMoEError, "activation_clamp is nan"),
+        ({"implementation": "cuda"}, MegaMoEError, "implementation is 'cuda'"),
+    ],
+)
+def test_unfit_arguments_are_refused_by_name(weights, replaced, error, message):
+    x, ids, probs = inputs(4, 2)
+    arguments: dict[str, Any] = {"x": x, "weights": weights, "topk_ids": ids, "topk_weights": probs}
+    with pytest.raises(error, match=message):
+        reference.moe(**{**arguments, **replaced})
