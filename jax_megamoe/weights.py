@@ -12,6 +12,8 @@ from jax_megamoe import layout as layouts
 from jax_megamoe import quantization
 from jax_megamoe.errors import DTypeError, LayoutError, ShapeError
 
+Array = jax.Array | np.ndarray
+
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 
 
@@ -68,7 +70,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-def quantize_experts(gate: jax.Array, up: jax.Array, down: jax.Array) -> ExpertWeights:
+def quantize_experts(gate: Array, up: Array, down: Array) -> ExpertWeights:
     """Quantises float weights to FP8 with one scale per 128x128 block, and packs them.
 
     gate, up: float [E, I, H]; down: float [E, H, I]; H and I multiples of 128.
@@ -88,7 +90,7 @@ def quantize_experts(gate: jax.Array, up: jax.Array, down: jax.Array) -> ExpertW
     return _quantize(gate, up, down)
 
 
-def pack_experts(gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array) -> ExpertWeights:
+def pack_experts(gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array) -> ExpertWeights:
     """Packs FP8 weights with a scale per 128x128 block, as checkpoints hold them; nothing is rounded.
 
     gate_up: f8e4m3fn[E, 2I, H], gate rows first; gate_up_scale: f32 or bf16 [E, 2I/128, H/128];

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax_megamoe import layout
 
 FP8 = ml_dtypes.float8_e4m3fn
-sizes = st.integers(1, 4).map(lambda blocks: 128 * blocks)
+# Few enough sizes that most examples find their program compiled.
+sizes = st.sampled_from([128, 256, 384])
 
 
 def random_bytes(seed: int, *shape: int) -> np.ndarray:
@@ -19,40 +20,34 @@ def random_bytes(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def as_bytes(array: jax.Array) -> np.ndarray:
+def as_bytes(array: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(array).view(np.uint8)
 
 
-@settings(max_examples=25, deadline=None)
-@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99), data=st.data())
-def test_gate_up_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed, data):
+@settings(max_examples=10, deadline=None)
+@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99))
+def test_gate_up_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed):
     natural = random_bytes(seed, 2 * intermediate, hidden)
-    packed = as_bytes(layout.pack_gate_up(natural.view(FP8)))
+    packed = as_bytes(jax.jit(layout.pack_gate_up)(natural.view(FP8)))
     assert packed.shape == (intermediate // 64, hidden // 128, 16384)
-    for _ in range(200):
-        tile = data.draw(st.integers(0, intermediate // 64 - 1))
-        block = data.draw(st.integers(0, hidden // 128 - 1))
-        plane, row, byte = (data.draw(st.integers(0, n - 1)) for n in (2, 64, 128))
-        g, q = divmod(row, 16)
-        column = 64 * tile + 32 * plane + 8 * g + q % 8
-        source = natural[column + (intermediate if q >= 8 else 0), 128 * block + byte]
-        chunk = (byte // 16) ^ (row % 8)
-        assert packed[tile, block, 8192 * plane + 128 * row + 16 * chunk + byte % 16] == source
+    tile, block, plane, row, byte = np.indices((*packed.shape[:2], 2, 64, 128))
+    g, q = row // 16, row % 16
+    column = 64 * tile + 32 * plane + 8 * g + q % 8
+    source = natural[column + np.where(q >= 8, intermediate, 0), 128 * block + byte]
+    position = 8192 * plane + 128 * row + 16 * ((byte // 16) ^ (row % 8)) + byte % 16
+    np.testing.assert_array_equal(packed[tile, block, position], source)
 
 
-@settings(max_examples=25, deadline=None)
-@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99), data=st.data())
-def test_down_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed, data):
+@settings(max_examples=10, deadline=None)
+@given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99))
+def test_down_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed):
     natural = random_bytes(seed, hidden, intermediate)
-    packed = as_bytes(layout.pack_down(natural.view(FP8)))
+    packed = as_bytes(jax.jit(layout.pack_down)(natural.view(FP8)))
     assert packed.shape == (hidden // 64, intermediate // 128, 8192)
-    for _ in range(200):
-        tile = data.draw(st.integers(0, hidden // 64 - 1))
-        block = data.draw(st.integers(0, intermediate // 128 - 1))
-        row, byte = (data.draw(st.integers(0, n - 1)) for n in (64, 128))
-        g, q = divmod(row, 16)
-        source = natural[64 * tile + 16 * g + (2 * q if q < 8 else 2 * (q - 8) + 1), 128 * block + byte]
-        assert packed[tile, block, 128 * row + 16 * ((byte // 16) ^ (row % 8)) + byte % 16] == source
+    tile, block, row, byte = np.indices((*packed.shape[:2], 64, 128))
+    g, q = row // 16, row % 16
+    source = natural[64 * tile + 16 * g + np.where(q < 8, 2 * q, 2 * (q - 8) + 1), 128 * block + byte]
+    np.testing.assert_array_equal(packed[tile, block, 128 * row + 16 * ((byte // 16) ^ (row % 8)) + byte % 16], source)
 
 
 @pytest.mark.parametrize("intermediate", [128, 256, 384])
@@ -67,26 +62,34 @@ def test_scales_lie_where_the_definition_puts_them(intermediate):
     np.testing.assert_array_equal(packed, wanted)
 
     down = rng.random((experts, hidden // 128, intermediate // 128), np.float32)
-    packed = np.asarray(layout.pack_down_scale(down))
+    packed = np.asarray(layout.pack_down_scale(jnp.asarray(down)))
     wanted = np.zeros((experts, hidden // 64, -(-intermediate // 256), 4), np.float32)
     for tile, block in np.ndindex(hidden // 64, intermediate // 128):
         wanted[:, tile, block // 2, block % 2] = down[:, tile // 2, block]
     np.testing.assert_array_equal(packed, wanted)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    lead=st.lists(st.integers(1, 3), max_size=2).map(tuple), hidden=sizes, intermediate=sizes, seed=st.integers(0, 99)
-)
+def round_trip(gate_up, gate_up_scale, down, down_scale):
+    return (
+        layout.unpack_gate_up(layout.pack_gate_up(gate_up)),
+        layout.unpack_gate_up_scale(layout.pack_gate_up_scale(gate_up_scale)),
+        layout.unpack_down(layout.pack_down(down)),
+        layout.unpack_down_scale(layout.pack_down_scale(down_scale), down.shape[-1]),
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(lead=st.sampled_from([(), (3,), (2, 1)]), hidden=sizes, intermediate=sizes, seed=st.integers(0, 99))
 def test_unpacking_inverts_packing_under_any_leading_dimensions(lead, hidden, intermediate, seed):
-    gate_up = random_bytes(seed, *lead, 2 * intermediate, hidden)
-    np.testing.assert_array_equal(as_bytes(layout.unpack_gate_up(layout.pack_gate_up(gate_up.view(FP8)))), gate_up)
-    down = random_bytes(seed, *lead, hidden, intermediate)
-    np.testing.assert_array_equal(as_bytes(layout.unpack_down(layout.pack_down(down.view(FP8)))), down)
-    scales = np.random.default_rng(seed).random((*lead, 2 * intermediate // 128, hidden // 128), np.float32)
-    np.testing.assert_array_equal(layout.unpack_gate_up_scale(layout.pack_gate_up_scale(scales)), scales)
-    scales = np.random.default_rng(seed).random((*lead, hidden // 128, intermediate // 128), np.float32)
-    np.testing.assert_array_equal(layout.unpack_down_scale(layout.pack_down_scale(scales), intermediate), scales)
+    rng = np.random.default_rng(seed)
+    natural = (
+        random_bytes(seed, *lead, 2 * intermediate, hidden).view(FP8),
+        rng.random((*lead, 2 * intermediate // 128, hidden // 128), np.float32),
+        random_bytes(seed, *lead, hidden, intermediate).view(FP8),
+        rng.random((*lead, hidden // 128, intermediate // 128), np.float32),
+    )
+    for restored, wanted in zip(jax.jit(round_trip)(*natural), natural, strict=True):
+        np.testing.assert_array_equal(as_bytes(restored), as_bytes(wanted))
 
 
 def test_leading_dimensions_equal_vmap():

@@ -32,7 +32,7 @@ def test_rounding_is_to_nearest_even_and_saturates(transform):
             middles,
             np.nextafter(middles, np.float32(np.inf)),
             np.nextafter(middles, np.float32(-np.inf)),
-            np.float32([0.0, -0.0, 464.0, 480.0, 3e38, -3e38, np.inf, -np.inf, 1e-30, np.nan]),
+            np.array([0.0, -0.0, 464.0, 480.0, 3e38, -3e38, np.inf, -np.inf, 1e-30, np.nan], np.float32),
         ]
     )
     wanted = np.clip(values, -448, 448).astype(FP8)
@@ -45,10 +45,11 @@ def test_rounding_does_not_go_through_half_precision():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-(2.0**14), 2.0**14, width=32), min_size=1, max_size=64))
+@given(st.lists(st.floats(-(2.0**14), 2.0**14, width=32), min_size=64, max_size=64))
 def test_rounding_of_any_value(values):
-    values = np.float32(values)
-    np.testing.assert_array_equal(as_bytes(quantization.to_e4m3(values)), as_bytes(numpy_model.round_e4m3(values)))
+    values = np.array(values, np.float32)
+    rounded = jax.jit(quantization.to_e4m3)(values)
+    np.testing.assert_array_equal(as_bytes(rounded), as_bytes(numpy_model.round_e4m3(values)))
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
@@ -59,7 +60,7 @@ def test_division_is_correctly_rounded(transform):
     divide = transform(quantization.divide)
     np.testing.assert_array_equal(divide(a, b), a / b)
     np.testing.assert_array_equal(divide(a, 448.0), a / np.float32(448))
-    special = np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, 3e38])
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 3e38], np.float32)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(divide(special, np.float32(1e-5)), special / np.float32(1e-5))
     assert np.signbit(divide(special, np.float32(1e-5))[1])
@@ -74,9 +75,9 @@ def test_power_of_two_scale_is_the_smallest_that_fits(amax):
 
 
 def test_power_of_two_scale_at_the_edges():
-    amax = np.float32([448, np.nextafter(np.float32(448), np.float32(449)), 224, 1e-30, np.inf, np.nan])
+    amax = jnp.array([448, np.nextafter(np.float32(448), np.float32(449)), 224, 1e-30, np.inf, np.nan])
     scale = np.asarray(quantization.power_of_two_scale(amax))
-    np.testing.assert_array_equal(scale, np.float32([1, 2, 0.5, 2.0**-108, np.inf, np.nan]))
+    np.testing.assert_array_equal(scale, [1, 2, 0.5, 2.0**-108, np.inf, np.nan])
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-6, 1e4])
@@ -97,7 +98,7 @@ def test_a_row_of_nan_or_infinity_stays_in_its_block():
     rows = np.ones((3, 256), np.float32)
     rows[0, 5], rows[1, 200] = np.nan, np.inf
     for quantize, block in ((quantization.quantize_tokens, 128), (quantization.quantize_activations, 64)):
-        values, scales = quantize(rows)
+        values, scales = quantize(jnp.asarray(rows))
         restored = np.asarray(values, np.float32) * np.repeat(scales, block, -1)
         finite = np.isfinite(restored).reshape(3, -1, block).all(-1)
         touched = np.zeros_like(finite)
@@ -106,14 +107,15 @@ def test_a_row_of_nan_or_infinity_stays_in_its_block():
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 3), columns=st.integers(1, 3), exponent=st.integers(-40, 30), seed=st.integers(0, 99))
-def test_blocks_use_their_whole_range(rows, columns, exponent, seed):
+@given(exponent=st.integers(-40, 30), seed=st.integers(0, 99))
+def test_blocks_use_their_whole_range(exponent, seed):
+    rows, columns = 2, 3
     weight = (np.random.default_rng(seed).normal(size=(rows * 128, columns * 128)) * 2.0**exponent).astype(np.float32)
-    values, scales = quantization.quantize_blocks(weight)
+    values, scales = jax.jit(quantization.quantize_blocks)(weight)
     assert values.shape == weight.shape and scales.shape == (rows, columns)
     largest = np.abs(np.asarray(values, np.float32)).reshape(rows, 128, columns, 128).max((1, 3))
     np.testing.assert_array_equal(largest, 448)
-    restored = np.asarray(quantization.dequantize_blocks(values, scales))
+    restored = np.asarray(jax.jit(quantization.dequantize_blocks)(values, scales))
     # Half a step of three mantissa bits, or of the smallest subnormal.
     bound = np.maximum(np.abs(weight) * 2.0**-4, np.asarray(scales).repeat(128, 0).repeat(128, 1) * 2.0**-10)
     assert (np.abs(restored - weight) <= bound * (1 + 1e-5)).all()

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "bench/read_ceiling.h"
 #include "host/launch.h"
-#include "read_ceiling.cuh"
 #include "reference.cuh"
 
 #define CHECK(call)                                                                                   \
@@ -294,8 +294,8 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
     uint32_t* sink = device_array<uint32_t>(1);
     // Reads the gate/up weights cyclically from a moving start: as many bytes, as far apart as the calls' own.
     const double ceiling = graph_microseconds([&](int n, cudaStream_t stream) {
-      CHECK(probe::launch_read_ceiling(w.gate_up, total, static_cast<size_t>(n) * (total / kInputs), bytes, sink,
-                                       num_sms(), stream));
+      CHECK(megamoe::launch_read_ceiling(w.gate_up, total, static_cast<size_t>(n) * (total / kInputs), bytes, sink,
+                                         num_sms(), stream));
     });
     std::printf(
         "H %d I %d E %d k %d T %4d: touched %.1f, %7.1f us, ceiling %7.1f us (%4.0f GB/s), ratio %.3f, %.0f TFLOP/s\n",

@@ -5,9 +5,11 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 
+from jax_megamoe.api import Implementation
 from jax_megamoe.demo import checkpoint as checkpoints
 from jax_megamoe.demo import text
 from jax_megamoe.demo.checkpoint import Checkpoint, CheckpointError
@@ -58,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, help="file of the trained model (default: demo.npz in the user's cache directory)"
     )
     parser.add_argument("--retrain", action="store_true", help="train even if a checkpoint exists, and replace it")
-    parser.add_argument(
-        "--implementation", choices=("cuda", "collective", "reference"), help="passed to jax_megamoe.moe"
-    )
+    parser.add_argument("--implementation", choices=get_args(Implementation), help="passed to jax_megamoe.moe")
     return parser
 
 
@@ -84,7 +84,7 @@ def _load(arguments: argparse.Namespace, path: Path, config: ModelConfig, corpus
         return None
 
 
-def _try_moe(config: ModelConfig, corpus: text.Corpus, implementation: str | None) -> None:
+def _try_moe(config: ModelConfig, corpus: text.Corpus, implementation: Implementation | None) -> None:
     """Runs `moe` once, so that a machine it cannot serve says so before the training rather than after it."""
     untrained = initialize(config, jax.random.key(0))
     experts = quantize(untrained.experts)

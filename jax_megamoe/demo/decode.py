@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_megamoe.api import Implementation
 from jax_megamoe.demo import text
 from jax_megamoe.demo.model import Cache, Experts, ModelConfig, Parameters, decode_step, empty_cache
 
@@ -36,7 +37,7 @@ def decode_loop(
     lengths: jax.Array,
     key: jax.Array,
     temperature: float,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """Continues prompts int32[B, N], of which row b holds lengths[b] symbols (1 or more), to N symbols each.
 
@@ -73,7 +74,7 @@ def generate(
     *,
     temperature: float = 0.7,
     seed: int = 0,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Generation:
     """Continues every prompt by `num_tokens` symbols; compilation is not part of the time.
 

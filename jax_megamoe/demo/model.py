@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_megamoe as mm
+from jax_megamoe.api import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _run_blocks(
     attend: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
     state: Any,
     capacity_factor: float | None,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> tuple[jax.Array, Any, Routing]:
     """Scans x[B, S, H] through the layers; `state` (leading L, or None) is what `attend` gets and gives back."""
     float_experts = experts if isinstance(experts, FloatExperts) else None
@@ -208,13 +209,16 @@ def _run_blocks(
         index, block, float_layer, layer_state = scanned
 
         def moe(x: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
-            if float_layer is not None:
+            if isinstance(experts, FloatExperts):
                 return float_moe(x, float_layer, ids, probs, capacity)
             # The stacked weights stay whole and the kernel picks the layer: slicing them here would copy them.
             y = mm.moe(x.astype(jnp.bfloat16), experts, ids, probs, layer=index, implementation=implementation)
             return y.astype(x.dtype)
 
-        x, kept, routing = _block(config, x, block, positions, lambda *qkv: attend(*qkv, layer_state), moe)
+        def attend_layer(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, Any]:
+            return attend(queries, keys, values, layer_state)
+
+        x, kept, routing = _block(config, x, block, positions, attend_layer, moe)
         return x, (kept, routing)
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -233,7 +237,7 @@ def forward(
     tokens: jax.Array,
     *,
     capacity_factor: float | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Logits f32[B, S, V] of the symbol after each of tokens int32[B, S], and the routing of all layers (leading L).
 
@@ -267,7 +271,7 @@ def decode_step(
     position: jax.Array,
     cache: Cache,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Logits f32[B, V] after tokens int32[B] at `position` (int32[]), and the cache with them in it.
 

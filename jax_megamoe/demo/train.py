@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_megamoe.api import Implementation
 from jax_megamoe.demo.model import Experts, ModelConfig, Parameters, Routing, forward, initialize
 
 
@@ -179,7 +180,11 @@ def train(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _surprise(
-    config: ModelConfig, parameters: Parameters, experts: Experts, tokens: jax.Array, implementation: str | None
+    config: ModelConfig,
+    parameters: Parameters,
+    experts: Experts,
+    tokens: jax.Array,
+    implementation: Implementation | None,
 ) -> jax.Array:
     logits, _ = forward(config, parameters, experts, tokens[:, :-1], implementation=implementation)
     return cross_entropy(logits, tokens[:, 1:])
@@ -191,7 +196,7 @@ def bits_per_character(
     experts: Experts,
     text: np.ndarray,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     num_sequences: int = 16,
     max_batches: int | None = None,
 ) -> float:

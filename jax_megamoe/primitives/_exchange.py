@@ -51,16 +51,15 @@ def moe_per_device(
     added = tuple(axis for axis in expert_axes if axis not in split_axes) if is_split or num_ranks == 1 else ()
     counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
 
-    tokens = (x, topk_ids, topk_weights)
+    tokens, ids, routing = x, topk_ids, topk_weights
     if gathered and x.shape[0] > 0:
-        tokens = tuple(jax.lax.all_gather(value, gathered, axis=0, tiled=True) for value in tokens)
+        tokens, ids, routing = (jax.lax.all_gather(v, gathered, axis=0, tiled=True) for v in (tokens, ids, routing))
     if is_split:
         # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
-        first_expert = jax.lax.axis_index(expert_axes) * num_local_experts
-        tokens = (tokens[0], tokens[1] - first_expert, tokens[2])
-
+        ids = ids - jax.lax.axis_index(expert_axes) * num_local_experts
+    # Rounded once, after all ranks' sums have been added.
     out_dtype = jnp.float32 if is_split else jnp.bfloat16
-    y, load = moe_local(tokens[0], *leaves, *tokens[1:], layer, out_dtype=out_dtype, **params)
+    y, load = moe_local(tokens, leaves, ids, routing, layer, out_dtype=out_dtype, **params)
     if x.shape[0] == 0:
         y = x
     else:

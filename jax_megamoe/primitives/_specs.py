@@ -50,7 +50,7 @@ def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
 
 
 def choose_specs(x: Any, leaves: Iterable[Any], mesh: AbstractMesh, axes: Axes) -> Specs:
-    """The specs of a call whose tokens keep their leading dimensions.
+    """The specs of a call whose tokens keep their leading dimensions, from the arguments' abstract values.
 
     Explicit axes split what the types say. Automatic axes split the first dimension of the tokens where they divide it,
     and the experts. Raises `ShardingError` for types that cannot be served, `ShapeError` where E does not divide.
@@ -58,7 +58,7 @@ def choose_specs(x: Any, leaves: Iterable[Any], mesh: AbstractMesh, axes: Axes) 
     dims = _axes_of_dims("x", x)
     if dims[-1]:
         raise ShardingError(
-            f"x is {jax.typeof(x)}, wanted its last dimension, the hidden size, whole on each device: "
+            f"x is {x}, wanted its last dimension, the hidden size, whole on each device: "
             "reshard it to split leading dimensions only."
         )
     tokens = list(dims[:-1])
@@ -83,7 +83,7 @@ def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[s
         found[name] = tuple(axis for axis in dims[dim_of_experts] if mesh.shape[axis] > 1)
         if others or found[name] not in (typed, ()):
             raise ShardingError(
-                f"weights.{name} is {jax.typeof(leaf)}, wanted dimension {dim_of_experts}, the experts, split over "
+                f"weights.{name} is {leaf}, wanted dimension {dim_of_experts}, the experts, split over "
                 f"expert_axis={expert_axes} or nothing split: reshard the weights once, when they are loaded."
             )
         num_experts, num_ranks = leaf.shape[dim_of_experts], axes_size(mesh, wanted)
@@ -101,9 +101,9 @@ def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[s
 
 
 def _axes_of_dims(name: str, value: Any) -> list[tuple[str, ...]]:
-    spec = jax.typeof(value).sharding.spec
+    spec = value.sharding.spec
     if getattr(spec, "unreduced", None):
-        raise ShardingError(f"{name} is {jax.typeof(value)}, wanted no partial sums: reshard it first.")
+        raise ShardingError(f"{name} is {value}, wanted no partial sums: reshard it first.")
     entries = [*spec, *(None,) * (value.ndim - len(spec))]
     return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
 

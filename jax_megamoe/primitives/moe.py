@@ -42,7 +42,7 @@ def moe(
         y, load = moe_p.bind(*operands, mesh=mesh, axes=axes, **params)
         return y, load
     if set(mesh.manual_axes) == set(mesh.axis_names):
-        return _per_device(*operands, mesh=mesh, axes=axes, experts_over=axes.experts, **params)
+        return _per_device(*operands, mesh=mesh, axes=axes, **params)
     return _map_over_mesh(*operands, mesh=mesh, axes=axes, **params)
 
 
@@ -73,7 +73,7 @@ def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> t
 
 def _expand(x: jax.Array, *others: jax.Array, mesh: AbstractMesh, **params: Any) -> tuple[jax.Array, jax.Array]:
     if mesh.empty:
-        return _per_device(x, *others, mesh=mesh, experts_over=(), **params)
+        return _per_device(x, *others, mesh=mesh, **params)
     return _map_over_mesh(x, *others, mesh=mesh, **params)
 
 
@@ -90,7 +90,7 @@ def _map_over_mesh(
         x = _flatten(x, padding, 0)
         topk_ids, topk_weights = _flatten(topk_ids, padding, -1), _flatten(topk_weights, padding, 0)
 
-    specs = _specs.choose_specs(x, leaves, mesh, axes)
+    specs = _specs.choose_specs(jax.typeof(x), [jax.typeof(leaf) for leaf in leaves], mesh, axes)
     token_spec, leaf_specs = specs.token_spec(), tuple(specs.leaf_spec(leaf.ndim) for leaf in leaves)
     in_specs = (token_spec, *leaf_specs, token_spec, token_spec, P())
     operands = (x, *leaves, topk_ids, topk_weights, layer)
@@ -98,11 +98,10 @@ def _map_over_mesh(
     # Explicit types may say that the experts are not split.
     manual_axes = [axis for axis in axes.experts if axis in mesh.manual_axes]
     experts_over = tuple(axis for axis in axes.experts if axis in (*manual_axes, *specs.experts))
-    split_over = tuple(axis for dim in specs.tokens for axis in dim)
+    tokens_over = (*(a for a in axes.tokens if a in mesh.manual_axes), *(a for dim in specs.tokens for a in dim))
 
     def per_device(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = Axes(axes.experts, (*axes.tokens, *split_over))
-        return _per_device(*operands, mesh=mesh, axes=tokens, experts_over=experts_over, **params)
+        return _per_device(*operands, mesh=mesh, axes=Axes(experts_over, tokens_over), **params)
 
     y, load = jax.shard_map(
         per_device,
@@ -121,7 +120,6 @@ def _per_device(
     *others: jax.Array,
     mesh: AbstractMesh,
     axes: Axes,
-    experts_over: tuple[str, ...],
     num_experts: int,
     with_load: bool,
     **params: Any,
@@ -130,7 +128,7 @@ def _per_device(
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
     tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
     if mesh.empty:
-        y, load = moe_local(tokens, *leaves, topk_ids, topk_weights, layer, **params)
+        y, load = moe_local(tokens, leaves, topk_ids, topk_weights, layer, **params)
     else:
         y, load = _exchange.moe_per_device(
             tokens,
@@ -139,7 +137,7 @@ def _per_device(
             topk_weights,
             layer,
             num_experts=num_experts,
-            expert_axes=experts_over,
+            expert_axes=axes.experts,
             token_axes=axes.tokens,
             axis_sizes=mesh.shape,
             with_load=with_load,

@@ -81,6 +81,10 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // ---- fences -------------------------------------------------------------------------------------------------------
 // Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -88,10 +92,6 @@ __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence
 // ---- named barriers -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- device-wide counters -----------------------------------------------------------------------------------------

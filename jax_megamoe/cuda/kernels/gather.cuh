@@ -26,6 +26,21 @@ struct GatherShare {
   __device__ int first_token() const { return first_item / blocks; }
 };
 
+// Asks for the share's first tokens and routing weights before the weights flood the memory queues: behind them a load takes
+// several microseconds.
+__device__ __forceinline__ void prefetch_share(const MoeArguments& args, const GatherShare& share) {
+  constexpr int kLineBytes = 128;
+  constexpr int kLinesPerItem = kGatherColumns * 2 / kLineBytes;
+  const Problem& p = args.problem;
+  const int items = min(share.end_item - share.first_item, kCtaThreads / kLinesPerItem);
+  const int item = share.first_item + threadIdx.x / kLinesPerItem;
+  const int token = item / share.blocks;
+  const int column = (item - token * share.blocks) * kGatherColumns + threadIdx.x % kLinesPerItem * kLineBytes / 2;
+  if (threadIdx.x / kLinesPerItem >= items || column >= p.hidden_size) return;
+  ptx::prefetch_l2(args.x + static_cast<size_t>(token) * p.hidden_size + column);
+  if (threadIdx.x % kLinesPerItem == 0) ptx::prefetch_l2(args.topk_weights + token * p.top_k);
+}
+
 // Offset of byte `column % 128` of image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
 __device__ __forceinline__ int swizzled_offset(int row, int column) {
   return row * kBlockK + ((((column >> 4) ^ row) & 7) << 4) + (column & 15);

@@ -3,6 +3,7 @@
 //   all warps          plan: count the ids, lay out chunks and units
 //   consumers (2 WGs)  gather: quantise a share of the tokens into images -> counter `quantized_ctas`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
+//   signaller          advances the device-wide counters for the consumers
 //   token producer     images into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_tiles_done[tile]`; then combine
@@ -27,14 +28,18 @@ template <bool kSwap>
 __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map,
                                         const CounterSet& counters) {
   StageCursor cursor;
+  Signaller signaller(map.header);
   while (true) {
     ptx::mbarrier_wait(&map.header->full[cursor.stage], cursor.parity);
     const UnitNote note = map.header->note[cursor.stage];
-    if (note.end()) return;
+    if (note.end()) {
+      if (threadIdx.x == 0) signaller.post(nullptr);
+      return;
+    }
     if constexpr (kSwap) {
-      dispatch_swap_unit<1>(args, map, counters, note, cursor);
+      dispatch_swap_unit<1>(args, map, counters, note, signaller, cursor);
     } else {
-      NormalConsumer(args, map, counters, note).run(cursor);
+      NormalConsumer(args, map, counters, note, signaller).run(cursor);
     }
   }
 }
@@ -60,6 +65,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
 
   const Plan plan = SharedMap<kSwap>::plan(shared, p.num_experts);
   const GatherShare share(p);
+  prefetch_share(args, share);
   count_pairs(args, plan, share.first_token() * p.top_k);
   if (warp == 0) lay_out_chunks<kSwap>(plan, p.num_experts);
   __syncthreads();
@@ -73,6 +79,8 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
         produce_weights<kSwap>(args, schedule, map, counters);
       } else if (warp == kTokenProducerWarp) {
         produce_tokens<kSwap>(args, map, counters);
+      } else if (warp == kSignalWarp) {
+        Signaller(map.header).run();
       }
     }
   } else {

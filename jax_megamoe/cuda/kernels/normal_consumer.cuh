@@ -19,8 +19,8 @@ namespace megamoe {
 class NormalConsumer {
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map,
-                                            const CounterSet& counters, const UnitNote& note)
-      : args_(args), map_(map), counters_(counters), note_(note) {
+                                            const CounterSet& counters, const UnitNote& note, Signaller& signaller)
+      : args_(args), map_(map), counters_(counters), note_(note), signaller_(signaller) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first_token() + 8 * half;
@@ -140,7 +140,7 @@ class NormalConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) ptx::add_release(&counters_.gate_up_done[note_.chunk], 1);
+    if (threadIdx.x == 0) signaller_.post(&counters_.gate_up_done[note_.chunk]);
   }
 
   __device__ __forceinline__ void finish_down(const float (&acc)[kAccumulators]) {
@@ -160,13 +160,14 @@ class NormalConsumer {
       }
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) ptx::add_release(&counters_.down_tiles_done[note_.tile], 1);
+    if (threadIdx.x == 0) signaller_.post(&counters_.down_tiles_done[note_.tile]);
   }
 
   const MoeArguments& args_;
   const SharedMap<false>& map_;
   const CounterSet& counters_;
   UnitNote note_;
+  Signaller& signaller_;
   RowSource source_[2] = {{0, 0.0f}, {0, 0.0f}};
 };
 

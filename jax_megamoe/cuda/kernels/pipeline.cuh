@@ -27,9 +27,12 @@ struct UnitNote {
 
 // Fixed part of shared memory.
 struct SharedHeader {
-  uint64_t full[kMaxStages];     // weights and tokens of the stage have landed: two arrivals plus bytes
-  uint64_t empty[kMaxStages];    // every consumer warp has finished with the stage
-  uint64_t claimed[kMaxStages];  // the weight producer has taken the stage; the token producer may fill its part
+  uint64_t full[kMaxStages];            // weights and tokens of the stage have landed: two arrivals plus bytes
+  uint64_t empty[kMaxStages];           // every consumer warp has finished with the stage
+  uint64_t claimed[kMaxStages];         // the weight producer has taken the stage; the token producer may fill its part
+  uint64_t signal_full[kSignalSlots];   // a counter waits to be advanced
+  uint64_t signal_empty[kSignalSlots];  // ... and has been
+  uint32_t* signal[kSignalSlots];
   float weight_scale[kMaxStages][kStageScaleFloats];
   UnitNote note[kMaxStages];
 };
@@ -113,6 +116,10 @@ __device__ __forceinline__ void init_pipeline(SharedHeader* header) {
     ptx::mbarrier_init(&header->empty[stage], kConsumerWarps);
     ptx::mbarrier_init(&header->claimed[stage], 1);
   }
+  for (int slot = 0; slot < kSignalSlots; ++slot) {
+    ptx::mbarrier_init(&header->signal_full[slot], 1);
+    ptx::mbarrier_init(&header->signal_empty[slot], 1);
+  }
   ptx::mbarrier_init_fence();
 }
 
@@ -121,5 +128,36 @@ __device__ __forceinline__ void release_stage(SharedHeader* header, int stage) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&header->empty[stage]);
 }
+
+// Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or two
+// under load. A thread of its own does that, so that the consumers go on to the next unit.
+class Signaller {
+ public:
+  __device__ explicit Signaller(SharedHeader* header) : header_(header) {}
+
+  // Consumer thread 0, after a barrier of the threads whose stores are announced. Null ends the signal thread.
+  __device__ __forceinline__ void post(uint32_t* counter) {
+    ptx::mbarrier_wait(&header_->signal_empty[cursor_.stage], cursor_.parity ^ 1);
+    header_->signal[cursor_.stage] = counter;
+    ptx::mbarrier_arrive(&header_->signal_full[cursor_.stage]);
+    cursor_.advance(kSignalSlots);
+  }
+
+  // The signal thread.
+  __device__ __forceinline__ void run() {
+    while (true) {
+      ptx::mbarrier_wait(&header_->signal_full[cursor_.stage], cursor_.parity);
+      uint32_t* counter = header_->signal[cursor_.stage];
+      if (counter == nullptr) return;
+      ptx::mbarrier_arrive(&header_->signal_empty[cursor_.stage]);
+      ptx::add_release(counter, 1);
+      cursor_.advance(kSignalSlots);
+    }
+  }
+
+ private:
+  SharedHeader* header_;
+  StageCursor cursor_;
+};
 
 }  // namespace megamoe

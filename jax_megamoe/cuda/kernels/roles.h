@@ -7,25 +7,26 @@
 
 namespace megamoe {
 
-// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer and a token producer (one thread each).
+// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and a signaller
+// (one thread each).
 constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kCtaThreads = kConsumerThreads + kWarpgroupThreads;
 constexpr int kWeightProducerWarp = kConsumerWarps;
 constexpr int kTokenProducerWarp = kConsumerWarps + 1;
+constexpr int kSignalWarp = kConsumerWarps + 2;
 constexpr int kProducerRegisters = 72;
 constexpr int kConsumerRegisters = 216;
 
 // Hardware barrier numbers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kConsumersBarrier = 1,     // all consumers
-  kPartialReadyBarrier = 2,  // warpgroup 1's half of a down tile is in shared memory
-  kPartialFreeBarrier = 3,   // ... and has been read
-  kFirstWarpgroupBarrier = 4,
+  kConsumersBarrier = 1,       // all consumers
+  kFirstWarpgroupBarrier = 2,  // consumer warpgroup 0
 };
 
 constexpr int kMaxStages = 12;
+constexpr int kSignalSlots = 4;
 
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>

@@ -19,8 +19,8 @@ template <int kN>
 class SwapConsumer {
  public:
   __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map,
-                                          const CounterSet& counters, const UnitNote& note)
-      : args_(args), map_(map), counters_(counters), note_(note) {
+                                          const CounterSet& counters, const UnitNote& note, Signaller& signaller)
+      : args_(args), map_(map), counters_(counters), note_(note), signaller_(signaller) {
     // Needed by the epilogue only: the load is on its way while the main loop runs. L2 only: another SM wrote it.
     if (threadIdx.x < note.rows()) {
       const int2 raw = __ldcg(reinterpret_cast<const int2*>(args.workspace.row_sources + note.row_base + threadIdx.x));
@@ -181,7 +181,7 @@ class SwapConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) ptx::add_release(&counters_.gate_up_done[note_.chunk], 1);
+    if (threadIdx.x == 0) signaller_.post(&counters_.gate_up_done[note_.chunk]);
   }
 
   // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns of
@@ -207,16 +207,15 @@ class SwapConsumer {
   // Warpgroup 0 adds warpgroup 1's half of K and stores BF16 rows; warpgroup 1 goes on to the next unit.
   __device__ __forceinline__ void finish_down(const float (&acc)[kN / 2]) {
     const int thread = threadIdx.x % kWarpgroupThreads;
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // the previous unit's half has been read
     if (warpgroup() == 1) {
-      ptx::named_barrier_sync(kPartialFreeBarrier, kConsumerThreads);
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) map_.partial[i * kWarpgroupThreads + thread] = acc[i];
-      ptx::named_barrier_arrive(kPartialReadyBarrier, kConsumerThreads);
-      return;
+    } else if (threadIdx.x < note_.rows()) {
+      map_.sources[threadIdx.x] = source_;
     }
-    if (threadIdx.x < note_.rows()) map_.sources[threadIdx.x] = source_;
-    ptx::named_barrier_arrive(kPartialFreeBarrier, kConsumerThreads);
-    ptx::named_barrier_sync(kPartialReadyBarrier, kConsumerThreads);
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+    if (warpgroup() == 1) return;
     const int column = note_.tile * kDownTileColumns + warp_in_group() * 16 + 2 * quad_row();
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {
@@ -232,24 +231,25 @@ class SwapConsumer {
       }
     }
     ptx::named_barrier_sync(kFirstWarpgroupBarrier, kWarpgroupThreads);
-    if (threadIdx.x == 0) ptx::add_release(&counters_.down_tiles_done[note_.tile], 1);
+    if (threadIdx.x == 0) signaller_.post(&counters_.down_tiles_done[note_.tile]);
   }
 
   const MoeArguments& args_;
   const SharedMap<true>& map_;
   const CounterSet& counters_;
   UnitNote note_;
+  Signaller& signaller_;
   RowSource source_{0, 0.0f};
 };
 
 template <int kGroups>
 __device__ __forceinline__ void dispatch_swap_unit(const MoeArguments& args, const SharedMap<true>& map,
                                                    const CounterSet& counters, const UnitNote& note,
-                                                   StageCursor& cursor) {
+                                                   Signaller& signaller, StageCursor& cursor) {
   if (note.padded_rows() == 8 * kGroups) {
-    SwapConsumer<8 * kGroups>(args, map, counters, note).run(cursor);
+    SwapConsumer<8 * kGroups>(args, map, counters, note, signaller).run(cursor);
   } else if constexpr (kGroups < kSwapTokenTile / 8) {
-    dispatch_swap_unit<kGroups + 1>(args, map, counters, note, cursor);
+    dispatch_swap_unit<kGroups + 1>(args, map, counters, note, signaller, cursor);
   }
 }
 

@@ -1,0 +1,121 @@
+"""`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
+
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jax_megamoe import arguments
+from jax_megamoe.errors import MegaMoEError, ShapeError, ShardingError
+from jax_megamoe.primitives import moe as primitive
+from jax_megamoe.weights import ExpertWeights
+
+Implementation = Literal["cuda", "collective", "reference"]
+AxisNames = str | tuple[str, ...] | None
+
+
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    activation_clamp: float | None = None,
+    routed_scaling_factor: float = 1.0,
+    return_expert_load: bool = False,
+    layer: int | jax.Array | None = None,
+    expert_axis: AxisNames = "expert",
+    token_axes: AxisNames = ("data", "expert"),
+    implementation: Implementation | None = None,
+) -> Any:
+    """The expert layer of a mixture-of-experts model: for each token, the weighted sum of its experts' results.
+
+    An expert computes down(silu(gate(x)) * up(x)) with FP8 weights and activations (docs/numerics.md). Works inside and
+    outside `jax.jit`, under automatic, explicit and manual sharding (docs/sharding.md), and under `jax.vmap` over
+    tokens; it has no derivative. Results are the same bits from run to run.
+
+    Args:
+      x: bf16[..., H], hidden states; the leading dimensions together are T tokens.
+      weights: from `quantize_experts` or `pack_experts`, one layer, or with `layer` several that are stacked.
+      topk_ids: int32[..., k], the experts of each token, 1 <= k <= 32. Ids count the experts of all devices. -1, or any
+        id outside [0, E), marks an unused slot; an id that a token has twice counts twice.
+      topk_weights: f32[..., k], routing weights, applied here; those of unused slots are ignored.
+      activation_clamp: c > 0 limits gate to at most c, and up to [-c, c].
+      routed_scaling_factor: multiplies topk_weights.
+      return_expert_load: also returns how many (token, slot) pairs each expert received from all tokens of the mesh.
+      layer: which layer of stacked weights, an int or int32[]; traced ones, as in `jax.lax.scan` over layers, don't
+        slice the weights. Traced values outside [0, L) are clamped.
+      expert_axis: the mesh axis, or axes, that split the experts, inside `jax.shard_map` too. None, or no such axis in
+        the mesh: each device has all experts.
+      token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
+        divide are padded. Explicit axes, and `jax.shard_map` with check_vma=True, tell it by themselves.
+      implementation: None is the fused kernel on SM90 GPUs and array code on CPUs; "cuda" the former or an error;
+        "reference" array code anywhere, slow on a GPU. "collective" puts XLA's collectives around the one-device
+        kernel, which is also what None does today where `expert_axis` has more than one rank.
+
+    Returns:
+      y bf16[..., H], sharded like x; a token without used slots gets zeros. With `return_expert_load` also int32[E],
+      sharded like the experts (in `jax.shard_map`: the part that belongs to this device's experts).
+
+    Raises:
+      ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an argument that cannot be served.
+      MegaMoEError: the class of all these; itself for wrong options, and, while lowering, for a platform or GPU
+        that `implementation` does not run on.
+      NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
+    """
+    arguments.check(
+        x,
+        weights,
+        topk_ids,
+        topk_weights,
+        activation_clamp=activation_clamp,
+        routed_scaling_factor=routed_scaling_factor,
+        layer=layer,
+    )
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise MegaMoEError(
+            f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
+        )
+    leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
+    mesh = _find_mesh(x, topk_ids, topk_weights, *leaves)
+    axes = primitive.Axes(
+        _axes_in_mesh("expert_axis", expert_axis, mesh), _axes_in_mesh("token_axes", token_axes, mesh)
+    )
+    if not mesh.manual_axes and weights.gate_up.shape[-4] != weights.num_experts:
+        raise ShapeError(
+            f"weights hold {weights.gate_up.shape[-4]} of {weights.num_experts} experts, wanted all of them: "
+            "slices of the arrays are weights inside jax.shard_map only."
+        )
+    y, load = primitive.moe(
+        x,
+        leaves,
+        topk_ids,
+        topk_weights,
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        mesh=mesh,
+        axes=axes,
+        num_experts=weights.num_experts,
+        with_load=bool(return_expert_load),
+        activation_clamp=math.inf if activation_clamp is None else float(activation_clamp),
+        routed_scaling_factor=float(routed_scaling_factor),
+        implementation=implementation,
+    )
+    return (y, load) if return_expert_load else y
+
+
+def _find_mesh(*arrays: Any) -> AbstractMesh:
+    """The mesh of the context, else that of the first argument that has one, else an empty one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+        mesh = next((found for found in meshes if not found.empty), mesh)
+    return mesh
+
+
+def _axes_in_mesh(name: str, axes: AxisNames, mesh: AbstractMesh) -> tuple[str, ...]:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    if len(set(names)) != len(names):
+        raise ShardingError(f"{name} is {axes!r}, wanted each mesh axis once: drop the repetition.")
+    return tuple(axis for axis in names if axis in mesh.axis_names)

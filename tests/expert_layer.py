@@ -1,0 +1,58 @@
+"""A small expert layer, with the result that the NumPy model has for it, for the tests of the public function."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+
+import jax_megamoe as mm
+
+E, H, I, K = 8, 256, 128, 3
+# A rank's sum is rounded to FP32 before the ranks' sums are added; beyond that everything is the reference's arithmetic.
+TOLERANCE = 1e-7
+
+
+class Layer(NamedTuple):
+    """Arguments of `moe`, and what it should return."""
+
+    x: Any
+    weights: mm.ExpertWeights
+    ids: Any
+    probs: Any
+    y: Any
+    load: Any
+
+
+@functools.cache
+def natural_weights(seed: int = 0) -> numpy_model.Experts:
+    rng = np.random.default_rng(seed)
+    shapes = ((E, I, H), (E, I, H), (E, H, I))
+    return numpy_model.quantize_experts(*(rng.normal(size=s).astype(np.float32) * s[-1] ** -0.5 for s in shapes))
+
+
+@functools.cache
+def packed_weights(seed: int = 0) -> mm.ExpertWeights:
+    return mm.pack_experts(*natural_weights(seed))
+
+
+@functools.cache
+def make_layer(num_tokens: int = 16, seed: int = 0) -> Layer:
+    """Tokens with some unused slots (whose weights are NaN) and some ids that name no expert."""
+    rng = np.random.default_rng(100 + num_tokens)
+    x = rng.normal(size=(num_tokens, H)).astype(numpy_model.BF16)
+    ids = rng.integers(-1, E + 1, (num_tokens, K)).astype(np.int32)
+    probs = rng.random((num_tokens, K), np.float32)
+    probs[(ids < 0) | (ids >= E)] = np.nan
+    y, load = numpy_model.moe(x, natural_weights(seed), ids, probs)
+    return Layer(jnp.asarray(x), packed_weights(seed), jnp.asarray(ids), jnp.asarray(probs), y, load)
+
+
+def check(y: Any, layer: Layer) -> None:
+    """The result is the model's; also token by token, since one wrong token of many moves the whole little."""
+    assert y.dtype == jnp.bfloat16
+    rows = np.asarray(y).reshape(layer.y.shape)
+    for row, wanted in zip(rows, layer.y, strict=True):
+        assert numpy_model.diff(row, wanted) < 10 * TOLERANCE
+    assert numpy_model.diff(rows, layer.y) < TOLERANCE

@@ -1,0 +1,238 @@
+"""The public function on one device: arguments, errors, transformations of JAX."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+import pytest
+from expert_layer import E, H, I, K, check, make_layer, natural_weights, packed_weights
+
+import jax_megamoe as mm
+from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return make_layer()
+
+
+@pytest.fixture(scope="module")
+def stacked() -> mm.ExpertWeights:
+    return mm.stack_experts([packed_weights(seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_one_device(layer, wrap):
+    y, load = wrap(lambda *a: mm.moe(*a, return_expert_load=True))(*layer[:4])
+    check(y, layer)
+    np.testing.assert_array_equal(load, layer.load)
+    assert load.dtype == jnp.int32
+
+
+def test_is_the_reference_bit_by_bit(layer):
+    options: dict[str, Any] = {"activation_clamp": 0.5, "routed_scaling_factor": 2.5}
+    y = mm.moe(*layer[:4], **options)
+    np.testing.assert_array_equal(y, mm.reference.moe(*layer[:4], **options))
+    wanted, _ = numpy_model.moe(
+        *(np.asarray(layer.x), natural_weights()), layer.ids, np.asarray(layer.probs), **options
+    )
+    assert numpy_model.diff(y, wanted) < 1e-7
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 8), (4, 1, 4)])
+def test_leading_dimensions(lead):
+    layer = make_layer(int(np.prod(lead)))
+    x, ids, probs = (jnp.reshape(a, (*lead, a.shape[-1])) for a in (layer.x, layer.ids, layer.probs))
+    y = mm.moe(x, layer.weights, ids, probs)
+    assert y.shape == x.shape
+    check(y, layer)
+
+
+@pytest.mark.parametrize("lead", [(0,), (3, 0)])
+def test_no_tokens(lead):
+    x, ids, probs = jnp.zeros((*lead, H), jnp.bfloat16), jnp.zeros((*lead, K), jnp.int32), jnp.zeros((*lead, K))
+    y, load = jax.jit(lambda *a: mm.moe(*a, return_expert_load=True))(x, packed_weights(), ids, probs)
+    assert y.shape == x.shape and y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(load, np.zeros(E))
+
+
+def test_numpy_arguments(layer):
+    x, ids, probs = (np.asarray(a) for a in (layer.x, layer.ids, layer.probs))
+    check(mm.moe(x, jax.tree.map(np.asarray, layer.weights), ids, probs), layer)
+
+
+@pytest.mark.parametrize("implementation", [None, "collective", "reference"])
+def test_implementations_of_a_cpu(layer, implementation):
+    check(jax.jit(lambda *a: mm.moe(*a, implementation=implementation))(*layer[:4]), layer)
+
+
+def test_stacked_layers(stacked):
+    for index in range(3):
+        layer = make_layer(seed=index)
+        check(mm.moe(layer.x, stacked, layer.ids, layer.probs, layer=index), layer)
+
+
+def test_scan_over_layers(stacked):
+    layers = [make_layer(seed=index) for index in range(3)]
+    _, x, ids, probs = layers[0].y, layers[0].x, layers[0].ids, layers[0].probs
+
+    def step(carry: None, index: jax.Array) -> tuple[None, jax.Array]:
+        return carry, mm.moe(x, stacked, ids, probs, layer=index)
+
+    _, ys = jax.jit(lambda: jax.lax.scan(step, None, jnp.arange(3)))()
+    for y, layer in zip(ys, layers, strict=True):
+        check(y, layer)
+
+
+def test_scan_over_leaves_serves_too(stacked, layer):
+    def step(carry: None, weights: mm.ExpertWeights) -> tuple[None, jax.Array]:
+        return carry, mm.moe(layer.x, weights, layer.ids, layer.probs)
+
+    _, ys = jax.lax.scan(step, None, stacked)
+    for index, y in enumerate(ys):
+        check(y, make_layer(seed=index))
+
+
+def test_decode_loop(layer):
+    def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        step, x = state
+        return step + 1, mm.moe(x, layer.weights, layer.ids, layer.probs)
+
+    loop = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))
+    once = mm.moe(*layer[:4])
+    np.testing.assert_array_equal(loop(layer.x)[1], mm.moe(once, *layer[1:4]))
+
+
+def test_vmap_over_tokens(layer):
+    x, ids, probs = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.probs))
+    f = jax.vmap(lambda x, ids, probs: mm.moe(x, layer.weights, ids, probs, return_expert_load=True))
+    y, load = jax.jit(f)(x, ids, probs)
+    check(y, layer)
+    assert load.shape == (4, E)
+    for element, wanted in zip(load, ids, strict=True):
+        np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
+
+
+def test_vmap_folds_into_one_call(layer):
+    x, ids, probs = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.probs))
+    f = jax.vmap(jax.vmap(lambda x, ids, probs: mm.moe(x, layer.weights, ids, probs)), in_axes=(1, 1, 1), out_axes=1)
+    jaxpr = jax.make_jaxpr(f)(x, ids, probs)
+    calls = [e for e in jaxpr.eqns if e.primitive.name == "jax_megamoe.moe"]
+    assert [call.outvars[0].aval.shape for call in calls] == [(4, 4, H)]
+    check(f(x, ids, probs), layer)
+
+
+def test_vmap_over_some_arguments(layer):
+    scale = jnp.asarray([1.0, 2.0], jnp.float32)
+    y = jax.vmap(lambda s: mm.moe(*layer[:3], layer.probs * s))(scale)
+    np.testing.assert_array_equal(y[0], mm.moe(*layer[:4]))
+    np.testing.assert_array_equal(y[1], mm.moe(*layer[:3], layer.probs * 2))
+
+
+def test_vmap_over_weights_or_layer_is_refused(layer, stacked):
+    with pytest.raises(NotImplementedError, match="weights are mapped by jax.vmap"):
+        jax.vmap(lambda w: mm.moe(layer.x, w, layer.ids, layer.probs))(stacked)
+    with pytest.raises(NotImplementedError, match="layer is mapped by jax.vmap"):
+        jax.vmap(lambda i: mm.moe(layer.x, stacked, layer.ids, layer.probs, layer=i))(jnp.arange(3))
+
+
+@pytest.mark.parametrize("transform", [jax.grad, jax.value_and_grad, jax.jacfwd], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("jit", [False, True])
+def test_differentiation_is_refused(layer, transform, jit):
+    def loss(x: jax.Array) -> jax.Array:
+        return mm.moe(x, *layer[1:4]).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="inference only"):
+        transform(jax.jit(loss) if jit else loss)(layer.x)
+
+
+def test_stopped_gradients_pass(layer):
+    def loss(scale: jax.Array) -> jax.Array:
+        y = mm.moe(layer.x, layer.weights, layer.ids, layer.probs)
+        return (y.astype(jnp.float32) * scale).sum()
+
+    assert np.isfinite(jax.grad(loss)(jnp.float32(1)))
+
+
+def test_traced_once_for_equal_shapes(layer):
+    traces = []
+
+    @jax.jit
+    def f(*args: Any) -> jax.Array:
+        traces.append(1)
+        return mm.moe(*args)
+
+    f(*layer[:4])
+    f(*layer[:4])
+    assert len(traces) == 1 and f._cache_size() == 1
+
+
+def test_same_bits_every_time_and_in_any_company(layer):
+    f = jax.jit(mm.moe)
+    y = f(*layer[:4])
+    np.testing.assert_array_equal(y, f(*layer[:4]))
+    np.testing.assert_array_equal(y[:5], f(layer.x[:5], layer.weights, layer.ids[:5], layer.probs[:5]))
+
+
+def replaced(**changes: Any) -> Any:
+    return lambda a: {**a, **{name: change(a[name]) for name, change in changes.items()}}
+
+
+def with_options(**options: Any) -> Any:
+    return lambda a: {**a, **options}
+
+
+ERRORS = {
+    "x dtype": (replaced(x=lambda x: x.astype(jnp.float32)), DTypeError, "x has dtype float32, wanted bfloat16"),
+    "x list": (replaced(x=lambda x: [1.0]), DTypeError, "x is a list, wanted an array of bfloat16"),
+    "x hidden": (replaced(x=lambda x: x[:, :128]), ShapeError, r"x has shape \(16, 128\), wanted \[..., 256\]"),
+    "ids dtype": (replaced(topk_ids=lambda i: i.astype(jnp.int16)), DTypeError, "topk_ids has dtype int16, wanted int32"),
+    "ids float": (replaced(topk_ids=lambda i: i.astype(jnp.float32)), DTypeError, "topk_ids has dtype float32"),
+    "ids lead": (replaced(topk_ids=lambda i: i[:3]), ShapeError, r"topk_ids has shape \(3, 3\), wanted \[16, k\]"),
+    "ids rank": (replaced(topk_ids=lambda i: i[0]), ShapeError, r"topk_ids has shape \(3,\), wanted \[16, k\]"),
+    "k zero": (replaced(topk_ids=lambda i: i[:, :0], topk_weights=lambda w: w[:, :0]), ShapeError, "1 to 32 slots"),
+    "k large": (replaced(topk_ids=lambda i: jnp.tile(i, 11), topk_weights=lambda w: jnp.tile(w, 11)), ShapeError, "32"),
+    "probs dtype": (replaced(topk_weights=lambda w: w.astype(jnp.bfloat16)), DTypeError, "topk_weights has dtype bfloat16"),
+    "probs shape": (replaced(topk_weights=lambda w: w[:, :2]), ShapeError, r"topk_weights has shape \(16, 2\), wanted \(16, 3\)"),
+    "weights type": (replaced(weights=lambda w: w.gate_up), LayoutError, "quantize_experts from float weights, or with pack_experts"),
+    "weights dtype": (replaced(weights=lambda w: jax.tree.map(lambda a: a.astype(jnp.bfloat16), w)), DTypeError, "weights.gate_up has dtype bfloat16"),
+    "weights shape": (replaced(weights=lambda w: dataclasses.replace(w, down=w.down[:, :2])), LayoutError, "weights.down has shape"),
+    "weights sliced": (replaced(weights=lambda w: jax.tree.map(lambda a: a[:4], w)), ShapeError, "weights hold 4 of 8 experts"),
+    "layer unneeded": (with_options(layer=0), ShapeError, "layer is 0, wanted None"),
+    "clamp zero": (with_options(activation_clamp=0.0), MegaMoEError, "activation_clamp is 0.0, wanted a positive number"),
+    "clamp NaN": (with_options(activation_clamp=float("nan")), MegaMoEError, "activation_clamp is nan"),
+    "factor": (with_options(routed_scaling_factor=float("inf")), MegaMoEError, "routed_scaling_factor is inf"),
+    "implementation": (with_options(implementation="fast"), MegaMoEError, "implementation is 'fast', wanted None or one of"),
+    "axes": (with_options(expert_axis=("a", "a")), ShardingError, "expert_axis is .*, wanted each mesh axis once"),
+    "cuda on a CPU": (with_options(implementation="cuda"), MegaMoEError, "implementation is 'cuda' on a CPU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(layer, name):
+    change, error, text = ERRORS[name]
+    arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.probs}
+    with pytest.raises(error, match=text):
+        mm.moe(**change(arguments))
+
+
+def test_errors_of_layers(layer, stacked):
+    arguments = layer.x, stacked, layer.ids, layer.probs
+    with pytest.raises(ShapeError, match="layer is None, wanted an index"):
+        mm.moe(*arguments)
+    with pytest.raises(ShapeError, match="layer is 3, wanted 0 to 2"):
+        mm.moe(*arguments, layer=3)
+    with pytest.raises(ShapeError, match=r"layer has shape \(2,\), wanted a scalar"):
+        mm.moe(*arguments, layer=jnp.zeros(2, jnp.int32))
+    with pytest.raises(DTypeError, match="layer has dtype float32"):
+        mm.moe(*arguments, layer=jnp.float32(0))
+
+
+def test_errors_come_while_tracing(layer):
+    with pytest.raises(ShapeError):
+        jax.eval_shape(mm.moe, layer.x[:, :128], *layer[1:4])
+    assert jax.eval_shape(mm.moe, *layer[:4]).shape == (16, H)
+    assert natural_weights().down.shape == (E, H, I)

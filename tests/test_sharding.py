@@ -1,0 +1,347 @@
+"""The layer on meshes of eight host devices: automatic, explicit and manual sharding, alone and mixed."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_layer import E, H, K, Layer, check, make_layer, packed_weights
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError, ShardingError
+
+MESHES = {
+    "expert": {"expert": 8},
+    "data x expert": {"data": 2, "expert": 4},
+    "expert x model": {"expert": 4, "model": 2},
+    "data alone": {"data": 8},
+    "one device": {"data": 1, "expert": 1},
+}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+
+
+def make_mesh(sizes: dict[str, int], kind: AxisType | tuple[AxisType, ...], reverse: bool = False) -> Mesh:
+    devices = jax.devices("cpu")[: int(np.prod(list(sizes.values())))]
+    kinds = kind if isinstance(kind, tuple) else (kind,) * len(sizes)
+    array = np.array(devices[::-1] if reverse else devices).reshape(tuple(sizes.values()))
+    return Mesh(array, tuple(sizes), axis_types=kinds)
+
+
+def place(mesh: Mesh, value: Any, *entries: Any) -> Any:
+    """The value on the mesh; of the axes in `entries`, those that the mesh has."""
+    kept = [tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a in mesh.shape) or None for e in entries]
+    return jax.device_put(value, NamedSharding(mesh, P(*kept)))
+
+
+def place_all(mesh: Mesh, layer: Layer, tokens: Any = ("data", "expert"), experts: Any = "expert") -> tuple[Any, ...]:
+    x, ids, probs = (place(mesh, value, tokens) for value in (layer.x, layer.ids, layer.probs))
+    return x, place(mesh, layer.weights, experts), ids, probs
+
+
+def moe_and_load(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    return mm.moe(*arguments, return_expert_load=True)
+
+
+def check_both(result: tuple[jax.Array, jax.Array], layer: Layer) -> None:
+    check(result[0], layer)
+    np.testing.assert_array_equal(result[1], layer.load)
+
+
+# Automatic and explicit: the global view.
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_global_view(sizes, kind, with_context):
+    mesh, layer = make_mesh(sizes, kind), make_layer()
+    x, *others = place_all(mesh, layer)
+    with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
+        y, load = jax.jit(moe_and_load)(x, *others)
+    check_both((y, load), layer)
+    assert y.sharding.is_equivalent_to(x.sharding, y.ndim)
+    assert jax.typeof(y) == jax.typeof(x)
+    assert load.sharding.is_equivalent_to(NamedSharding(mesh, P("expert" if "expert" in sizes else None)), 1)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_eager(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    check_both(moe_and_load(*place_all(mesh, layer)), layer)
+    with jax.set_mesh(mesh):
+        check_both(moe_and_load(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_only_the_weights_are_on_the_mesh(kind, jit):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    arguments = layer.x, place(mesh, layer.weights, "expert"), layer.ids, layer.probs
+    check_both((jax.jit(moe_and_load) if jit else moe_and_load)(*arguments), layer)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_permuted_devices(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind, reverse=True), make_layer()
+    check_both(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_expert_axis_of_two_mesh_axes(kind):
+    mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()
+    axes: dict[str, Any] = {"expert_axis": ("c", "a"), "token_axes": ("a", "b", "c")}
+    arguments = place_all(mesh, layer, tokens=axes["token_axes"], experts=("c", "a"))
+    check_both(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_tokens_split_over_a_part_of_the_expert_axes(kind):
+    mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()
+    axes: dict[str, Any] = {"expert_axis": ("a", "b"), "token_axes": ("b", "c")}
+    arguments = place_all(mesh, layer, tokens=("b", "c"), experts=("a", "b"))
+    check_both(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("tokens", [None, "data", "expert"])
+def test_tokens_replicated_over_some_axes(kind, tokens):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    arguments = place_all(mesh, layer, tokens=tokens)
+    y, load = jax.jit(lambda *a: mm.moe(*a, token_axes=tokens, return_expert_load=True))(*arguments)
+    check_both((y, load), layer)
+    assert jax.typeof(y) == jax.typeof(arguments[0])
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_no_expert_axis_is_the_local_op(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    arguments = place_all(mesh, layer, experts=None)
+    compiled = jax.jit(lambda *a: mm.moe(*a, expert_axis=None)).lower(*arguments).compile()
+    check(compiled(*arguments), layer)
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 8, 13])
+@pytest.mark.parametrize("sizes", [MESHES["expert"], MESHES["data x expert"]], ids=["expert", "data x expert"])
+def test_padding(sizes, num_tokens):
+    mesh, layer = make_mesh(sizes, AUTO), make_layer(num_tokens)
+    arguments = place_all(mesh, layer, tokens=None)
+    check_both(jax.jit(moe_and_load)(*arguments), layer)
+    with jax.set_mesh(mesh):
+        check_both(moe_and_load(layer.x, arguments[1], layer.ids, layer.probs), layer)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_no_tokens_on_a_mesh(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(0)
+    y, load = jax.jit(moe_and_load)(*place_all(mesh, layer))
+    assert y.shape == (0, H) and not np.asarray(load).any()
+
+
+@pytest.mark.parametrize("spec", [("data",), ("data", "expert"), (("data", "expert"),), (None, "expert")], ids=str)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_two_leading_dimensions(kind, spec):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
+    x, ids, probs = (place(mesh, v.reshape(8, 4, -1), *spec) for v in (layer.x, layer.ids, layer.probs))
+    y, load = jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, probs)
+    check_both((y, load), layer)
+    assert jax.typeof(y) == jax.typeof(x)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_vmap_over_sharded_tokens(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
+    x, ids, probs = (
+        place(mesh, v.reshape(4, 8, -1), None, ("data", "expert")) for v in (layer.x, layer.ids, layer.probs)
+    )
+    weights = place(mesh, layer.weights, "expert")
+    y, load = jax.jit(jax.vmap(lambda x, ids, probs: moe_and_load(x, weights, ids, probs)))(x, ids, probs)
+    check(y, layer)
+    np.testing.assert_array_equal(load.sum(0), layer.load)
+    assert jax.typeof(y) == jax.typeof(x)
+
+
+def test_vmap_over_a_sharded_axis():
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer(32)
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), "data", "expert") for v in (layer.x, layer.ids, layer.probs))
+    weights = place(mesh, layer.weights, "expert")
+    with jax.set_mesh(mesh):
+        y, load = jax.jit(jax.vmap(lambda x, ids, probs: moe_and_load(x, weights, ids, probs)))(x, ids, probs)
+    check(y, layer)
+    np.testing.assert_array_equal(load.sum(0), layer.load)
+
+
+def test_one_axis_explicit_one_automatic():
+    for kinds in ((EXPLICIT, AUTO), (AUTO, EXPLICIT)):
+        mesh, layer = make_mesh(MESHES["data x expert"], kinds), make_layer()
+        check_both(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
+
+
+def test_automatic_axes_serve_what_arrives_otherwise():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    x = place(mesh, layer.x, None, "expert")
+    ids = place(mesh, layer.ids, "expert")
+    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, layer.probs), layer)
+
+
+def test_explicit_axes_serve_other_ids_and_replicated_weights():
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
+    x, weights, _, _ = place_all(mesh, layer)
+    ids, probs = place(mesh, layer.ids, "expert"), place(mesh, layer.probs)
+    check_both(jax.jit(moe_and_load)(x, weights, ids, probs), layer)
+    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights), ids, probs), layer)
+
+
+def test_specs_that_cannot_be_served():
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
+    x, weights, ids, probs = place_all(mesh, layer)
+    with pytest.raises(ShardingError, match=r"x is bfloat16\[16,256@expert\], wanted its last dimension"):
+        jax.jit(mm.moe)(place(mesh, layer.x, None, "expert"), weights, ids, probs)
+    with pytest.raises(ShardingError, match=r"weights.gate_up is .*2@data.*, wanted dimension 0, the experts"):
+        jax.jit(mm.moe)(x, place(mesh, layer.weights, "expert", "data"), ids, probs)
+    with pytest.raises(ShardingError, match=r"weights.gate_up is .*8@data.*expert_axis=\('expert',\) or nothing"):
+        jax.jit(mm.moe)(x, place(mesh, layer.weights, "data"), ids, probs)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_experts_have_to_divide(kind):
+    mesh, layer = make_mesh({"expert": 3}, kind), make_layer(3)
+    with pytest.raises(ShapeError, match="weights have 8 experts, wanted a multiple of the 3 ranks"):
+        jax.jit(mm.moe)(place(mesh, layer.x, "expert"), layer.weights, layer.ids, layer.probs)
+
+
+# Manual: inside shard_map.
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_manual(sizes, kind, check_vma):
+    mesh, layer = make_mesh(sizes, kind), make_layer()
+    tokens = tuple(axis for axis in ("data", "expert") if axis in sizes)
+    experts = "expert" if "expert" in sizes else None
+    f = jax.shard_map(
+        moe_and_load,
+        mesh=mesh,
+        in_specs=(P(tokens), P(experts), P(tokens), P(tokens)),
+        out_specs=(P(tokens), P(experts)),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+
+
+def test_manual_eager():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("expert"), tokens, tokens), out_specs=tokens)
+    check(f(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    axes = tuple(axis for axis in ("data",) if tokens)
+    f = jax.shard_map(
+        lambda *a: mm.moe(*a, return_expert_load=True, token_axes=axes),
+        mesh=mesh,
+        in_specs=(tokens, P("expert"), tokens, tokens),
+        out_specs=(tokens, P("expert")),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=None)), layer)
+
+
+def test_manual_with_replicated_weights():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    spec = P("expert")
+    f = jax.shard_map(moe_and_load, mesh=mesh, in_specs=(spec, P(), spec, spec), out_specs=(spec, P()))
+    check_both(jax.jit(f)(*place_all(mesh, layer, experts=None)), layer)
+
+
+def test_wrong_out_specs_are_refused():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    spec = P("expert")
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(f)(*place_all(mesh, layer))
+
+
+@pytest.mark.parametrize("manual", [{"data"}, {"expert"}], ids=str)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_some_axes_manual(manual, kind, check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    (axis,) = manual
+    experts = P("expert") if axis == "expert" else P()
+    f = jax.shard_map(
+        moe_and_load,
+        mesh=mesh,
+        in_specs=(P(axis), experts, P(axis), P(axis)),
+        out_specs=(P(axis), experts),
+        axis_names=manual,
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
+
+
+def test_vmap_inside_and_outside_of_shard_map():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
+    spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    inside = jax.shard_map(
+        jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), mesh=mesh, in_specs=(spec, P("expert"), spec, spec), out_specs=spec
+    )
+    check(jax.jit(inside)(x, weights, ids, probs), layer)
+    spec = P("expert")
+    outside = jax.vmap(
+        jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=spec), in_axes=(0, None, 0, 0)
+    )
+    check(jax.jit(outside)(x, weights, ids, probs), layer)
+
+
+def test_wrong_share_of_the_experts_in_shard_map():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P(("data", "expert")), tokens, tokens), out_specs=tokens)
+    with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 8 / 4"):
+        jax.jit(f)(*place_all(mesh, layer, experts=("data", "expert")))
+
+
+# Many layers.
+
+
+def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    def step(carry: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        return mm.moe(carry, stacked, ids, probs, layer=index), None
+
+    return jax.lax.scan(step, x, jnp.arange(2, dtype=jnp.int32))[0]
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_stacked_weights_in_a_scan(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
+    x, _, ids, probs = place_all(mesh, layer)
+    y = jax.jit(scan_over_layers)(x, stacked, ids, probs)
+    wanted = mm.moe(*layer[:4])
+    wanted = mm.moe(wanted, packed_weights(1), layer.ids, layer.probs)
+    assert float(np.abs(np.asarray(y, np.float32) - np.asarray(wanted, np.float32)).max()) < 1e-2
+
+
+def test_while_loop_on_a_mesh():
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
+    x, *others = place_all(mesh, layer)
+
+    def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return state[0] + 1, mm.moe(x, *others)
+
+    _, y = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))(x)
+    check(y, layer)
+    assert K == layer.ids.shape[1] and E == len(layer.load)
