@@ -1,6 +1,7 @@
 """The layer on meshes of eight host devices: automatic, explicit and manual sharding, alone and mixed."""
 
 import contextlib
+import re
 from typing import Any
 
 import jax
@@ -345,3 +346,64 @@ def test_while_loop_on_a_mesh():
     _, y = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))(x)
     check(y, layer)
     assert K == layer.ids.shape[1] and E == len(layer.load)
+
+
+# What happens to the weights before the kernel sees them.
+
+
+@pytest.fixture
+def opaque_kernel(monkeypatch):
+    """The local op as one opaque call, as on a GPU, so that the compiled program shows what its operands go through."""
+
+    def call(x: jax.Array, *operands: jax.Array, out_dtype: Any, **_: Any) -> tuple[jax.Array, jax.Array]:
+        y, load = (x.shape, out_dtype), ((operands[0].shape[-4],), jnp.int32)
+        results = tuple(jax.ShapeDtypeStruct(*shape_and_dtype) for shape_and_dtype in (y, load))
+        return jax.pure_callback(lambda *_: tuple(np.zeros(r.shape, r.dtype) for r in results), results, x, *operands)
+
+    monkeypatch.setattr(mm.reference, "moe_local", call)
+
+
+def opcodes_of_large_results(text: str, num_elements: int) -> set[str]:
+    """The opcodes of the instructions in compiled HLO that give an array of at least so many elements."""
+    found = set()
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(", line)
+        if match is None:
+            continue
+        shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", match[1])
+        if any(np.prod([int(n) for n in shape.split(",")]) >= num_elements for shape in shapes):
+            found.add(match[2])
+    return found
+
+
+@pytest.mark.usefixtures("opaque_kernel")
+@pytest.mark.parametrize("stacked", [False, True], ids=["one layer", "scan over layers"])
+@pytest.mark.parametrize("way", ["auto", "explicit", "manual"])
+def test_weights_are_neither_gathered_nor_copied(way, stacked):
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT if way == "explicit" else AUTO), make_layer()
+    lead = (None,) if stacked else ()
+    weights = mm.stack_experts([packed_weights(0), packed_weights(1)]) if stacked else layer.weights
+    x, _, ids, probs = place_all(mesh, layer)
+    function = scan_over_layers if stacked else mm.moe
+    if way == "manual":
+        tokens = P(("data", "expert"))
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=(tokens, P(*lead, "expert"), tokens, tokens), out_specs=tokens
+        )
+    arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
+    text = jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text()
+    # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
+    num_elements = layer.weights.down.size // 4
+    allowed = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "call", "custom-call", "conditional"}
+    found = opcodes_of_large_results(text, num_elements)
+    assert "parameter" in found and found <= allowed, found
+    assert "xla_ffi_" in text
+
+
+@pytest.mark.usefixtures("opaque_kernel")
+def test_the_check_above_sees_a_copy():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    x, _, ids, probs = place_all(mesh, layer)
+    compiled = jax.jit(lambda *a: mm.moe(*a)).lower(x, place(mesh, layer.weights, None, "data"), ids, probs).compile()
+    opcodes = opcodes_of_large_results(compiled.as_text(), layer.weights.down.size // 4)
+    assert opcodes & {"all-gather", "all-to-all", "dynamic-slice", "copy", "fusion", "collective-permute"}

@@ -77,8 +77,11 @@ def load(path: Path, config: ModelConfig, corpus: Corpus) -> Checkpoint:
         steps = int(found.pop("steps"))
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this demo or is damaged ({error}).") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (EOFError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
+        # NumPy's own words stay out: for a file it does not know they advise to allow pickles.
+        raise CheckpointError(f"{path} is not a checkpoint of this demo or is damaged.") from error
 
     wanted = _description(config, corpus)
     for name, value in wanted.items():

@@ -33,7 +33,7 @@ def moe_per_device(
     same tokens, so that results are only added up. topk_ids int32[T, k] are global.
 
     Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
-    Without `with_load`, load counts only what this device saw.
+    Without `with_load`, load is zero, and nothing has to be added up.
     """
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
     num_local_experts = leaves[0].shape[-4]
@@ -68,6 +68,8 @@ def moe_per_device(
         if added:
             # With one rank this changes nothing but the mark: the result varies like the tokens, not like the weights.
             y = jax.lax.psum(y, added)
-    if counted and with_load:
+    if not with_load:
+        load = jnp.zeros(load.shape, load.dtype)  # Varies over no axis.
+    elif counted:
         load = jax.lax.psum(load, counted)
     return y.astype(jnp.bfloat16), load

@@ -35,7 +35,7 @@ def moe(
     x bf16[..., H], packed leaves, topk_ids int32[..., k], topk_weights f32[..., k], layer int32[] ->
     y bf16[..., H] typed like x, load int32[E], of which a device has the part that belongs to its experts.
     `mesh` may be empty: one device. `params` are num_experts, with_load, activation_clamp, routed_scaling_factor,
-    implementation; without `with_load`, load is partial and of no use.
+    implementation; without `with_load`, load is of no use.
     """
     operands = (x, *leaves, topk_ids, topk_weights, layer)
     if not mesh.manual_axes:

@@ -24,9 +24,9 @@ __device__ __forceinline__ float activation_scale(float amax) {
 }
 
 // 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite.
-// An infinite scale gives NaN: a row that overflowed is not a number, as in the reference.
+// An overflow to infinity upstream stays visible: its scale is infinite.
 __device__ __forceinline__ float reciprocal_of_power_of_two(float scale) {
-  return isinf(scale) ? NAN : __uint_as_float(0x7f000000u - __float_as_uint(scale));
+  return __uint_as_float(0x7f000000u - __float_as_uint(scale));
 }
 
 }  // namespace megamoe::fp8

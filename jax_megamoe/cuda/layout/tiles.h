@@ -28,7 +28,7 @@ constexpr int kActivationScaleColumns = 64;
 
 // Tokens of one expert that one unit of work multiplies. swapAB puts them on the WGMMA N dimension, the normal orientation
 // on M.
-constexpr int kSwapTokenTile = 64;
+constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
 // swapAB serves launches of up to this many tokens.
 constexpr int kMaxSwapTokens = 128;

@@ -1,0 +1,126 @@
+"""What is measured, and how long it takes."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_megamoe as mm
+from bench.inputs import NUM_INPUTS, Inputs
+from bench.presets import Shape
+
+METHOD = (
+    f"One jitted program makes {NUM_INPUTS} calls with different inputs, one after the other on one stream. Programs are "
+    "enqueued back to back until 30 ms are filled; host clock from the first enqueue to the end of the last, divided by "
+    "the number of calls: median, least and most of 7 such runs after a warm-up. The read ceiling is a kernel that "
+    "streams as many bytes of the same weights through a ring of bulk copies, called and timed in the same way."
+)
+
+
+def microseconds_per_call(program: Callable[..., Any], *operands: Any) -> tuple[float, float, float]:
+    """Median, least and most time of one of the program's calls."""
+    for _ in range(3):  # compiles, then captures
+        jax.block_until_ready(program(*operands))
+    start = time.perf_counter()
+    jax.block_until_ready(program(*operands))
+    repeats = max(1, min(200, int(0.03 / (time.perf_counter() - start)) + 1))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = program(*operands)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) * 1e6 / (repeats * NUM_INPUTS))
+    return statistics.median(times), min(times), max(times)
+
+
+def program_of(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that calls `layer(x, weights, topk_ids, topk_weights)` with each of the inputs."""
+
+    def run(weights: Any, inputs: Inputs) -> list[Any]:
+        return [layer(x, weights, ids, routing) for x, ids, routing in zip(*inputs, strict=True)]
+
+    return jax.jit(run)
+
+
+def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
+    """A program that reads `num_bytes` of a buffer as often, from places as far apart as possible."""
+
+    def run(buffer: jax.Array) -> list[Any]:
+        call = jax.ffi.ffi_call("jax_megamoe.read_ceiling.v1", jax.ShapeDtypeStruct((1,), jnp.uint32))
+        starts = [n * (buffer_bytes // NUM_INPUTS) for n in range(NUM_INPUTS)]
+        return [call(buffer, start=np.int64(start), bytes=np.int64(num_bytes)) for start in starts]
+
+    return jax.jit(run)
+
+
+def ragged_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+    """The layer as a JAX user writes it today: sort, `jax.lax.ragged_dot` in bf16, unsort."""
+    gate_up, down = weights
+    order = jnp.argsort(ids.ravel(), stable=True)
+    rows = x[order // ids.shape[1]]
+    sizes = jnp.bincount(ids.ravel(), length=gate_up.shape[0]).astype(jnp.int32)
+    gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
+    hidden = (jax.nn.silu(gate) * up * routing.ravel()[order, None]).astype(jnp.bfloat16)
+    out = jax.lax.ragged_dot(hidden, down, sizes)
+    return jnp.zeros_like(out).at[order].set(out).reshape(*ids.shape, -1).sum(axis=1)
+
+
+def dense_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+    """Every token through every expert in bf16, then a weighted sum."""
+    gate_up, down = weights
+    gate, up = jnp.split(jnp.einsum("th,ehi->eti", x, gate_up), 2, axis=-1)
+    share = (jax.nn.one_hot(ids, gate_up.shape[0]) * routing[..., None]).sum(axis=1)
+    hidden = (jax.nn.silu(gate) * up * share.T[..., None]).astype(jnp.bfloat16)
+    return jnp.einsum("eti,eih->th", hidden, down)
+
+
+def difference(a: jax.Array, b: jax.Array) -> float:
+    """1 - 2<a,b> / (<a,a> + <b,b>) in float64."""
+    left, right = (np.asarray(v, np.float64).ravel() for v in (a, b))
+    norm = left @ left + right @ right
+    return float(1 - 2 * (left @ right) / norm) if norm else 0.0
+
+
+def measure_row(
+    shape: Shape, num_tokens: int, weights: mm.ExpertWeights, float_weights: Any, inputs: Inputs, on_gpu: bool
+) -> dict[str, Any]:
+    """One line of the table: the layer, the ceiling of its bytes, and the alternatives that were asked for."""
+    from jax_megamoe import _core
+
+    moe = program_of(mm.moe)
+    before = jax.block_until_ready(moe(weights, inputs))
+    calls = _core.moe_execute_count() if on_gpu else 0
+    median, least, most = microseconds_per_call(moe, weights, inputs)
+    touched = inputs.touched(shape.num_experts)
+    num_bytes = round(touched * shape.expert_bytes)
+    row: dict[str, Any] = {
+        "tokens": num_tokens,
+        "touched": touched,
+        "megabytes": num_bytes / 1e6,
+        "us": median,
+        "us_least": least,
+        "us_most": most,
+        "gb_per_s": num_bytes / median / 1e3,
+        "tflop_per_s": shape.flops(num_tokens) / median / 1e6,
+        # A replayed graph does not call the handler: three runs may, to compile, trace and capture.
+        "captured": on_gpu and _core.moe_execute_count() - calls <= 3 * NUM_INPUTS,
+    }
+    reference = jax.jit(mm.reference.moe)(inputs.x[0], weights, inputs.topk_ids[0], inputs.topk_weights[0])
+    row["diff"] = difference(before[0], reference)
+    if on_gpu:
+        program = ceiling_program(weights.gate_up.size, num_bytes)
+        row["ceiling_us"], row["ceiling_us_least"], row["ceiling_us_most"] = microseconds_per_call(
+            program, weights.gate_up
+        )
+        row["ratio"] = median / row["ceiling_us"]
+    if float_weights is not None:
+        row["ragged_us"] = microseconds_per_call(program_of(ragged_layer), float_weights, inputs)[0]
+        row["dense_us"] = microseconds_per_call(program_of(dense_layer), float_weights, inputs)[0]
+        if num_tokens <= 32:
+            row["reference_us"] = microseconds_per_call(program_of(mm.reference.moe), weights, inputs)[0]
+    return row

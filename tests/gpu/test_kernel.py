@@ -1,0 +1,208 @@
+"""The fused kernel against the reference, on a Hopper GPU: `python -m pytest -m gpu tests/gpu`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_megamoe as mm
+
+
+def _why_not() -> str | None:
+    try:
+        devices = jax.devices("gpu")
+    except RuntimeError:
+        return "needs a GPU; this process sees none"
+    capability = str(getattr(devices[0], "compute_capability", "?"))
+    return None if capability == "9.0" else f"needs compute capability 9.0; this GPU has {capability}"
+
+
+_REASON = _why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+
+
+@functools.cache
+def make_weights(num_experts: int, hidden: int, inter: int, seed: int = 0) -> mm.ExpertWeights:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    # Blocks of different sizes, so that a scale that is mixed up shows.
+    sizes = jnp.repeat(jnp.linspace(0.02, 0.08, num_experts), 1)[:, None, None]
+    gate, up = (jax.random.normal(key, (num_experts, inter, hidden), jnp.bfloat16) * sizes for key in keys[:2])
+    rows = jnp.linspace(0.5, 2.0, inter)[None, :, None]
+    down = jax.random.normal(keys[2], (num_experts, hidden, inter), jnp.bfloat16) * sizes
+    return mm.quantize_experts((gate * rows).astype(jnp.bfloat16), up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
+
+
+def make_inputs(tokens: int, hidden: int, num_experts: int, top_k: int, routing: str = "uniform", seed: int = 0):
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, num_experts, (tokens, top_k)).astype(np.int32)  # repeats included
+    weights = random.random((tokens, top_k)).astype(np.float32) + 0.05
+    if routing == "one":
+        ids[:] = num_experts // 2
+    if routing == "masked":
+        ids[random.random(ids.shape) < 0.3] = -1
+        ids[random.random(ids.shape) < 0.05] = num_experts + 5
+        ids[random.random(ids.shape) < 0.05] = -(2**31)
+    if routing == "none":
+        ids[:] = -1
+    weights[(ids < 0) | (ids >= num_experts)] = np.nan
+    return jnp.asarray(random.standard_normal((tokens, hidden)), jnp.bfloat16), jnp.asarray(ids), jnp.asarray(weights)
+
+
+def difference(a, b) -> float:
+    left, right = (np.asarray(v, np.float64).ravel() for v in (a, b))
+    norm = left @ left + right @ right
+    return float(1 - 2 * (left @ right) / norm) if norm else 0.0
+
+
+OPTIONS = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5}
+moe = jax.jit(functools.partial(mm.moe, **OPTIONS, return_expert_load=True))
+reference = jax.jit(functools.partial(mm.reference.moe, **OPTIONS, return_expert_load=True))
+
+
+def check(x, weights, ids, routing) -> None:
+    y, load = moe(x, weights, ids, routing)
+    wanted, wanted_load = reference(x, weights, ids, routing)
+    assert y.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    np.testing.assert_array_equal(load, wanted_load)
+    assert difference(y, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 33, 64, 127, 128, 129, 200, 256, 1000, 8192])
+def test_token_counts(tokens):
+    check(*_call(tokens, 512, 384, 8, 4))
+
+
+def _call(tokens, hidden, inter, num_experts, top_k, routing="uniform", seed=0):
+    x, ids, weights = make_inputs(tokens, hidden, num_experts, top_k, routing, seed)
+    return x, make_weights(num_experts, hidden, inter), ids, weights
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 128, 300])
+@pytest.mark.parametrize(
+    ("hidden", "inter"),
+    [(4096, 2048), (7168, 3072), (7168, 2048), (2048, 768), (6144, 2048), (4096, 1408), (128, 128), (256, 384)],
+)
+def test_shapes(hidden, inter, tokens):
+    check(*_call(tokens, hidden, inter, 8, 6))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 32])
+@pytest.mark.parametrize("tokens", [5, 128, 700])
+def test_top_k(top_k, tokens):
+    check(*_call(tokens, 256, 256, 16, top_k))
+
+
+@pytest.mark.parametrize("routing", ["one", "masked", "none"])
+@pytest.mark.parametrize("tokens", [1, 40, 128, 300])
+def test_routings(routing, tokens):
+    check(*_call(tokens, 512, 256, 8, 4, routing))
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 256, 1024])
+def test_numbers_of_experts(num_experts):
+    check(*_call(100, 128, 128, num_experts, 4))
+
+
+def test_token_without_slots_gets_zeros():
+    x, weights, ids, routing = _call(20, 512, 256, 8, 4)
+    ids = ids.at[7].set(-1)
+    y, _ = moe(x, weights, ids, routing)
+    assert not np.asarray(y[7], np.float32).any()
+
+
+def test_no_tokens():
+    x, weights, ids, routing = _call(0, 512, 256, 8, 4)
+    y, load = moe(x, weights, ids, routing)
+    assert y.shape == (0, 512)
+    assert not np.asarray(load).any()
+
+
+@pytest.mark.parametrize("tokens", [6, 128, 500])
+def test_repeated_launches_give_the_same_bits(tokens):
+    x, weights, ids, routing = _call(tokens, 1024, 512, 8, 4)
+    first = np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16))
+    for _ in range(20):
+        # Other shapes in between leave other values in reused memory.
+        moe(*_call(tokens + 1, 512, 256, 8, 4, seed=1))
+        np.testing.assert_array_equal(np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16)), first)
+
+
+def test_token_does_not_depend_on_its_batch():
+    x, weights, ids, routing = _call(128, 1024, 512, 8, 4)
+    together = np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16))
+    for token in (0, 31, 127):
+        one = slice(token, token + 1)
+        alone = np.asarray(moe(x[one], weights, ids[one], routing[one])[0].view(jnp.uint16))
+        np.testing.assert_array_equal(alone[0], together[token])
+
+
+def test_nan_stays_in_its_token():
+    x, weights, ids, routing = _call(16, 512, 256, 8, 4)
+    clean, _ = moe(x, weights, ids, routing)
+    y, _ = moe(x.at[3, 100].set(jnp.nan), weights, ids, routing)
+    assert np.isnan(np.asarray(y[3], np.float32)).all()
+    others = [t for t in range(16) if t != 3]
+    np.testing.assert_array_equal(np.asarray(y, np.float32)[others], np.asarray(clean, np.float32)[others])
+
+
+@pytest.mark.parametrize("tokens", [8, 200])
+def test_stacked_layers_in_a_scan(tokens):
+    layers = [make_weights(8, 512, 256, seed) for seed in range(3)]
+    stacked = mm.stack_experts(layers)
+    x, ids, routing = make_inputs(tokens, 512, 8, 4)
+
+    @jax.jit
+    def run(x, stacked):
+        return jax.lax.scan(lambda carry, i: (carry, mm.moe(x, stacked, ids, routing, layer=i)), 0, jnp.arange(3))[1]
+
+    for y, weights in zip(run(x, stacked), layers, strict=True):
+        np.testing.assert_array_equal(y.view(jnp.uint16), mm.moe(x, weights, ids, routing).view(jnp.uint16))
+
+
+def test_many_layers_in_one_program():
+    from jax_megamoe import _core
+
+    layers = [make_weights(8, 512, 256, seed) for seed in range(3)] * 4
+    x, ids, routing = make_inputs(16, 512, 8, 4)
+
+    @jax.jit
+    def run(x, layers):
+        return [mm.moe(x, weights, ids, routing) for weights in layers]
+
+    for _ in range(3):
+        run(x, layers)
+    before = _core.moe_execute_count()
+    results = jax.block_until_ready(run(x, layers))
+    assert _core.moe_execute_count() == before, "the program was not replayed as a CUDA graph"
+    for y, weights in zip(results, layers, strict=True):
+        np.testing.assert_array_equal(y.view(jnp.uint16), mm.moe(x, weights, ids, routing).view(jnp.uint16))
+
+
+def test_captured_while_loop(monkeypatch):
+    weights = make_weights(8, 512, 256)
+    x, ids, routing = make_inputs(16, 512, 8, 4)
+
+    def run(x):
+        return jax.lax.fori_loop(0, 5, lambda _, carry: x + 0.5 * mm.moe(carry, weights, ids, routing), x)
+
+    plain = jax.jit(run)(x)
+    captured = jax.jit(run, compiler_options={"xla_gpu_graph_min_graph_size": 1})(x)
+    np.testing.assert_array_equal(plain.view(jnp.uint16), captured.view(jnp.uint16))
+
+
+def test_vmap_folds_into_tokens():
+    x, weights, ids, routing = _call(24, 512, 256, 8, 4)
+    fold = lambda value: value.reshape(3, 8, value.shape[-1])  # noqa: E731
+    mapped = jax.vmap(lambda x, ids, routing: mm.moe(x, weights, ids, routing))(fold(x), fold(ids), fold(routing))
+    flat = mm.moe(x, weights, ids, routing)
+    np.testing.assert_array_equal(mapped.reshape(24, 512).view(jnp.uint16), flat.view(jnp.uint16))
+
+
+def test_next_call_works_after_an_error():
+    x, weights, ids, routing = _call(8, 512, 256, 8, 4)
+    with pytest.raises(mm.errors.MegaMoEError):
+        mm.moe(x[:, :256], weights, ids, routing)
+    check(x, weights, ids, routing)
