@@ -1,4 +1,4 @@
-"""Command line: `python -m bench` measures, `python -m bench compare A B` and `python -m bench plot A` look at results."""
+"""Command line: `python -m bench` measures; `python -m bench compare A B` and `python -m bench plot A` show results."""
 
 import argparse
 import datetime

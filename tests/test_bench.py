@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from bench.__main__ import compare, main
 from bench.presets import SHAPES, Shape
 

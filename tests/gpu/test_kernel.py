@@ -1,6 +1,8 @@
 """The fused kernel against the reference, on a Hopper GPU: `python -m pytest -m gpu tests/gpu`."""
 
 import functools
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +58,10 @@ def difference(a, b) -> float:
     return float(1 - 2 * (left @ right) / norm) if norm else 0.0
 
 
-OPTIONS = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5}
-moe = jax.jit(functools.partial(mm.moe, **OPTIONS, return_expert_load=True))
-reference = jax.jit(functools.partial(mm.reference.moe, **OPTIONS, return_expert_load=True))
+moe: Any = jax.jit(functools.partial(mm.moe, activation_clamp=6.0, routed_scaling_factor=1.5, return_expert_load=True))
+reference: Any = jax.jit(
+    functools.partial(mm.reference.moe, activation_clamp=6.0, routed_scaling_factor=1.5, return_expert_load=True)
+)
 
 
 def check(x, weights, ids, routing) -> None:
@@ -163,8 +166,7 @@ def test_stacked_layers_in_a_scan(tokens):
 
 
 def test_many_layers_in_one_program():
-    from jax_megamoe import _core
-
+    core = importlib.import_module("jax_megamoe._core")
     layers = [make_weights(8, 512, 256, seed) for seed in range(3)] * 4
     x, ids, routing = make_inputs(16, 512, 8, 4)
 
@@ -174,9 +176,9 @@ def test_many_layers_in_one_program():
 
     for _ in range(3):
         run(x, layers)
-    before = _core.moe_execute_count()
+    before = core.moe_execute_count()
     results = jax.block_until_ready(run(x, layers))
-    assert _core.moe_execute_count() == before, "the program was not replayed as a CUDA graph"
+    assert core.moe_execute_count() == before, "the program was not replayed as a CUDA graph"
     for y, weights in zip(results, layers, strict=True):
         np.testing.assert_array_equal(y.view(jnp.uint16), mm.moe(x, weights, ids, routing).view(jnp.uint16))
 
