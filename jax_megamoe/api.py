@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_megamoe import arguments
-from jax_megamoe.errors import MegaMoEError, ShapeError, ShardingError
+from jax_megamoe.arguments import AxisNames
+from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import moe as primitive
 from jax_megamoe.weights import ExpertWeights
 
 Implementation = Literal["cuda", "collective", "reference"]
-AxisNames = str | tuple[str, ...] | None
 
 
 def moe(
@@ -81,7 +81,8 @@ def moe(
     leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
     mesh = _find_mesh(x, topk_ids, topk_weights, *leaves)
     axes = primitive.Axes(
-        _axes_in_mesh("expert_axis", expert_axis, mesh), _axes_in_mesh("token_axes", token_axes, mesh)
+        arguments.axes_in_mesh("expert_axis", expert_axis, mesh.shape),
+        arguments.axes_in_mesh("token_axes", token_axes, mesh.shape),
     )
     if not mesh.manual_axes and weights.gate_up.shape[-4] != weights.num_experts:
         raise ShapeError(
@@ -112,10 +113,3 @@ def _find_mesh(*arrays: Any) -> AbstractMesh:
         meshes = (jax.typeof(array).sharding.mesh for array in arrays)
         mesh = next((found for found in meshes if not found.empty), mesh)
     return mesh
-
-
-def _axes_in_mesh(name: str, axes: AxisNames, mesh: AbstractMesh) -> tuple[str, ...]:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    if len(set(names)) != len(names):
-        raise ShardingError(f"{name} is {axes!r}, wanted each mesh axis once: drop the repetition.")
-    return tuple(axis for axis in names if axis in mesh.axis_names)

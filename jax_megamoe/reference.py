@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_megamoe import layout, quantization
-from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from jax_megamoe import arguments, exchange, layout, quantization
+from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -33,25 +33,38 @@ def moe(
     """`jax_megamoe.moe`, computed by plain array code.
 
     x bf16[..., H], topk_ids int32[..., k], topk_weights f32[..., k] -> bf16[..., H], with `return_expert_load` also
-    int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised; all experts have
-    to be present, so `expert_axis` and `token_axes` have no influence.
+    int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised. Outside of
+    `jax.shard_map` this is array code like any other, which XLA splits as it sees fit: `expert_axis` and `token_axes`
+    have no influence there.
     """
-    del expert_axis, token_axes
     if implementation not in (None, "reference"):
         raise MegaMoEError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
-    _check(x, weights, topk_ids, topk_weights, activation_clamp, layer)
+    arguments.check(
+        x,
+        weights,
+        topk_ids,
+        topk_weights,
+        activation_clamp=activation_clamp,
+        routed_scaling_factor=routed_scaling_factor,
+        layer=layer,
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
     tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
-    y, load = moe_local(
+    y, load = exchange.moe_per_device(
+        moe_local,
         x.reshape(tokens, x.shape[-1]),
-        weights.gate_up,
-        weights.gate_up_scale,
-        weights.down,
-        weights.down_scale,
+        (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale),
         topk_ids.reshape(tokens, top_k),
         topk_weights.reshape(tokens, top_k),
-        0 if layer is None else layer,
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        num_experts=weights.num_experts,
+        expert_axes=arguments.axes_in_mesh("expert_axis", expert_axis, manual_sizes),
+        token_axes=arguments.axes_in_mesh("token_axes", token_axes, manual_sizes),
+        axis_sizes=manual_sizes,
+        with_load=return_expert_load,
         activation_clamp=math.inf if activation_clamp is None else activation_clamp,
         routed_scaling_factor=routed_scaling_factor,
     )
@@ -199,38 +212,3 @@ def _zeros_like_varying(shape: tuple[int, ...], dtype: Any, *others: jax.Array) 
     # The sum of no elements is zero, whatever the array holds, and inherits the mark.
     nothing = (jnp.sum(other[(slice(0, 0),) * other.ndim].astype(jnp.float32)) for other in others)
     return jnp.zeros(shape, dtype) + sum(nothing, start=jnp.float32(0)).astype(dtype)
-
-
-def _check(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    activation_clamp: float | None,
-    layer: int | jax.Array | None,
-) -> None:
-    if not isinstance(weights, ExpertWeights):
-        raise LayoutError(
-            f"weights is a {type(weights).__name__}, wanted ExpertWeights: call pack_experts or quantize_experts."
-        )
-    if x.dtype != jnp.bfloat16:
-        raise DTypeError(f"x has dtype {x.dtype}, wanted bfloat16: cast it.")
-    if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
-        raise ShapeError(f"x has shape {x.shape}, wanted [..., {weights.hidden_size}], the weights' hidden size.")
-    if topk_ids.dtype != jnp.int32:
-        raise DTypeError(f"topk_ids has dtype {topk_ids.dtype}, wanted int32: cast it.")
-    if topk_weights.dtype != jnp.float32:
-        raise DTypeError(f"topk_weights has dtype {topk_weights.dtype}, wanted float32: cast it.")
-    if topk_ids.ndim != x.ndim or topk_ids.shape[:-1] != x.shape[:-1]:
-        raise ShapeError(f"topk_ids has shape {topk_ids.shape}, wanted {x.shape[:-1]} + (k,) like x.")
-    if topk_weights.shape != topk_ids.shape:
-        raise ShapeError(f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids.")
-    if weights.is_stacked != (layer is not None):
-        wanted = "an index" if weights.is_stacked else "None"
-        raise ShapeError(
-            f"layer is {layer}, wanted {wanted}: the weights are{'' if weights.is_stacked else ' not'} stacked."
-        )
-    if activation_clamp is not None and not activation_clamp > 0:
-        raise MegaMoEError(
-            f"activation_clamp is {activation_clamp}, wanted a positive number: leave it out for no clamp."
-        )

@@ -10,7 +10,7 @@ import numpy_model
 import jax_megamoe as mm
 
 E, H, I, K = 8, 256, 128, 3
-# A rank's sum is rounded to FP32 before the ranks' sums are added; beyond that everything is the reference's arithmetic.
+# The order of FP32 sums, over ranks too, and FP8 values that it moves across a rounding boundary.
 TOLERANCE = 1e-7
 
 

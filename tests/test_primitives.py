@@ -50,12 +50,10 @@ def test_cuda_lowering():
     operands, results = call.rsplit(": (", 1)[1].split("->")
     tensors = re.findall(r"tensor<[^>]*>", operands)
     assert len(tensors) == 8
-    assert tensors[0] == f"tensor<16x{H}xbf16>" and tensors[5:] == [
-        f"tensor<16x{K}xi32>",
-        f"tensor<16x{K}xf32>",
-        "tensor<i32>",
-    ]
-    assert re.findall(r"tensor<[^>]*>", results) == [f"tensor<16x{H}xbf16>", f"tensor<{E}xi32>", f"tensor<{WORKSPACE}xui8>"]  # fmt: skip
+    assert tensors[0] == f"tensor<16x{H}xbf16>"
+    assert tensors[5:] == [f"tensor<16x{K}xi32>", f"tensor<16x{K}xf32>", "tensor<i32>"]
+    wanted = [f"tensor<16x{H}xbf16>", f"tensor<{E}xi32>", f"tensor<{WORKSPACE}xui8>"]
+    assert re.findall(r"tensor<[^>]*>", results) == wanted
 
 
 @pytest.mark.usefixtures("built")
@@ -136,7 +134,7 @@ def test_other_platforms_are_an_error():
 
 def test_registers_types_before_targets(monkeypatch):
     calls = []
-    core = types.SimpleNamespace(
+    core: Any = types.SimpleNamespace(
         ffi_registrations=lambda: {"targets": {"target": {"execute": 1}}, "types": {"type": {"type_id": 2}}}
     )
     monkeypatch.setattr(_library.importlib, "import_module", lambda name: core)
@@ -158,7 +156,7 @@ def test_a_broken_build_is_not_taken_for_a_missing_one(monkeypatch):
 
 
 def local_operands(layer: Layer) -> tuple[Any, ...]:
-    return layer.x, tuple(jax.tree.leaves(layer.weights)), layer.ids, layer.probs, jnp.int32(0)
+    return layer.x, *jax.tree.leaves(layer.weights), layer.ids, layer.probs, jnp.int32(0)
 
 
 def test_moe_local_by_itself():
@@ -173,15 +171,19 @@ def test_moe_local_by_itself():
 
 def test_moe_local_under_vmap_is_one_call():
     layer = make_layer()
-    x, leaves, ids, probs, index = local_operands(layer)
-    f = jax.vmap(lambda x, ids, probs: moe_local(x, leaves, ids, probs, index), in_axes=(1, 1, 1), out_axes=1)
-    arguments = tuple(a.reshape(4, 4, -1) for a in (x, ids, probs))
+    operands = local_operands(layer)
+  # type: ignore[call-arg]
+    def local(x: jax.Array, ids: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return moe_local(*(x, *operands[1:5], ids, probs, operands[7]))
+
+    f = jax.vmap(local, in_axes=(1, 1, 1), out_axes=1)
+    arguments = tuple(operands[i].reshape(4, 4, -1) for i in (0, 5, 6))
     (call,) = [e for e in jax.make_jaxpr(f)(*arguments).eqns if e.primitive is moe_local_p]
-    assert call.invars[0].aval.shape == (16, H)
+    assert str(call.invars[0].aval) == f"bfloat16[16,{H}]"
     check(f(*arguments)[0], layer)
 
-
+  # type: ignore[call-arg, misc]
 def test_moe_local_has_no_derivative():
-    x, leaves, ids, probs, index = local_operands(make_layer())
+    x, *others = local_operands(make_layer())
     with pytest.raises(NotImplementedError, match="inference only"):
-        jax.grad(lambda x: moe_local(x, leaves, ids, probs, index, out_dtype=jnp.float32)[0].sum())(x)
+        jax.grad(lambda x: moe_local(x, *others, out_dtype=jnp.float32)[0].sum())(x)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_model
 import pytest
-from expert_layer import E, H, K, Layer, check, make_layer, packed_weights
+from expert_layer import H, Layer, check, make_layer, packed_weights
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -125,7 +126,8 @@ def test_no_expert_axis_is_the_local_op(kind):
     arguments = place_all(mesh, layer, experts=None)
     compiled = jax.jit(lambda *a: mm.moe(*a, expert_axis=None)).lower(*arguments).compile()
     check(compiled(*arguments), layer)
-    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
+    text = str(compiled.as_text())
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 8, 13])
@@ -244,6 +246,20 @@ def test_manual_eager():
     check(f(*place_all(mesh, layer)), layer)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_manual_reference(check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(
+        lambda *a: mm.reference.moe(*a, return_expert_load=True),
+        mesh=mesh,
+        in_specs=(tokens, P("expert"), tokens, tokens),
+        out_specs=(tokens, P("expert")),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+
+
 @pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
@@ -331,9 +347,9 @@ def test_stacked_weights_in_a_scan(kind):
     stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
     x, _, ids, probs = place_all(mesh, layer)
     y = jax.jit(scan_over_layers)(x, stacked, ids, probs)
-    wanted = mm.moe(*layer[:4])
-    wanted = mm.moe(wanted, packed_weights(1), layer.ids, layer.probs)
-    assert float(np.abs(np.asarray(y, np.float32) - np.asarray(wanted, np.float32)).max()) < 1e-2
+    wanted = mm.moe(mm.moe(*layer[:4]), packed_weights(1), layer.ids, layer.probs)
+    # The ranks' FP32 sums come in another order; the second layer may then quantise a value to its neighbour.
+    assert numpy_model.diff(y, wanted) < 1e-4
 
 
 def test_while_loop_on_a_mesh():
@@ -345,7 +361,6 @@ def test_while_loop_on_a_mesh():
 
     _, y = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))(x)
     check(y, layer)
-    assert K == layer.ids.shape[1] and E == len(layer.load)
 
 
 # What happens to the weights before the kernel sees them.
@@ -391,7 +406,7 @@ def test_weights_are_neither_gathered_nor_copied(way, stacked):
             function, mesh=mesh, in_specs=(tokens, P(*lead, "expert"), tokens, tokens), out_specs=tokens
         )
     arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
-    text = jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text()
+    text = str(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
     # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
     num_elements = layer.weights.down.size // 4
     allowed = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "call", "custom-call", "conditional"}
@@ -405,5 +420,5 @@ def test_the_check_above_sees_a_copy():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     x, _, ids, probs = place_all(mesh, layer)
     compiled = jax.jit(lambda *a: mm.moe(*a)).lower(x, place(mesh, layer.weights, None, "data"), ids, probs).compile()
-    opcodes = opcodes_of_large_results(compiled.as_text(), layer.weights.down.size // 4)
+    opcodes = opcodes_of_large_results(str(compiled.as_text()), layer.weights.down.size // 4)
     assert opcodes & {"all-gather", "all-to-all", "dynamic-slice", "copy", "fusion", "collective-permute"}

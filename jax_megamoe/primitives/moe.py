@@ -10,7 +10,8 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.primitives import _compat, _exchange, _specs
+from jax_megamoe import exchange
+from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.primitives.moe_local import moe_local
@@ -120,29 +121,23 @@ def _per_device(
     *others: jax.Array,
     mesh: AbstractMesh,
     axes: Axes,
-    num_experts: int,
-    with_load: bool,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part, or all of it where there is no mesh."""
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
     tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
-    if mesh.empty:
-        y, load = moe_local(tokens, leaves, topk_ids, topk_weights, layer, **params)
-    else:
-        y, load = _exchange.moe_per_device(
-            tokens,
-            leaves,
-            topk_ids,
-            topk_weights,
-            layer,
-            num_experts=num_experts,
-            expert_axes=axes.experts,
-            token_axes=axes.tokens,
-            axis_sizes=mesh.shape,
-            with_load=with_load,
-            **params,
-        )
+    y, load = exchange.moe_per_device(
+        moe_local,
+        tokens,
+        leaves,
+        topk_ids,
+        topk_weights,
+        layer,
+        expert_axes=axes.experts,
+        token_axes=axes.tokens,
+        axis_sizes=mesh.shape,
+        **params,
+    )
     return y.reshape(x.shape), load
 
 

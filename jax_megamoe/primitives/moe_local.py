@@ -21,7 +21,10 @@ moe_local_p.multiple_results = True
 
 def moe_local(
     x: jax.Array,
-    leaves: tuple[jax.Array, ...],
+    gate_up: jax.Array,
+    gate_up_scale: jax.Array,
+    down: jax.Array,
+    down_scale: jax.Array,
     topk_ids: jax.Array,
     topk_weights: jax.Array,
     layer: jax.Array,
@@ -33,10 +36,10 @@ def moe_local(
 ) -> tuple[jax.Array, jax.Array]:
     """The operands and results of `reference.moe_local`, on the platform the program is lowered for.
 
-    x bf16[T, H], the four packed leaves, topk_ids int32[T, k] (local ids), topk_weights f32[T, k], layer int32[] ->
+    x bf16[T, H], packed leaves, topk_ids int32[T, k] (local ids), topk_weights f32[T, k], layer int32[] ->
     y out_dtype[T, H], load int32[E_local].
     """
-    operands = (x, *leaves, topk_ids, topk_weights, layer)
+    operands = (x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer)
     y, load = moe_local_p.bind(
         *_compat.align_varying(operands),
         activation_clamp=float(activation_clamp),

@@ -1,7 +1,7 @@
-"""What one device does inside a fully manual region: its experts, and the collectives around them."""
+"""What one device does inside a manual region: its experts, and XLA's collectives around them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.primitives import _compat
-from jax_megamoe.primitives.moe_local import moe_local
 
 
 def moe_per_device(
+    local_op: Callable[..., tuple[jax.Array, jax.Array]],
     x: jax.Array,
     leaves: tuple[jax.Array, ...],
     topk_ids: jax.Array,
@@ -30,7 +30,8 @@ def moe_per_device(
 
     The ranks along `expert_axes` hold E_local = num_experts / n experts each, in the order of the axes. Along those of
     them over which the tokens are split, tokens are gathered and results scattered; along the others every rank has the
-    same tokens, so that results are only added up. topk_ids int32[T, k] are global.
+    same tokens, so that results are only added up. topk_ids int32[T, k] are global. `local_op` has the signature of
+    `reference.moe_local`.
 
     Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
     Without `with_load`, load is zero, and nothing has to be added up.
@@ -59,7 +60,8 @@ def moe_per_device(
         ids = ids - jax.lax.axis_index(expert_axes) * num_local_experts
     # Rounded once, after all ranks' sums have been added.
     out_dtype = jnp.float32 if is_split else jnp.bfloat16
-    y, load = moe_local(tokens, leaves, ids, routing, layer, out_dtype=out_dtype, **params)
+    operands = _compat.align_varying((tokens, *leaves, ids, routing, layer))
+    y, load = local_op(*operands, out_dtype=out_dtype, **params)
     if x.shape[0] == 0:
         y = x
     else:
