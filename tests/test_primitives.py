@@ -172,7 +172,7 @@ def test_moe_local_by_itself():
 def test_moe_local_under_vmap_is_one_call():
     layer = make_layer()
     operands = local_operands(layer)
-  # type: ignore[call-arg]
+
     def local(x: jax.Array, ids: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
         return moe_local(*(x, *operands[1:5], ids, probs, operands[7]))
 
@@ -182,7 +182,7 @@ def test_moe_local_under_vmap_is_one_call():
     assert str(call.invars[0].aval) == f"bfloat16[16,{H}]"
     check(f(*arguments)[0], layer)
 
-  # type: ignore[call-arg, misc]
+
 def test_moe_local_has_no_derivative():
     x, *others = local_operands(make_layer())
     with pytest.raises(NotImplementedError, match="inference only"):
