@@ -2,6 +2,7 @@
 // device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing]     routing: uniform, one (all on one expert), masked, none
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
+//   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 
 #include "bench/read_ceiling.h"
 #include "host/launch.h"
+#include "kernels/trace.cuh"
 #include "reference.cuh"
 
 #define CHECK(call)                                                                                   \
@@ -311,6 +313,41 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
     cudaFree(pointer);
 }
 
+#ifdef MEGAMOE_TRACE
+// One traced launch in the middle of a row of launches; appends "H I E k T" and the raw events to `file`.
+void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
+  const Weights w(h, i, e);
+  const Problem p{tokens, k, h, i, e};
+  void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
+  megamoe::Control* control = make_control(p);
+  const size_t words = static_cast<size_t>(num_sms()) * megamoe::Tracer::kRoles * megamoe::Tracer::kCapacity;
+  std::vector<Call> calls;
+  for (int n = 0; n < kInputs; ++n) {
+    calls.emplace_back(p, w, "uniform", 100 + n);
+    calls.back().share(workspace, control);
+  }
+  uint64_t* trace = device_array<uint64_t>(words);
+  CHECK(cudaMemset(trace, 0, words * 8));
+  for (int round = 0; round < 3; ++round) {
+    calls[8].args.trace = round == 2 ? trace : nullptr;
+    for (auto& call : calls) CHECK(megamoe::launch_moe(call.args, num_sms(), nullptr));
+  }
+  CHECK(cudaDeviceSynchronize());
+  std::vector<uint64_t> host(words);
+  CHECK(cudaMemcpy(host.data(), trace, words * 8, cudaMemcpyDeviceToHost));
+  std::FILE* out = std::fopen(file, "ab");
+  const uint64_t head[8] = {static_cast<uint64_t>(h), static_cast<uint64_t>(i), static_cast<uint64_t>(e),
+                            static_cast<uint64_t>(k), static_cast<uint64_t>(tokens),
+                            static_cast<uint64_t>(num_sms()), megamoe::Tracer::kRoles, megamoe::Tracer::kCapacity};
+  std::fwrite(head, 8, 8, out);
+  std::fwrite(host.data(), 8, words, out);
+  std::fclose(out);
+  cudaFree(trace), cudaFree(workspace), cudaFree(control);
+  for (void* pointer : {(void*)w.gate_up, (void*)w.down, (void*)w.gate_up_scale, (void*)w.down_scale})
+    cudaFree(pointer);
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -323,6 +360,12 @@ int main(int argc, char** argv) {
   if (std::string(argv[1]) == "check") {
     return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform");
   }
+#ifdef MEGAMOE_TRACE
+  if (std::string(argv[1]) == "trace") {
+    for (int i = 7; i < argc; ++i) trace_shape(number(3), number(4), number(5), number(6), number(i), argv[2]);
+    return 0;
+  }
+#endif
   std::vector<int> tokens;
   for (int i = 6; i < argc; ++i) tokens.push_back(number(i));
   time_shape(number(2), number(3), number(4), number(5), tokens);

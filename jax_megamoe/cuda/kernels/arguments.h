@@ -28,6 +28,9 @@ struct MoeArguments {
 
   Workspace workspace;
   Control* control;
+#ifdef MEGAMOE_TRACE
+  uint64_t* trace;  // [CTAs][Tracer::kRoles][Tracer::kCapacity]
+#endif
 };
 
 }  // namespace megamoe

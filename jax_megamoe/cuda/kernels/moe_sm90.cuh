@@ -21,17 +21,19 @@
 #include "kernels/plan.cuh"
 #include "kernels/producers.cuh"
 #include "kernels/swap_consumer.cuh"
+#include "kernels/trace.cuh"
 
 namespace megamoe {
 
 template <bool kSwap>
 __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map,
-                                        const CounterSet& counters) {
+                                        const CounterSet& counters, Tracer& tracer) {
   StageCursor cursor;
   Signaller signaller(map.header);
   while (true) {
     ptx::mbarrier_wait(&map.header->full[cursor.stage], cursor.parity);
     const UnitNote note = map.header->note[cursor.stage];
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
     if (note.end()) {
       if (threadIdx.x == 0) signaller.post(nullptr);
       return;
@@ -41,6 +43,7 @@ __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMa
     } else {
       NormalConsumer(args, map, counters, note, signaller).run(cursor);
     }
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
 }
 
@@ -57,6 +60,8 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
   extern __shared__ __align__(1024) uint8_t shared[];
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
+  Tracer tracer(args, TraceRole::kConsumer);
+  if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   const uint32_t launch = *reinterpret_cast<volatile uint32_t*>(&args.control->launch);
   const CounterSet counters = CounterSet::at(p, args.control, launch % 2);
@@ -85,12 +90,16 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
     }
   } else {
     ptx::increase_registers<kConsumerRegisters>();
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
     gather_tokens<kSwap>(args, plan, share, map.pair_targets, counters.quantized_ctas);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) args.load[e] = plan.count[e];
     }
-    consume<kSwap>(args, map, counters);
+    consume<kSwap>(args, map, counters, tracer);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     combine_tokens<kSwap>(args, plan.num_chunks(p.num_experts), counters);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
   }
 
   __syncthreads();

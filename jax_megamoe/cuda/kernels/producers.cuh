@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/pipeline.cuh"
+#include "kernels/trace.cuh"
 
 namespace megamoe {
 
@@ -26,6 +27,7 @@ __device__ __forceinline__ void produce_weights(const MoeArguments& args, const 
   const int down_scale_entries = ceil_div(down_blocks, 2);
   const size_t first_expert = static_cast<size_t>(clamped_layer(args)) * p.num_experts;
   StageCursor cursor;
+  Tracer tracer(args, TraceRole::kWeightProducer);
 
   auto claim = [&]() {
     ptx::mbarrier_wait(&header->empty[cursor.stage], cursor.parity ^ 1);
@@ -39,6 +41,7 @@ __device__ __forceinline__ void produce_weights(const MoeArguments& args, const 
   uint32_t ticket = atomicAdd(counters.next_unit, 1);
   while (ticket < schedule.size()) {
     const Unit u = schedule.unit(ticket);
+    tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
     const size_t expert = first_expert + u.expert;
     const int stages = u.down ? O::down_stages(p.intermediate_size) : O::gate_up_stages(p.hidden_size);
     for (int i = 0; i < stages; ++i) {
@@ -88,6 +91,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
   SharedHeader* header = map.header;
   const uint32_t gate_up_units = O::gate_up_units(p.intermediate_size);
   bool tokens_ready = false;
+  Tracer tracer(args, TraceRole::kTokenProducer);
   StageCursor cursor;
   while (true) {
     ptx::mbarrier_wait(&header->claimed[cursor.stage], cursor.parity);
@@ -103,6 +107,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       ptx::wait_until_at_least(&counters.gate_up_done[note.chunk], gate_up_units);
     }
     ptx::fence_proxy_async_global();
+    tracer.mark(TraceEvent::kTokensReady);
 
     const int rows = note.padded_rows();
     const int k = note.down() ? p.intermediate_size : p.hidden_size;

@@ -1,0 +1,48 @@
+// Timestamps of one thread's progress, for development: compiled in only with MEGAMOE_TRACE (scripts/probe trace).
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+#include "kernels/arguments.h"
+
+namespace megamoe {
+
+enum class TraceRole : int { kConsumer, kWeightProducer, kTokenProducer };
+enum class TraceEvent : uint64_t {
+  kStart,
+  kPlanned,
+  kGathered,
+  kUnitLanded,     // the first stage of a unit
+  kUnitMultiplied,  // its last stage
+  kUnitFinished,    // its epilogue
+  kCombineReady,
+  kCombined,
+  kGateUpAsked,
+  kDownAsked,
+  kTokensReady,
+};
+
+class Tracer {
+ public:
+#ifdef MEGAMOE_TRACE
+  static constexpr int kRoles = 3;
+  static constexpr int kCapacity = 512;
+
+  __device__ Tracer(const MoeArguments& args, TraceRole role)
+      : next_(args.trace == nullptr ? nullptr
+                                    : args.trace + (blockIdx.x * kRoles + static_cast<int>(role)) * kCapacity) {}
+  // Time in nanoseconds, shifted, beside the event.
+  __device__ void mark(TraceEvent event) {
+    if (next_ != nullptr) *next_++ = ptx::global_nanoseconds() << 8 | static_cast<uint64_t>(event);
+  }
+
+ private:
+  uint64_t* next_;
+#else
+  __device__ Tracer(const MoeArguments&, TraceRole) {}
+  __device__ void mark(TraceEvent) {}
+#endif
+};
+
+}  // namespace megamoe
