@@ -151,16 +151,16 @@ ffi::Error read_problem(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate_up, 
   const int64_t leading = layers * experts;
   const int64_t gate_up_tiles = intermediate / kGateUpTileColumns, gate_up_blocks = hidden / kBlockK;
   const int64_t down_tiles = hidden / kDownTileColumns, down_blocks = intermediate / kBlockK;
-  if (!matches(gate_up, ffi::F8E4M3FN, {gate_up_tiles, gate_up_blocks, kStageWeightBytes}, leading)) {
+  if (!matches(gate_up, ffi::F8E4M3FN, {gate_up_tiles, gate_up_blocks, kBlockWeightBytes}, leading)) {
     return wrong("gate_up", gate_up, "f8e4m3fn [(L,) E, I/64, H/128, 16384]");
   }
-  if (!matches(gate_up_scale, ffi::F32, {gate_up_tiles, gate_up_blocks, kStageScaleFloats}, leading)) {
+  if (!matches(gate_up_scale, ffi::F32, {gate_up_tiles, gate_up_blocks, kScaleVectorFloats}, leading)) {
     return wrong("gate_up_scale", gate_up_scale, "f32 [(L,) E, I/64, H/128, 4]");
   }
   if (!matches(down, ffi::F8E4M3FN, {down_tiles, down_blocks, kPlaneBytes}, leading)) {
     return wrong("down", down, "f8e4m3fn [(L,) E, H/64, I/128, 8192]");
   }
-  if (!matches(down_scale, ffi::F32, {down_tiles, (down_blocks + 1) / 2, kStageScaleFloats}, leading)) {
+  if (!matches(down_scale, ffi::F32, {down_tiles, (down_blocks + 1) / 2, kScaleVectorFloats}, leading)) {
     return wrong("down_scale", down_scale, "f32 [(L,) E, H/64, ceil(I/256), 4]");
   }
   if (!matches(topk_weights, ffi::F32, {tokens, id_dims[1]})) return wrong("topk_weights", topk_weights, "f32 [T, k]");

@@ -9,8 +9,8 @@
 
 namespace megamoe {
 
-constexpr int kCombineColumns = 64;  // eight threads of eight columns
-constexpr int kCombineTokens = kConsumerThreads / (kCombineColumns / 8);
+constexpr int kCombineColumns = 64;  // of a warp's item: eight lanes of eight columns
+constexpr int kCombineTokens = 32 / (kCombineColumns / 8);
 
 __device__ __forceinline__ void combine_columns(const MoeArguments& args, int token, int column) {
   const Problem& p = args.problem;
@@ -57,21 +57,20 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, int to
   }
 }
 
-// All consumer threads of all CTAs: items of (64 columns, 32 tokens), each as soon as its columns are complete.
+// All consumer warps of all CTAs: items of (64 columns, 4 tokens), each as soon as its columns are complete.
 template <bool kSwap>
-__device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks, const CounterSet& counters) {
+__device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   const Problem& p = args.problem;
+  const int lane = threadIdx.x % 32;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
-  constexpr int kTilesPerUnit = Orientation<kSwap>::kDownUnitColumns / kCombineColumns;
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int tile = item % column_tiles;
-    const int token = item / column_tiles * kCombineTokens + threadIdx.x / (kCombineColumns / 8);
-    if (threadIdx.x == 0) ptx::wait_until_at_least(&counters.down_tiles_done[tile / kTilesPerUnit], num_chunks);
-    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (token < p.num_tokens) {
-      combine_columns(args, token, tile * kCombineColumns + threadIdx.x % (kCombineColumns / 8) * 8);
-    }
+  const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+  for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
+    const int column = item % column_tiles * kCombineColumns;
+    const int token = item / column_tiles * kCombineTokens + lane / (kCombineColumns / 8);
+    if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters().down_done(column / kDownUnitColumns), signals);
+    __syncwarp();
+    if (token < p.num_tokens) combine_columns(args, token, column + lane % (kCombineColumns / 8) * 8);
   }
 }
 

@@ -64,14 +64,14 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
     const int earlier = __popc(peers & ((1u << lane) - 1));
     PairTarget target{-1, 0};
     int position = 0;
-    if (expert >= 0) position = plan.before[expert] + earlier;
+    if (expert >= 0) position = plan.before(expert) + earlier;
     __syncwarp();
     if (expert >= 0) {
-      if (earlier == 0) plan.before[expert] = position + __popc(peers);
+      if (earlier == 0) plan.before(expert) = position + __popc(peers);
       const int chunk = position / kTile;
       const int row = position - chunk * kTile;
-      const int padded = round_up(min(kTile, plan.count[expert] - chunk * kTile), 8);
-      target = {plan.row_base[expert] + chunk * kTile, row | padded << 16};
+      const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
+      target = {plan.row_base(expert) + chunk * kTile, row | padded << 16};
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (pair / top_k * share.blocks >= share.first_item) {
         args.workspace.row_sources[target.chunk_row_base + row] = {

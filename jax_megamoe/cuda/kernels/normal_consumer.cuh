@@ -18,9 +18,8 @@ namespace megamoe {
 
 class NormalConsumer {
  public:
-  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map,
-                                            const CounterSet& counters, const UnitNote& note, Signaller& signaller)
-      : args_(args), map_(map), counters_(counters), note_(note), signaller_(signaller) {
+  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note, Signaller& signaller)
+      : args_(args), map_(map), note_(note), signaller_(signaller) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first_token() + 8 * half;
@@ -67,18 +66,19 @@ class NormalConsumer {
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, float (&acc)[kAccumulators]) {
     using O = Orientation<false>;
-    constexpr int kScales = kDown ? kBlockK / kActivationScaleColumns : 1;
+    constexpr int kScales = kDown ? kActivationScalesPerBlock : 1;
     const Problem& p = args_.problem;
-    const int stages = kDown ? O::down_stages(p.intermediate_size) : O::gate_up_stages(p.hidden_size);
+    const int stages = O::stages((kDown ? p.intermediate_size : p.hidden_size) / kBlockK);
+    static_assert(O::kStageBlocks == 1);
     const bool idle = warpgroup() * kWarpgroupTokens >= note_.rows();
     const int padded = note_.padded_rows();
     for (int i = 0; i < stages; ++i) {
       const int stage = cursor.stage;
-      ptx::mbarrier_wait(&map_.header->full[stage], cursor.parity);
+      wait_stage(map_.header(), cursor);
       if (!idle) {
         const uint64_t a = wgmma::make_descriptor(map_.tokens(stage) + warpgroup() * kWarpgroupTokens * kBlockK);
         const uint64_t b = wgmma::make_descriptor(map_.weights(stage));
-        const float* weight_scale = map_.header->weight_scale[stage];
+        const float* weight_scale = map_.header().weight_scale[stage];
         const float even = weight_scale[kDown ? i % 2 : 0];
         const float odd = weight_scale[kDown ? i % 2 : 1];
 #pragma unroll
@@ -92,11 +92,11 @@ class NormalConsumer {
           const float token_scales[2] = {scale_row[0], scale_row[8]};
           wgmma::wait<0>();
           wgmma::pin(partial);
-          if (s == kScales - 1) release_stage(map_.header, stage);
+          if (s == kScales - 1) release_stage(map_.header(), stage);
           promote(acc, partial, token_scales, even, odd);
         }
       } else {
-        release_stage(map_.header, stage);
+        release_stage(map_.header(), stage);
       }
       cursor.advance(map_.num_stages);
     }
@@ -140,7 +140,7 @@ class NormalConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(&counters_.gate_up_done[note_.chunk]);
+    if (threadIdx.x == 0) signaller_.post(map_.counters().gate_up_done(note_.chunk));
   }
 
   __device__ __forceinline__ void finish_down(const float (&acc)[kAccumulators]) {
@@ -149,7 +149,7 @@ class NormalConsumer {
       if (first_token() + 8 * half >= note_.rows()) continue;
       uint16_t* row = args_.workspace.slot_outputs +
                       static_cast<size_t>(source_[half].pair) * args_.problem.hidden_size +
-                      note_.tile * Orientation<false>::kDownUnitColumns + 2 * quad_column();
+                      note_.tile * kDownUnitColumns + 2 * quad_column();
 #pragma unroll
       for (int g = 0; g < 8; ++g) {  // sixteen hidden columns each
         const int even = 8 * g + 2 * half, odd = 8 * g + 4 + 2 * half;
@@ -160,12 +160,11 @@ class NormalConsumer {
       }
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(&counters_.down_tiles_done[note_.tile]);
+    if (threadIdx.x == 0) signaller_.post(map_.counters().down_done(note_.tile));
   }
 
   const MoeArguments& args_;
   const SharedMap<false>& map_;
-  const CounterSet& counters_;
   UnitNote note_;
   Signaller& signaller_;
   RowSource source_[2] = {{0, 0.0f}, {0, 0.0f}};

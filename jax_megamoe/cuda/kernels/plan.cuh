@@ -6,6 +6,7 @@
 
 #include "kernels/arguments.h"
 #include "kernels/roles.h"
+#include "kernels/shared_header.cuh"
 
 namespace megamoe {
 
@@ -21,37 +22,52 @@ struct Unit {
   __device__ int padded_rows() const { return round_up(rows, 8); }
 };
 
-// Lives in shared memory; arrays of `num_experts` (+1) entries follow each other from `storage`.
-struct Plan {
-  int* count;       // [E] pairs per expert
-  int* row_base;    // [E] first gathered row
-  int* chunk_base;  // [E + 1] first chunk; the last entry is the number of chunks
-  int* before;      // [E] pairs of earlier CTAs' tokens, then a running position
-  int* max_rows;    // [1] rows of the largest padded chunk
+// The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
+// Arrays of `num_experts` (+1) entries that follow each other in shared memory, behind the fixed header.
+class Plan {
+ public:
+  __device__ explicit Plan(int num_experts) : num_experts_(num_experts) {}
 
   __host__ __device__ static int bytes(int num_experts) {
     return (4 * num_experts + 2) * static_cast<int>(sizeof(int));
   }
 
-  __device__ static Plan at(int* storage, int num_experts) {
-    return {storage, storage + num_experts, storage + 2 * num_experts, storage + 3 * num_experts + 1,
-            storage + 4 * num_experts + 1};
-  }
+  __device__ int num_experts() const { return num_experts_; }
+  // Pairs per expert.
+  __device__ int& count(int expert) const { return storage()[expert]; }
+  // First gathered row.
+  __device__ int& row_base(int expert) const { return storage()[num_experts_ + expert]; }
+  // Pairs of earlier CTAs' tokens, then a running position.
+  __device__ int& before(int expert) const { return storage()[2 * num_experts_ + expert]; }
+  // First chunk; one past the last expert: the number of chunks.
+  __device__ int& chunk_base(int expert) const { return storage()[3 * num_experts_ + expert]; }
+  __device__ int num_chunks() const { return chunk_base(num_experts_); }
+  // Rows of the largest padded chunk.
+  __device__ int& max_rows() const { return storage()[4 * num_experts_ + 1]; }
 
-  __device__ int num_chunks(int num_experts) const { return chunk_base[num_experts]; }
+ private:
+  __device__ static int* storage() { return reinterpret_cast<int*>(shared_memory() + kSharedHeaderBytes); }
+
+  int num_experts_;
 };
 
-// Counts pairs per expert, in all and before `first_pair`. All threads of the CTA; ends with a CTA barrier.
-__device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair) {
+// Counts pairs per expert, in all and before `first_pair`. All threads of the CTA; `expert` is the id of the thread's first
+// pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+__device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
   const int num_experts = args.problem.num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += kCtaThreads) plan.count[e] = plan.before[e] = 0;
-  __syncthreads();
   const int num_pairs = args.problem.num_pairs();
+  for (int e = threadIdx.x; e < num_experts; e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
+  __syncthreads();
   for (int pair = threadIdx.x; pair < num_pairs; pair += kCtaThreads) {
-    const int expert = args.topk_ids[pair];
+    if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
     if (expert < 0 || expert >= num_experts) continue;
-    atomicAdd(&plan.count[expert], 1);
-    if (pair < first_pair) atomicAdd(&plan.before[expert], 1);
+    atomicAdd(&plan.count(expert), 1);
+    if (pair < first_pair) atomicAdd(&plan.before(expert), 1);
   }
   __syncthreads();
 }
@@ -68,28 +84,29 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 
 // Prefix sums over the experts. One warp.
 template <bool kSwap>
-__device__ __forceinline__ void lay_out_chunks(const Plan& plan, int num_experts) {
+__device__ __forceinline__ void lay_out_chunks(const Plan& plan) {
+  const int num_experts = plan.num_experts();
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
   int rows_so_far = 0, chunks_so_far = 0, max_rows = 8;
   for (int first = 0; first < num_experts; first += 32) {
     const int e = first + lane;
-    const int count = e < num_experts ? plan.count[e] : 0;
+    const int count = e < num_experts ? plan.count(e) : 0;
     const int rows = round_up(count, 8);
     const int chunks = ceil_div(count, kTile);
     const int rows_end = warp_inclusive_sum(rows);
     const int chunks_end = warp_inclusive_sum(chunks);
     if (e < num_experts) {
-      plan.row_base[e] = rows_so_far + rows_end - rows;
-      plan.chunk_base[e] = chunks_so_far + chunks_end - chunks;
+      plan.row_base(e) = rows_so_far + rows_end - rows;
+      plan.chunk_base(e) = chunks_so_far + chunks_end - chunks;
     }
     rows_so_far += __shfl_sync(~0u, rows_end, 31);
     chunks_so_far += __shfl_sync(~0u, chunks_end, 31);
     max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
   }
   if (lane == 0) {
-    plan.chunk_base[num_experts] = chunks_so_far;
-    *plan.max_rows = max_rows;
+    plan.chunk_base(num_experts) = chunks_so_far;
+    plan.max_rows() = max_rows;
   }
 }
 
@@ -100,10 +117,9 @@ class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
       : plan_(plan),
-        num_experts_(args.problem.num_experts),
-        gate_up_units_(Orientation<kSwap>::gate_up_units(args.problem.intermediate_size)),
-        down_units_(Orientation<kSwap>::down_units(args.problem.hidden_size)),
-        num_chunks_(plan.num_chunks(args.problem.num_experts)) {}
+        gate_up_units_(args.problem.intermediate_size / kGateUpTileColumns),
+        down_units_(args.problem.hidden_size / kDownUnitColumns),
+        num_chunks_(plan.num_chunks()) {}
 
   __device__ uint32_t size() const { return static_cast<uint32_t>(num_chunks_) * (gate_up_units_ + down_units_); }
 
@@ -114,14 +130,14 @@ class UnitSchedule {
     const int index = ticket - (u.down ? first_down : 0);
     const int units = u.down ? down_units_ : gate_up_units_;
     u.expert = expert_of_chunk(index / units);
-    const int first_chunk = plan_.chunk_base[u.expert];
-    const int chunks = plan_.chunk_base[u.expert + 1] - first_chunk;
+    const int first_chunk = plan_.chunk_base(u.expert);
+    const int chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
     const int within = index - first_chunk * units;
     u.tile = within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
-    u.row_base = plan_.row_base[u.expert] + chunk * kTile;
-    u.rows = min(kTile, plan_.count[u.expert] - chunk * kTile);
+    u.row_base = plan_.row_base(u.expert) + chunk * kTile;
+    u.rows = min(kTile, plan_.count(u.expert) - chunk * kTile);
     return u;
   }
 
@@ -130,10 +146,10 @@ class UnitSchedule {
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {
-    int low = 0, high = num_experts_ - 1;
+    int low = 0, high = plan_.num_experts() - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (plan_.chunk_base[middle] <= chunk) {
+      if (plan_.chunk_base(middle) <= chunk) {
         low = middle;
       } else {
         high = middle - 1;
@@ -143,7 +159,6 @@ class UnitSchedule {
   }
 
   Plan plan_;
-  int num_experts_;
   int gate_up_units_;
   int down_units_;
   int num_chunks_;

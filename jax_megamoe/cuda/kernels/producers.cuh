@@ -1,5 +1,5 @@
-// The two producers: one thread streams weights as fast as stages become free and waits for nothing else; the other adds
-// the token images once they exist.
+// The two producers: one thread streams weights as stages become free and waits for nothing else; the other adds the token
+// images once they exist.
 #pragma once
 
 #include <cstdint>
@@ -13,98 +13,119 @@ __device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
   return args.num_layers == 1 ? 0 : min(max(__ldg(args.layer), 0), args.num_layers - 1);
 }
 
-// One thread. Takes units by ticket until none is left, so that a CTA that is slow for whatever reason takes fewer.
 template <bool kSwap>
-__device__ __forceinline__ void produce_weights(const MoeArguments& args, const UnitSchedule<kSwap>& schedule,
-                                                const SharedMap<kSwap>& map, const CounterSet& counters) {
+class WeightProducer {
   using O = Orientation<kSwap>;
-  const Problem& p = args.problem;
-  SharedHeader* header = map.header;
-  const int gate_up_blocks = p.hidden_size / kBlockK;
-  const int down_blocks = p.intermediate_size / kBlockK;
-  const int gate_up_tiles = p.intermediate_size / kGateUpTileColumns;
-  const int down_tiles = p.hidden_size / kDownTileColumns;
-  const int down_scale_entries = ceil_div(down_blocks, 2);
-  const size_t first_expert = static_cast<size_t>(clamped_layer(args)) * p.num_experts;
-  StageCursor cursor;
-  Tracer tracer(args, TraceRole::kWeightProducer);
 
-  auto claim = [&]() {
-    ptx::mbarrier_wait(&header->empty[cursor.stage], cursor.parity ^ 1);
-    return cursor.stage;
-  };
-  auto announce = [&](int stage) {
-    ptx::mbarrier_arrive(&header->claimed[stage]);
-    cursor.advance(map.num_stages);
-  };
+ public:
+  __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
+      : args_(args), map_(map), first_expert_(static_cast<size_t>(clamped_layer(args)) * args.problem.num_experts) {}
 
-  uint32_t ticket = atomicAdd(counters.next_unit, 1);
-  while (ticket < schedule.size()) {
-    const Unit u = schedule.unit(ticket);
-    tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
-    const size_t expert = first_expert + u.expert;
-    const int stages = u.down ? O::down_stages(p.intermediate_size) : O::gate_up_stages(p.hidden_size);
-    for (int i = 0; i < stages; ++i) {
-      const int stage = claim();
-      if (i == 0) header->note[stage] = UnitNote::of(u);
-      uint64_t* full = &header->full[stage];
-      uint8_t* weights = map.weights(stage);
-      const float* scale;
-      if (!u.down) {
-        const size_t block = (expert * gate_up_tiles + u.tile) * gate_up_blocks + i;
-        ptx::mbarrier_arrive_expect_tx(full, kStageWeightBytes + kStageScaleFloats * sizeof(float));
-        ptx::bulk_copy_global_to_shared(weights, args.gate_up + block * kStageWeightBytes, kStageWeightBytes, full);
-        scale = args.gate_up_scale + block * kStageScaleFloats;
-      } else if constexpr (kSwap) {
-        const size_t tile = expert * down_tiles + u.tile;
-        const int planes = min(2, down_blocks - 2 * i);
-        ptx::mbarrier_arrive_expect_tx(full, planes * kPlaneBytes + kStageScaleFloats * sizeof(float));
-        ptx::bulk_copy_global_to_shared(weights, args.down + (tile * down_blocks + 2 * i) * kPlaneBytes,
-                                        planes * kPlaneBytes, full);
-        scale = args.down_scale + (tile * down_scale_entries + i) * kStageScaleFloats;
-      } else {
-        const size_t tile = expert * down_tiles + 2 * u.tile;  // and its neighbour, in the same 128-row scale block
-        ptx::mbarrier_arrive_expect_tx(full, kStageWeightBytes + kStageScaleFloats * sizeof(float));
-        const uint8_t* plane = args.down + (tile * down_blocks + i) * kPlaneBytes;
-        ptx::bulk_copy_global_to_shared(weights, plane, kPlaneBytes, full);
-        ptx::bulk_copy_global_to_shared(weights + kPlaneBytes, plane + static_cast<size_t>(down_blocks) * kPlaneBytes,
-                                        kPlaneBytes, full);
-        scale = args.down_scale + (tile * down_scale_entries + i / 2) * kStageScaleFloats;
+  // One thread. The first unit is the CTA's own, the others go by ticket, so that a CTA that is slow for whatever reason takes
+  // fewer.
+  __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule, uint32_t* next_unit) {
+    Tracer tracer(args_, TraceRole::kWeightProducer);
+    const Problem& p = args_.problem;
+    uint32_t ticket = blockIdx.x;
+    while (ticket < schedule.size()) {
+      const Unit u = schedule.unit(ticket);
+      tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
+      const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
+      const size_t expert = first_expert_ + u.expert;
+      for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
+        // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
+        if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(next_unit, 1);
+        claim();
+        if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
+        const int blocks = min(O::kStageBlocks, k_blocks - block);
+        if (u.down) {
+          load_down(expert, u.tile, block, blocks);
+        } else {
+          load_gate_up(expert, u.tile, block, blocks);
+        }
+        announce();
       }
-      ptx::bulk_copy_global_to_shared(header->weight_scale[stage], scale, kStageScaleFloats * sizeof(float), full);
-      announce(stage);
     }
-    ticket = atomicAdd(counters.next_unit, 1);
+    claim();
+    map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
+    ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
+    announce();
   }
-  const int stage = claim();
-  header->note[stage].tile = UnitNote::kEnd;
-  ptx::mbarrier_arrive(&header->full[stage]);
-  announce(stage);
-}
+
+ private:
+  __device__ __forceinline__ void claim() {
+    if (claimed_ >= O::kStagesInFlight) {
+      ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
+      landed_.advance(map_.num_stages);
+    }
+    ++claimed_;
+    ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+  }
+
+  __device__ __forceinline__ void announce() {
+    ptx::mbarrier_arrive(&map_.header().claimed[cursor_.stage]);
+    cursor_.advance(map_.num_stages);
+  }
+
+  // The K blocks of a tile, two planes each, follow each other.
+  __device__ __forceinline__ void load_gate_up(size_t expert, int tile, int block, int blocks) {
+    const Problem& p = args_.problem;
+    const size_t index = (expert * (p.intermediate_size / kGateUpTileColumns) + tile) * (p.hidden_size / kBlockK) + block;
+    uint64_t* full = &map_.header().weights_full[cursor_.stage];
+    ptx::mbarrier_arrive_expect_tx(full, blocks * (kBlockWeightBytes + kScaleVectorBytes));
+    ptx::bulk_copy_global_to_shared(map_.weights(cursor_.stage), args_.gate_up + index * kBlockWeightBytes,
+                                    blocks * kBlockWeightBytes, full);
+    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
+                                    args_.gate_up_scale + index * kScaleVectorFloats, blocks * kScaleVectorBytes, full);
+  }
+
+  // Two neighbouring tiles, which share their scales; of each the K blocks follow each other.
+  __device__ __forceinline__ void load_down(size_t expert, int unit_tile, int block, int blocks) {
+    const Problem& p = args_.problem;
+    const int k_blocks = p.intermediate_size / kBlockK;
+    const size_t tile = expert * (p.hidden_size / kDownTileColumns) + 2 * unit_tile;
+    uint64_t* full = &map_.header().weights_full[cursor_.stage];
+    ptx::mbarrier_arrive_expect_tx(full, blocks * kBlockWeightBytes + kScaleVectorBytes);
+    for (int half = 0; half < 2; ++half) {
+      ptx::bulk_copy_global_to_shared(map_.weights(cursor_.stage) + half * O::kStageBlocks * kPlaneBytes,
+                                      args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes,
+                                      blocks * kPlaneBytes, full);
+    }
+    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
+                                    args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats,
+                                    kScaleVectorBytes, full);
+  }
+
+  const MoeArguments& args_;
+  const SharedMap<kSwap>& map_;
+  size_t first_expert_;
+  StageCursor cursor_;
+  StageCursor landed_;
+  int claimed_ = 0;
+};
 
 // One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk.
 template <bool kSwap>
-__device__ __forceinline__ void produce_tokens(const MoeArguments& args, const SharedMap<kSwap>& map,
-                                               const CounterSet& counters) {
+__device__ __forceinline__ void produce_tokens(const MoeArguments& args, const SharedMap<kSwap>& map) {
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
-  SharedHeader* header = map.header;
-  const uint32_t gate_up_units = O::gate_up_units(p.intermediate_size);
+  SharedHeader& header = map.header();
+  const uint32_t gate_up_units = p.intermediate_size / kGateUpTileColumns;
   bool tokens_ready = false;
   Tracer tracer(args, TraceRole::kTokenProducer);
   StageCursor cursor;
   while (true) {
-    ptx::mbarrier_wait(&header->claimed[cursor.stage], cursor.parity);
-    const UnitNote note = header->note[cursor.stage];
+    ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
+    const UnitNote note = header.note[cursor.stage];
     if (note.end()) {
-      ptx::mbarrier_arrive(&header->full[cursor.stage]);
+      ptx::mbarrier_arrive(&header.tokens_full[cursor.stage]);
       return;
     }
     if (!note.down()) {
-      if (!tokens_ready) ptx::wait_until_at_least(counters.quantized_ctas, gridDim.x);
+      if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters().quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
-      ptx::wait_until_at_least(&counters.gate_up_done[note.chunk], gate_up_units);
+      ptx::wait_until_at_least(SharedMap<kSwap>::counters().gate_up_done(note.chunk), gate_up_units);
     }
     ptx::fence_proxy_async_global();
     tracer.mark(TraceEvent::kTokensReady);
@@ -112,18 +133,17 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
     const int rows = note.padded_rows();
     const int k = note.down() ? p.intermediate_size : p.hidden_size;
     const int k_blocks = k / kBlockK;
-    const int scales_per_block = note.down() ? kBlockK / kActivationScaleColumns : 1;
-    const int blocks_per_stage = note.down() ? O::kDownStageBlocks : 1;
+    const int scales_per_block = note.down() ? kActivationScalesPerBlock : 1;
     const uint8_t* planes = (note.down() ? args.workspace.activation_planes : args.workspace.token_planes) +
                             static_cast<size_t>(note.row_base) * k;
     const float* scales = (note.down() ? args.workspace.activation_scales : args.workspace.token_scales) +
                           static_cast<size_t>(note.row_base) * k_blocks * scales_per_block;
-    for (int block = 0; block < k_blocks; block += blocks_per_stage) {
-      if (block != 0) ptx::mbarrier_wait(&header->claimed[cursor.stage], cursor.parity);
-      const int blocks = min(blocks_per_stage, k_blocks - block);
+    for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
+      if (block != 0) ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
+      const int blocks = min(O::kStageBlocks, k_blocks - block);
       const uint32_t plane_bytes = blocks * rows * kBlockK;
       const uint32_t scale_bytes = blocks * scales_per_block * rows * sizeof(float);
-      uint64_t* full = &header->full[cursor.stage];
+      uint64_t* full = &header.tokens_full[cursor.stage];
       ptx::mbarrier_arrive_expect_tx(full, plane_bytes + scale_bytes);
       ptx::bulk_copy_global_to_shared(map.tokens(cursor.stage), planes + static_cast<size_t>(block) * rows * kBlockK,
                                       plane_bytes, full);

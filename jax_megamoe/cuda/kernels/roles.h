@@ -7,43 +7,43 @@
 
 namespace megamoe {
 
-// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and a signaller
-// (one thread each).
+// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and two signallers (one
+// thread each).
 constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
+constexpr int kConsumerWarpgroups = kConsumerThreads / kWarpgroupThreads;
 constexpr int kCtaThreads = kConsumerThreads + kWarpgroupThreads;
 constexpr int kWeightProducerWarp = kConsumerWarps;
 constexpr int kTokenProducerWarp = kConsumerWarps + 1;
-constexpr int kSignalWarp = kConsumerWarps + 2;
+constexpr int kFirstSignalWarp = kConsumerWarps + 2;  // one for each consumer warpgroup
 constexpr int kProducerRegisters = 72;
 constexpr int kConsumerRegisters = 216;
 
 // Hardware barrier numbers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kConsumersBarrier = 1,       // all consumers
-  kFirstWarpgroupBarrier = 2,  // consumer warpgroup 0
+  kConsumersBarrier = 1,        // all consumers
+  kFirstWarpgroupBarrier = 2,   // consumer warpgroup w: this + w
 };
 
-constexpr int kMaxStages = 12;
+constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
+
+// Weights on their way at any time. About 30 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
+// atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight").
+constexpr int kWeightBytesInFlight = 64 * 1024;
 
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>
 struct Orientation {
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
-  // Hidden columns of one down unit: swapAB splits K between the warpgroups, the normal path takes two row tiles instead.
-  static constexpr int kDownUnitColumns = kSwap ? kDownTileColumns : 2 * kDownTileColumns;
-  // K blocks of one down stage, always two planes of weights.
-  static constexpr int kDownStageBlocks = kSwap ? 2 : 1;
-  static constexpr int kMaxScaleRowsPerStage = kSwap ? 4 : 2;  // activation scales of a stage, per token
+  static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
+  static constexpr int kStageWeightBytes = kStageBlocks * kBlockWeightBytes;
+  static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
+  // A finished down unit is announced by each warpgroup for its half of the columns, or once for all.
+  static constexpr int kDownSignals = kSwap ? kConsumerWarpgroups : 1;
 
-  __device__ static int gate_up_units(int intermediate_size) { return intermediate_size / kGateUpTileColumns; }
-  __device__ static int down_units(int hidden_size) { return hidden_size / kDownUnitColumns; }
-  __device__ static int gate_up_stages(int hidden_size) { return hidden_size / kBlockK; }
-  __device__ static int down_stages(int intermediate_size) {
-    return ceil_div(intermediate_size / kBlockK, kDownStageBlocks);
-  }
+  __device__ static int stages(int k_blocks) { return ceil_div(k_blocks, kStageBlocks); }
 };
 
 }  // namespace megamoe

@@ -16,15 +16,18 @@ namespace megamoe {
 constexpr int kPlaneRows = 64;
 constexpr int kBlockK = 128;
 constexpr int kPlaneBytes = kPlaneRows * kBlockK;
-// A pipeline stage carries two planes of weights: two row halves of one K block (gate/up), or two K blocks (down).
-constexpr int kStageWeightBytes = 2 * kPlaneBytes;
-// Weight scales travel with their stage as one 16-byte vector.
-constexpr int kStageScaleFloats = 4;
-// Intermediate columns per gate/up tile (64 gate rows + 64 up rows), hidden columns per down tile.
+// One unit's weights for 128 bytes of K: two planes.
+constexpr int kBlockWeightBytes = 2 * kPlaneBytes;
+// Weight scales are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two K blocks.
+constexpr int kScaleVectorFloats = 4;
+constexpr int kScaleVectorBytes = kScaleVectorFloats * 4;
+// Rows of weights that a unit of work multiplies: 64 gate and 64 up rows, or two neighbouring tiles of 64 hidden columns.
 constexpr int kGateUpTileColumns = 64;
 constexpr int kDownTileColumns = 64;
+constexpr int kDownUnitColumns = 2 * kDownTileColumns;
 // Intermediate columns that share one activation scale.
 constexpr int kActivationScaleColumns = 64;
+constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
 
 // Tokens of one expert that one unit of work multiplies. swapAB puts them on the WGMMA N dimension, the normal orientation
 // on M.

@@ -70,9 +70,9 @@ struct Workspace {
 };
 
 // Counters that outlive a launch. Two sets take turns: a launch counts in one and clears the other for its successor, so
-// nothing has to be cleaned up before or after a launch. `launch` says whose turn it is; the last CTA to leave advances it.
+// nothing has to be cleaned up before or after a launch. `launch` says whose turn it is; it advances once every CTA has read it.
 struct Control {
-  uint32_t departed;
+  uint32_t readers;
   uint32_t launch;
   uint32_t reserved[30];
   // followed by two CounterSets of `CounterSet::words(problem)` words each
@@ -80,22 +80,30 @@ struct Control {
   __host__ __device__ static size_t bytes(const Problem& p);
 };
 
-struct CounterSet {
-  uint32_t* next_unit;        // tickets of the GEMM units
-  uint32_t* quantized_ctas;   // CTAs whose share of the tokens is in the token images
-  uint32_t* down_tiles_done;  // [H/64] chunks finished for each column tile of the down projection
-  uint32_t* gate_up_done;     // [max_chunks] gate/up tiles finished for each chunk
-
-  static constexpr int kLineWords = 32;  // hot counters get a 128-byte line of their own
+class CounterSet {
+ public:
+  __host__ __device__ CounterSet(const Problem& p, Control* control, uint32_t index)
+      : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * words(p)),
+        gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
 
   __host__ __device__ static int words(const Problem& p) {
-    return round_up(2 * kLineWords + p.hidden_size / kDownTileColumns + p.max_chunks(), kLineWords);
+    return round_up(2 * kLineWords + p.hidden_size / kDownUnitColumns + p.max_chunks(), kLineWords);
   }
 
-  __host__ __device__ static CounterSet at(const Problem& p, Control* control, uint32_t index) {
-    uint32_t* base = reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * words(p);
-    return {base, base + kLineWords, base + 2 * kLineWords, base + 2 * kLineWords + p.hidden_size / kDownTileColumns};
-  }
+  // Tickets of the units after the first of each CTA. The first of `words` counters that follow each other.
+  __host__ __device__ uint32_t* next_unit() const { return base_; }
+  // CTAs whose share of the tokens is in the token images.
+  __host__ __device__ uint32_t* quantized_ctas() const { return base_ + kLineWords; }
+  // [H/128] signals of finished down units of these columns.
+  __host__ __device__ uint32_t* down_done(int unit) const { return base_ + 2 * kLineWords + unit; }
+  // [max_chunks] gate/up units finished for each chunk.
+  __host__ __device__ uint32_t* gate_up_done(int chunk) const { return base_ + gate_up_offset_ + chunk; }
+
+ private:
+  static constexpr int kLineWords = 32;  // hot counters get a 128-byte line of their own
+
+  uint32_t* base_;
+  int gate_up_offset_;
 };
 
 __host__ __device__ inline size_t Control::bytes(const Problem& p) {

@@ -1,0 +1,47 @@
+// The fixed part of a CTA's shared memory: barriers, and the small notes that warps leave each other.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/roles.h"
+#include "layout/workspace.h"
+
+namespace megamoe {
+
+// Told by the weight producer in the first stage of every unit.
+struct UnitNote {
+  int tile;  // negative: no more units
+  int chunk;
+  int row_base;
+  int rows_and_down;
+
+  static constexpr int kEnd = -1;
+
+  __device__ bool end() const { return tile < 0; }
+  __device__ bool down() const { return (rows_and_down & 1) != 0; }
+  __device__ int rows() const { return rows_and_down >> 1; }
+  __device__ int padded_rows() const { return round_up(rows(), 8); }
+};
+
+// Counters that wait to be advanced: written by a consumer warpgroup, read by its signal thread.
+struct SignalQueue {
+  uint64_t full[kSignalSlots];
+  uint64_t empty[kSignalSlots];
+  uint32_t* counter[kSignalSlots];
+};
+
+// Fixed part of shared memory.
+struct SharedHeader {
+  uint64_t weights_full[kMaxStages];  // the stage's weights have landed
+  uint64_t tokens_full[kMaxStages];   // ... its tokens
+  uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
+  uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
+  SignalQueue signals[kConsumerWarpgroups];
+  CounterSet counters;  // this launch's
+  float weight_scale[kMaxStages][2 * kScaleVectorFloats];
+  UnitNote note[kMaxStages];
+};
+
+constexpr int kSharedHeaderBytes = sizeof(SharedHeader);
+
+}  // namespace megamoe
