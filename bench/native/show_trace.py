@@ -16,6 +16,10 @@ EVENTS = (
     "gate/up asked",
     "down asked",
     "tokens ready",
+    "loaded",
+    "counted",
+    "placed",
+    "stored",
 )
 
 
@@ -43,7 +47,7 @@ def show(head: np.ndarray, words: np.ndarray) -> None:
     end = np.nanmax(time)
     edges = np.linspace(0, end, 21)
     asked = np.zeros(20)
-    bytes_of = {"gate/up asked": 128 * h, "down asked": 64 * i}
+    bytes_of = {"gate/up asked": 128 * h, "down asked": 128 * i}
     for cta in range(len(words)):
         mine = [(t, bytes_of[n]) for n in bytes_of for t in time[cta][named[n][cta]]]
         mine.sort()

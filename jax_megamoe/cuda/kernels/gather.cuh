@@ -7,6 +7,7 @@
 
 #include "common/fp8.cuh"
 #include "kernels/pipeline.cuh"
+#include "kernels/trace.cuh"
 
 namespace megamoe {
 
@@ -133,7 +134,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int token,
 // This CTA's share of the tokens; all consumer threads. Ends by telling every CTA, through the counter, that it is done.
 template <bool kSwap>
 __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              PairTarget* targets, uint32_t* quantized_ctas) {
+                                              PairTarget* targets, uint32_t* quantized_ctas, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
@@ -143,6 +144,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_pairs<kSwap>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int item_begin = max(share.first_item, token_begin * share.blocks);
     const int item_end = min(share.end_item, token_end * share.blocks);
     for (int item = item_begin + warp; item < item_end; item += kConsumerWarps) {
@@ -151,6 +153,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
+  if (threadIdx.x == 0) tracer.mark(TraceEvent::kStored);
   // The images are read by the copy engine of every SM.
   ptx::fence_proxy_async_global();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
   // Independent of each other, so that the start waits for memory once.
   const uint32_t launch = *reinterpret_cast<volatile uint32_t*>(&args.control->launch);
   const int first_expert = threadIdx.x < p.num_pairs() ? __ldg(args.topk_ids + threadIdx.x) : -1;
+  if (threadIdx.x == 0 && first_expert + static_cast<int>(launch) > -9) tracer.mark(TraceEvent::kLoaded);
   const GatherShare share(p);
   prefetch_share(args, share);
   if (threadIdx.x == 0) {
@@ -79,6 +80,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
 
   const Plan plan(p.num_experts);
   count_pairs(args, plan, share.first_token() * p.top_k, first_expert);
+  if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
   if (warp == 0) lay_out_chunks<kSwap>(plan);
   __syncthreads();
   const SharedMap<kSwap> map(p.num_experts, plan.max_rows());
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
   } else {
     ptx::increase_registers<kConsumerRegisters>();
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
-    gather_tokens<kSwap>(args, plan, share, map.pair_targets(), SharedMap<kSwap>::counters().quantized_ctas());
+    gather_tokens<kSwap>(args, plan, share, map.pair_targets(), SharedMap<kSwap>::counters().quantized_ctas(), tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
     clear_counters(p, args.control, (launch + 1) % 2);
     if (blockIdx.x == 0) {
