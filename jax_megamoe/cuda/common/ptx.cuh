@@ -9,6 +9,9 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, which all lanes hold, in a uniform register: WGMMA takes its descriptors from there.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
+
 // ---- bounded waiting ----------------------------------------------------------------------------------------------
 // Every spin is bounded: a partner that never arrives ends the launch with an error instead of a hang. The limit is far
 // above any legitimate wait, tools that slow kernels down a hundredfold included.

@@ -13,12 +13,25 @@ constexpr int kInstructionK = 32;
 // Shared-memory matrix descriptor of a K-major tile stored as rows of 128 bytes in the 128-byte swizzle: groups of eight
 // rows are 1024 bytes apart. The tile starts on a multiple of 1024 bytes; stepping along K inside the 128-byte row adds the
 // plain byte offset, because the hardware swizzles the final address.
-__device__ __forceinline__ uint64_t make_descriptor(const void* tile) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kStride = static_cast<uint64_t>(1024 >> 4) << 32;
-  constexpr uint64_t kLeadingUnused = 1ull << 16;
-  return kSwizzle128 | kStride | kLeadingUnused | ((ptx::smem_address(tile) & 0x3ffff) >> 4);
-}
+// Only the address, the low word, differs between tiles.
+struct Descriptor {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit Descriptor(const void* tile)
+      : low(ptx::uniform((ptx::smem_address(tile) & 0x3ffff) >> 4 | kLeadingUnused)) {}
+
+  // The tile `bytes` further on.
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+    constexpr uint32_t kSwizzle128 = 1u << 30;
+    constexpr uint32_t kStride = 1024 >> 4;
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low + (bytes >> 4)), "r"(kSwizzle128 | kStride));
+    return descriptor;
+  }
+
+ private:
+  static constexpr uint32_t kLeadingUnused = 1u << 16;
+};
 
 // Orders register and shared-memory accesses of the warpgroup before its next multiplies.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -114,11 +127,11 @@ MEGAMOE_DEFINE_MULTIPLY(128,
 
 // One 128-byte K block (four instructions) or a part of it: `kSteps` instructions starting at K byte `k_begin`.
 template <int kN, int kSteps>
-__device__ __forceinline__ void multiply_block(float (&d)[kN / 2], uint64_t a, uint64_t b, int k_begin = 0) {
+__device__ __forceinline__ void multiply_block(float (&d)[kN / 2], Descriptor a, Descriptor b, int k_begin = 0) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const uint64_t offset = (k_begin + step * kInstructionK) >> 4;
-    Multiply<kN>::run(d, a + offset, b + offset, step != 0);
+    const int offset = k_begin + step * kInstructionK;
+    Multiply<kN>::run(d, a.at(offset), b.at(offset), step != 0);
   }
 }
 

@@ -76,8 +76,8 @@ class NormalConsumer {
       const int stage = cursor.stage;
       wait_stage(map_.header(), cursor);
       if (!idle) {
-        const uint64_t a = wgmma::make_descriptor(map_.tokens(stage) + warpgroup() * kWarpgroupTokens * kBlockK);
-        const uint64_t b = wgmma::make_descriptor(map_.weights(stage));
+        const wgmma::Descriptor a(map_.tokens(stage) + warpgroup() * kWarpgroupTokens * kBlockK);
+        const wgmma::Descriptor b(map_.weights(stage));
         const float* weight_scale = map_.header().weight_scale[stage];
         const float even = weight_scale[kDown ? i % 2 : 0];
         const float odd = weight_scale[kDown ? i % 2 : 1];

@@ -68,8 +68,8 @@ class SwapConsumer {
     constexpr int kHalves = kDown ? kActivationScalesPerBlock : 1;
     const int block = step / kHalves, half = step % kHalves;
     const int plane = kDown ? warpgroup() * kStageBlocks + block : block * 2 + warpgroup();
-    const uint64_t a = wgmma::make_descriptor(map_.weights(stage) + plane * kPlaneBytes);
-    const uint64_t b = wgmma::make_descriptor(map_.tokens(stage) + block * kN * kBlockK);
+    const wgmma::Descriptor a(map_.weights(stage) + plane * kPlaneBytes);
+    const wgmma::Descriptor b(map_.tokens(stage) + block * kN * kBlockK);
     wgmma::pin(partial);
     wgmma::fence();
     wgmma::multiply_block<kN, 4 / kHalves>(partial, a, b, half * kActivationScaleColumns);
