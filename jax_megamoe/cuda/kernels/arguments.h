@@ -3,9 +3,21 @@
 
 #include <cstdint>
 
+#include "common/divisor.h"
 #include "layout/workspace.h"
 
 namespace megamoe {
+
+// What follows from the problem and the number of CTAs, so that the start of the kernel does not have to compute it.
+struct LaunchConstants {
+  CounterSet counters[2];
+  int counter_words;
+  int gather_items_per_cta;
+  Divisor gather_blocks;  // items per token
+  Divisor gate_up_units;  // per chunk
+  Divisor down_units;
+  uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
+};
 
 struct MoeArguments {
   Problem problem;
@@ -28,6 +40,7 @@ struct MoeArguments {
 
   Workspace workspace;
   Control* control;
+  LaunchConstants constants;  // set by launch_moe
 #ifdef MEGAMOE_TRACE
   uint64_t* trace;  // [CTAs][Tracer::kRoles][Tracer::kCapacity]
 #endif

@@ -68,7 +68,7 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
     const int column = item % column_tiles * kCombineColumns;
     const int token = item / column_tiles * kCombineTokens + lane / (kCombineColumns / 8);
-    if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters().down_done(column / kDownUnitColumns), signals);
+    if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
     __syncwarp();
     if (token < p.num_tokens) combine_columns(args, token, column + lane % (kCombineColumns / 8) * 8);
   }

@@ -15,31 +15,28 @@ namespace megamoe {
 constexpr int kGatherColumns = 256;
 
 struct GatherShare {
-  int blocks;  // items per token
+  Divisor blocks;  // items per token
   int first_item;
   int end_item;
 
-  __device__ GatherShare(const Problem& p)
-      : blocks(ceil_div(p.hidden_size, kGatherColumns)),
-        first_item(static_cast<int>(static_cast<int64_t>(p.num_tokens) * blocks * blockIdx.x / gridDim.x)),
-        end_item(static_cast<int>(static_cast<int64_t>(p.num_tokens) * blocks * (blockIdx.x + 1) / gridDim.x)) {}
+  __device__ explicit GatherShare(const MoeArguments& args) : blocks(args.constants.gather_blocks) {
+    const int items = args.problem.num_tokens * blocks.value();  // x would need a terabyte to overflow this
+    first_item = min(items, static_cast<int>(blockIdx.x) * args.constants.gather_items_per_cta);
+    end_item = min(items, first_item + args.constants.gather_items_per_cta);
+  }
 
-  __device__ int first_token() const { return first_item / blocks; }
+  __device__ int token_of(int item) const { return blocks.divide(item); }
+  __device__ int first_item_of(int token) const { return token * blocks.value(); }
+  __device__ int first_token() const { return token_of(first_item); }
+  __device__ int end_token() const { return token_of(end_item + blocks.value() - 1); }
 };
 
-// Asks for the share's first tokens and routing weights before the weights flood the memory queues: behind them a load takes
-// several microseconds.
-__device__ __forceinline__ void prefetch_share(const MoeArguments& args, const GatherShare& share) {
-  constexpr int kLineBytes = 128;
-  constexpr int kLinesPerItem = kGatherColumns * 2 / kLineBytes;
-  const Problem& p = args.problem;
-  const int items = min(share.end_item - share.first_item, kCtaThreads / kLinesPerItem);
-  const int item = share.first_item + threadIdx.x / kLinesPerItem;
-  const int token = item / share.blocks;
-  const int column = (item - token * share.blocks) * kGatherColumns + threadIdx.x % kLinesPerItem * kLineBytes / 2;
-  if (threadIdx.x / kLinesPerItem >= items || column >= p.hidden_size) return;
-  ptx::prefetch_l2(args.x + static_cast<size_t>(token) * p.hidden_size + column);
-  if (threadIdx.x % kLinesPerItem == 0) ptx::prefetch_l2(args.topk_weights + token * p.top_k);
+// A lane's eight columns of an item, as the caller has them; zeros where there are none.
+__device__ __forceinline__ uint4 load_item(const MoeArguments& args, const GatherShare& share, int item) {
+  const int token = share.token_of(item);
+  const int column = (item - share.first_item_of(token)) * kGatherColumns + threadIdx.x % 32 * 8;
+  if (item >= share.end_item || column >= args.problem.hidden_size) return make_uint4(0, 0, 0, 0);
+  return __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token) * args.problem.hidden_size + column));
 }
 
 // Offset of byte `column % 128` of image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
@@ -59,7 +56,8 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   const int end_pair = token_end * top_k;
   for (int base = first_pair; base < end_pair; base += 32) {
     const int pair = base + lane;
-    int expert = pair < end_pair ? args.topk_ids[pair] : -1;
+    int expert = pair < end_pair ? __ldg(args.topk_ids + pair) : -1;
+    const float weight = pair < end_pair ? __ldg(args.topk_weights + pair) : 0.0f;
     if (expert < 0 || expert >= args.problem.num_experts) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -74,9 +72,9 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
       target = {plan.row_base(expert) + chunk * kTile, row | padded << 16};
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
-      if (pair / top_k * share.blocks >= share.first_item) {
+      if (share.first_item_of(pair / top_k) >= share.first_item) {
         args.workspace.row_sources[target.chunk_row_base + row] = {
-            pair, args.topk_weights[pair] * args.routed_scaling_factor};
+            pair, weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
@@ -85,16 +83,11 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
 }
 
 // Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots.
-__device__ __forceinline__ void gather_item(const MoeArguments& args, int token, int block,
+__device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const uint4& packed,
                                             const PairTarget* token_targets) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
   const int column = block * kGatherColumns + lane * 8;
-  const bool active = column < p.hidden_size;
-  uint4 packed = make_uint4(0, 0, 0, 0);
-  if (active) {
-    packed = __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token) * p.hidden_size + column));
-  }
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
   float values[8];
   float amax = 0.0f;
@@ -105,7 +98,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int token,
   }
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
-  if (!active) return;
+  if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
   uint32_t bytes[2];
 #pragma unroll
@@ -131,25 +124,26 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int token,
   }
 }
 
-// This CTA's share of the tokens; all consumer threads. Ends by telling every CTA, through the counter, that it is done.
+// This CTA's share of the tokens; all consumer threads. `packed` is the warp's first item, asked for before the weights flood
+// the memory queues. Ends by telling every CTA, through the counter, that the share is done.
 template <bool kSwap>
 __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              PairTarget* targets, uint32_t* quantized_ctas, Tracer& tracer) {
+                                              uint4 packed, PairTarget* targets, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
-  const int end_token = ceil_div(share.end_item, share.blocks);
-  const int first_token = share.first_item < share.end_item ? share.first_token() : end_token;
-  for (int token_begin = first_token; token_begin < end_token; token_begin += tokens_per_batch) {
+  const int end_token = share.end_token();
+  int item = share.first_item + warp;
+  for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_pairs<kSwap>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
-    const int item_begin = max(share.first_item, token_begin * share.blocks);
-    const int item_end = min(share.end_item, token_end * share.blocks);
-    for (int item = item_begin + warp; item < item_end; item += kConsumerWarps) {
-      const int token = item / share.blocks;
-      gather_item(args, token, item - token * share.blocks, targets + (token - token_begin) * top_k);
+    for (; item < min(share.end_item, share.first_item_of(token_end)); item += kConsumerWarps) {
+      const uint4 next = load_item(args, share, item + kConsumerWarps);
+      const int token = share.token_of(item);
+      gather_item(args, item - share.first_item_of(token), packed, targets + (token - token_begin) * top_k);
+      packed = next;
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
@@ -157,7 +151,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   // The images are read by the copy engine of every SM.
   ptx::fence_proxy_async_global();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-  if (threadIdx.x == 0) ptx::add_release(quantized_ctas, 1);
+  if (threadIdx.x == 0) ptx::add_release(SharedMap<kSwap>::counters(args).quantized_ctas(), 1);
 }
 
 }  // namespace megamoe

@@ -1,6 +1,7 @@
 // The fused expert layer: one persistent CTA per SM, one launch.
 //
-//   all warps          plan: count the ids, lay out chunks and units
+//   all warps          count the ids
+//   a producer warp    plan: lay out chunks and units
 //   consumers (2 WGs)  gather: quantise a share of the tokens into images -> counter `quantized_ctas`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
@@ -39,18 +40,19 @@ __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMa
       return;
     }
     if constexpr (kSwap) {
-      dispatch_swap_unit<1>(args, map, note, signaller, cursor);
+      dispatch_swap_unit<1>(args, map, note, signaller, tracer, cursor);
     } else {
-      NormalConsumer(args, map, note, signaller).run(cursor);
+      NormalConsumer(args, map, note, signaller, tracer).run(cursor);
     }
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
-__device__ __forceinline__ void clear_counters(const Problem& p, Control* control, uint32_t set) {
-  uint32_t* words = CounterSet(p, control, set).next_unit();
-  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < CounterSet::words(p); i += gridDim.x * kConsumerThreads) {
+__device__ __forceinline__ void clear_counters(const LaunchConstants& constants, uint32_t set) {
+  uint32_t* words = constants.counters[set].next_unit();
+  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < constants.counter_words;
+       i += gridDim.x * kConsumerThreads) {
     words[i] = 0;
   }
 }
@@ -67,42 +69,45 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
   Tracer tracer(args, TraceRole::kConsumer);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
-  // Independent of each other, so that the start waits for memory once.
-  const uint32_t launch = *reinterpret_cast<volatile uint32_t*>(&args.control->launch);
+  // What comes from memory is asked for first, before the weights flood its queues.
   const int first_expert = threadIdx.x < p.num_pairs() ? __ldg(args.topk_ids + threadIdx.x) : -1;
-  if (threadIdx.x == 0 && first_expert + static_cast<int>(launch) > -9) tracer.mark(TraceEvent::kLoaded);
-  const GatherShare share(p);
-  prefetch_share(args, share);
-  if (threadIdx.x == 0) {
-    init_pipeline(SharedMap<kSwap>::header());
-    SharedMap<kSwap>::header().counters = CounterSet(p, args.control, launch % 2);
-  }
+  const GatherShare share(args);
+  uint4 first_item = make_uint4(0, 0, 0, 0);
+  if (warp < kConsumerWarps) first_item = load_item(args, share, share.first_item + warp);
+  if (threadIdx.x == kTokenProducerWarp * 32) init_pipeline(SharedMap<kSwap>::header());
+  if (threadIdx.x == kFirstSignalWarp * 32) SharedMap<kSwap>::header().launch = __ldcg(&args.control->launch);
 
   const Plan plan(p.num_experts);
   count_pairs(args, plan, share.first_token() * p.top_k, first_expert);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
-  if (warp == 0) lay_out_chunks<kSwap>(plan);
-  __syncthreads();
-  const SharedMap<kSwap> map(p.num_experts, plan.max_rows());
 
   if (warp >= kConsumerWarps) {
     ptx::decrease_registers<kProducerRegisters>();
+    if (warp == kWeightProducerWarp) {
+      lay_out_chunks<kSwap>(plan);
+      __syncwarp();
+    }
     if (threadIdx.x % 32 == 0) {
       if (warp == kWeightProducerWarp) {
-        WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan), SharedMap<kSwap>::counters().next_unit());
+        ptx::mbarrier_arrive(&SharedMap<kSwap>::header().planned);
+        const SharedMap<kSwap> map(args, plan.max_rows());
+        WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
       } else if (warp == kTokenProducerWarp) {
-        produce_tokens<kSwap>(args, map);
+        ptx::mbarrier_wait(&SharedMap<kSwap>::header().planned, 0);
+        produce_tokens<kSwap>(args, SharedMap<kSwap>(args, plan.max_rows()));
       } else {
-        if (warp == kFirstSignalWarp) pass_turn(args.control, launch);
-        Signaller(map.header().signals[warp - kFirstSignalWarp]).run();
+        if (warp == kFirstSignalWarp) pass_turn(args.control, SharedMap<kSwap>::launch());
+        Signaller(SharedMap<kSwap>::header().signals[warp - kFirstSignalWarp]).run();
       }
     }
   } else {
     ptx::increase_registers<kConsumerRegisters>();
+    ptx::mbarrier_wait(&SharedMap<kSwap>::header().planned, 0);
+    const SharedMap<kSwap> map(args, plan.max_rows());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
-    gather_tokens<kSwap>(args, plan, share, map.pair_targets(), SharedMap<kSwap>::counters().quantized_ctas(), tracer);
+    gather_tokens<kSwap>(args, plan, share, first_item, map.pair_targets(), tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
-    clear_counters(p, args.control, (launch + 1) % 2);
+    clear_counters(args.constants, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) args.load[e] = plan.count(e);
     }

@@ -13,13 +13,15 @@
 #include "kernels/gather.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/swiglu.cuh"
+#include "kernels/trace.cuh"
 
 namespace megamoe {
 
 class NormalConsumer {
  public:
-  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note, Signaller& signaller)
-      : args_(args), map_(map), note_(note), signaller_(signaller) {
+  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note, Signaller& signaller,
+                                          Tracer& tracer)
+      : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first_token() + 8 * half;
@@ -36,9 +38,11 @@ class NormalConsumer {
     for (int i = 0; i < kAccumulators; ++i) acc[i] = 0.0f;
     if (note_.down()) {
       accumulate<true>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
       finish_down(acc);
     } else {
       accumulate<false>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
       finish_gate_up(acc);
     }
   }
@@ -140,7 +144,7 @@ class NormalConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters().gate_up_done(note_.chunk));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
   }
 
   __device__ __forceinline__ void finish_down(const float (&acc)[kAccumulators]) {
@@ -160,13 +164,14 @@ class NormalConsumer {
       }
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters().down_done(note_.tile));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));
   }
 
   const MoeArguments& args_;
   const SharedMap<false>& map_;
   UnitNote note_;
   Signaller& signaller_;
+  Tracer& tracer_;
   RowSource source_[2] = {{0, 0.0f}, {0, 0.0f}};
 };
 

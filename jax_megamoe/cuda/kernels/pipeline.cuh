@@ -28,22 +28,25 @@ class SharedMap {
   int max_rows;
   int num_stages;
 
-  __device__ SharedMap(int num_experts, int largest_chunk) {
+  // `largest_chunk`: its padded rows.
+  __device__ SharedMap(const MoeArguments& args, int largest_chunk) {
     // The normal path always reads 128 rows, the padding ones included.
     max_rows = kSwap ? largest_chunk : kNormalTokenTile;
-    scratch_offset = round_up(kSharedHeaderBytes + Plan::bytes(num_experts), 16);
-    int scratch_bytes = kPairBatch * static_cast<int>(sizeof(PairTarget));
-    if (kSwap) {
-      scratch_bytes = max(scratch_bytes, max_rows * static_cast<int>(kConsumerWarps * sizeof(float) +
-                                                                     kConsumerWarpgroups * sizeof(RowSource)));
-    }
-    ring_offset = round_up(scratch_offset + scratch_bytes, 1024);
-    num_stages = min(kMaxStages, (kSharedBytes - ring_offset) / stage_bytes());
+    scratch_offset = scratch_begin(args.problem.num_experts);
+    ring_offset = ring_begin(args.problem.num_experts, max_rows);
+    num_stages = args.constants.stages[max_rows / 8 - 1];
+  }
+
+  // How many stages fit; computed on the host.
+  __host__ __device__ static int stages_that_fit(int num_experts, int rows) {
+    const int fit = (kSharedBytes - ring_begin(num_experts, rows)) / stage_bytes(rows);
+    return fit < kMaxStages ? fit : kMaxStages;
   }
 
   __device__ static SharedHeader& header() { return *reinterpret_cast<SharedHeader*>(shared_memory()); }
 
-  __device__ static const CounterSet& counters() { return header().counters; }
+  __device__ static uint32_t launch() { return header().launch; }
+  __device__ static const CounterSet& counters(const MoeArguments& args) { return args.constants.counters[launch() % 2]; }
 
   // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
   __device__ PairTarget* pair_targets() const {
@@ -54,15 +57,25 @@ class SharedMap {
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
 
-  __device__ uint8_t* weights(int stage) const { return shared_memory() + ring_offset + stage * stage_bytes(); }
+  __device__ uint8_t* weights(int stage) const { return shared_memory() + ring_offset + stage * stage_bytes(max_rows); }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation<kSwap>::kStageWeightBytes; }
-  __device__ float* token_scales(int stage) const { return reinterpret_cast<float*>(tokens(stage) + token_bytes()); }
+  __device__ float* token_scales(int stage) const { return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows)); }
 
  private:
-  __device__ int token_bytes() const { return Orientation<kSwap>::kStageBlocks * max_rows * kBlockK; }
-  __device__ int stage_bytes() const {
-    const int scales = Orientation<kSwap>::kStageBlocks * kActivationScalesPerBlock * max_rows;
-    return Orientation<kSwap>::kStageWeightBytes + token_bytes() + round_up(scales * static_cast<int>(sizeof(float)), 1024);
+  __host__ __device__ static int scratch_begin(int num_experts) {
+    return round_up(kSharedHeaderBytes + Plan::bytes(num_experts), 16);
+  }
+  __host__ __device__ static int ring_begin(int num_experts, int rows) {
+    const int targets = kPairBatch * static_cast<int>(sizeof(PairTarget));
+    const int epilogue =
+        kSwap ? rows * static_cast<int>(kConsumerWarps * sizeof(float) + kConsumerWarpgroups * sizeof(RowSource)) : 0;
+    return round_up(scratch_begin(num_experts) + (targets > epilogue ? targets : epilogue), 1024);
+  }
+  __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
+  __host__ __device__ static int stage_bytes(int rows) {
+    const int scales = Orientation<kSwap>::kStageBlocks * kActivationScalesPerBlock * rows;
+    return Orientation<kSwap>::kStageWeightBytes + token_bytes(rows) +
+           round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
 };
 
@@ -79,19 +92,24 @@ struct StageCursor {
   }
 };
 
+// One thread.
 __device__ __forceinline__ void init_pipeline(SharedHeader& header) {
+#pragma unroll
   for (int stage = 0; stage < kMaxStages; ++stage) {
     ptx::mbarrier_init(&header.weights_full[stage], 1);
     ptx::mbarrier_init(&header.tokens_full[stage], 1);
     ptx::mbarrier_init(&header.empty[stage], kConsumerWarps);
     ptx::mbarrier_init(&header.claimed[stage], 1);
   }
+#pragma unroll
   for (SignalQueue& queue : header.signals) {
+#pragma unroll
     for (int slot = 0; slot < kSignalSlots; ++slot) {
       ptx::mbarrier_init(&queue.full[slot], 1);
       ptx::mbarrier_init(&queue.empty[slot], 1);
     }
   }
+  ptx::mbarrier_init(&header.planned, 1);
   ptx::mbarrier_init_fence();
 }
 

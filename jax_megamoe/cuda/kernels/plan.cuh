@@ -61,8 +61,10 @@ class Plan {
 __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
   const int num_experts = args.problem.num_experts;
   const int num_pairs = args.problem.num_pairs();
+#pragma unroll 1
   for (int e = threadIdx.x; e < num_experts; e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
+#pragma unroll 1
   for (int pair = threadIdx.x; pair < num_pairs; pair += kCtaThreads) {
     if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
     if (expert < 0 || expert >= num_experts) continue;
@@ -117,23 +119,23 @@ class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
       : plan_(plan),
-        gate_up_units_(args.problem.intermediate_size / kGateUpTileColumns),
-        down_units_(args.problem.hidden_size / kDownUnitColumns),
+        gate_up_units_(args.constants.gate_up_units),
+        down_units_(args.constants.down_units),
         num_chunks_(plan.num_chunks()) {}
 
-  __device__ uint32_t size() const { return static_cast<uint32_t>(num_chunks_) * (gate_up_units_ + down_units_); }
+  __device__ uint32_t size() const { return static_cast<uint32_t>(num_chunks_) * (gate_up_units_.value() + down_units_.value()); }
 
   __device__ Unit unit(uint32_t ticket) const {
     Unit u;
-    const uint32_t first_down = static_cast<uint32_t>(num_chunks_) * gate_up_units_;
+    const uint32_t first_down = static_cast<uint32_t>(num_chunks_) * gate_up_units_.value();
     u.down = ticket >= first_down;
     const int index = ticket - (u.down ? first_down : 0);
-    const int units = u.down ? down_units_ : gate_up_units_;
-    u.expert = expert_of_chunk(index / units);
+    const Divisor& units = u.down ? down_units_ : gate_up_units_;
+    u.expert = expert_of_chunk(units.divide(index));
     const int first_chunk = plan_.chunk_base(u.expert);
     const int chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-    const int within = index - first_chunk * units;
-    u.tile = within / chunks;
+    const int within = index - first_chunk * static_cast<int>(units.value());
+    u.tile = chunks == 1 ? within : within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
     u.row_base = plan_.row_base(u.expert) + chunk * kTile;
@@ -159,8 +161,8 @@ class UnitSchedule {
   }
 
   Plan plan_;
-  int gate_up_units_;
-  int down_units_;
+  const Divisor& gate_up_units_;
+  const Divisor& down_units_;
   int num_chunks_;
 };
 

@@ -23,7 +23,7 @@ class WeightProducer {
 
   // One thread. The first unit is the CTA's own, the others go by ticket, so that a CTA that is slow for whatever reason takes
   // fewer.
-  __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule, uint32_t* next_unit) {
+  __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const Problem& p = args_.problem;
     uint32_t ticket = blockIdx.x;
@@ -34,7 +34,7 @@ class WeightProducer {
       const size_t expert = first_expert_ + u.expert;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-        if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(next_unit, 1);
+        if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
         claim();
         if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
         const int blocks = min(O::kStageBlocks, k_blocks - block);
@@ -54,9 +54,12 @@ class WeightProducer {
 
  private:
   __device__ __forceinline__ void claim() {
-    if (claimed_ >= O::kStagesInFlight) {
+    // The first pass fills the ring while the tokens are gathered: their way through the memory matters more.
+    const int in_flight = claimed_ < map_.num_stages ? O::kStagesInFlightAtStart : O::kStagesInFlight;
+    while (claimed_ - landed_count_ >= in_flight) {
       ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
       landed_.advance(map_.num_stages);
+      ++landed_count_;
     }
     ++claimed_;
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
@@ -102,6 +105,7 @@ class WeightProducer {
   StageCursor cursor_;
   StageCursor landed_;
   int claimed_ = 0;
+  int landed_count_ = 0;
 };
 
 // One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk.
@@ -122,10 +126,10 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       return;
     }
     if (!note.down()) {
-      if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters().quantized_ctas(), gridDim.x);
+      if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters().gate_up_done(note.chunk), gate_up_units);
+      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_units);
     }
     ptx::fence_proxy_async_global();
     tracer.mark(TraceEvent::kTokensReady);

@@ -40,6 +40,10 @@ struct Orientation {
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   static constexpr int kStageWeightBytes = kStageBlocks * kBlockWeightBytes;
   static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
+#ifndef START
+#define START 1
+#endif
+  static constexpr int kStagesInFlightAtStart = START;
   // A finished down unit is announced by each warpgroup for its half of the columns, or once for all.
   static constexpr int kDownSignals = kSwap ? kConsumerWarpgroups : 1;
 

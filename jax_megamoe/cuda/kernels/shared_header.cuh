@@ -35,11 +35,12 @@ struct SharedHeader {
   uint64_t weights_full[kMaxStages];  // the stage's weights have landed
   uint64_t tokens_full[kMaxStages];   // ... its tokens
   uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
+  uint64_t planned;                   // the plan is complete
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  CounterSet counters;  // this launch's
-  float weight_scale[kMaxStages][2 * kScaleVectorFloats];
-  UnitNote note[kMaxStages];
+  uint32_t launch;  // its number
+  alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
+  alignas(16) UnitNote note[kMaxStages];
 };
 
 constexpr int kSharedHeaderBytes = sizeof(SharedHeader);

@@ -15,14 +15,16 @@
 #include "kernels/gather.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/swiglu.cuh"
+#include "kernels/trace.cuh"
 
 namespace megamoe {
 
 template <int kN>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note, Signaller& signaller)
-      : args_(args), map_(map), note_(note), signaller_(signaller) {
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note, Signaller& signaller,
+                                          Tracer& tracer)
+      : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     // Needed by the epilogue only: the load is on its way while the main loop runs. L2 only: another SM wrote it.
     if (thread_in_group() < note.rows()) {
       const int2 raw =
@@ -35,9 +37,11 @@ class SwapConsumer {
     Partial acc;
     if (note_.down()) {
       accumulate<true>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
       finish_down(acc);
     } else {
       accumulate<false>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
       finish_gate_up(acc);
     }
   }
@@ -196,7 +200,7 @@ class SwapConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters().gate_up_done(note_.chunk));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
   }
 
   // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns of
@@ -238,23 +242,24 @@ class SwapConsumer {
       }
     }
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
-    if (thread_in_group() == 0) signaller_.post(map_.counters().down_done(note_.tile));
+    if (thread_in_group() == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));
   }
 
   const MoeArguments& args_;
   const SharedMap<true>& map_;
   UnitNote note_;
   Signaller& signaller_;
+  Tracer& tracer_;
   RowSource source_{0, 0.0f};
 };
 
 template <int kGroups>
 __device__ __forceinline__ void dispatch_swap_unit(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
-                                                   Signaller& signaller, StageCursor& cursor) {
+                                                   Signaller& signaller, Tracer& tracer, StageCursor& cursor) {
   if (note.padded_rows() == 8 * kGroups) {
-    SwapConsumer<8 * kGroups>(args, map, note, signaller).run(cursor);
+    SwapConsumer<8 * kGroups>(args, map, note, signaller, tracer).run(cursor);
   } else if constexpr (kGroups < kSwapTokenTile / 8) {
-    dispatch_swap_unit<kGroups + 1>(args, map, note, signaller, cursor);
+    dispatch_swap_unit<kGroups + 1>(args, map, note, signaller, tracer, cursor);
   }
 }
 

@@ -82,6 +82,7 @@ struct Control {
 
 class CounterSet {
  public:
+  CounterSet() = default;
   __host__ __device__ CounterSet(const Problem& p, Control* control, uint32_t index)
       : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * words(p)),
         gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
@@ -102,8 +103,8 @@ class CounterSet {
  private:
   static constexpr int kLineWords = 32;  // hot counters get a 128-byte line of their own
 
-  uint32_t* base_;
-  int gate_up_offset_;
+  uint32_t* base_ = nullptr;
+  int gate_up_offset_ = 0;
 };
 
 __host__ __device__ inline size_t Control::bytes(const Problem& p) {
