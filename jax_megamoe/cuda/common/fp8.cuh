@@ -17,10 +17,13 @@ __device__ __forceinline__ uint16_t pack2(float low, float high) {
 __device__ __forceinline__ float token_scale(float amax) { return __fdiv_rn(fmaxf(amax, 1e-4f), kMaxE4m3); }
 
 // Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 intermediate
-// columns. Exact: the exponent field, plus one where the mantissa is not zero.
+// columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
+// An infinite amax gives an infinite scale.
 __device__ __forceinline__ float activation_scale(float amax) {
-  const uint32_t bits = __float_as_uint(__fdiv_rn(fmaxf(amax, 1e-30f), kMaxE4m3));
-  return __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
+  const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-30f));
+  const uint32_t above = 0x7fffff - 0x600000;  // 1.75 has mantissa 0x600000
+  const uint32_t scale = ((bits + above) & 0x7f800000u) - (8u << 23);
+  return __uint_as_float(bits < 0x7f800000u ? scale : 0x7f800000u);
 }
 
 // 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite.

@@ -84,6 +84,19 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
+// The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
+// stay in it.
+__device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
+                                                             uint64_t* barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          smem_address(destination)),
+      "l"(source), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }

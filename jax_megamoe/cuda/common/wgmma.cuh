@@ -127,11 +127,11 @@ MEGAMOE_DEFINE_MULTIPLY(128,
 
 // One 128-byte K block (four instructions) or a part of it: `kSteps` instructions starting at K byte `k_begin`.
 template <int kN, int kSteps>
-__device__ __forceinline__ void multiply_block(float (&d)[kN / 2], Descriptor a, Descriptor b, int k_begin = 0) {
+__device__ __forceinline__ void multiply_block(float (&d)[kN / 2], Descriptor a, uint32_t a_offset, Descriptor b,
+                                               uint32_t b_offset) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int offset = k_begin + step * kInstructionK;
-    Multiply<kN>::run(d, a.at(offset), b.at(offset), step != 0);
+    Multiply<kN>::run(d, a.at(a_offset + step * kInstructionK), b.at(b_offset + step * kInstructionK), step != 0);
   }
 }
 

@@ -10,41 +10,25 @@
 namespace megamoe {
 
 constexpr int kCombineColumns = 64;  // of a warp's item: eight lanes of eight columns
-constexpr int kCombineTokens = 32 / (kCombineColumns / 8);
+constexpr int kCombineTokens = 2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
-__device__ __forceinline__ void combine_columns(const MoeArguments& args, int token, int column) {
+// Bit s: the token's slot s is used. Eight neighbouring lanes, which have the same token, share the work.
+__device__ __forceinline__ uint32_t used_slots(const MoeArguments& args, int token) {
   const Problem& p = args.problem;
-  float sum[8] = {};
-  const int first_pair = token * p.top_k;
-  // The loads of a few slots are independent of each other; only the additions are in order.
-  constexpr int kSlotsInFlight = 8;
-  for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
-    uint4 rows[kSlotsInFlight];
-    bool used[kSlotsInFlight];
-#pragma unroll
-    for (int i = 0; i < kSlotsInFlight; ++i) {
-      const int slot = base + i;
-      used[i] = false;
-      if (slot >= p.top_k) continue;
-      const int pair = first_pair + slot;
-      const int expert = __ldg(args.topk_ids + pair);
-      used[i] = expert >= 0 && expert < p.num_experts;
-      if (used[i]) {
-        rows[i] = __ldcg(reinterpret_cast<const uint4*>(args.workspace.slot_outputs +
-                                                        static_cast<size_t>(pair) * p.hidden_size + column));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSlotsInFlight; ++i) {
-      if (!used[i]) continue;
-      const uint32_t words[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        sum[c] += __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
-      }
+  uint32_t used = 0;
+  if (token < p.num_tokens) {
+    for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {
+      const int expert = __ldg(args.topk_ids + token * p.top_k + slot);
+      if (expert >= 0 && expert < p.num_experts) used |= 1u << slot;
     }
   }
-  const size_t offset = static_cast<size_t>(token) * p.hidden_size + column;
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) used |= __shfl_xor_sync(~0u, used, offset);
+  return used;
+}
+
+__device__ __forceinline__ void store_sum(const MoeArguments& args, const float (&sum)[8], int token, int column) {
+  const size_t offset = static_cast<size_t>(token) * args.problem.hidden_size + column;
   if (args.y_is_f32) {
     float4* y = reinterpret_cast<float4*>(static_cast<float*>(args.y) + offset);
     y[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
@@ -57,7 +41,45 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, int to
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 4 tokens), each as soon as its columns are complete.
+__device__ __forceinline__ void combine_columns(const MoeArguments& args, const int (&tokens)[2],
+                                                const uint32_t (&used)[2], int column) {
+  const Problem& p = args.problem;
+  float sum[2][8] = {};
+  constexpr int kSlotsInFlight = 4;
+  // The loads of a few slots are independent of each other; only the additions are in order.
+#pragma unroll 1
+  for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
+    uint4 rows[2][kSlotsInFlight];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const uint16_t* row = args.workspace.slot_outputs +
+                            (static_cast<size_t>(tokens[t]) * p.top_k + base) * p.hidden_size + column;
+#pragma unroll
+      for (int i = 0; i < kSlotsInFlight; ++i, row += p.hidden_size) {
+        // An unused slot adds zero, which changes no sum that began with +0.
+        rows[t][i] = make_uint4(0, 0, 0, 0);
+        if (used[t] >> (base + i) & 1) rows[t][i] = __ldcg(reinterpret_cast<const uint4*>(row));
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+      for (int i = 0; i < kSlotsInFlight; ++i) {
+        const uint32_t words[4] = {rows[t][i].x, rows[t][i].y, rows[t][i].z, rows[t][i].w};
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          sum[t][c] += __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    if (tokens[t] < p.num_tokens) store_sum(args, sum[t], tokens[t], column);
+  }
+}
+
+// All consumer warps of all CTAs: items of (64 columns, 8 tokens), each as soon as its columns are complete.
 template <bool kSwap>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   const Problem& p = args.problem;
@@ -65,12 +87,15 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
   const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+#pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
     const int column = item % column_tiles * kCombineColumns;
-    const int token = item / column_tiles * kCombineTokens + lane / (kCombineColumns / 8);
+    const int first = item / column_tiles * kCombineTokens + lane / 8;
+    const int tokens[2] = {first, first + kCombineTokens / 2};
+    const uint32_t used[2] = {used_slots(args, tokens[0]), used_slots(args, tokens[1])};
     if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
     __syncwarp();
-    if (token < p.num_tokens) combine_columns(args, token, column + lane % (kCombineColumns / 8) * 8);
+    combine_columns(args, tokens, used, column + lane % 8 * 8);
   }
 }
 

@@ -26,26 +26,31 @@
 
 namespace megamoe {
 
-template <bool kSwap>
+// Unit after unit, until the weight producer says that there are no more.
+template <typename Consumer, bool kSwap>
 __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map, Tracer& tracer) {
   StageCursor cursor;
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   Signaller signaller(map.header().signals[warpgroup]);
+#pragma unroll 1
   while (true) {
     wait_stage(map.header(), cursor);
     const UnitNote note = map.header().note[cursor.stage];
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
-    if (note.end()) {
-      if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
-      return;
-    }
-    if constexpr (kSwap) {
-      dispatch_swap_unit<1>(args, map, note, signaller, tracer, cursor);
-    } else {
-      NormalConsumer(args, map, note, signaller, tracer).run(cursor);
-    }
+    if (note.end()) break;
+    Consumer(args, map, note, signaller, tracer).run(cursor);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
+  if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
+}
+
+// With the smallest token tile that holds the launch's largest chunk.
+template <int kN = 8>
+__device__ __forceinline__ void consume_swapped(const MoeArguments& args, const SharedMap<true>& map, Tracer& tracer) {
+  if constexpr (kN < kSwapTokenTile) {
+    if (map.max_rows > kN) return consume_swapped<kN + 8>(args, map, tracer);
+  }
+  consume<SwapConsumer<kN>>(args, map, tracer);
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
@@ -111,7 +116,11 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) args.load[e] = plan.count(e);
     }
-    consume<kSwap>(args, map, tracer);
+    if constexpr (kSwap) {
+      consume_swapped(args, map, tracer);
+    } else {
+      consume<NormalConsumer>(args, map, tracer);
+    }
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     combine_tokens<kSwap>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);

@@ -90,7 +90,7 @@ class NormalConsumer {
           float partial[kAccumulators];
           wgmma::pin(partial);
           wgmma::fence();
-          wgmma::multiply_block<kN, 4 / kScales>(partial, a, b, s * kActivationScaleColumns);
+          wgmma::multiply_block<kN, 4 / kScales>(partial, a, s * kActivationScaleColumns, b, s * kActivationScaleColumns);
           wgmma::commit();
           const float* scale_row = map_.token_scales(stage) + s * padded + first_token();
           const float token_scales[2] = {scale_row[0], scale_row[8]};

@@ -37,11 +37,10 @@ class WeightProducer {
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
         claim();
         if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
-        const int blocks = min(O::kStageBlocks, k_blocks - block);
         if (u.down) {
-          load_down(expert, u.tile, block, blocks);
+          load_down(expert, u.tile, block, k_blocks);
         } else {
-          load_gate_up(expert, u.tile, block, blocks);
+          load_gate_up(expert, u.tile, block, k_blocks);
         }
         announce();
       }
@@ -70,29 +69,37 @@ class WeightProducer {
     cursor_.advance(map_.num_stages);
   }
 
-  // The K blocks of a tile, two planes each, follow each other.
-  __device__ __forceinline__ void load_gate_up(size_t expert, int tile, int block, int blocks) {
-    const Problem& p = args_.problem;
-    const size_t index = (expert * (p.intermediate_size / kGateUpTileColumns) + tile) * (p.hidden_size / kBlockK) + block;
+  // Loads K blocks [block, block + kStageBlocks) of `plane_bytes` each, which follow each other in memory and in the stage. A
+  // block past the end is the last one again, so that the consumers multiply numbers.
+  __device__ __forceinline__ void load_blocks(uint8_t* stage, const uint8_t* blocks, int block, int k_blocks,
+                                              int block_bytes) {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, blocks * (kBlockWeightBytes + kScaleVectorBytes));
-    ptx::bulk_copy_global_to_shared(map_.weights(cursor_.stage), args_.gate_up + index * kBlockWeightBytes,
-                                    blocks * kBlockWeightBytes, full);
-    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
-                                    args_.gate_up_scale + index * kScaleVectorFloats, blocks * kScaleVectorBytes, full);
+    const int whole = min(O::kStageBlocks, k_blocks - block);
+    ptx::bulk_stream_global_to_shared(stage, blocks, whole * block_bytes, full);
+    for (int i = whole; i < O::kStageBlocks; ++i) {
+      ptx::bulk_stream_global_to_shared(stage + i * block_bytes, blocks + (whole - 1) * block_bytes, block_bytes, full);
+    }
   }
 
-  // Two neighbouring tiles, which share their scales; of each the K blocks follow each other.
-  __device__ __forceinline__ void load_down(size_t expert, int unit_tile, int block, int blocks) {
-    const Problem& p = args_.problem;
-    const int k_blocks = p.intermediate_size / kBlockK;
-    const size_t tile = expert * (p.hidden_size / kDownTileColumns) + 2 * unit_tile;
+  __device__ __forceinline__ void load_gate_up(size_t expert, int tile, int block, int k_blocks) {
+    const size_t index = (expert * args_.constants.gate_up_units.value() + tile) * k_blocks + block;
+    const int scale_bytes = min(O::kStageBlocks, k_blocks - block) * kScaleVectorBytes;
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, blocks * kBlockWeightBytes + kScaleVectorBytes);
+    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
+    load_blocks(map_.weights(cursor_.stage), args_.gate_up + index * kBlockWeightBytes, block, k_blocks,
+                kBlockWeightBytes);
+    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
+                                    args_.gate_up_scale + index * kScaleVectorFloats, scale_bytes, full);
+  }
+
+  // Two neighbouring tiles, which share their scales.
+  __device__ __forceinline__ void load_down(size_t expert, int unit_tile, int block, int k_blocks) {
+    const size_t tile = 2 * (expert * args_.constants.down_units.value() + unit_tile);
+    uint64_t* full = &map_.header().weights_full[cursor_.stage];
+    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + kScaleVectorBytes);
     for (int half = 0; half < 2; ++half) {
-      ptx::bulk_copy_global_to_shared(map_.weights(cursor_.stage) + half * O::kStageBlocks * kPlaneBytes,
-                                      args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes,
-                                      blocks * kPlaneBytes, full);
+      load_blocks(map_.weights(cursor_.stage) + half * O::kStageBlocks * kPlaneBytes,
+                  args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
     }
     ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
                                     args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats,
@@ -140,19 +147,28 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
     const int scales_per_block = note.down() ? kActivationScalesPerBlock : 1;
     const uint8_t* planes = (note.down() ? args.workspace.activation_planes : args.workspace.token_planes) +
                             static_cast<size_t>(note.row_base) * k;
-    const float* scales = (note.down() ? args.workspace.activation_scales : args.workspace.token_scales) +
-                          static_cast<size_t>(note.row_base) * k_blocks * scales_per_block;
+    const uint8_t* scales = reinterpret_cast<const uint8_t*>(
+        (note.down() ? args.workspace.activation_scales : args.workspace.token_scales) +
+        static_cast<size_t>(note.row_base) * k_blocks * scales_per_block);
     for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
       if (block != 0) ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
-      const int blocks = min(O::kStageBlocks, k_blocks - block);
-      const uint32_t plane_bytes = blocks * rows * kBlockK;
-      const uint32_t scale_bytes = blocks * scales_per_block * rows * sizeof(float);
+      const int whole = min(O::kStageBlocks, k_blocks - block);
+      const int plane_bytes = rows * kBlockK;
+      const int scale_bytes = scales_per_block * rows * static_cast<int>(sizeof(float));
+      uint8_t* stage_planes = map.tokens(cursor.stage);
+      uint8_t* stage_scales = reinterpret_cast<uint8_t*>(map.token_scales(cursor.stage));
+      const uint8_t* block_planes = planes + static_cast<size_t>(block) * plane_bytes;
+      const uint8_t* block_scales = scales + static_cast<size_t>(block) * scale_bytes;
       uint64_t* full = &header.tokens_full[cursor.stage];
-      ptx::mbarrier_arrive_expect_tx(full, plane_bytes + scale_bytes);
-      ptx::bulk_copy_global_to_shared(map.tokens(cursor.stage), planes + static_cast<size_t>(block) * rows * kBlockK,
-                                      plane_bytes, full);
-      ptx::bulk_copy_global_to_shared(map.token_scales(cursor.stage),
-                                      scales + static_cast<size_t>(block) * scales_per_block * rows, scale_bytes, full);
+      ptx::mbarrier_arrive_expect_tx(full, O::kStageBlocks * (plane_bytes + scale_bytes));
+      ptx::bulk_copy_global_to_shared(stage_planes, block_planes, whole * plane_bytes, full);
+      ptx::bulk_copy_global_to_shared(stage_scales, block_scales, whole * scale_bytes, full);
+      for (int i = whole; i < O::kStageBlocks; ++i) {  // as the weights do
+        ptx::bulk_copy_global_to_shared(stage_planes + i * plane_bytes, block_planes + (whole - 1) * plane_bytes,
+                                        plane_bytes, full);
+        ptx::bulk_copy_global_to_shared(stage_scales + i * scale_bytes, block_scales + (whole - 1) * scale_bytes,
+                                        scale_bytes, full);
+      }
       cursor.advance(map.num_stages);
     }
   }

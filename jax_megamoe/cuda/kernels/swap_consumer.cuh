@@ -3,7 +3,9 @@
 // Accumulator fragment: thread (warp w, lane l) of a warpgroup holds, for every 8 tokens j, rows 16w + l/4 and + 8 of tokens
 // 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two neighbouring hidden columns) into such a row pair.
 //
-// Main loops keep two partial sums: while the tensor core fills one, the other is promoted into the FP32 accumulators.
+// A launch uses one kN, that of its largest chunk, for all chunks: the columns beyond a chunk's tokens are computed from
+// whatever lies there, and dropped. Code is what this saves. Instructions come from the same memory as the weights, and each
+// variant of the loops is first met while the weights keep it busy (docs/performance-log.md, "instructions").
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,42 +60,46 @@ class SwapConsumer {
   __device__ static int quad_token() { return threadIdx.x % 4 * 2; }  // 2*(l%4)
   __device__ RowSource* sources() const { return map_.sources() + warpgroup() * map_.max_rows; }
 
-  __device__ __forceinline__ int next_stage(StageCursor& cursor) const {
-    const int stage = cursor.stage;
-    wait_stage(map_.header(), cursor);
-    cursor.advance(map_.num_stages);
-    return stage;
-  }
+  // A stage as the multiplies need it. Descriptors take a while to get to uniform registers: they are made before the stage
+  // has landed.
+  struct Stage {
+    int index;
+    wgmma::Descriptor weights;
+    wgmma::Descriptor tokens;
+
+    __device__ __forceinline__ Stage(const SharedMap<true>& map, int stage, int first_plane)
+        : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
+  };
 
   // A step is what one partial sum covers: a K block (gate/up), or half of one (down), since the activations have a scale for
-  // each half. kStepsPerStage of them make a stage. `start` only enqueues the multiplies of one.
+  // each half. `start` only enqueues the multiplies.
   template <bool kDown>
-  __device__ __forceinline__ void start(int stage, int step, Partial& partial) const {
+  __device__ __forceinline__ void start(const Stage& stage, int step, uint32_t token_plane_bytes, Partial& partial) const {
     constexpr int kHalves = kDown ? kActivationScalesPerBlock : 1;
-    const int block = step / kHalves, half = step % kHalves;
-    const int plane = kDown ? warpgroup() * kStageBlocks + block : block * 2 + warpgroup();
-    const wgmma::Descriptor a(map_.weights(stage) + plane * kPlaneBytes);
-    const wgmma::Descriptor b(map_.tokens(stage) + block * kN * kBlockK);
+    // Gate/up stages hold block after block, each with the planes of both warpgroups; down stages the other way round.
+    constexpr int kPlanesPerBlock = kDown ? 1 : 2;
+    const int block = step / kHalves, k_begin = step % kHalves * kActivationScaleColumns;
     wgmma::pin(partial);
     wgmma::fence();
-    wgmma::multiply_block<kN, 4 / kHalves>(partial, a, b, half * kActivationScaleColumns);
+    wgmma::multiply_block<kN, 4 / kHalves>(partial, stage.weights, block * kPlanesPerBlock * kPlaneBytes + k_begin,
+                                           stage.tokens, block * token_plane_bytes + k_begin);
     wgmma::commit();
   }
 
   // Waits until all but the latest `kPending` steps are multiplied and adds this one: acc += (token scale * weight scale) *
   // partial. The low rows and the high rows of a fragment may have weight scales of their own.
-  template <bool kDown, int kPending, bool kRelease = false>
-  __device__ __forceinline__ void finish(int stage, int step, Partial& partial, Partial& acc) const {
+  template <bool kDown, int kPending>
+  __device__ __forceinline__ void finish(const Stage& stage, int step, bool valid, Partial& partial, Partial& acc) const {
     float2 token[kTokenGroups];
-    const float* scale_row = map_.token_scales(stage) + step * kN + quad_token();
+    const float* token_scales = map_.token_scales(stage.index) + step * note_.padded_rows() + quad_token();
 #pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) token[j] = *reinterpret_cast<const float2*>(scale_row + 8 * j);
-    const float* weight_scale = map_.header().weight_scale[stage];
-    const float2 weight = kDown ? make_float2(weight_scale[step / 2], weight_scale[step / 2])
-                                : *reinterpret_cast<const float2*>(weight_scale + step * kScaleVectorFloats);
+    for (int j = 0; j < kTokenGroups; ++j) token[j] = *reinterpret_cast<const float2*>(token_scales + 8 * j);
+    const float* weight_scales = map_.header().weight_scale[stage.index];
+    float2 weight = kDown ? make_float2(weight_scales[step / 2], weight_scales[step / 2])
+                          : *reinterpret_cast<const float2*>(weight_scales + step * kScaleVectorFloats);
+    if (!valid) weight = make_float2(0.0f, 0.0f);
     wgmma::wait<kPending>();
     wgmma::pin(partial);
-    if constexpr (kRelease) release_stage(map_.header(), stage);
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {
       acc[4 * j + 0] = fmaf(token[j].x * weight.x, partial[4 * j + 0], acc[4 * j + 0]);
@@ -103,61 +109,54 @@ class SwapConsumer {
     }
   }
 
-  // All steps of a stage but the first, which is in flight, and the last, which is left in flight in `second`.
-  template <bool kDown, int kSteps>
-  __device__ __forceinline__ void advance(int stage, Partial& first, Partial& second, Partial& acc) const {
-#pragma unroll
-    for (int step = 1; step < kSteps; ++step) {
-      start<kDown>(stage, step, step % 2 != 0 ? second : first);
-      finish<kDown, 1>(stage, step - 1, step % 2 != 0 ? first : second, acc);
-    }
-  }
-
-  // Only whole stages stand under a condition, else the compiler would serialise the multiplies.
+  // Two partial sums take turns: while one is promoted, the tensor core fills the other, across stages too. The last stage is
+  // followed by a step that nobody reads: its own loop iteration would double the code. Where the number of K blocks is odd,
+  // the last stage has its block twice, and the copy counts for nothing.
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) const {
     constexpr int kStepsPerBlock = kDown ? kActivationScalesPerBlock : 1;
     constexpr int kSteps = kStageBlocks * kStepsPerBlock;
     static_assert(kSteps % 2 == 0, "a stage begins with `first` and ends with `second`");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
+    const int num_stages = ceil_div(k_blocks, kStageBlocks);
+    const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
+    const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
     Partial first, second;
 #pragma unroll
     for (float& value : acc) value = 0.0f;
-    if (k_blocks >= kStageBlocks) {
-      int stage = next_stage(cursor);
-      start<kDown>(stage, 0, first);
-      for (int left = k_blocks / kStageBlocks - 1; left > 0; --left) {
-        advance<kDown, kSteps>(stage, first, second, acc);
-        const int next = next_stage(cursor);
-        start<kDown>(next, 0, first);
-        finish<kDown, 1, true>(stage, kSteps - 1, second, acc);
-        stage = next;
-      }
-      advance<kDown, kSteps>(stage, first, second, acc);
-      finish<kDown, 0, true>(stage, kSteps - 1, second, acc);
-    }
-    if (k_blocks % kStageBlocks != 0) {
-      const int stage = next_stage(cursor);
+    Stage stage(map_, cursor.stage, first_plane);
+    wait_stage(map_.header(), cursor);
+    start<kDown>(stage, 0, token_plane_bytes, first);
+#pragma unroll 1
+    for (int i = 0; i < num_stages; ++i) {
+      const bool whole = (i + 1) * kStageBlocks <= k_blocks;
 #pragma unroll
-      for (int step = 0; step < kStepsPerBlock; ++step) {
-        start<kDown>(stage, step, first);
-        if (step + 1 < kStepsPerBlock) {
-          finish<kDown, 0>(stage, step, first, acc);
-        } else {
-          finish<kDown, 0, true>(stage, step, first, acc);
-        }
+      for (int step = 1; step < kSteps; ++step) {
+        start<kDown>(stage, step, token_plane_bytes, step % 2 != 0 ? second : first);
+        finish<kDown, 1>(stage, step - 1, step - 1 < kStepsPerBlock || whole, step % 2 != 0 ? first : second, acc);
       }
+      if (i < num_stages - 1) cursor.advance(map_.num_stages);
+      const Stage next(map_, cursor.stage, first_plane);
+      wait_stage(map_.header(), cursor);
+      start<kDown>(next, 0, token_plane_bytes, first);
+      finish<kDown, 1>(stage, kSteps - 1, whole, second, acc);
+      release_stage(map_.header(), stage.index);
+      stage = next;
     }
+    wgmma::wait<0>();
+    cursor.advance(map_.num_stages);
   }
 
   // SwiGLU, routing weight, power-of-two scale over the unit's 64 columns, E4M3, into the chunk's activation image.
   __device__ __forceinline__ void finish_gate_up(const float (&acc)[kN / 2]) {
     const int consumer_warp = threadIdx.x / 32;
+    const int padded = note_.padded_rows();
     if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
 
     float value[kN / 4];  // [token group][two tokens]
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {
+      if (8 * j >= padded) break;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float v = swiglu(acc[4 * j + c], acc[4 * j + 2 + c], args_.activation_clamp);
@@ -174,12 +173,13 @@ class SwapConsumer {
     const Problem& p = args_.problem;
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
     uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
-                     static_cast<size_t>(column / kBlockK) * kN * kBlockK;
+                     static_cast<size_t>(column / kBlockK) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +
                     static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
-                    static_cast<size_t>(note_.tile) * kN;
+                    static_cast<size_t>(note_.tile) * padded;
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {
+      if (8 * j >= padded) break;
       float2 amax = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) {
@@ -226,12 +226,14 @@ class SwapConsumer {
   // BF16 rows of this warpgroup's 64 hidden columns.
   __device__ __forceinline__ void finish_down(const float (&acc)[kN / 2]) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
+    const int padded = note_.padded_rows();
     if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     const int column =
         note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + warp_in_group() * 16 + 2 * quad_row();
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {
+      if (8 * j >= padded) break;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
@@ -252,15 +254,5 @@ class SwapConsumer {
   Tracer& tracer_;
   RowSource source_{0, 0.0f};
 };
-
-template <int kGroups>
-__device__ __forceinline__ void dispatch_swap_unit(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
-                                                   Signaller& signaller, Tracer& tracer, StageCursor& cursor) {
-  if (note.padded_rows() == 8 * kGroups) {
-    SwapConsumer<8 * kGroups>(args, map, note, signaller, tracer).run(cursor);
-  } else if constexpr (kGroups < kSwapTokenTile / 8) {
-    dispatch_swap_unit<kGroups + 1>(args, map, note, signaller, tracer, cursor);
-  }
-}
 
 }  // namespace megamoe

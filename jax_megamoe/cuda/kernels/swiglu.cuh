@@ -7,7 +7,7 @@ namespace megamoe {
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
   gate = gate > clamp ? clamp : gate;
   up = up > clamp ? clamp : (up < -clamp ? -clamp : up);
-  return gate / (1.0f + __expf(-gate)) * up;
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
 }  // namespace megamoe
