@@ -123,11 +123,13 @@ class UnitSchedule {
         down_units_(args.constants.down_units),
         num_chunks_(plan.num_chunks()) {}
 
+  __device__ int num_chunks() const { return num_chunks_; }
+  __device__ uint32_t num_gate_up() const { return static_cast<uint32_t>(num_chunks_) * gate_up_units_.value(); }
   __device__ uint32_t size() const { return static_cast<uint32_t>(num_chunks_) * (gate_up_units_.value() + down_units_.value()); }
 
   __device__ Unit unit(uint32_t ticket) const {
     Unit u;
-    const uint32_t first_down = static_cast<uint32_t>(num_chunks_) * gate_up_units_.value();
+    const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
     const int index = ticket - (u.down ? first_down : 0);
     const Divisor& units = u.down ? down_units_ : gate_up_units_;

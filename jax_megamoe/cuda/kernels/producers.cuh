@@ -32,6 +32,7 @@ class WeightProducer {
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
       const size_t expert = first_expert_ + u.expert;
+      in_flight_ = u.down && !gate_up_complete(schedule) ? 1 : O::kStagesInFlight;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
@@ -52,9 +53,17 @@ class WeightProducer {
   }
 
  private:
+  // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
+  // units already, which then leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
+  __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
+    if (schedule.num_gate_up() > 2 * gridDim.x) return true;
+    return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
+           args_.constants.gate_up_units.value();
+  }
+
   __device__ __forceinline__ void claim() {
     // The first pass fills the ring while the tokens are gathered: their way through the memory matters more.
-    const int in_flight = claimed_ < map_.num_stages ? O::kStagesInFlightAtStart : O::kStagesInFlight;
+    const int in_flight = claimed_ < map_.num_stages ? O::kStagesInFlightAtStart : in_flight_;
     while (claimed_ - landed_count_ >= in_flight) {
       ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
       landed_.advance(map_.num_stages);
@@ -111,6 +120,7 @@ class WeightProducer {
   size_t first_expert_;
   StageCursor cursor_;
   StageCursor landed_;
+  int in_flight_ = 1;
   int claimed_ = 0;
   int landed_count_ = 0;
 };

@@ -124,24 +124,23 @@ class SwapConsumer {
     Partial first, second;
 #pragma unroll
     for (float& value : acc) value = 0.0f;
-    Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    start<kDown>(stage, 0, token_plane_bytes, first);
+    start<kDown>(Stage(map_, cursor.stage, first_plane), 0, token_plane_bytes, first);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
+      const Stage stage(map_, cursor.stage, first_plane);
+      if (i < num_stages - 1) cursor.advance(map_.num_stages);
+      const Stage next(map_, cursor.stage, first_plane);
 #pragma unroll
       for (int step = 1; step < kSteps; ++step) {
         start<kDown>(stage, step, token_plane_bytes, step % 2 != 0 ? second : first);
         finish<kDown, 1>(stage, step - 1, step - 1 < kStepsPerBlock || whole, step % 2 != 0 ? first : second, acc);
       }
-      if (i < num_stages - 1) cursor.advance(map_.num_stages);
-      const Stage next(map_, cursor.stage, first_plane);
       wait_stage(map_.header(), cursor);
       start<kDown>(next, 0, token_plane_bytes, first);
       finish<kDown, 1>(stage, kSteps - 1, whole, second, acc);
       release_stage(map_.header(), stage.index);
-      stage = next;
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);
