@@ -69,9 +69,12 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
   return done != 0;
 }
 
+// Bounded by a number of tries instead of a time: the main loops have this inlined many times, and a try takes at least some
+// 20 ns, much longer where the hardware suspends the thread.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  WaitLimit limit;
-  while (!mbarrier_try_wait(barrier, parity)) limit.check();
+  for (uint32_t tries = 0; !mbarrier_try_wait(barrier, parity);) {
+    if (++tries == 1u << 31) __trap();
+  }
 }
 
 // ---- bulk copy (the copy engine, no tensor map) -------------------------------------------------------------------

@@ -108,6 +108,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
     bytes[i] = low | high << 16;
   }
   const int k_block = column / kBlockK;
+#pragma unroll 1
   for (int slot = 0; slot < p.top_k; ++slot) {
     const PairTarget target = token_targets[slot];
     if (target.chunk_row_base < 0) continue;

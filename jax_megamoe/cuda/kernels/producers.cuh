@@ -32,11 +32,11 @@ class WeightProducer {
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
       const size_t expert = first_expert_ + u.expert;
-      in_flight_ = u.down && !gate_up_complete(schedule) ? 1 : O::kStagesInFlight;
+      yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
-        claim();
+        claim(schedule);
         if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
         if (u.down) {
           load_down(expert, u.tile, block, k_blocks);
@@ -46,7 +46,7 @@ class WeightProducer {
         announce();
       }
     }
-    claim();
+    claim(schedule);
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
@@ -54,16 +54,15 @@ class WeightProducer {
 
  private:
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
-  // units already, which then leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
+  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
-    if (schedule.num_gate_up() > 2 * gridDim.x) return true;
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
            args_.constants.gate_up_units.value();
   }
 
-  __device__ __forceinline__ void claim() {
-    // The first pass fills the ring while the tokens are gathered: their way through the memory matters more.
-    const int in_flight = claimed_ < map_.num_stages ? O::kStagesInFlightAtStart : in_flight_;
+  __device__ __forceinline__ void claim(const UnitSchedule<kSwap>& schedule) {
+    if (yields_) yields_ = !gate_up_complete(schedule);
+    const int in_flight = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
     while (claimed_ - landed_count_ >= in_flight) {
       ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
       landed_.advance(map_.num_stages);
@@ -120,7 +119,7 @@ class WeightProducer {
   size_t first_expert_;
   StageCursor cursor_;
   StageCursor landed_;
-  int in_flight_ = 1;
+  bool yields_ = false;
   int claimed_ = 0;
   int landed_count_ = 0;
 };

@@ -29,7 +29,7 @@ enum NamedBarrier : uint32_t {
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
 
-// Weights on their way at any time. About 30 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
+// Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
 // atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight").
 constexpr int kWeightBytesInFlight = 64 * 1024;
 
@@ -40,10 +40,8 @@ struct Orientation {
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   static constexpr int kStageWeightBytes = kStageBlocks * kBlockWeightBytes;
   static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-#ifndef START
-#define START 1
-#endif
-  static constexpr int kStagesInFlightAtStart = START;
+  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
+  static constexpr int kStagesAtStart = 3;
   // A finished down unit is announced by each warpgroup for its half of the columns, or once for all.
   static constexpr int kDownSignals = kSwap ? kConsumerWarpgroups : 1;
 

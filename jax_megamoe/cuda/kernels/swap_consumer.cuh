@@ -146,21 +146,28 @@ class SwapConsumer {
     cursor.advance(map_.num_stages);
   }
 
+  // The next token group's values to the front. Epilogues loop over the groups this way instead of unrolling: moving registers
+  // costs less than fetching instructions.
+  __device__ __forceinline__ static void rotate(Partial& acc) {
+    const float front[4] = {acc[0], acc[1], acc[2], acc[3]};
+#pragma unroll
+    for (int i = 0; i + 4 < kN / 2; ++i) acc[i] = acc[i + 4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[kN / 2 - 4 + i] = front[i];
+  }
+
   // SwiGLU, routing weight, power-of-two scale over the unit's 64 columns, E4M3, into the chunk's activation image.
-  __device__ __forceinline__ void finish_gate_up(const float (&acc)[kN / 2]) {
+  __device__ __forceinline__ void finish_gate_up(Partial& acc) {
     const int consumer_warp = threadIdx.x / 32;
     const int padded = note_.padded_rows();
     if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
 
-    float value[kN / 4];  // [token group][two tokens]
-#pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) {
-      if (8 * j >= padded) break;
+#pragma unroll 1
+    for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const float v = swiglu(acc[4 * j + c], acc[4 * j + 2 + c], args_.activation_clamp);
-        value[2 * j + c] = v;
-        float amax = fabsf(v);
+        acc[c] = swiglu(acc[c], acc[2 + c], args_.activation_clamp);
+        float amax = fabsf(acc[c]);
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 8));
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 16));
@@ -176,9 +183,8 @@ class SwapConsumer {
     float* scales = args_.workspace.activation_scales +
                     static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
                     static_cast<size_t>(note_.tile) * padded;
-#pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) {
-      if (8 * j >= padded) break;
+#pragma unroll 1
+    for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
       float2 amax = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) {
@@ -189,8 +195,8 @@ class SwapConsumer {
       const float weight[2] = {sources()[8 * j + quad_token()].weight, sources()[8 * j + quad_token() + 1].weight};
       const float scale[2] = {fp8::activation_scale(amax.x * fabsf(weight[0])),
                               fp8::activation_scale(amax.y * fabsf(weight[1]))};
-      const uint32_t mine = fp8::pack2(value[2 * j] * weight[0] * fp8::reciprocal_of_power_of_two(scale[0]),
-                                       value[2 * j + 1] * weight[1] * fp8::reciprocal_of_power_of_two(scale[1]));
+      const uint32_t mine = fp8::pack2(acc[0] * weight[0] * fp8::reciprocal_of_power_of_two(scale[0]),
+                                       acc[1] * weight[1] * fp8::reciprocal_of_power_of_two(scale[1]));
       store_activations(plane, column, j, mine);
       if (consumer_warp == 0 && quad_row() < 2) {
         const int token = 8 * j + quad_token() + quad_row();
@@ -223,23 +229,22 @@ class SwapConsumer {
   }
 
   // BF16 rows of this warpgroup's 64 hidden columns.
-  __device__ __forceinline__ void finish_down(const float (&acc)[kN / 2]) {
+  __device__ __forceinline__ void finish_down(Partial& acc) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     const int padded = note_.padded_rows();
     if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     const int column =
         note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + warp_in_group() * 16 + 2 * quad_row();
-#pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) {
-      if (8 * j >= padded) break;
+#pragma unroll 1
+    for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
         if (token >= note_.rows()) continue;
         uint16_t* row =
             args_.workspace.slot_outputs + static_cast<size_t>(sources()[token].pair) * args_.problem.hidden_size;
-        *reinterpret_cast<__nv_bfloat162*>(row + column) = __floats2bfloat162_rn(acc[4 * j + c], acc[4 * j + 2 + c]);
+        *reinterpret_cast<__nv_bfloat162*>(row + column) = __floats2bfloat162_rn(acc[c], acc[2 + c]);
       }
     }
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
