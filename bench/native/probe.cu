@@ -336,9 +336,9 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
   std::vector<uint64_t> host(words);
   CHECK(cudaMemcpy(host.data(), trace, words * 8, cudaMemcpyDeviceToHost));
   std::FILE* out = std::fopen(file, "ab");
-  const uint64_t head[8] = {static_cast<uint64_t>(h), static_cast<uint64_t>(i), static_cast<uint64_t>(e),
-                            static_cast<uint64_t>(k), static_cast<uint64_t>(tokens),
-                            static_cast<uint64_t>(num_sms()), megamoe::Tracer::kRoles, megamoe::Tracer::kCapacity};
+  const uint64_t head[8] = {static_cast<uint64_t>(h), static_cast<uint64_t>(i),      static_cast<uint64_t>(e),
+                            static_cast<uint64_t>(k), static_cast<uint64_t>(tokens), static_cast<uint64_t>(num_sms()),
+                            megamoe::Tracer::kRoles,  megamoe::Tracer::kCapacity};
   std::fwrite(head, 8, 8, out);
   std::fwrite(host.data(), 8, words, out);
   std::fclose(out);

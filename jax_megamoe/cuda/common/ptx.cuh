@@ -94,8 +94,8 @@ __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, 
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          smem_address(destination)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(smem_address(destination)),
       "l"(source), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
       : "memory");
 }

@@ -10,7 +10,8 @@
 namespace megamoe {
 
 constexpr int kCombineColumns = 64;  // of a warp's item: eight lanes of eight columns
-constexpr int kCombineTokens = 2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
+constexpr int kCombineTokens =
+    2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
 // Bit s: the token's slot s is used. Eight neighbouring lanes, which have the same token, share the work.
 __device__ __forceinline__ uint32_t used_slots(const MoeArguments& args, int token) {
@@ -52,8 +53,8 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, const 
     uint4 rows[2][kSlotsInFlight];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const uint16_t* row = args.workspace.slot_outputs +
-                            (static_cast<size_t>(tokens[t]) * p.top_k + base) * p.hidden_size + column;
+      const uint16_t* row =
+          args.workspace.slot_outputs + (static_cast<size_t>(tokens[t]) * p.top_k + base) * p.hidden_size + column;
 #pragma unroll
       for (int i = 0; i < kSlotsInFlight; ++i, row += p.hidden_size) {
         // An unused slot adds zero, which changes no sum that began with +0.
@@ -93,7 +94,8 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
     const uint32_t used[2] = {used_slots(args, tokens[0]), used_slots(args, tokens[1])};
-    if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
+    if (lane == 0)
+      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
     __syncwarp();
     combine_columns(args, tokens, used, column + lane % 8 * 8);
   }

@@ -73,8 +73,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       target = {plan.row_base(expert) + chunk * kTile, row | padded << 16};
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(pair / top_k) >= share.first_item) {
-        args.workspace.row_sources[target.chunk_row_base + row] = {
-            pair, weight * args.routed_scaling_factor};
+        args.workspace.row_sources[target.chunk_row_base + row] = {pair, weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();

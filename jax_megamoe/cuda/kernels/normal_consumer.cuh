@@ -19,8 +19,8 @@ namespace megamoe {
 
 class NormalConsumer {
  public:
-  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note, Signaller& signaller,
-                                          Tracer& tracer)
+  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note,
+                                            Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -90,7 +90,8 @@ class NormalConsumer {
           float partial[kAccumulators];
           wgmma::pin(partial);
           wgmma::fence();
-          wgmma::multiply_block<kN, 4 / kScales>(partial, a, s * kActivationScaleColumns, b, s * kActivationScaleColumns);
+          wgmma::multiply_block<kN, 4 / kScales>(partial, a, s * kActivationScaleColumns, b,
+                                                 s * kActivationScaleColumns);
           wgmma::commit();
           const float* scale_row = map_.token_scales(stage) + s * padded + first_token();
           const float token_scales[2] = {scale_row[0], scale_row[8]};

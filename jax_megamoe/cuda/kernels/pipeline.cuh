@@ -46,7 +46,9 @@ class SharedMap {
   __device__ static SharedHeader& header() { return *reinterpret_cast<SharedHeader*>(shared_memory()); }
 
   __device__ static uint32_t launch() { return header().launch; }
-  __device__ static const CounterSet& counters(const MoeArguments& args) { return args.constants.counters[launch() % 2]; }
+  __device__ static const CounterSet& counters(const MoeArguments& args) {
+    return args.constants.counters[launch() % 2];
+  }
 
   // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
   __device__ PairTarget* pair_targets() const {
@@ -59,7 +61,9 @@ class SharedMap {
 
   __device__ uint8_t* weights(int stage) const { return shared_memory() + ring_offset + stage * stage_bytes(max_rows); }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation<kSwap>::kStageWeightBytes; }
-  __device__ float* token_scales(int stage) const { return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows)); }
+  __device__ float* token_scales(int stage) const {
+    return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
+  }
 
  private:
   __host__ __device__ static int scratch_begin(int num_experts) {

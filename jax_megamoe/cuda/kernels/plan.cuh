@@ -125,7 +125,9 @@ class UnitSchedule {
 
   __device__ int num_chunks() const { return num_chunks_; }
   __device__ uint32_t num_gate_up() const { return static_cast<uint32_t>(num_chunks_) * gate_up_units_.value(); }
-  __device__ uint32_t size() const { return static_cast<uint32_t>(num_chunks_) * (gate_up_units_.value() + down_units_.value()); }
+  __device__ uint32_t size() const {
+    return static_cast<uint32_t>(num_chunks_) * (gate_up_units_.value() + down_units_.value());
+  }
 
   __device__ Unit unit(uint32_t ticket) const {
     Unit u;

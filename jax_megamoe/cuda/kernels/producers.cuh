@@ -77,15 +77,24 @@ class WeightProducer {
     cursor_.advance(map_.num_stages);
   }
 
+  // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
+  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) {
+    if constexpr (kSwap) {
+      ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
+    } else {
+      ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
+    }
+  }
+
   // Loads K blocks [block, block + kStageBlocks) of `plane_bytes` each, which follow each other in memory and in the stage. A
   // block past the end is the last one again, so that the consumers multiply numbers.
   __device__ __forceinline__ void load_blocks(uint8_t* stage, const uint8_t* blocks, int block, int k_blocks,
                                               int block_bytes) {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     const int whole = min(O::kStageBlocks, k_blocks - block);
-    ptx::bulk_stream_global_to_shared(stage, blocks, whole * block_bytes, full);
+    load(stage, blocks, whole * block_bytes, full);
     for (int i = whole; i < O::kStageBlocks; ++i) {
-      ptx::bulk_stream_global_to_shared(stage + i * block_bytes, blocks + (whole - 1) * block_bytes, block_bytes, full);
+      load(stage + i * block_bytes, blocks + (whole - 1) * block_bytes, block_bytes, full);
     }
   }
 

@@ -22,8 +22,8 @@ constexpr int kConsumerRegisters = 216;
 
 // Hardware barrier numbers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kConsumersBarrier = 1,        // all consumers
-  kFirstWarpgroupBarrier = 2,   // consumer warpgroup w: this + w
+  kConsumersBarrier = 1,       // all consumers
+  kFirstWarpgroupBarrier = 2,  // consumer warpgroup w: this + w
 };
 
 constexpr int kMaxStages = 8;

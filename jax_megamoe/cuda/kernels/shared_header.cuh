@@ -38,7 +38,7 @@ struct SharedHeader {
   uint64_t planned;                   // the plan is complete
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint32_t launch;  // its number
+  uint32_t launch;                                                     // its number
   alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
   alignas(16) UnitNote note[kMaxStages];
 };

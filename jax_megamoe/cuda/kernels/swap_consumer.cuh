@@ -24,8 +24,8 @@ namespace megamoe {
 template <int kN>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note, Signaller& signaller,
-                                          Tracer& tracer)
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
+                                          Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     // Needed by the epilogue only: the load is on its way while the main loop runs. L2 only: another SM wrote it.
     if (thread_in_group() < note.rows()) {
@@ -74,7 +74,8 @@ class SwapConsumer {
   // A step is what one partial sum covers: a K block (gate/up), or half of one (down), since the activations have a scale for
   // each half. `start` only enqueues the multiplies.
   template <bool kDown>
-  __device__ __forceinline__ void start(const Stage& stage, int step, uint32_t token_plane_bytes, Partial& partial) const {
+  __device__ __forceinline__ void start(const Stage& stage, int step, uint32_t token_plane_bytes,
+                                        Partial& partial) const {
     constexpr int kHalves = kDown ? kActivationScalesPerBlock : 1;
     // Gate/up stages hold block after block, each with the planes of both warpgroups; down stages the other way round.
     constexpr int kPlanesPerBlock = kDown ? 1 : 2;
@@ -89,7 +90,8 @@ class SwapConsumer {
   // Waits until all but the latest `kPending` steps are multiplied and adds this one: acc += (token scale * weight scale) *
   // partial. The low rows and the high rows of a fragment may have weight scales of their own.
   template <bool kDown, int kPending>
-  __device__ __forceinline__ void finish(const Stage& stage, int step, bool valid, Partial& partial, Partial& acc) const {
+  __device__ __forceinline__ void finish(const Stage& stage, int step, bool valid, Partial& partial,
+                                         Partial& acc) const {
     float2 token[kTokenGroups];
     const float* token_scales = map_.token_scales(stage.index) + step * note_.padded_rows() + quad_token();
 #pragma unroll

@@ -13,18 +13,18 @@ enum class TraceEvent : uint64_t {
   kStart,
   kPlanned,
   kGathered,
-  kUnitLanded,     // the first stage of a unit
-  kUnitMultiplied,   // its last stage
-  kUnitFinished,     // its epilogue
+  kUnitLanded,      // the first stage of a unit
+  kUnitMultiplied,  // its last stage
+  kUnitFinished,    // its epilogue
   kCombineReady,
   kCombined,
   kGateUpAsked,
   kDownAsked,
   kTokensReady,
-  kLoaded,   // launch number and first ids
+  kLoaded,  // launch number and first ids
   kCounted,
-  kPlaced,   // the share's pairs have targets
-  kStored,   // the share's images are stored
+  kPlaced,  // the share's pairs have targets
+  kStored,  // the share's images are stored
 };
 
 class Tracer {
