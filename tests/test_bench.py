@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from bench import plot, presets, progress, records, rivals, table
+from bench import layers, plot, presets, progress, records, rivals, table
 from bench.__main__ import main
 from bench.compare import compare
 from bench.inputs import make_inputs, make_weights
@@ -69,6 +69,8 @@ def test_selecting_shapes_and_routings():
         (["--shapes", "flush"], "wanted some of flash"),
         (["--routing", "unifrom"], "wanted some of uniform"),
         (["--tokens", "8,-1"], "wanted positive numbers"),
+        (["layers", "--variants", "fast"], "wanted some of default"),
+        (["layers", "--stack", "3", "--layers", "2"], "wanted 1 to --layers (2)"),
         (["compare", "no-such-file", "no-such-file"], "No such file"),
     ],
 )
@@ -334,3 +336,60 @@ elif "--compile" not in sys.argv:
     assert row["ours_over_peer"] == pytest.approx(row["us"])
     assert row["winner"] == "peer"
     assert "[2/2] tiny: the peer, uniform-2 tokens" in capsys.readouterr().err
+
+
+# Layers
+
+
+def layers_result(**variants):
+    """added by program for each variant -> a result as `layers.main` collects it."""
+    names = ("unrolled", "lax.scan", "lax.while_loop")
+    reports = {
+        name: {
+            "programs": {
+                "calls": {"us": 100.0, "captured": name != "off"},
+                **{program: {"us": 100.0 + us} for program, us in zip(names, added, strict=True)},
+            },
+            "about": {"device": "d"},
+        }
+        for name, added in variants.items()
+    }
+    return layers.summarize({"shape": "flash", "tokens": 8, "layers": 32, "variants": reports})
+
+
+def test_recommendation_follows_the_figures():
+    default, size_1, off = (2.0, 16.0, 17.0), (2.1, 3.0, 3.5), (5.0, 15.0, 15.0)
+    result = layers_result(default=default, **{"size-1": size_1}, off=off)
+    assert result["alone_us"] == 100.0
+    line = layers.recommendation(result)
+    assert "XLA_FLAGS='--xla_gpu_graph_min_graph_size=1'" in line
+    assert "adds 3.5 us a layer at most (lax.while_loop)" in line
+    assert "default up to 17.0 (lax.while_loop)" in line
+    # The other way round, no flags.
+    assert "set no flags" in layers.recommendation(layers_result(default=size_1, **{"size-1": default}))
+    # What is within the noise is not worth a flag.
+    assert "set no flags" in layers.recommendation(layers_result(default=(3.0, 3.0, 3.9), **{"size-1": size_1}))
+
+
+def test_variant_that_fails_is_named():
+    result = layers_result(default=(1.0, 2.0, 3.0))
+    result["variants"]["while"] = {"error": "unknown flag"}
+    lines = layers.lines_of(layers.summarize(result))
+    assert any("while failed: unknown flag" in line for line in lines)
+    assert "2 layers" in lines[0] and lines[-1].startswith("Recommendation: set no flags")
+
+
+def test_layers_dry_run(tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    arguments = ["layers", "--shape", "tiny", "--tokens", "2", "--layers", "3", "--commit", "abc"]
+    assert main([*arguments, "--variants", "size-1", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    programs = result["variants"]["size-1"]["programs"]
+    assert list(programs) == ["calls", "unrolled", "lax.scan", "lax.while_loop"]
+    assert all(programs[name]["us"] > 0 for name in programs)
+    assert all(programs[name]["diff"] < 1e-4 for name in programs if name != "calls")
+    assert result["variants"]["size-1"]["about"]["xla_flags"].endswith("--xla_gpu_graph_min_graph_size=1")
+    assert result["commit"] == "abc"
+    assert "nothing was measured on a GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(path), str(path)])
