@@ -1,42 +1,39 @@
 """What is measured, and how long it takes."""
 
 import importlib
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_megamoe as mm
-from bench.inputs import NUM_INPUTS, Inputs
+from bench.inputs import Inputs
 from bench.presets import Shape
+from bench.timing import NUM_CALLS, Timing, time_per_call
 
 METHOD = (
-    f"One jitted program makes {NUM_INPUTS} calls with different inputs, one after the other on one stream. Programs "
+    f"One jitted program makes {NUM_CALLS} calls with different inputs, one after the other on one stream. Programs "
     "are enqueued back to back until 30 ms are filled; host clock from the first enqueue to the end of the last, "
     "divided by the number of calls: median, least and most of 7 such runs after a warm-up. The read ceiling is a "
-    "kernel that streams as many bytes of the same weights through a ring of bulk copies, called and timed alike."
+    "kernel that streams as many bytes of the same weights through a ring of bulk copies, called and timed alike. "
+    "The peer, where it was asked for, has a process of its own on the same device and gets the same weights and "
+    "inputs; its program is a CUDA graph of as many calls, each with its quantise-and-stage kernel, timed alike."
 )
 
 
-def microseconds_per_call(program: Callable[..., Any], *operands: Any) -> tuple[float, float, float]:
-    """Median, least and most time of one of the program's calls."""
-    for _ in range(3):  # compiles, then captures
-        jax.block_until_ready(program(*operands))
-    start = time.perf_counter()
-    jax.block_until_ready(program(*operands))
-    repeats = max(1, min(200, int(0.03 / (time.perf_counter() - start)) + 1))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = program(*operands)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) * 1e6 / (repeats * NUM_INPUTS))
-    return statistics.median(times), min(times), max(times)
+class Measured(NamedTuple):
+    """A row of the table, the kernel's results for each of the inputs, and the reference result of the first."""
+
+    row: dict[str, Any]
+    results: list[jax.Array]
+    reference: jax.Array
+
+
+def microseconds_per_call(program: Callable[..., Any], *operands: Any, num_calls: int = NUM_CALLS) -> Timing:
+    """Times one of the program's calls."""
+    return time_per_call(lambda: program(*operands), jax.block_until_ready, num_calls)
 
 
 def program_of(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +56,7 @@ def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
 
     def run(buffer: jax.Array) -> list[Any]:
         call = jax.ffi.ffi_call("jax_megamoe.read_ceiling.v1", jax.ShapeDtypeStruct((1,), jnp.uint32))
-        starts = [n * (buffer_bytes // NUM_INPUTS) for n in range(NUM_INPUTS)]
+        starts = [n * (buffer_bytes // NUM_CALLS) for n in range(NUM_CALLS)]
         return [call(buffer, start=np.int64(start), bytes=np.int64(num_bytes)) for start in starts]
 
     return jax.jit(run)
@@ -68,9 +65,12 @@ def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
 def ragged_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
     """The layer as a JAX user writes it today: sort, `jax.lax.ragged_dot` in bf16, unsort."""
     gate_up, down = weights
+    # Unused slots go behind the last group, where rows belong to no expert.
+    routing = jnp.where(ids < 0, 0, routing)
+    ids = jnp.where(ids < 0, len(gate_up), ids)
     order = jnp.argsort(ids.ravel(), stable=True)
     rows = x[order // ids.shape[1]]
-    sizes = jnp.bincount(ids.ravel(), length=gate_up.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(ids.ravel(), length=len(gate_up)).astype(jnp.int32)
     gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up * routing.ravel()[order, None]).astype(jnp.bfloat16)
     out = jax.lax.ragged_dot(hidden, down, sizes)
@@ -94,30 +94,38 @@ def difference(a: jax.Array, b: jax.Array) -> float:
 
 
 def measure_row(
-    shape: Shape, num_tokens: int, weights: mm.ExpertWeights, float_weights: Any, inputs: Inputs, on_gpu: bool
-) -> dict[str, Any]:
+    shape: Shape,
+    num_tokens: int,
+    routing: str,
+    weights: mm.ExpertWeights,
+    float_weights: Any,
+    inputs: Inputs,
+    on_gpu: bool,
+) -> Measured:
     """One line of the table: the layer, the ceiling of its bytes, and the alternatives that were asked for."""
     core = importlib.import_module("jax_megamoe._core")
     moe = program_of(mm.moe)
-    before = jax.block_until_ready(moe(weights, inputs))
+    jax.block_until_ready(moe(weights, inputs))
     calls = core.moe_execute_count() if on_gpu else 0
     median, least, most = microseconds_per_call(moe, weights, inputs)
     touched = inputs.touched(shape.num_experts)
     num_bytes = round(touched * shape.expert_bytes)
     row: dict[str, Any] = {
         "tokens": num_tokens,
+        "routing": routing,
         "touched": touched,
         "megabytes": num_bytes / 1e6,
         "us": median,
         "us_least": least,
         "us_most": most,
         "gb_per_s": num_bytes / median / 1e3,
-        "tflop_per_s": shape.flops(num_tokens) / median / 1e6,
+        "tflop_per_s": shape.flops(inputs.pairs(shape.num_experts)) / median / 1e6,
         # A replayed graph does not call the handler: three runs may, to compile, trace and capture.
-        "captured": on_gpu and core.moe_execute_count() - calls <= 3 * NUM_INPUTS,
+        "captured": on_gpu and core.moe_execute_count() - calls <= 3 * NUM_CALLS,
     }
+    results = jax.block_until_ready(moe(weights, inputs))  # as they were timed
     reference = jax.jit(mm.reference.moe)(inputs.x[0], weights, inputs.topk_ids[0], inputs.topk_weights[0])
-    row["diff"] = difference(before[0], reference)
+    row["diff"] = difference(results[0], reference)
     if on_gpu:
         program = ceiling_program(weights.gate_up.size, num_bytes)
         row["ceiling_us"], row["ceiling_us_least"], row["ceiling_us_most"] = microseconds_per_call(
@@ -129,4 +137,4 @@ def measure_row(
         row["dense_us"] = microseconds_per_call(program_of(dense_layer), float_weights, inputs)[0]
         if num_tokens <= 32:
             row["reference_us"] = microseconds_per_call(program_of(mm.reference.moe), weights, inputs)[0]
-    return row
+    return Measured(row, results, reference)

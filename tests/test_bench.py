@@ -1,9 +1,24 @@
+import io
 import json
+import sys
 
+import jax
+import numpy as np
 import pytest
 
-from bench.__main__ import compare, main
-from bench.presets import SHAPES, Shape
+import jax_megamoe as mm
+from bench import layers, plot, presets, progress, records, rivals, table
+from bench.__main__ import main
+from bench.compare import compare
+from bench.inputs import make_inputs, make_weights
+from bench.measure import dense_layer, ragged_layer
+from bench.presets import MODELS, ROUTINGS, SHAPES, Shape
+from bench.timing import NUM_CALLS, Timing, time_per_call
+
+SMALL = Shape(256, 128, 16, 4)
+
+
+# Presets
 
 
 def test_expert_bytes_counts_weights_and_packed_scales():
@@ -11,29 +26,370 @@ def test_expert_bytes_counts_weights_and_packed_scales():
     assert Shape(256, 128, 8, 2).expert_bytes == 3 * 256 * 128 + 16 * (2 * 2 + 4)
 
 
+def test_expert_bytes_are_those_of_the_packed_leaves():
+    weights = make_weights(SMALL)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == SMALL.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        # hidden, intermediate, experts of one rank of eight, top-k
+        ("deepseek-v3", (7168, 2048, 32, 8)),
+        ("flash", (4096, 2048, 32, 6)),
+        ("pro", (7168, 3072, 48, 6)),
+        ("qwen3-30b", (2048, 768, 16, 8)),
+        ("qwen3-235b", (4096, 1536, 16, 8)),
+        ("glm-5", (6144, 2048, 32, 8)),
+        ("kimi-k2", (7168, 2048, 48, 8)),
+        ("minimax-m2", (3072, 1536, 32, 8)),
+    ],
+)
+def test_presets_are_the_models(name, shape):
+    assert SHAPES[name] == shape
+    assert SHAPES[f"{name}-ep1"] == (*shape[:2], 8 * shape[2], shape[3])
+    assert MODELS[name].source
+
+
+def test_groups_hold_every_model_that_fits():
+    assert len(presets.GROUPS["ep8"]) == len(MODELS)
+    assert all(SHAPES[name].weight_bytes < presets.GPU_BYTES for name in presets.GROUPS["ep1"])
+
+
+def test_selecting_shapes_and_routings():
+    assert presets.select_shapes("pro,tiny,pro") == ["pro", "tiny"]
+    assert presets.select_shapes("ep8")[:2] == ["flash", "pro"]
+    assert presets.select_routings("all") == list(ROUTINGS)
+    assert presets.select_routings("hot,zipf") == ["hot", "zipf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "flush"], "wanted some of flash"),
+        (["--routing", "unifrom"], "wanted some of uniform"),
+        (["--tokens", "8,-1"], "wanted positive numbers"),
+        (["layers", "--variants", "fast"], "wanted some of default"),
+        (["layers", "--stack", "3", "--layers", "2"], "wanted 1 to --layers (2)"),
+        (["compare", "no-such-file", "no-such-file"], "No such file"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# Inputs
+
+
+def test_routings_are_what_their_descriptions_say():
+    ids = {routing: np.stack(make_inputs(SMALL, 200, routing, seed=1).topk_ids) for routing in ROUTINGS}
+    for routing in ("uniform", "zipf", "hot"):
+        flat = ids[routing].reshape(-1, SMALL.top_k)
+        assert flat.min() >= 0 and flat.max() < SMALL.num_experts
+        assert all(len(set(row)) == SMALL.top_k for row in flat)
+    counts = {routing: np.bincount(array[array >= 0], minlength=SMALL.num_experts) for routing, array in ids.items()}
+    assert counts["uniform"].max() < 1.2 * counts["uniform"].min()
+    assert counts["zipf"][0] > 2 * counts["zipf"][-1]
+    assert counts["hot"][0] == NUM_CALLS * 200
+    assert (ids["masked30"] == -1).mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_inputs_differ_between_calls_and_repeat_for_a_seed():
+    first, again = (make_inputs(SMALL, 5, "uniform", seed=3) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.x[0], first.x[1])
+    assert first.pairs(SMALL.num_experts) == 5 * SMALL.top_k
+
+
+def test_unknown_routing_is_an_error():
+    with pytest.raises(ValueError, match="wanted one of uniform"):
+        make_inputs(SMALL, 2, "even", seed=0)
+
+
+def test_alternatives_ignore_unused_slots():
+    inputs = make_inputs(SMALL, 6, "masked30", seed=0)
+    keys = jax.random.split(jax.random.key(0))
+    weights = jax.random.normal(keys[0], (16, 256, 256)) / 16, jax.random.normal(keys[1], (16, 128, 256)) / 11
+    call = (inputs.x[0], weights, inputs.topk_ids[0], inputs.topk_weights[0])
+    ragged, dense = (np.asarray(layer(*call), np.float32) for layer in (ragged_layer, dense_layer))
+    np.testing.assert_allclose(ragged, dense, atol=0.05)
+
+
+# Timing and progress
+
+
+def test_time_per_call_divides_by_the_calls():
+    waited: list[str] = []
+    timing = time_per_call(lambda: "result", waited.append, num_calls=4)
+    assert set(waited) == {"result"}
+    assert 0 < timing.us_least <= timing.us <= timing.us_most < 1e4
+
+
+def test_progress_counts_and_estimates(monkeypatch):
+    clock = iter([0.0, 30.0, 60.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    report = progress.Progress(2, stream)
+    report.step("one")
+    report.step("two")
+    assert stream.getvalue() == "[1/2] one (30s so far, about 30s left)\n[2/2] two (1m00s so far)\n"
+
+
+# Results
+
+
+def row_of(us, tokens=8, spread=1.0, **more):
+    return {"tokens": tokens, "us": us, "us_least": us - spread, "us_most": us + spread, **more}
+
+
+def result_of(*rows, device="d"):
+    return {"device": device, "commit": "c", "shapes": {"flash": list(rows)}}
+
+
 def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     path = tmp_path / "result.json"
-    assert main(["--shapes", "tiny", "--tokens", "3", "--routing", "masked30", "--output", str(path)]) == 0
-    assert "no figures of the kernel" in capsys.readouterr().out
+    arguments = ["--shapes", "tiny", "--tokens", "3", "--routing", "masked30,uniform", "--output", str(path)]
+    assert main([*arguments, "--rivals", "--peer-python", str(tmp_path / "none"), "--commit", "abc"]) == 0
+    printed = capsys.readouterr()
+    assert "no figures of the kernel" in printed.out
+    assert "The peer has no figure" in printed.out
+    assert "[2/2] tiny: 3 tokens" in printed.err
     result = json.loads(path.read_text())
-    (row,) = result["shapes"]["tiny"]
-    assert row["tokens"] == 3
-    assert row["us"] > 0
-    assert row["diff"] == 0
-    assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
+    assert result["commit"] == "abc"
+    masked, uniform = result["shapes"]["tiny"]
+    assert [masked["routing"], uniform["routing"]] == ["masked30", "uniform"]
+    for row in (masked, uniform):
+        assert row["tokens"] == 3
+        assert row["us"] > 0
+        assert row["diff"] == 0
+        assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
+        assert "error" in row["peer"] and row["winner"] == "-"
     assert main(["compare", str(path), str(path)]) == 0
-    assert "x1.000 (within the spread)" in capsys.readouterr().out
+    assert "tiny, masked30     3 tokens" in (out := capsys.readouterr().out)
+    assert out.count("x1.000 (within the spread)") == 2
 
 
 def test_compare_says_what_is_outside_the_spread():
-    def result(us):
-        row = {"tokens": 8, "us": us, "us_least": us - 1, "us_most": us + 1}
-        return {"device": "d", "commit": "c", "shapes": {"flash": [row]}}
-
-    assert compare(result(100.0), result(80.0))[1] == "flash     8 tokens: 100.0 -> 80.0 us, x0.800"
+    assert compare(result_of(row_of(100.0)), result_of(row_of(80.0)))[1] == (
+        "flash     8 tokens: 100.0 -> 80.0 us, x0.800"
+    )
 
 
-def test_unknown_shape_is_refused(capsys):
+def test_compare_has_the_peer_and_names_what_does_not_match():
+    rows = [row_of(us, peer=row_of(2 * us)) for us in (100.0, 90.0)]
+    lines = compare(result_of(rows[0]), result_of(rows[1], device="e"))
+    assert "not those of the code" in lines[1]
+    assert lines[3] == "flash     8 tokens, peer: 200.0 -> 180.0 us, x0.900"
+    # Another routing is another row.
+    assert "no rows in common" in compare(result_of(row_of(1.0)), result_of(row_of(1.0, routing="zipf")))[-1]
+
+
+def test_older_files_can_be_read(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({**result_of(row_of(1.0)), "routing": "zipf"}))
+    assert records.read(path)["shapes"]["flash"][0]["routing"] == "zipf"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds no shapes"):
+        records.read(path)
+
+
+def test_plot_has_a_panel_for_each_shape_with_ours_first(tmp_path):
+    rows = [row_of(10.0 * n, tokens=n, ceiling_us=8.0 * n, peer=row_of(12.0 * n), ragged_us=80.0 * n) for n in (1, 4)]
+    zipf = row_of(10.0, tokens=1, ceiling_us=5.0, routing="zipf", peer={"error": "absent"})
+    drawn = plot.panels([result_of(*rows, zipf)])
+    assert list(drawn) == ["flash", "flash, zipf"]
+    assert [line.name for line in drawn["flash"]] == ["jax_megamoe, d", "sgl-deep-gemm, d", "ragged_dot, bf16, d"]
+    assert drawn["flash"][0].ratios == pytest.approx([1.25, 1.25])
+    assert drawn["flash"][1].ratios == pytest.approx([1.5, 1.5])
+    assert [line.ratios for line in drawn["flash, zipf"]] == [[2.0]]
+
+    pytest.importorskip("matplotlib")
+    source, image = tmp_path / "result.json", tmp_path / "plot.png"
+    source.write_text(json.dumps(result_of(*rows, zipf)))
+    assert main(["plot", str(source), "-o", str(image)]) == 0
+    assert image.stat().st_size > 1000
+
+
+def test_plot_without_a_ceiling_is_refused(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "result.json"
+    source.write_text(json.dumps(result_of(row_of(1.0))))
     with pytest.raises(SystemExit):
-        main(["--shapes", "flush"])
-    assert "wanted some of flash" in capsys.readouterr().err
+        main(["plot", str(source), "-o", str(tmp_path / "plot.png")])
+    assert "nothing to plot" in capsys.readouterr().err
+
+
+# The peer
+
+
+def measured(us, diff=1e-5):
+    return {**Timing(us, us - 1, us + 1)._asdict(), "diff": diff, "diff_to_ours": diff}
+
+
+def test_merge_adds_ratios_and_refuses_wrong_results():
+    rows = [row_of(100.0, tokens=n, routing="uniform", ceiling_us=80.0) for n in (1, 2, 3, 4)]
+    found = {
+        "uniform-1": measured(120.0),
+        "uniform-2": measured(50.0, diff=0.5),
+        "uniform-3": measured(50.0, diff=float("nan")),
+    }
+    rivals.merge(rows, found)
+    assert rows[0]["ours_over_peer"] == pytest.approx(100 / 120)
+    assert rows[0]["peer"]["ratio"] == 1.5
+    assert [rivals.winner(row) for row in rows] == ["ours", "-", "-", "-"]
+    assert "wrong result" in rows[1]["peer"]["error"]
+    assert "wrong result" in rows[2]["peer"]["error"]
+    assert rows[3]["peer"] == {"error": "not measured"}
+    assert "ours_over_peer" not in rows[1]
+    json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (row_of(100.0, peer=measured(90.0)), "peer"),
+        (row_of(100.0, peer=measured(101.0)), "ours or peer"),
+        (row_of(100.0, ragged_us=500.0, dense_us=50.0), "dense"),
+        (row_of(100.0), "-"),
+    ],
+)
+def test_winner(row, wanted):
+    assert rivals.winner(row) == wanted
+
+
+def test_table_of_rivals_says_what_is_missing(capsys):
+    rows = [
+        row_of(100.0, routing="uniform", winner="-", peer={"error": "not installed: torch"}),
+        row_of(100.0, routing="uniform", winner="-", peer={"error": "Traceback\nRuntimeError: it broke\n"}),
+    ]
+    table.print_rivals("flash", rows, alternatives=False)
+    out = capsys.readouterr().out
+    assert "absent" in out and "failed" in out
+    assert "RuntimeError: it broke" in out and table.INSTALL in out
+
+
+def python_that(tmp_path, body):
+    """An executable that stands for the peer's interpreter."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport json, pathlib, sys\nfolder = pathlib.Path(sys.argv[3])\n{body}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_peer_gets_natural_weights_and_the_inputs(tmp_path):
+    weights = make_weights(SMALL)
+    inputs = make_inputs(SMALL, 3, "uniform", seed=3)
+    reference = mm.reference.moe(inputs.x[0], weights, inputs.topk_ids[0], inputs.topk_weights[0])
+    rivals.write_weights(tmp_path, weights)
+    rivals.write_case(tmp_path, "uniform-3", inputs, [reference] * NUM_CALLS, reference)
+    for name, array in zip(("gate_up", "gate_up_scale", "down", "down_scale"), weights.unpack(), strict=True):
+        assert (tmp_path / f"{name}.bin").read_bytes() == np.asarray(array).tobytes()
+    with np.load(tmp_path / "uniform-3.npz") as case:
+        assert case["x"].shape == (NUM_CALLS, 3, 256) and case["x"].dtype == np.uint16
+        np.testing.assert_array_equal(case["topk_ids"][4], inputs.topk_ids[4])
+        np.testing.assert_array_equal(case["topk_weights"][4], inputs.topk_weights[4])
+        np.testing.assert_array_equal(case["reference"], np.asarray(reference).view(np.uint16))
+
+
+def test_peer_process_that_dies_leaves_its_records(tmp_path):
+    rivals.write_request(tmp_path, SMALL, [("uniform", 1), ("uniform", 8)])
+    body = """
+request = json.loads((folder / "request.json").read_text())
+assert request["shape"]["num_experts"] == 16
+print("a library says hello")
+print(json.dumps({"case": request["cases"][0]["name"], "us": 1.0}), flush=True)
+sys.exit(3)
+"""
+    seen: list[str] = []
+    found = rivals.run_peer(python_that(tmp_path, body), tmp_path, seen.append)
+    assert found == {"uniform-1": {"us": 1.0}, "uniform-8": {"error": "the process ended with status 3"}}
+    assert seen == ["uniform-1"]
+
+
+def test_peer_that_hangs_is_ended(tmp_path):
+    rivals.write_request(tmp_path, SMALL, [("uniform", 1)])
+    found = rivals.run_peer(python_that(tmp_path, "import time; time.sleep(60)"), tmp_path, timeout=1)
+    assert "no result after 1 s" in found["uniform-1"]["error"]
+
+
+def test_peer_says_what_is_missing():
+    report = rivals.peer_versions(sys.executable)
+    assert "error" in report or report["sgl-deep-gemm"]
+
+
+def test_whole_run_with_a_peer(tmp_path, capsys):
+    body = """
+if sys.argv[3] == "--versions":
+    print(json.dumps({"sgl-deep-gemm": "0"}))
+elif "--compile" not in sys.argv:
+    for case in json.loads((folder / "request.json").read_text())["cases"]:
+        assert (folder / f"{case['name']}.npz").exists()
+        print(json.dumps({"case": case["name"], "us": 1.0, "us_least": 0.9, "us_most": 1.1, "diff": 0, "diff_to_ours": 0}))
+"""
+    path = tmp_path / "result.json"
+    arguments = ["--shapes", "tiny", "--tokens", "2", "--rivals", "--output", str(path)]
+    assert main([*arguments, "--peer-python", python_that(tmp_path, body)]) == 0
+    (row,) = json.loads(path.read_text())["shapes"]["tiny"]
+    assert row["ours_over_peer"] == pytest.approx(row["us"])
+    assert row["winner"] == "peer"
+    assert "[2/2] tiny: the peer, uniform-2 tokens" in capsys.readouterr().err
+
+
+# Layers
+
+
+def layers_result(**variants):
+    """added by program for each variant -> a result as `layers.main` collects it."""
+    names = ("unrolled", "lax.scan", "lax.while_loop")
+    reports = {
+        name: {
+            "programs": {
+                "calls": {"us": 100.0, "captured": name != "off"},
+                **{program: {"us": 100.0 + us} for program, us in zip(names, added, strict=True)},
+            },
+            "about": {"device": "d"},
+        }
+        for name, added in variants.items()
+    }
+    return layers.summarize({"shape": "flash", "tokens": 8, "layers": 32, "variants": reports})
+
+
+def test_recommendation_follows_the_figures():
+    default, size_1, off = (2.0, 16.0, 17.0), (2.1, 3.0, 3.5), (5.0, 15.0, 15.0)
+    result = layers_result(default=default, **{"size-1": size_1}, off=off)
+    assert result["alone_us"] == 100.0
+    line = layers.recommendation(result)
+    assert "XLA_FLAGS='--xla_gpu_graph_min_graph_size=1'" in line
+    assert "adds 3.5 us a layer at most (lax.while_loop)" in line
+    assert "default up to 17.0 (lax.while_loop)" in line
+    # The other way round, no flags.
+    assert "set no flags" in layers.recommendation(layers_result(default=size_1, **{"size-1": default}))
+    # What is within the noise is not worth a flag.
+    assert "set no flags" in layers.recommendation(layers_result(default=(3.0, 3.0, 3.9), **{"size-1": size_1}))
+
+
+def test_variant_that_fails_is_named():
+    result = layers_result(default=(1.0, 2.0, 3.0))
+    result["variants"]["while"] = {"error": "unknown flag"}
+    lines = layers.lines_of(layers.summarize(result))
+    assert any("while failed: unknown flag" in line for line in lines)
+    assert "2 layers" in lines[0] and lines[-1].startswith("Recommendation: set no flags")
+
+
+def test_layers_dry_run(tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    arguments = ["layers", "--shape", "tiny", "--tokens", "2", "--layers", "3", "--commit", "abc"]
+    assert main([*arguments, "--variants", "size-1", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    programs = result["variants"]["size-1"]["programs"]
+    assert list(programs) == ["calls", "unrolled", "lax.scan", "lax.while_loop"]
+    assert all(programs[name]["us"] > 0 for name in programs)
+    assert all(programs[name]["diff"] < 1e-4 for name in programs if name != "calls")
+    assert result["variants"]["size-1"]["about"]["xla_flags"].endswith("--xla_gpu_graph_min_graph_size=1")
+    assert result["commit"] == "abc"
+    assert "nothing was measured on a GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(path), str(path)])
