@@ -1,0 +1,132 @@
+// XLA FFI handlers of the peer probe: the expert-parallel set-up from the communicator to the launch, without the layer.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "ffi/expert_group.h"
+#include "ffi/handlers.h"
+#include "transport/peer_probe.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace megamoe {
+
+namespace ffi = xla::ffi;
+
+class PeerProbeInstance {
+ public:
+  static ffi::TypeId id;
+  static ffi::TypeInfo info;
+  ExpertGroup group;
+};
+
+ffi::TypeId PeerProbeInstance::id = {};
+ffi::TypeInfo PeerProbeInstance::info = ffi::MakeTypeInfo<PeerProbeInstance>();
+
+namespace {
+
+constexpr uint32_t kProbeLayout = 0x70726f62;  // "prob": the buffers of no other handler
+
+ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.peer_probe: " + what); }
+
+ffi::ErrorOr<std::unique_ptr<PeerProbeInstance>> instantiate() { return std::make_unique<PeerProbeInstance>(); }
+
+ffi::Error prepare(CollectivesContext collectives, ffi::Span<const int64_t> replica_groups, int64_t group_size) {
+  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(replica_groups, group_size);
+  if (groups.has_error()) return std::move(groups).error();
+  return groups.value().request(collectives);
+}
+
+ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t device,
+                      ffi::AnyBuffer /*axis_index*/, ffi::Result<ffi::AnyBuffer> /*rows*/,
+                      ffi::Span<const int64_t> replica_groups, int64_t group_size, int64_t bytes, int64_t transport) {
+  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(replica_groups, group_size);
+  if (groups.has_error()) return std::move(groups).error();
+  if (groups.value().size() > transport::kProbeMaxRanks || bytes < 16 || bytes % 16 != 0 || bytes > (1 << 30)) {
+    return failure("there are " + std::to_string(group_size) + " ranks and bytes is " + std::to_string(bytes) +
+                   "; wanted 64 ranks at most and a multiple of 16 up to 2^30.");
+  }
+  transport::DeviceScope scope(device);
+  const cudaError_t error = transport::prepare_probe();
+  if (error != cudaSuccess) return failure(transport::cuda_failure("loading the kernel", error));
+  return instance->group.initialize(collectives, groups.value(), device, transport::probe_bytes(group_size, bytes),
+                                    kProbeLayout, static_cast<transport::Wanted>(transport));
+}
+
+ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t device, ffi::AnyBuffer axis_index,
+                   ffi::Result<ffi::AnyBuffer> rows, int64_t bytes, int64_t mode, int64_t iterations, int64_t shift,
+                   int64_t mute, int64_t limit_microseconds) {
+  const transport::SymmetricMemory* memory = instance->group.find(device);
+  if (memory == nullptr) return failure("the call was not initialised on this device.");
+  if (axis_index.element_type() != ffi::S32 || axis_index.element_count() != 1) {
+    return failure("axis_index has another type than int32[1].");
+  }
+  const size_t wanted_bytes = memory->num_ranks() * sizeof(transport::ProbeRow);
+  if (rows->size_bytes() != wanted_bytes) {
+    return failure("the result has " + std::to_string(rows->size_bytes()) + " bytes; wanted " +
+                   std::to_string(wanted_bytes) + ".");
+  }
+  if (mode < 0 || mode > 2 || iterations < 1 || iterations >= transport::kProbeMaxIterations || shift < 0 ||
+      shift >= memory->num_ranks() || limit_microseconds < 1) {
+    return failure("mode, iterations, shift or limit_microseconds is out of range.");
+  }
+  transport::ProbeArguments arguments = {};
+  arguments.peers = memory->peers();
+  arguments.rank = memory->rank();
+  arguments.num_ranks = memory->num_ranks();
+  arguments.mode = static_cast<transport::ProbeMode>(mode);
+  arguments.bytes = bytes;
+  arguments.iterations = static_cast<int>(iterations);
+  arguments.shift = static_cast<int>(shift);
+  arguments.mute = static_cast<int>(mute);
+  arguments.limit_nanoseconds = static_cast<uint64_t>(limit_microseconds) * 1000;
+  arguments.axis_index = static_cast<const int32_t*>(axis_index.untyped_data());
+  arguments.rows = static_cast<transport::ProbeRow*>(rows->untyped_data());
+  cudaError_t error = cudaMemsetAsync(arguments.rows, 0, wanted_bytes, stream);
+  if (error == cudaSuccess) error = transport::launch_probe(arguments, stream);
+  if (error != cudaSuccess) return failure(transport::cuda_failure("the launch", error));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInstantiate, instantiate, ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbePrepare, prepare,
+                              ffi::Ffi::BindPrepare()
+                                  .Ctx<ffi::Extension<Collectives>>()
+                                  .Attr<ffi::Span<const int64_t>>("replica_groups")
+                                  .Attr<int64_t>("group_size"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,
+                              ffi::Ffi::BindInitialize()
+                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::Extension<Collectives>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("replica_groups")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("bytes")
+                                  .Attr<int64_t>("transport"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeExecute, execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bytes")
+                                  .Attr<int64_t>("mode")
+                                  .Attr<int64_t>("iterations")
+                                  .Attr<int64_t>("shift")
+                                  .Attr<int64_t>("mute")
+                                  .Attr<int64_t>("limit_microseconds"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+void* peer_probe_instance_type_id() { return &PeerProbeInstance::id; }
+void* peer_probe_instance_type_info() { return &PeerProbeInstance::info; }
+
+}  // namespace megamoe
