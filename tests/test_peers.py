@@ -1,6 +1,9 @@
 """The probe of the wires between GPUs, as far as no GPU is needed: its program, its checks, its command."""
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -40,6 +43,30 @@ def test_program_carries_the_groups(core, sizes):
         (ids,) = re.findall(r"replica_groups = dense<\[(.*?)\]> : tensor<\d+xi64>", attributes)
         assert [int(n) for n in ids.split(",")] == groups.ravel().tolist()
         assert "bytes = 4096 : i64" in attributes and "mode = 2 : i64" in attributes
+
+
+DECODE = """
+import jax, numpy as np
+jax.devices("cpu")  # types of states are registered with a backend that exists
+from jax_megamoe import _core
+from jax_megamoe.primitives import peer_probe
+registrations = _core.ffi_registrations()
+name = "jax_megamoe.peer_probe_instance.v1"
+jax.ffi.register_ffi_type(name, registrations["types"][name], platform="cpu")
+name = "jax_megamoe.peer_probe.v1"
+jax.ffi.register_ffi_target(name, registrations["targets"][name], platform="cpu")
+mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("expert",))
+peer_probe.program(mesh, ("expert",), peer_probe.Probe(), 1)()
+"""
+
+
+def test_handler_takes_the_call(core):
+    """On a CPU nothing but the stream is missing: operands, results, state and attributes are decoded."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", DECODE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert "[execute]" in result.stderr and "(bad operands at: 0)" in result.stderr, result.stderr[-2000:]
+    assert "Failed to get platform stream" in result.stderr
 
 
 def good_rows(num_ranks: int = 2) -> np.ndarray:

@@ -1,6 +1,6 @@
 // XLA as the process group: the communicator of a call's replica group, through the FFI's Collectives extension.
 //
-// A handler binds `.Ctx<ffi::Extension<Collectives>>()` and the two attributes of `ReplicaGroups`, requests the communicator
+// A handler binds `.Ctx<ffi::Extension<Collectives>>()` and `.Attrs()` for `ReplicaGroups`, requests the communicator
 // in Prepare (XLA creates it there, once per process and group) and gets it in Initialize, where it may be used: all
 // ranks of a group are in Initialize at the same time then, one host thread each.
 #pragma once
@@ -34,8 +34,16 @@ struct Collectives : ffi::internal::CollectivesExtensionBase<CollectivesContext>
 // All groups of a program, equal in size, ids being positions in its device assignment ("flattened" ids).
 class ReplicaGroups {
  public:
-  // From the attributes `replica_groups` int64[num_groups * group_size] and `group_size` int64.
-  static ffi::ErrorOr<ReplicaGroups> parse(ffi::Span<const int64_t> ids, int64_t group_size) {
+  // From the attributes `replica_groups` int64[num_groups * group_size] and `group_size` int64. The dictionary, since a
+  // stage that binds attributes by name has to bind all that the call has.
+  static ffi::ErrorOr<ReplicaGroups> parse(const ffi::Dictionary& attributes) {
+    const auto listed = attributes.get<ffi::Span<const int64_t>>("replica_groups");
+    const auto size = attributes.get<int64_t>("group_size");
+    if (listed.has_error() || size.has_error()) {
+      return ffi::Error::InvalidArgument("jax_megamoe: the call lacks the attributes replica_groups and group_size.");
+    }
+    const ffi::Span<const int64_t> ids = listed.value();
+    const int64_t group_size = size.value();
     if (group_size < 1 || ids.size() == 0 || ids.size() % static_cast<size_t>(group_size) != 0) {
       return ffi::Error::InvalidArgument("jax_megamoe: replica_groups has " + std::to_string(ids.size()) +
                                          " ids and group_size is " + std::to_string(group_size) +

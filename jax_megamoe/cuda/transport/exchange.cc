@@ -12,6 +12,16 @@ std::string cuda_failure(const char* what, cudaError_t error) {
   return std::string(what) + " failed: " + cudaGetErrorString(error);
 }
 
+std::string device_of(Communicator communicator, int* device) {
+  std::string reason;
+  const NcclApi* nccl = nccl_api(&reason);
+  if (nccl == nullptr) return reason;
+  const int result = nccl->device(communicator, device);
+  return result == NcclApi::kSuccess
+             ? std::string()
+             : std::string("asking for the communicator's device failed: ") + nccl->error_string(result);
+}
+
 Exchange::~Exchange() {
   // A stream that waits for a rank which never came would block these for ever.
   if (is_stuck_ || stream_ == nullptr) return;

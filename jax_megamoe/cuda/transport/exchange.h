@@ -35,6 +35,9 @@ class DeviceScope {
 
 std::string cuda_failure(const char* what, cudaError_t error);
 
+// The CUDA device that a communicator works on.
+std::string device_of(Communicator communicator, int* device);
+
 // Every rank of the communicator makes the same calls in the same order; each waits for all others, for so long.
 class Exchange {
  public:
