@@ -66,7 +66,7 @@ def moe_per_device(
         y = x
     else:
         if gathered:
-            y = jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True)
+            y = _sum_over_ranks(y, gathered, math.prod(axis_sizes[axis] for axis in gathered))
         if added:
             # With one rank this changes nothing but the mark: the result varies like the tokens, not like the weights.
             y = jax.lax.psum(y, added)
@@ -75,3 +75,16 @@ def moe_per_device(
     elif counted:
         load = jax.lax.psum(load, counted)
     return y.astype(jnp.bfloat16), load
+
+
+def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_ranks: int) -> jax.Array:
+    """Contributions f32[num_ranks * T, H] of this rank to all ranks' tokens -> the sum over ranks for its own T.
+
+    An all-to-all and additions in the order of the ranks: as many bytes out of each device as a reduce-scatter, whose
+    order is the library's choice, of the topology, and of where in the group a token's rank stands.
+    """
+    parts = jax.lax.all_to_all(y.reshape(num_ranks, -1, y.shape[-1]), axes, split_axis=0, concat_axis=0)
+    total = parts[0]
+    for rank in range(1, num_ranks):
+        total = total + parts[rank]
+    return total

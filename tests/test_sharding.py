@@ -94,6 +94,17 @@ def test_permuted_devices(kind):
     check_both(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
 
 
+def test_bits_of_a_token_do_not_depend_on_its_rank():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
+    x, weights, ids, probs = place_all(mesh, layer)
+    y = jax.jit(mm.moe)(x, weights, ids, probs)
+    # By 5 ranks and a half, so that tokens have other neighbours, too.
+    rolled = (place(mesh, jnp.roll(value, 22, axis=0), "expert") for value in (layer.x, layer.ids, layer.probs))
+    x, ids, probs = rolled
+    moved = jnp.roll(jax.jit(mm.moe)(x, weights, ids, probs), -22, axis=0)
+    np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(moved).view(np.uint16))
+
+
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_expert_axis_of_two_mesh_axes(kind):
     mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()

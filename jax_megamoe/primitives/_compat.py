@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import distributed as _distributed
 
 
 def tracks_varying() -> bool:
@@ -38,3 +39,16 @@ def output_aval(like: Any, shape: tuple[int, ...], dtype: Any, spec: jax.shardin
     """
     sharding = like.sharding.update(spec=spec)
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def share_between_processes(key: str, value: str, processes: Sequence[int], timeout_seconds: float) -> list[str]:
+    """What each of the processes has put under the key, in order; this one puts `value`.
+
+    Through the key-value store of `jax.distributed`: no collective, so that the processes need not be here at once.
+    """
+    this, client = jax.process_index(), _distributed.global_state.client
+    if client is None:
+        return [value for _ in processes]
+    client.key_value_set(f"{key}/{this}", value, allow_overwrite=True)
+    wait = int(timeout_seconds * 1000)
+    return [value if p == this else str(client.blocking_key_value_get(f"{key}/{p}", wait)) for p in processes]

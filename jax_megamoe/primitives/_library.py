@@ -2,12 +2,14 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import jax
 
 from jax_megamoe.errors import MegaMoEError
 
 MOE_TARGET = "jax_megamoe.moe.v1"
+PEER_PROBE_TARGET = "jax_megamoe.peer_probe.v1"
 _PLATFORM = "CUDA"
 
 
@@ -59,3 +61,14 @@ def workspace_bytes(
     """Scratch memory that one call of the fused kernel needs on a device."""
     assert _core is not None, "check_kernel_available comes first"
     return int(_core.workspace_bytes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts))
+
+
+def symmetric_memories() -> list[dict[str, Any]]:
+    """The buffers that this process shares with other ranks: device, rank, num_ranks, bytes, transport."""
+    return [] if _core is None or not _core.has_cuda else list(_core.symmetric_memories())
+
+
+def can_access_peer(from_device: int, to_device: int) -> bool:
+    """Whether a device of this process can reach the memory of another; both are local hardware ids."""
+    assert _core is not None, "check_kernel_available comes first"
+    return bool(_core.can_access_peer(from_device, to_device))

@@ -4,7 +4,10 @@
 #include "host/problem.h"
 
 #ifdef MEGAMOE_CUDA
+#include <cuda_runtime_api.h>
+
 #include "ffi/handlers.h"
+#include "transport/registry.h"
 #endif
 
 namespace py = pybind11;
@@ -16,16 +19,51 @@ template <typename Function>
 py::capsule handler(Function* function) {
   return py::capsule(reinterpret_cast<void*>(function));
 }
+
+py::dict type_of_state(void* id, void* info) {
+  py::dict type;
+  type["type_id"] = py::capsule(id);
+  type["type_info"] = py::capsule(info);
+  return type;
+}
+
+// Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no driver.
+bool can_access_peer(int from, int to) {
+  if (from == to) return true;
+  int possible = 0;
+  const cudaError_t error = cudaDeviceCanAccessPeer(&possible, from, to);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("jax_megamoe: asking whether device " + std::to_string(from) + " reaches device " +
+                             std::to_string(to) + " failed: " + cudaGetErrorString(error));
+  }
+  return possible != 0;
+}
+
+py::list symmetric_memories() {
+  py::list all;
+  for (const megamoe::transport::Description& memory : megamoe::transport::describe_all()) {
+    py::dict entry;
+    entry["device"] = memory.device;
+    entry["rank"] = memory.rank;
+    entry["num_ranks"] = memory.num_ranks;
+    entry["bytes"] = memory.bytes;
+    entry["transport"] = memory.transport;
+    entry["spans_processes"] = memory.spans_processes;
+    all.append(entry);
+  }
+  return all;
+}
 #endif
 
 // {"types": {name: {"type_id", "type_info"}}, "targets": {name: {stage: capsule}}}; types have to be registered first.
 py::dict ffi_registrations() {
   py::dict types, targets;
 #ifdef MEGAMOE_CUDA
-  py::dict type;
-  type["type_id"] = py::capsule(megamoe::moe_instance_type_id());
-  type["type_info"] = py::capsule(megamoe::moe_instance_type_info());
-  types["jax_megamoe.moe_instance.v1"] = type;
+  types["jax_megamoe.moe_instance.v1"] =
+      type_of_state(megamoe::moe_instance_type_id(), megamoe::moe_instance_type_info());
+  types["jax_megamoe.peer_probe_instance.v1"] =
+      type_of_state(megamoe::peer_probe_instance_type_id(), megamoe::peer_probe_instance_type_info());
 
   py::dict moe;
   moe["instantiate"] = handler(megamoe::MoeInstantiate);
@@ -36,6 +74,13 @@ py::dict ffi_registrations() {
   py::dict read_ceiling;
   read_ceiling["execute"] = handler(megamoe::ReadCeiling);
   targets["jax_megamoe.read_ceiling.v1"] = read_ceiling;
+
+  py::dict peer_probe;
+  peer_probe["instantiate"] = handler(megamoe::PeerProbeInstantiate);
+  peer_probe["prepare"] = handler(megamoe::PeerProbePrepare);
+  peer_probe["initialize"] = handler(megamoe::PeerProbeInitialize);
+  peer_probe["execute"] = handler(megamoe::PeerProbeExecute);
+  targets["jax_megamoe.peer_probe.v1"] = peer_probe;
 #endif
   py::dict registrations;
   registrations["types"] = types;
@@ -58,6 +103,9 @@ PYBIND11_MODULE(_core, module) {
   module.attr("has_cuda") = true;
   module.def("moe_execute_count", &megamoe::moe_execute_count,
              "Times the fused kernel's handler ran in this process; replayed command buffers do not count.");
+  module.def("can_access_peer", &can_access_peer, py::arg("from_device"), py::arg("to_device"),
+             "Whether one device of this process can reach the memory of another.");
+  module.def("symmetric_memories", &symmetric_memories, "The buffers that this process shares with other ranks.");
 #else
   module.attr("has_cuda") = false;
 #endif

@@ -11,10 +11,16 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInstantiate);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInitialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeExecute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(ReadCeiling);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbePrepare);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeExecute);
 
-// Type of the state that a call site keeps between executions.
+// Types of the states that call sites keep between executions.
 void* moe_instance_type_id();
 void* moe_instance_type_info();
+void* peer_probe_instance_type_id();
+void* peer_probe_instance_type_info();
 
 // How often the execute handler ran in this process: a replayed command buffer does not call it.
 int64_t moe_execute_count();

@@ -1,0 +1,149 @@
+// XLA FFI handlers of the peer probe: the expert-parallel set-up from the communicator to the launch, without the layer.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "ffi/expert_group.h"
+#include "ffi/handlers.h"
+#include "transport/peer_probe.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace megamoe {
+
+namespace ffi = xla::ffi;
+
+class PeerProbeInstance {
+ public:
+  static ffi::TypeId id;
+  static ffi::TypeInfo info;
+  ExpertGroup group;
+};
+
+ffi::TypeId PeerProbeInstance::id = {};
+ffi::TypeInfo PeerProbeInstance::info = ffi::MakeTypeInfo<PeerProbeInstance>();
+
+namespace {
+
+constexpr uint32_t kProbeLayout = 0x70726f62;  // "prob": the buffers of no other handler
+
+ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.peer_probe: " + what); }
+
+ffi::ErrorOr<std::unique_ptr<PeerProbeInstance>> instantiate() { return std::make_unique<PeerProbeInstance>(); }
+
+// The integer attributes of a call.
+struct Options {
+  int64_t bytes, mode, iterations, shift, mute, limit_microseconds, transport;
+
+  static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
+    Options options = {};
+    const std::pair<const char*, int64_t*> fields[] = {
+        {"bytes", &options.bytes},        {"mode", &options.mode}, {"iterations", &options.iterations},
+        {"shift", &options.shift},        {"mute", &options.mute}, {"limit_microseconds", &options.limit_microseconds},
+        {"transport", &options.transport}};
+    for (const auto& [name, field] : fields) {
+      const auto value = attributes.get<int64_t>(name);
+      if (value.has_error()) return failure(std::string("the call lacks the attribute ") + name + ".");
+      *field = value.value();
+    }
+    return options;
+  }
+};
+
+ffi::Error prepare(CollectivesContext collectives, ffi::Dictionary attributes) {
+  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
+  if (groups.has_error()) return std::move(groups).error();
+  return groups.value().request(collectives);
+}
+
+ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t ordinal,
+                      ffi::AnyBuffer /*axis_index*/, ffi::Result<ffi::AnyBuffer> /*rows*/, ffi::Dictionary attributes) {
+  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
+  if (groups.has_error()) return std::move(groups).error();
+  ffi::ErrorOr<Options> options = Options::parse(attributes);
+  if (options.has_error()) return std::move(options).error();
+  const int num_ranks = groups.value().size();
+  const int64_t bytes = options.value().bytes;
+  if (num_ranks > transport::kProbeMaxRanks || bytes < 16 || bytes % 16 != 0 || bytes > (1 << 30)) {
+    return failure("there are " + std::to_string(num_ranks) + " ranks and bytes is " + std::to_string(bytes) +
+                   "; wanted 64 ranks at most and a multiple of 16 up to 2^30.");
+  }
+  ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
+  if (device.has_error()) return std::move(device).error();
+  transport::DeviceScope scope(device.value());
+  const cudaError_t error = transport::prepare_probe();
+  if (error != cudaSuccess) return failure(transport::cuda_failure("loading the kernel", error));
+  return instance->group.initialize(collectives, groups.value(), ordinal, transport::probe_bytes(num_ranks, bytes),
+                                    kProbeLayout, static_cast<transport::Wanted>(options.value().transport));
+}
+
+ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ordinal, ffi::AnyBuffer axis_index,
+                   ffi::Result<ffi::AnyBuffer> rows, ffi::Dictionary attributes) {
+  ffi::ErrorOr<Options> parsed = Options::parse(attributes);
+  if (parsed.has_error()) return std::move(parsed).error();
+  const Options& options = parsed.value();
+  const transport::SymmetricMemory* memory = instance->group.find(ordinal);
+  if (memory == nullptr) return failure("the call was not initialised on this device.");
+  if (axis_index.element_type() != ffi::S32 || axis_index.element_count() != 1) {
+    return failure("axis_index has another type than int32[1].");
+  }
+  const size_t wanted_bytes = memory->num_ranks() * sizeof(transport::ProbeRow);
+  if (rows->size_bytes() != wanted_bytes) {
+    return failure("the result has " + std::to_string(rows->size_bytes()) + " bytes; wanted " +
+                   std::to_string(wanted_bytes) + ".");
+  }
+  if (options.mode < 0 || options.mode > 2 || options.iterations < 1 ||
+      options.iterations >= transport::kProbeMaxIterations || options.shift < 0 ||
+      options.shift >= memory->num_ranks() || options.limit_microseconds < 1) {
+    return failure("mode, iterations, shift or limit_microseconds is out of range.");
+  }
+  transport::ProbeArguments arguments = {};
+  arguments.peers = memory->peers();
+  arguments.rank = memory->rank();
+  arguments.num_ranks = memory->num_ranks();
+  arguments.mode = static_cast<transport::ProbeMode>(options.mode);
+  arguments.bytes = options.bytes;
+  arguments.iterations = static_cast<int>(options.iterations);
+  arguments.shift = static_cast<int>(options.shift);
+  arguments.mute = static_cast<int>(options.mute);
+  arguments.limit_nanoseconds = static_cast<uint64_t>(options.limit_microseconds) * 1000;
+  arguments.axis_index = static_cast<const int32_t*>(axis_index.untyped_data());
+  arguments.rows = static_cast<transport::ProbeRow*>(rows->untyped_data());
+  cudaError_t error = cudaMemsetAsync(arguments.rows, 0, wanted_bytes, stream);
+  if (error == cudaSuccess) error = transport::launch_probe(arguments, stream);
+  if (error != cudaSuccess) return failure(transport::cuda_failure("the launch", error));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInstantiate, instantiate, ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbePrepare, prepare,
+                              ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,
+                              ffi::Ffi::BindInitialize()
+                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::Extension<Collectives>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeExecute, execute,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+void* peer_probe_instance_type_id() { return &PeerProbeInstance::id; }
+void* peer_probe_instance_type_info() { return &PeerProbeInstance::info; }
+
+}  // namespace megamoe

@@ -1,0 +1,68 @@
+#include "transport/nccl_api.h"
+
+#include <dlfcn.h>
+
+#include <chrono>
+#include <thread>
+
+namespace megamoe::transport {
+
+namespace {
+
+template <typename Function>
+bool find(void* library, const char* name, Function** function) {
+  *function = reinterpret_cast<Function*>(dlsym(library, name));
+  return *function != nullptr;
+}
+
+struct Loaded {
+  NcclApi api = {};
+  std::string reason;
+
+  Loaded() {
+    // Only what is loaded already: another copy of the library would not know XLA's communicators.
+    void* library = dlopen("libnccl.so.2", RTLD_NOLOAD | RTLD_NOW);
+    if (library == nullptr) {
+      reason = "libnccl.so.2 is not loaded in this process; JAX's CUDA plugin loads it";
+      return;
+    }
+    const bool complete =
+        find(library, "ncclGetErrorString", &api.error_string) && find(library, "ncclGetVersion", &api.version) &&
+        find(library, "ncclCommUserRank", &api.rank) && find(library, "ncclCommCount", &api.num_ranks) &&
+        find(library, "ncclCommCuDevice", &api.device) && find(library, "ncclCommGetAsyncError", &api.async_error) &&
+        find(library, "ncclAllGather", &api.all_gather);
+    if (!complete) {
+      reason = "libnccl.so.2 lacks a function that every version since 2.14 has";
+      return;
+    }
+    find(library, "ncclMemAlloc", &api.allocate);
+    find(library, "ncclMemFree", &api.release);
+    find(library, "ncclCommWindowRegister", &api.register_window);
+    find(library, "ncclCommWindowDeregister", &api.deregister_window);
+    find(library, "ncclTeamLsa", &api.team_of_shared_memory);
+    find(library, "ncclGetLsaDevicePointer", &api.peer_pointer);
+  }
+};
+
+}  // namespace
+
+const NcclApi* nccl_api(std::string* reason) {
+  static const Loaded loaded;
+  if (loaded.reason.empty()) return &loaded.api;
+  *reason = loaded.reason;
+  return nullptr;
+}
+
+std::string NcclApi::settle(Communicator communicator, int result, const char* what, double seconds) const {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  while (result == kInProgress) {
+    if (std::chrono::steady_clock::now() > deadline) return std::string(what) + " did not come to an end";
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    int state = kSuccess;
+    const int asked = async_error(communicator, &state);
+    result = asked != kSuccess ? asked : state;
+  }
+  return result == kSuccess ? std::string() : std::string(what) + " failed: " + error_string(result);
+}
+
+}  // namespace megamoe::transport

@@ -1,0 +1,185 @@
+"""Command line: `python -m jax_megamoe.peers` says how the GPUs of an expert axis reach each other, and how fast.
+
+Prints the topology, who can access whose memory, the transport that was chosen, a check of pushed data over many
+launches, the round trip of a flag in microseconds and pushes in GB/s. One process with all GPUs, or with
+`--processes N` one process for each of N GPUs, as under `jax.distributed`. Exit status 1 where anything is wrong.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.primitives import _library, peer_probe
+from jax_megamoe.primitives.peer_probe import Probe
+
+_ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
+_AXES = ("expert",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jax_megamoe.peers", description=__doc__)
+    parser.add_argument("--processes", type=int, default=1, help="one process per GPU, so many; 1: one for all GPUs")
+    parser.add_argument("--transport", default="any", choices=tuple(peer_probe.TRANSPORTS))
+    parser.add_argument("--launches", type=int, default=200, help="checked launches")
+    parser.add_argument("--bytes", type=int, default=1 << 20, help="of a push, a multiple of 16")
+    parser.add_argument("--reverse", action="store_true", help="the devices in reverse order")
+    parser.add_argument("--mute", type=int, default=-1, help="a rank that keeps silent: the others' waits have to end")
+    parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file")
+    options = parser.parse_args(argv)
+    if options.processes > 1 and _PROCESS not in os.environ:
+        return _launch(options.processes, sys.argv[1:] if argv is None else argv)
+    if options.processes > 1:
+        process = int(os.environ[_PROCESS])
+        jax.distributed.initialize(os.environ[_ADDRESS], options.processes, process, local_device_ids=[process])
+    if jax.default_backend() != "gpu":
+        print("this process sees no GPU, wanted some whose wires can be measured", file=sys.stderr)
+        return 1
+    return _report(options)
+
+
+def _launch(processes: int, arguments: list[str]) -> int:
+    """Starts the processes on this host and waits for them; the first one that fails ends the others."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jax_megamoe.peers", *arguments],
+            env={**os.environ, _ADDRESS: address, _PROCESS: str(process)},
+        )
+        for process in range(processes)
+    ]
+    status = 0
+    try:
+        for child in children:
+            status = max(status, abs(child.wait(timeout=540)))
+    except subprocess.TimeoutExpired:
+        status = 1
+    finally:
+        for child in children:
+            child.kill()
+    return status
+
+
+def _report(options: argparse.Namespace) -> int:
+    is_first = jax.process_index() == 0
+    say = print if is_first else _say_nothing
+    devices = jax.devices()[::-1] if options.reverse else jax.devices()
+    mesh = Mesh(np.array(devices), _AXES)
+    result: dict[str, Any] = {
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "processes": jax.process_count(),
+        "reverse": options.reverse,
+        "jax": jax.__version__,
+    }
+    say(f"{result['num_devices']} x {result['device']}, {result['processes']} processes, jax {jax.__version__}")
+    if is_first:
+        _print_topology()
+    result["access"] = _access_of_local_devices()
+    say("peer access of this process's devices (row reaches column):")
+    for row in result["access"]:
+        say("  " + " ".join("yes" if value else " no" for value in row))
+
+    probe = Probe(bytes=options.bytes, transport=peer_probe.TRANSPORTS[options.transport], mute=options.mute)
+    if options.mute >= 0:
+        probe = probe._replace(limit_microseconds=2_000_000)
+    try:
+        # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
+        _run(mesh, probe, 1)
+        result["transports"] = sorted({memory["transport"] for memory in _library.symmetric_memories()})
+        say(f"transport: {', '.join(result['transports'])}")
+        for _ in range(-(-options.launches // 20)):
+            _run(mesh, probe, 20)
+        say(f"{options.launches} launches of {options.bytes} bytes to every peer: all words right, ranks as axis_index")
+        result["round_trip_us"] = _round_trips(mesh, probe)
+        _print_matrix(say, "flag round trip, us", result["round_trip_us"])
+        result["push_us"], result["push_gb_per_s"] = _pushes(mesh, probe)
+        _print_matrix(say, f"one push of {options.bytes} bytes and its acknowledgement, us", result["push_us"])
+        _print_matrix(say, "pushes to one peer, GB/s", result["push_gb_per_s"])
+        result["push_to_all_gb_per_s"] = _push_to_all(mesh, probe)
+        say(f"pushes to all peers at once, GB/s out of each rank: {_cells(result['push_to_all_gb_per_s'])}")
+    except (MegaMoEError, jax.errors.JaxRuntimeError) as error:
+        print(f"process {jax.process_index()}: FAILED: {error}", file=sys.stderr)
+        return 1
+    if options.output is not None and is_first:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+def _print_topology() -> None:
+    try:
+        topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False)
+    except OSError:
+        print("no nvidia-smi on this machine")
+        return
+    print(topology.stdout.strip())
+
+
+def _access_of_local_devices() -> list[list[bool]]:
+    _library.check_kernel_available()
+    ids = [device.local_hardware_id for device in jax.local_devices()]
+    return [[_library.can_access_peer(one, other) for other in ids] for one in ids]
+
+
+def _run(mesh: Mesh, probe: Probe, launches: int) -> np.ndarray:
+    rows = peer_probe.peer_probe(mesh, _AXES, probe, launches)
+    peer_probe.check_rows(rows, mesh, _AXES)
+    return rows
+
+
+def _round_trips(mesh: Mesh, probe: Probe) -> list[list[float]]:
+    rounds = 1000
+    rows = _run(mesh, probe._replace(mode=peer_probe.ROUND_TRIP, iterations=rounds), 3)
+    return (rows[1:, :, :, peer_probe.NANOSECONDS].min(axis=0) / rounds / 1e3).tolist()
+
+
+def _pushes(mesh: Mesh, probe: Probe) -> tuple[list[list[float]], list[list[float]]]:
+    """Microseconds of one push and GB/s of many, from each rank to each other."""
+    num_ranks = mesh.devices.size
+    microseconds, rates = np.zeros((2, num_ranks, num_ranks))
+    for shift in range(num_ranks):
+        if shift == 0 and num_ranks > 1:
+            continue
+        one = _run(mesh, probe._replace(mode=peer_probe.PUSH, shift=shift), 5)[1:].min(axis=0)
+        many = _run(mesh, probe._replace(mode=peer_probe.PUSH, shift=shift, iterations=64), 5)[1:].min(axis=0)
+        for rank in range(num_ranks):
+            peer = (rank + shift) % num_ranks
+            microseconds[rank, peer] = one[rank, peer, peer_probe.NANOSECONDS] / 1e3
+            rates[rank, peer] = many[rank, peer, peer_probe.BYTES] / many[rank, peer, peer_probe.NANOSECONDS]
+    return microseconds.tolist(), rates.tolist()
+
+
+def _push_to_all(mesh: Mesh, probe: Probe) -> list[float]:
+    rows = _run(mesh, probe._replace(mode=peer_probe.PUSH, iterations=64), 5)[1:]
+    slowest = rows[:, :, :, peer_probe.NANOSECONDS].max(axis=2)
+    return (rows[:, :, :, peer_probe.BYTES].sum(axis=2) / np.maximum(slowest, 1)).max(axis=0).tolist()
+
+
+def _cells(values: list[float]) -> str:
+    return " ".join(f"{value:8.2f}" for value in values)
+
+
+def _print_matrix(say: Any, title: str, rows: list[list[float]]) -> None:
+    say(f"{title} (row to column):")
+    for row in rows:
+        say("  " + _cells(row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The wires of expert parallelism on GPUs, from a group of one up: `python -m pytest -m gpu tests/gpu/test_peers.py`."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.primitives import _library, peer_probe
+from jax_megamoe.primitives.peer_probe import TRANSPORTS, Probe
+
+
+def _gpus() -> list[Any]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []
+
+
+_NUM_GPUS = len(_gpus())
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_NUM_GPUS == 0, reason="needs a GPU; this process sees none")]
+needs_two = pytest.mark.skipif(_NUM_GPUS < 2, reason=f"needs 2 GPUs; this process sees {_NUM_GPUS}")
+EXPERT = ("expert",)
+
+
+def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
+    sizes = sizes or {"expert": _NUM_GPUS}
+    count = int(np.prod(list(sizes.values())))
+    return Mesh(np.array(_gpus()[:count] if devices is None else devices).reshape(*sizes.values()), tuple(sizes))
+
+
+def run(mesh: Mesh, probe: Probe, launches: int = 1, axes: tuple[str, ...] = EXPERT) -> np.ndarray:
+    rows = peer_probe.peer_probe(mesh, axes, probe, launches)
+    peer_probe.check_rows(rows, mesh, axes)
+    return rows
+
+
+@pytest.mark.parametrize("num_bytes", [16, 4096, 1 << 20])
+def test_pushes_arrive(num_bytes):
+    rows = run(make_mesh(), Probe(bytes=num_bytes), launches=3)
+    assert (rows[..., peer_probe.BYTES] == num_bytes).all()
+    assert (np.diff(rows[..., peer_probe.EPOCH], axis=0) == 1).all()
+
+
+def test_many_launches_in_a_captured_program():
+    mesh = make_mesh()
+    for _ in range(5):
+        run(mesh, Probe(bytes=4096), launches=40)
+
+
+def test_a_group_of_one_per_device():
+    run(make_mesh(data=_NUM_GPUS, expert=1), Probe(bytes=4096), launches=3)
+
+
+@needs_two
+def test_order_of_devices():
+    run(make_mesh(devices=_gpus()[::-1], expert=_NUM_GPUS), Probe(bytes=4096), launches=3)
+
+
+@pytest.mark.skipif(_NUM_GPUS < 4, reason=f"needs 4 GPUs; this process sees {_NUM_GPUS}")
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 2}, {"expert": 2, "model": 2}], ids=str)
+def test_groups_in_a_larger_mesh(sizes):
+    run(make_mesh(**sizes), Probe(bytes=4096), launches=3)
+
+
+@pytest.mark.skipif(_NUM_GPUS < 4, reason=f"needs 4 GPUs; this process sees {_NUM_GPUS}")
+def test_expert_axis_of_two_mesh_axes():
+    run(make_mesh(a=2, b=2), Probe(bytes=4096), launches=3, axes=("b", "a"))
+
+
+@pytest.mark.parametrize("mode", [peer_probe.ROUND_TRIP, peer_probe.PUSH])
+def test_modes_that_measure(mode):
+    mesh = make_mesh()
+    rows = run(mesh, Probe(mode=mode, iterations=20), launches=3)
+    assert (rows[..., peer_probe.NANOSECONDS] > 0).any()
+    run(mesh, Probe())  # and checked pushes work after it
+
+
+def test_programs_of_one_size_share_the_memory():
+    mesh = make_mesh()
+    probe = Probe(bytes=(1 << 20) + 16)
+    run(mesh, probe)
+    before = len(_library.symmetric_memories())
+    run(mesh, probe, launches=2)  # another executable
+    assert len(_library.symmetric_memories()) == before
+
+
+def test_memory_is_given_back_with_the_executables():
+    run(make_mesh(), Probe(bytes=3 << 20))
+    assert _library.symmetric_memories()
+    jax.clear_caches()
+    assert [m for m in _library.symmetric_memories() if not m["spans_processes"]] == []
+
+
+def test_windows_where_this_build_has_them():
+    try:
+        run(make_mesh(), Probe(bytes=4096, transport=TRANSPORTS["window"]), launches=3)
+    except jax.errors.JaxRuntimeError as error:
+        if "does not offer windows" in str(error):
+            pytest.skip("built without NCCL's device headers, and this NCCL has no host function instead")
+        raise
+    assert any(memory["transport"] == "NCCL window" for memory in _library.symmetric_memories())
+
+
+@needs_two
+def test_a_silent_rank_ends_in_an_error():
+    # In a process of its own: what a rank leaves half done makes the buffer unusable.
+    command = [sys.executable, "-m", "jax_megamoe.peers", "--mute", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 1
+    assert "phase flag: rank 0 did not come" in result.stderr
+
+
+@needs_two
+def test_one_process_per_gpu():
+    command = [sys.executable, "-m", "jax_megamoe.peers", "--processes", str(_NUM_GPUS), "--launches", "40"]
+    # Several processes share the GPUs with this one: no memory is set aside.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "CUDA IPC" in result.stdout
+
+
+def test_too_many_bytes_is_an_error():
+    with pytest.raises((MegaMoEError, jax.errors.JaxRuntimeError), match="multiple of 16"):
+        run(make_mesh(), Probe(bytes=17))

@@ -1,0 +1,86 @@
+"""One process of several that run the layer together: `python multiprocess_worker.py PROCESSES PROCESS PORT FOLDER`.
+
+The processes share four CPU devices. Each saves what it has of every result; tests/test_multiprocess.py puts it together.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+NUM_DEVICES = 4
+
+
+class Case(NamedTuple):
+    """A mesh over all devices and how the tokens are split on it."""
+
+    sizes: dict[str, int]
+    kind: AxisType = AxisType.Auto
+    tokens: tuple[str, ...] = ("data", "expert")
+    reverse: bool = False
+
+
+CASES = {
+    "expert": Case({"expert": 4}),
+    "reversed": Case({"data": 2, "expert": 2}, AxisType.Explicit, reverse=True),
+    "replicated": Case({"data": 2, "expert": 2}, tokens=("data",)),
+}
+
+
+def run_case(case: Case, devices: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """The layer of expert_layer.py and its load on the mesh of the case."""
+    from expert_layer import make_layer
+
+    import jax_megamoe as mm
+
+    array = np.array(devices[::-1] if case.reverse else devices).reshape(tuple(case.sizes.values()))
+    mesh = Mesh(array, tuple(case.sizes), axis_types=(case.kind,) * array.ndim)
+    layer = make_layer()
+
+    def place(value: Any, *axes: str) -> Any:
+        sharding = NamedSharding(mesh, P(tuple(axis for axis in axes if axis in case.sizes) or None))
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda part: np.asarray(leaf)[part]), value
+        )
+
+    def layer_and_load(*arguments: Any) -> Any:
+        return mm.moe(*arguments, token_axes=case.tokens, implementation="collective", return_expert_load=True)
+
+    x, ids, probs = (place(value, *case.tokens) for value in (layer.x, layer.ids, layer.probs))
+    y, load = jax.jit(layer_and_load)(x, place(layer.weights, "expert"), ids, probs)
+    return y, load
+
+
+def check_sharing_of_facts(processes: int, process: int) -> None:
+    """What the choice of the implementation rests on: all processes learn the same about each other."""
+    from jax_megamoe.primitives import _compat
+
+    for round_ in range(2):  # the second one overwrites
+        found = _compat.share_between_processes("test", f"fact {process}", range(processes), 40)
+        assert found == [f"fact {p}" for p in range(processes)], (round_, found)
+
+
+def main(processes: int, process: int, port: int, folder: Path) -> None:
+    """Runs all cases and saves this process's shards."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", processes, process, initialization_timeout=40)
+    assert jax.process_count() == processes and jax.device_count() == NUM_DEVICES
+    check_sharing_of_facts(processes, process)
+    for name, case in CASES.items():
+        for what, array in zip(("y", "load"), run_case(case, jax.devices()), strict=True):
+            for shard in array.addressable_shards:
+                (first, *_) = shard.index
+                data = np.asarray(shard.data)
+                # bfloat16 has no place in a .npy file.
+                bits = data.view(np.uint16) if what == "y" else data
+                np.save(folder / f"{name}.{what}.{first.start or 0}.{process}.{shard.device.id}.npy", bits)
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,54 @@
+// Stands for libnccl.so.2 in the transport's test.
+#include <cstdlib>
+#include <cstring>
+
+#include "fakes.h"
+
+using fakes::Comm;
+using fakes::Stream;
+
+extern "C" {
+
+struct Team {
+  int num_ranks, rank, stride;
+};
+
+const char* ncclGetErrorString(int) { return "a fake error"; }
+int ncclGetVersion(int* version) { return *version = 22809, 0; }
+int ncclCommUserRank(Comm* comm, int* rank) { return *rank = comm->rank, 0; }
+int ncclCommCount(Comm* comm, int* count) { return *count = comm->clique->num_ranks, 0; }
+int ncclCommCuDevice(Comm* comm, int* device) { return *device = comm->device, 0; }
+int ncclCommGetAsyncError(Comm*, int* state) { return *state = 0, 0; }
+
+int ncclAllGather(const void* sent, void* received, size_t bytes, int, Comm* comm, Stream* stream) {
+  std::lock_guard<std::mutex> lock(comm->clique->mutex);
+  *stream = {comm->clique, comm->step++, static_cast<char*>(received)};
+  comm->clique->contributions[stream->step][comm->rank] = std::string(static_cast<const char*>(sent), bytes);
+  return 7;  // in progress, as in the non-blocking mode
+}
+
+int ncclMemAlloc(void** result, size_t bytes) { return *result = std::malloc(bytes), 0; }
+int ncclMemFree(void* buffer) { return std::free(buffer), 0; }
+
+int ncclCommWindowRegister(Comm* comm, void* buffer, size_t, void** window, int) {
+  std::lock_guard<std::mutex> lock(comm->clique->mutex);
+  *window = nullptr;
+  if (comm->windows == nullptr) return 0;
+  (*comm->windows)[comm->rank] = buffer;
+  *window = comm;
+  return 0;
+}
+
+int ncclCommWindowDeregister(Comm*, void*) { return 0; }
+Team ncclTeamLsa(Comm* comm) { return {comm->clique->num_ranks, comm->rank, 1}; }
+
+int ncclGetLsaDevicePointer(void* window, size_t offset, int peer, void** result) {
+  Comm* comm = static_cast<Comm*>(window);
+  void* address = nullptr;
+  while (address == nullptr) {  // the real registration returns when all ranks have come
+    std::lock_guard<std::mutex> lock(comm->clique->mutex);
+    address = (*comm->windows)[peer];
+  }
+  return *result = static_cast<char*>(address) + offset, 0;
+}
+}

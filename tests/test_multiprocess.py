@@ -1,0 +1,72 @@
+"""Several processes under `jax.distributed` on CPU devices: the layer's result, and its bits, are those of one process."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_layer import check, make_layer
+from multiprocess_worker import CASES, NUM_DEVICES, run_case
+
+TESTS = Path(__file__).parent
+TIME_LIMIT = 100
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < NUM_DEVICES, reason=f"needs {NUM_DEVICES} host devices")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_processes(processes: int, folder: Path) -> None:
+    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // processes}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    script, port = TESTS / "multiprocess_worker.py", free_port()
+    logs = [folder / f"{process}.log" for process in range(processes)]
+    children = []
+    for process, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, str(script), str(processes), str(process), str(port), str(folder)]
+            children.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        statuses = [child.wait(timeout=TIME_LIMIT) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert statuses == [0] * processes, "\n".join(log.read_text()[-2000:] for log in logs)
+
+
+def put_together(folder: Path, name: str, what: str) -> np.ndarray:
+    parts: dict[int, np.ndarray] = {}
+    for path in sorted(folder.glob(f"{name}.{what}.*.npy")):
+        first, part = int(path.name.split(".")[2]), np.load(path)
+        # Copies on other devices, of other processes too, have the same bits.
+        np.testing.assert_array_equal(parts.setdefault(first, part), part)
+    return np.concatenate([parts[first] for first in sorted(parts)])
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Any]:
+    return {name: run_case(case, jax.devices("cpu")[:NUM_DEVICES]) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_give_the_result_of_one(processes, one_process, tmp_path):
+    run_processes(processes, tmp_path)
+    layer = make_layer()
+    for name, (y, load) in one_process.items():
+        bits = put_together(tmp_path, name, "y")
+        check(jnp.asarray(bits).view(jnp.bfloat16), layer)
+        np.testing.assert_array_equal(put_together(tmp_path, name, "load"), layer.load)
+        np.testing.assert_array_equal(load, layer.load)
+        if name != "replicated":
+            # Additions in the order of the ranks, wherever these are; replicated tokens are left to XLA's all-reduce.
+            np.testing.assert_array_equal(bits, np.asarray(y).view(np.uint16))
