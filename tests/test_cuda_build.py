@@ -104,3 +104,11 @@ def test_fused_kernels_multiply_fp8_on_the_tensor_cores():
 def test_fused_kernels_load_weights_by_bulk_copies():
     for name, opcodes in fused_kernels().items():
         assert any(opcode.startswith("UBLKCP") for opcode in opcodes), f"{name} holds no bulk copy"
+
+
+def test_multiplies_stay_in_flight():
+    # Where ptxas gives up on that (its remarks C7510 to C7518), it puts a wait behind every single multiply.
+    parts = re.split(r"Function : (\S+)", dump("--dump-sass"))
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        if "moe_sm90" in name:
+            assert text.count("QGMMA") >= 2 * text.count("WARPGROUP.DEPBAR"), name

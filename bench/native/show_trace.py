@@ -66,7 +66,8 @@ def show(head: np.ndarray, words: np.ndarray) -> None:
                 s = s[1:]
             spans += list(s[: len(b)] - b[: len(s)])
         quantiles = np.quantile(spans, [0.1, 0.5, 0.9, 1.0]) if spans else []
-        print(f"{what:>16}: " + " ".join(f"{q:.2f}" for q in quantiles) + f" us (10 %, 50 %, 90 %, most); {sum(spans) / len(words):.1f} us a CTA")
+        text = " ".join(f"{q:.2f}" for q in quantiles)
+        print(f"{what:>16}: {text} us (10 %, 50 %, 90 %, most); {sum(spans) / len(words):.1f} us a CTA")
 
 
 def main() -> None:
