@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
     ptx::decrease_registers<kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(plan);
+      ptx::mbarrier_arrive(&SharedMap<kSwap>::header().planned);  // every lane, for what it wrote
       __syncwarp();
     }
     if (threadIdx.x % 32 == 0) {
       if (warp == kWeightProducerWarp) {
-        ptx::mbarrier_arrive(&SharedMap<kSwap>::header().planned);
         const SharedMap<kSwap> map(args, plan.max_rows());
         WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
       } else if (warp == kTokenProducerWarp) {

@@ -113,7 +113,7 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header) {
       ptx::mbarrier_init(&queue.empty[slot], 1);
     }
   }
-  ptx::mbarrier_init(&header.planned, 1);
+  ptx::mbarrier_init(&header.planned, 32);
   ptx::mbarrier_init_fence();
 }
 
