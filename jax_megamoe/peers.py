@@ -97,7 +97,9 @@ def _report(options: argparse.Namespace) -> int:
         probe = probe._replace(limit_microseconds=2_000_000)
     try:
         # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
-        _run(mesh, probe, 1)
+        first = peer_probe.program(mesh, _AXES, probe, 1)
+        peer_probe.check_rows(peer_probe.gather_rows(first()), mesh, _AXES)
+        # While `first` is there: inside one process the memory goes with the last program that uses it.
         result["transports"] = sorted({memory["transport"] for memory in _library.symmetric_memories()})
         say(f"transport: {', '.join(result['transports'])}")
         for _ in range(-(-options.launches // 20)):

@@ -38,8 +38,13 @@ def peer_probe(mesh: Mesh, expert_axes: tuple[str, ...], probe: Probe, launches:
     Devices are in the order of the mesh; row r is what the device found out about rank r of its group. Every process
     gets all rows.
     """
-    words: Any = multihost_utils.process_allgather(program(mesh, expert_axes, probe, launches)(), tiled=True)
-    return np.ascontiguousarray(np.asarray(words, np.uint32)).view(np.int64)
+    return gather_rows(program(mesh, expert_axes, probe, launches)())
+
+
+def gather_rows(words: jax.Array) -> np.ndarray:
+    """The result of a `program` as `peer_probe` returns it."""
+    gathered: Any = multihost_utils.process_allgather(words, tiled=True)
+    return np.ascontiguousarray(np.asarray(gathered, np.uint32)).view(np.int64)
 
 
 def program(mesh: Mesh, expert_axes: tuple[str, ...], probe: Probe, launches: int) -> Any:
