@@ -16,7 +16,6 @@ EVENTS = (
     "gate/up asked",
     "down asked",
     "tokens ready",
-    "loaded",
     "counted",
     "placed",
     "stored",

@@ -21,7 +21,6 @@ enum class TraceEvent : uint64_t {
   kGateUpAsked,
   kDownAsked,
   kTokensReady,
-  kLoaded,  // launch number and first ids
   kCounted,
   kPlaced,  // the share's pairs have targets
   kStored,  // the share's images are stored
