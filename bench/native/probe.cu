@@ -18,22 +18,15 @@
 #include "host/launch.h"
 #include "kernels/trace.cuh"
 #include "reference.cuh"
-
-#define CHECK(call)                                                                                   \
-  do {                                                                                                \
-    const cudaError_t error_ = (call);                                                                \
-    if (error_ != cudaSuccess) {                                                                      \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::exit(1);                                                                                   \
-    }                                                                                                 \
-  } while (0)
+#include "timing.h"
 
 namespace {
 
 using megamoe::MoeArguments;
 using megamoe::Problem;
 
-constexpr int kInputs = 12;
+using probe::graph_microseconds;
+using probe::kInputs;
 
 template <typename T>
 T* device_array(size_t count) {
@@ -246,33 +239,6 @@ int check(const Problem& p, const std::string& routing) {
   for (void* pointer : {(void*)w.gate_up, (void*)w.down, (void*)w.gate_up_scale, (void*)w.down_scale})
     cudaFree(pointer);
   return good ? 0 : 1;
-}
-
-template <typename Enqueue>
-double graph_microseconds(const Enqueue& enqueue) {
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kInputs; ++i) enqueue(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t start, stop;
-  CHECK(cudaEventCreate(&start));
-  CHECK(cudaEventCreate(&stop));
-  std::vector<float> times;
-  for (int repeat = 0; repeat < 25; ++repeat) {
-    CHECK(cudaEventRecord(start, stream));
-    CHECK(cudaGraphLaunch(executable, stream));
-    CHECK(cudaEventRecord(stop, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, start, stop));
-    if (repeat >= 5) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2] * 1000.0 / kInputs;
 }
 
 void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts) {

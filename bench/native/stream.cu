@@ -9,22 +9,14 @@
 #include <vector>
 
 #include "common/ptx.cuh"
-
-#define CHECK(call)                                                                                   \
-  do {                                                                                                \
-    const cudaError_t error_ = (call);                                                                \
-    if (error_ != cudaSuccess) {                                                                      \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::exit(1);                                                                                   \
-    }                                                                                                 \
-  } while (0)
+#include "timing.h"
 
 namespace {
 
 using namespace megamoe;
 
 constexpr int kKilo = 1024;
-constexpr int kInputs = 12;
+using probe::kInputs;
 
 // Chunks of consecutive CTAs neighbour each other, or every CTA reads units of its own: the first two thirds of the bytes
 // in units of `gate_up_kb`, the rest in units of `down_kb`, in turn or by ticket.
@@ -135,32 +127,11 @@ void time_stream(const char* name, Setup s, int sms) {
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   CHECK(cudaMemset(s.counters, 0, 4096 * kKilo));
   CHECK(cudaMemset(s.latencies, 0, 16));
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kInputs; ++i) {
+  const double us = probe::graph_microseconds([&](int i, cudaStream_t stream) {
     s.start = s.buffer_bytes / kInputs * i / (1 << 20) * (1 << 20);
     kernel<<<sms, 64, kBytes, stream>>>(s);
-  }
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t start, stop;
-  CHECK(cudaEventCreate(&start));
-  CHECK(cudaEventCreate(&stop));
-  std::vector<float> times;
-  for (int repeat = 0; repeat < 23; ++repeat) {
-    CHECK(cudaEventRecord(start, stream));
-    CHECK(cudaGraphLaunch(executable, stream));
-    CHECK(cudaEventRecord(stop, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, start, stop));
-    if (repeat >= 3) times.push_back(ms * 1000 / kInputs);
-  }
-  std::sort(times.begin(), times.end());
-  std::printf("%4zu MB  %-34s %7.1f us  %5.0f GB/s", s.bytes / 1000000, name, times[10], s.bytes / times[10] / 1000);
+  });
+  std::printf("%4zu MB  %-34s %7.1f us  %5.0f GB/s", s.bytes / 1000000, name, us, s.bytes / us / 1000);
   if (kLatencies) {
     uint32_t l[4];
     CHECK(cudaMemcpy(l, s.latencies, 16, cudaMemcpyDeviceToHost));

@@ -100,10 +100,6 @@ __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, 
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // ---- fences -------------------------------------------------------------------------------------------------------
 // Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
