@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace megamoe::ptx {
 
 // Everything this thread wrote before, and what it has observed of other threads through a barrier, is visible to whoever
@@ -11,16 +13,8 @@ __device__ __forceinline__ void store_release_system(uint64_t* flag, uint64_t va
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-__device__ __forceinline__ void store_release_system(uint32_t* flag, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ void add_release_system(uint64_t* counter, uint64_t value) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
-}
-
-__device__ __forceinline__ void add_release_system(uint32_t* counter, uint32_t value) {
-  asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* flag) {
@@ -29,28 +23,15 @@ __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* flag) {
   return value;
 }
 
-__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint64_t system_nanoseconds() {
-  uint64_t time;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-  return time;
-}
-
 // Waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was seen
 // last. The timer is read now and then only: it is slower than the flag.
-template <typename Word>
-__device__ __forceinline__ bool wait_system(const Word* flag, Word target, uint64_t limit, Word* seen) {
+__device__ __forceinline__ bool wait_system(const uint64_t* flag, uint64_t target, uint64_t limit, uint64_t* seen) {
   uint64_t start = 0;
   for (uint32_t spins = 0;; ++spins) {
     *seen = load_acquire_system(flag);
     if (*seen >= target) return true;
     if ((spins & 0x3ff) != 0x3ff) continue;
-    const uint64_t now = system_nanoseconds();
+    const uint64_t now = global_nanoseconds();
     if (start == 0) start = now;
     if (now - start > limit) return false;
   }

@@ -23,8 +23,6 @@ constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory 
 template <bool kSwap>
 class SharedMap {
  public:
-  int scratch_offset;
-  int ring_offset;
   int max_rows;
   int num_stages;
 
@@ -32,8 +30,8 @@ class SharedMap {
   __device__ SharedMap(const MoeArguments& args, int largest_chunk) {
     // The normal path always reads 128 rows, the padding ones included.
     max_rows = kSwap ? largest_chunk : kNormalTokenTile;
-    scratch_offset = scratch_begin(args.problem.num_experts);
-    ring_offset = ring_begin(args.problem.num_experts, max_rows);
+    scratch_offset_ = scratch_begin(args.problem.num_experts);
+    ring_offset_ = ring_begin(args.problem.num_experts, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];
   }
 
@@ -52,14 +50,16 @@ class SharedMap {
 
   // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
   __device__ PairTarget* pair_targets() const {
-    return reinterpret_cast<PairTarget*>(shared_memory() + scratch_offset);
+    return reinterpret_cast<PairTarget*>(shared_memory() + scratch_offset_);
   }
   // swapAB: [8 warps][max_rows]
-  __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset); }
+  __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset_); }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
 
-  __device__ uint8_t* weights(int stage) const { return shared_memory() + ring_offset + stage * stage_bytes(max_rows); }
+  __device__ uint8_t* weights(int stage) const {
+    return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
+  }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation<kSwap>::kStageWeightBytes; }
   __device__ float* token_scales(int stage) const {
     return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
@@ -81,6 +81,9 @@ class SharedMap {
     return Orientation<kSwap>::kStageWeightBytes + token_bytes(rows) +
            round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
+
+  int scratch_offset_;
+  int ring_offset_;
 };
 
 // Position in the ring; every role walks the same sequence of stages.

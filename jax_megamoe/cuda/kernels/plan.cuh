@@ -18,8 +18,6 @@ struct Unit {
   int chunk;     // global chunk number, names the activation counter
   int row_base;  // first gathered row of the chunk
   int rows;      // tokens in the chunk
-
-  __device__ int padded_rows() const { return round_up(rows, 8); }
 };
 
 // The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.

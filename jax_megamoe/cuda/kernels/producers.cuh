@@ -86,7 +86,7 @@ class WeightProducer {
     }
   }
 
-  // Loads K blocks [block, block + kStageBlocks) of `plane_bytes` each, which follow each other in memory and in the stage. A
+  // Loads K blocks [block, block + kStageBlocks) of `block_bytes` each, which follow each other in memory and in the stage. A
   // block past the end is the last one again, so that the consumers multiply numbers.
   __device__ __forceinline__ void load_blocks(uint8_t* stage, const uint8_t* blocks, int block, int k_blocks,
                                               int block_bytes) {

@@ -120,7 +120,7 @@ class SwapConsumer {
     constexpr int kSteps = kStageBlocks * kStepsPerBlock;
     static_assert(kSteps % 2 == 0, "a stage begins with `first` and ends with `second`");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = ceil_div(k_blocks, kStageBlocks);
+    const int num_stages = Orientation<true>::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
     const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
     Partial first, second;

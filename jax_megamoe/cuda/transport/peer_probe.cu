@@ -145,7 +145,7 @@ class Probe {
     uint64_t start = 0;
     for (int round = 0; round <= a_.iterations; ++round) {
       // Round 0 waits for the peer to have started, and is not timed.
-      if (round == 1) start = ptx::system_nanoseconds();
+      if (round == 1) start = ptx::global_nanoseconds();
       const uint64_t value = epoch_ * kProbeMaxIterations * 2 + round;
       if (a_.rank <= peer && !is_mute()) ptx::store_release_system(&there.ping, value);
       if (a_.rank >= peer) {
@@ -154,7 +154,7 @@ class Probe {
       }
       if (a_.rank <= peer && !wait(&cell.pong, value, ProbePhase::kPing, peer)) return;
     }
-    a_.rows[peer].nanoseconds = static_cast<int64_t>(ptx::system_nanoseconds() - start);
+    a_.rows[peer].nanoseconds = static_cast<int64_t>(ptx::global_nanoseconds() - start);
   }
 
   __device__ void push(int dst, int src) {
@@ -162,7 +162,7 @@ class Probe {
     Cell& to = own_->cells[dst];
     Cell& from = own_->cells[src];
     if (!block_wait(&to.ack, to.pushed, ProbePhase::kInboxFree, dst)) return;
-    const uint64_t start = ptx::system_nanoseconds();
+    const uint64_t start = ptx::global_nanoseconds();
     for (int i = 0; i < a_.iterations && !is_mute(); ++i)
       fill(dst, blockIdx.x * kThreads + threadIdx.x, kPushBlocks * kThreads);
     __syncthreads();
@@ -173,7 +173,7 @@ class Probe {
     from.expected = target;
     ptx::store_release_system(&header(src)->cells[a_.rank].ack, epoch_);
     if (!wait(&to.ack, epoch_, ProbePhase::kAcknowledgement, dst)) return;
-    a_.rows[dst].nanoseconds = static_cast<int64_t>(ptx::system_nanoseconds() - start);
+    a_.rows[dst].nanoseconds = static_cast<int64_t>(ptx::global_nanoseconds() - start);
     a_.rows[dst].bytes = a_.bytes * a_.iterations;
   }
 
