@@ -126,6 +126,13 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
+// Returns the value before. What this thread wrote or observed is visible to whoever adds later.
+__device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void wait_until_at_least(const uint32_t* counter, uint32_t target) {
   WaitLimit limit;
   while (load_acquire(counter) < target) limit.check();

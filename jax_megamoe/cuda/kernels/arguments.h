@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/divisor.h"
+#include "layout/peer_buffer.h"
 #include "layout/workspace.h"
 
 namespace megamoe {
@@ -28,7 +29,7 @@ struct MoeArguments {
   const float* gate_up_scale;  // [L, E, I/64, H/128, 4]
   const uint8_t* down;         // [L, E, H/64, I/128, 1 plane] e4m3
   const float* down_scale;     // [L, E, H/64, ceil(I/256), 4]
-  const int32_t* topk_ids;     // [T, k]; outside [0, E): unused
+  const int32_t* topk_ids;     // [T, k] of the group's experts; others: unused
   const float* topk_weights;   // [T, k]
   const int32_t* layer;        // scalar in device memory, clamped to [0, L)
   float activation_clamp;      // +inf: none
@@ -40,10 +41,17 @@ struct MoeArguments {
 
   Workspace workspace;
   Control* control;
+  Peers peers;                // where there are any
   LaunchConstants constants;  // set by launch_moe
 #ifdef MEGAMOE_TRACE
   uint64_t* trace;  // [CTAs][Tracer::kRoles][Tracer::kCapacity]
 #endif
+};
+
+constexpr int kMaxVirtualRanks = 8;
+
+struct VirtualRanksArguments {
+  MoeArguments of_rank[kMaxVirtualRanks];
 };
 
 }  // namespace megamoe

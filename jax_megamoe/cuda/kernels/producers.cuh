@@ -133,14 +133,15 @@ class WeightProducer {
   int landed_count_ = 0;
 };
 
-// One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk.
-template <bool kSwap>
-__device__ __forceinline__ void produce_tokens(const MoeArguments& args, const SharedMap<kSwap>& map) {
+// One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk. `tokens_ready`: the
+// former has been waited for.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void produce_tokens(const MoeArguments& args, const SharedMap<kSwap>& map,
+                                               bool tokens_ready) {
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   SharedHeader& header = map.header();
-  const uint32_t gate_up_units = p.intermediate_size / kGateUpTileColumns;
-  bool tokens_ready = false;
+  const uint32_t gate_up_units = args.constants.gate_up_units.value();
   Tracer tracer(args, TraceRole::kTokenProducer);
   StageCursor cursor;
   while (true) {
@@ -154,7 +155,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_units);
+      Group::wait_local(args, SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_units);
     }
     ptx::fence_proxy_async_global();
     tracer.mark(TraceEvent::kTokensReady);
