@@ -11,20 +11,19 @@ from protocol.model import Protocol
 
 # Rank 0 sends in launches 1 and 3 only, and rank 1 never.
 SPARSE = frozenset({(1, 0, 1), (3, 0, 1)})
+NOBODY: frozenset[tuple[int, int, int]] = frozenset()
 
 # What the protocol is, and changes that cost nothing in safety.
 SOUND = {
     "as it is": Protocol(),
-    "a flag for each parity": Protocol(flag_buffers=2),
+    "images for each parity": Protocol(image_buffers=2),
     "slots for each parity": Protocol(slot_buffers=2),
-    "workers start on the first source that has come": Protocol(starts_per_source=True),
-    "one inbox, and all CTAs report": Protocol(inbox_buffers=1, late_reports=True),
+    "one set of ids, and idle ranks wait like the others": Protocol(ids_buffers=1, idle_at_once=False),
 }
 BROKEN = {
-    "one inbox": (Protocol(inbox_buffers=1), r"inbox0\[\d\]\[\d\] is (\d), wanted (\d)"),
-    "flag not released": (Protocol(releases_flag=False), r"inbox1\[\d\]\[\d\] is (\d), wanted (\d)"),
-    "counter not released": (Protocol(releases_done=False), r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
-    "combine does not wait": (Protocol(waits_for_done=False), r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "gathering not released": (Protocol(releases_gathered=False), r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "columns not released": (Protocol(releases_columns=False), r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "combine does not wait": (Protocol(waits_for_columns=False), r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "epoch counted before all CTAs have read it": (Protocol(epoch_by_last=False), r"epoch\[\d\] is (\d), wanted (\d)"),
 }
 

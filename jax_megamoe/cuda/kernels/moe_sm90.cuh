@@ -100,6 +100,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if constexpr (Group::kHasPeers) {
     Group::dawdle(args, 0);
     Group::send_ids(args, epoch);
+    if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
     first_pair += Group::rank(args) * p.num_pairs();
   }
 
