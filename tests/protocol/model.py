@@ -43,8 +43,6 @@ class Protocol:
     slot_buffers: int = 1
     releases_gathered: bool = True
     releases_columns: bool = True
-    # A rank without tokens for a peer sends its flags all the same.
-    empty_takes_part: bool = True
     # A rank whose experts have no tokens announces its columns at once, without waiting for anything but the ids.
     idle_at_once: bool = True
     # The combiner reads when all ranks are done with their columns.
@@ -71,26 +69,24 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
     ids, image = f"ids{launch % p.ids_buffers}", f"images{launch % p.image_buffers}"
     slot = f"slots{launch % p.slot_buffers}"
     has_tokens = lambda s, d: (launch, s, d) in sends  # noqa: E731
-    takes_part = lambda s, d: p.empty_takes_part or has_tokens(s, d) or has_tokens(d, s)  # noqa: E731
-    partners = [r for r in others if takes_part(rank, r)]
     # Each CTA reads the epoch by itself when it starts: what comes after must be of the launch it belongs to.
     epoch = [Step(reads=((f"epoch[{rank}]", launch - 1),))] if p.reads_epoch else []
     # A word of ids is there when it has the launch's number; a later number would be waited for in vain.
-    read_ids = [Step(((f"{ids}[{rank}][{s}]", launch),), ((f"{ids}[{rank}][{s}]", launch),)) for s in partners]
+    read_ids = [Step(((f"{ids}[{rank}][{s}]", launch),), ((f"{ids}[{rank}][{s}]", launch),)) for s in others]
     gathered = f"gathered[{rank}]"
     count = Step(stores=(Store(gathered, 1, is_release=p.releases_gathered, is_addition=True),))
 
-    first = [*epoch, *(Step(stores=(Store(f"{ids}[{d}][{rank}]", launch),)) for d in partners), *read_ids]
+    first = [*epoch, *(Step(stores=(Store(f"{ids}[{d}][{rank}]", launch),)) for d in others), *read_ids]
     first += [Step(stores=(Store(f"{image}[{d}][{rank}]", launch),)) for d in others if has_tokens(rank, d)]
     first.append(count)
     second = [*epoch, *read_ids, count]
     all_gathered = ((gathered, 2 * launch),)
-    signaller = [Step(all_gathered, stores=(Store(f"tokens[{d}][{rank}]", launch),)) for d in partners]
+    signaller = [Step(all_gathered, stores=(Store(f"tokens[{d}][{rank}]", launch),)) for d in others]
 
-    announce = [Step(stores=(Store(f"columns[{d}][{rank}]", launch, is_release=p.releases_columns),)) for d in partners]
+    announce = [Step(stores=(Store(f"columns[{d}][{rank}]", launch, is_release=p.releases_columns),)) for d in others]
     sources = [s for s in others if has_tokens(s, rank)]
     if sources or not p.idle_at_once:
-        arrived = (*all_gathered, *((f"tokens[{rank}][{s}]", launch) for s in partners))
+        arrived = (*all_gathered, *((f"tokens[{rank}][{s}]", launch) for s in others))
         worker = [Step(arrived)]
         for s in sources:
             worker.append(Step(reads=((f"{image}[{rank}][{s}]", launch),)))
@@ -99,7 +95,7 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
         worker = list(read_ids)
     worker += announce
 
-    done = tuple((f"columns[{rank}][{d}]", launch) for d in partners) if p.waits_for_columns else ()
+    done = tuple((f"columns[{rank}][{d}]", launch) for d in others) if p.waits_for_columns else ()
     combiner = [Step(done)]
     combiner += [Step(reads=((f"{slot}[{rank}][{d}]", launch),)) for d in others if has_tokens(rank, d)]
     if not p.epoch_by_last:

@@ -135,7 +135,7 @@ __device__ __forceinline__ void lay_out_chunks(const Plan& plan, int first_exper
   }
 }
 
-// Where the rows of other ranks' experts lie. All consumer warps; the next barrier completes it.
+// Where the rows of other ranks' experts lie. All consumers.
 template <bool kSwap>
 __device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ranks) {
 #pragma unroll 1
@@ -143,6 +143,7 @@ __device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ra
     const int first_expert = rank * plan.num_experts();
     if (first_expert != plan.first_expert()) lay_out_chunks<kSwap, false>(plan, first_expert);
   }
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 }
 
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
