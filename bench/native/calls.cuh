@@ -137,6 +137,7 @@ struct Call {
   void share(void* workspace, megamoe::Control* control) {
     args.workspace.carve(args.problem, workspace);
     args.control = control;
+    args.counter_words = megamoe::CounterSet::words(args.problem);
   }
 
   int touched() const {

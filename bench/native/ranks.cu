@@ -78,7 +78,8 @@ struct Ranks {
     a.down_scale = w.down_scale + experts * (p.hidden_size / 64) * ((p.intermediate_size / 128 + 1) / 2) * 4;
     a.workspace.carve_local(p, scratch[r]);
     a.control = controls[r];
-    if (!megamoe::join_peers(&a, r, buffers.data(), bytes, failures + r, limit)) {
+    a.counter_words = megamoe::CounterSet::words(p);
+    if (!megamoe::join_peers(&a, p, r, buffers.data(), bytes, failures + r, limit)) {
       std::fprintf(stderr, "the buffer is too small\n");
       std::exit(1);
     }

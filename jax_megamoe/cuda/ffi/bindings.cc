@@ -106,12 +106,13 @@ py::dict ffi_registrations() {
   return registrations;
 }
 
+// Of a call's largest launch.
 megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
                                  int num_ranks) {
   const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks};
   const std::string reason = megamoe::unsupported_reason(problem);
   if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
-  return problem;
+  return megamoe::per_launch(problem);
 }
 
 int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {

@@ -136,6 +136,7 @@ ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem,
   error = prepare_kernels(kind);
   if (error != cudaSuccess) return moe_cuda_failure("loading the kernels", error);
   const size_t bytes = Control::bytes(problem);
+  state.counter_words = CounterSet::words(problem);
   error = cudaMalloc(reinterpret_cast<void**>(&state.control), bytes);
   if (error != cudaSuccess) return moe_cuda_failure("allocating the counters", error);
   error = cudaMemset(state.control, 0, bytes);

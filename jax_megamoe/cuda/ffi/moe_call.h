@@ -48,7 +48,7 @@ ffi::Error moe_cuda_failure(const char* what, cudaError_t error);
 // The sizes of a call, and whether every operand has the shape that goes with them, so that no launch can read out of bounds.
 ffi::Error read_problem(const MoeOperands& operands, int num_ranks, Problem* problem, int* num_layers);
 
-// Sets all arguments but the shared part of the workspace, the counters and the peers. `problem` and `num_layers` are set
+// Sets all arguments but the workspace, the counters and the peers. `problem` and `num_layers` are set
 // already. `workspace_bytes`: what the result for scratch has to hold.
 ffi::Error read_buffers(const MoeOperands& operands, const MoeResults& results, size_t workspace_bytes,
                         MoeArguments* arguments);
@@ -59,12 +59,13 @@ class CallSite {
  public:
   struct Device {
     Control* control = nullptr;
+    int counter_words = 0;
     int num_ctas = 0;
   };
 
   ~CallSite();
 
-  // `ordinal` names it, `device` is the CUDA runtime's number.
+  // `ordinal` names it, `device` is the CUDA runtime's number; `problem` is that of the call's largest launch.
   ffi::Error initialize(int ordinal, int device, const Problem& problem, GroupKind kind);
 
   // Null before `initialize`.

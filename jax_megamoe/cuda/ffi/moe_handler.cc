@@ -35,7 +35,7 @@ ffi::Error initialize(MoeInstance* instance, int32_t device, ffi::AnyBuffer x, f
   int num_layers = 1;
   ffi::Error error = read_problem(operands, 1, &problem, &num_layers);
   if (error.failure()) return error;
-  return instance->site.initialize(device, device, problem, GroupKind::kOneRank);
+  return instance->site.initialize(device, device, per_launch(problem), GroupKind::kOneRank);
 }
 
 ffi::Error execute(cudaStream_t stream, MoeInstance* instance, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer gate_up,
@@ -47,14 +47,16 @@ ffi::Error execute(cudaStream_t stream, MoeInstance* instance, int32_t device, f
   MoeArguments arguments = {};
   ffi::Error error = read_problem(operands, 1, &arguments.problem, &arguments.num_layers);
   if (error.failure()) return error;
-  error = read_buffers(operands, {y, load, workspace}, Workspace::bytes(arguments.problem), &arguments);
+  const Problem part = per_launch(arguments.problem);
+  error = read_buffers(operands, {y, load, workspace}, Workspace::bytes(part), &arguments);
   if (error.failure()) return error;
   const CallSite::Device* state = instance->site.find(device);
   if (state == nullptr) return ffi::Error::Internal("jax_megamoe.moe: the call was not initialised on this device.");
   arguments.activation_clamp = activation_clamp;
   arguments.routed_scaling_factor = routed_scaling_factor;
-  arguments.workspace.carve(arguments.problem, workspace->untyped_data());
+  arguments.workspace.carve(part, workspace->untyped_data());
   arguments.control = state->control;
+  arguments.counter_words = state->counter_words;
 
   execute_count.fetch_add(1, std::memory_order_relaxed);
   const cudaError_t launched = launch_moe(arguments, state->num_ctas, stream);

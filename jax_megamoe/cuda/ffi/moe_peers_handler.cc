@@ -51,6 +51,7 @@ ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
   transport::DeviceScope scope(device.value());
+  problem = per_launch(problem);
   error = instance->site.initialize(ordinal, device.value(), problem, GroupKind::kPeers);
   if (error.failure()) return error;
   // Last: see `ExpertGroup::initialize`.
@@ -81,15 +82,17 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
   MoeArguments arguments = {};
   ffi::Error error = read_problem(operands, memory->num_ranks(), &arguments.problem, &arguments.num_layers);
   if (error.failure()) return error;
-  error = read_buffers(operands, {y, load, workspace}, Workspace::local_bytes(arguments.problem), &arguments);
+  const Problem part = per_launch(arguments.problem);
+  error = read_buffers(operands, {y, load, workspace}, Workspace::local_bytes(part), &arguments);
   if (error.failure()) return error;
   arguments.activation_clamp = clamp.value();
   arguments.routed_scaling_factor = factor.value();
-  arguments.workspace.carve_local(arguments.problem, workspace->untyped_data());
+  arguments.workspace.carve_local(part, workspace->untyped_data());
   arguments.control = state->control;
+  arguments.counter_words = state->counter_words;
   std::vector<void*> mapped;
   for (int r = 0; r < memory->num_ranks(); ++r) mapped.push_back(memory->mapped(r));
-  if (!join_peers(&arguments, memory->rank(), mapped.data(), memory->bytes(), failure, limit.value())) {
+  if (!join_peers(&arguments, part, memory->rank(), mapped.data(), memory->bytes(), failure, limit.value())) {
     return ffi::Error::Internal("jax_megamoe.moe: the group's buffer is too small for the call.");
   }
   const cudaError_t launched = launch_moe_peers(arguments, state->num_ctas, stream);

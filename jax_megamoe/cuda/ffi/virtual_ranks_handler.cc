@@ -154,7 +154,8 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     one.routed_scaling_factor = attributes.get<float>("routed_scaling_factor").value();
     one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);
     one.control = instance->sites[r]->find(device)->control;
-    if (!join_peers(&one, r, instance->buffers.data(), instance->bytes, &instance->failures[r],
+    one.counter_words = instance->sites[r]->find(device)->counter_words;
+    if (!join_peers(&one, p, r, instance->buffers.data(), instance->bytes, &instance->failures[r],
                     options.limit_microseconds)) {
       return moe_failure("the buffers are too small.");
     }

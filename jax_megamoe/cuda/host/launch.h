@@ -15,7 +15,7 @@ enum class GroupKind { kOneRank, kPeers, kVirtualRanks };
 // synchronise.
 cudaError_t prepare_kernels(GroupKind kind);
 
-// Enqueues one launch; capturable. `num_ctas` is at most the number of SMs.
+// Enqueues a call: one launch, or several where `per_launch` says so; capturable. `num_ctas` is at most the number of SMs.
 cudaError_t launch_moe(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
 
 // The same on each GPU of a group, whose `arguments.peers` are set.

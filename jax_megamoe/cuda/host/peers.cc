@@ -28,11 +28,11 @@ const char* phase_name(uint32_t phase) {
 
 }  // namespace
 
-bool join_peers(MoeArguments* arguments, int rank, void* const* mapped, size_t bytes, PeerFailure* failure,
-                uint64_t limit_microseconds) {
+bool join_peers(MoeArguments* arguments, const Problem& part, int rank, void* const* mapped, size_t bytes,
+                PeerFailure* failure, uint64_t limit_microseconds) {
   const Problem& p = arguments->problem;
   const PeerBuffer buffer(bytes, mapped[rank]);
-  if (!buffer.holds(p)) return false;
+  if (!buffer.holds(part)) return false;
   Peers& peers = arguments->peers;
   peers = {};
   peers.rank = rank;
@@ -46,7 +46,7 @@ bool join_peers(MoeArguments* arguments, int rank, void* const* mapped, size_t b
   peers.limit_nanoseconds = limit_microseconds * 1000;
   peers.failure = failure;
   peers.shape_tag = shape_tag(p);
-  arguments->workspace.carve_shared(p, buffer.workspace());
+  arguments->workspace.carve_shared(part, buffer.workspace());
   return true;
 }
 

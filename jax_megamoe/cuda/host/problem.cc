@@ -36,4 +36,16 @@ std::string unsupported_reason(const Problem& p) {
   return "";
 }
 
+Problem per_launch(const Problem& problem) {
+  Problem part = problem;
+  auto bytes = [&] {
+    return Workspace::local_bytes(part) +
+           (part.num_ranks > 1 ? PeerBuffer::bytes_for(part) : Workspace::shared_bytes(part));
+  };
+  for (int launches = 2; bytes() > kMaxScratchBytes && part.num_tokens > 1; ++launches) {
+    part.num_tokens = ceil_div(problem.num_tokens, launches);
+  }
+  return part;
+}
+
 }  // namespace megamoe

@@ -6,10 +6,10 @@
 namespace megamoe {
 
 template <bool kSwap>
-LaunchConstants launch_constants(const Problem& p, Control* control, int num_ctas) {
+LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
+  const Problem& p = arguments.problem;
   LaunchConstants c;
-  for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, control, set);
-  c.counter_words = CounterSet::words(p);
+  for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
   c.gather_blocks = Divisor(ceil_div(p.hidden_size, kGatherColumns));
   c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
   c.gate_up_units = Divisor(p.intermediate_size / kGateUpTileColumns);
@@ -29,7 +29,7 @@ cudaError_t Launcher<kSwap, Group>::prepare() {
 template <bool kSwap, typename Group>
 cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
   MoeArguments complete = arguments;
-  complete.constants = launch_constants<kSwap>(arguments.problem, arguments.control, num_ctas);
+  complete.constants = launch_constants<kSwap>(arguments, num_ctas);
   moe_sm90<kSwap, Group><<<num_ctas, kCtaThreads, kSharedBytes, stream>>>(complete);
   return cudaGetLastError();
 }
@@ -45,7 +45,7 @@ cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arg
   VirtualRanksArguments complete = arguments;
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
-    one.constants = launch_constants<kSwap>(one.problem, one.control, ctas_per_rank);
+    one.constants = launch_constants<kSwap>(one, ctas_per_rank);
   }
   moe_virtual_ranks<kSwap><<<dim3(ctas_per_rank, num_ranks), kCtaThreads, kSharedBytes, stream>>>(complete);
   return cudaGetLastError();

@@ -12,7 +12,6 @@ namespace megamoe {
 // What follows from the problem and the number of CTAs, so that the start of the kernel does not have to compute it.
 struct LaunchConstants {
   CounterSet counters[2];
-  int counter_words;
   int gather_items_per_cta;
   Divisor gather_blocks;  // items per token
   Divisor gate_up_units;  // per chunk
@@ -38,9 +37,11 @@ struct MoeArguments {
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`
   int32_t* load;  // [E] (token, slot) pairs per expert
   bool y_is_f32;
+  bool adds_to_load;  // a launch for some of the tokens, after others
 
   Workspace workspace;
   Control* control;
+  int counter_words;          // of each of its two sets
   Peers peers;                // where there are any
   LaunchConstants constants;  // set by launch_moe
 #ifdef MEGAMOE_TRACE

@@ -56,10 +56,9 @@ __device__ __forceinline__ void consume_swapped(const MoeArguments& args, const 
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
-__device__ __forceinline__ void clear_counters(const LaunchConstants& constants, uint32_t set) {
-  uint32_t* words = constants.counters[set].next_unit();
-  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < constants.counter_words;
-       i += gridDim.x * kConsumerThreads) {
+__device__ __forceinline__ void clear_counters(const MoeArguments& args, uint32_t set) {
+  uint32_t* words = args.constants.counters[set].next_unit();
+  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < args.counter_words; i += gridDim.x * kConsumerThreads) {
     words[i] = 0;
   }
 }
@@ -148,10 +147,10 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     gather_tokens<kSwap, Group>(args, plan, share, first_item, map.pair_targets(), signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
-    clear_counters(args.constants, (map.launch() + 1) % 2);
+    clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
-        args.load[e] = plan.count(plan.first_expert() + e);
+        args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }
     if constexpr (kSwap) {

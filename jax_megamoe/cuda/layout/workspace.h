@@ -113,8 +113,9 @@ struct Control {
 class CounterSet {
  public:
   CounterSet() = default;
-  __host__ __device__ CounterSet(const Problem& p, Control* control, uint32_t index)
-      : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * words(p)),
+  // `set_words`: of each of the two sets, at least `words` of every problem that uses them.
+  CounterSet(const Problem& p, Control* control, int index, int set_words)
+      : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
         gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
 
   __host__ __device__ static int words(const Problem& p) {
