@@ -12,15 +12,7 @@ from jax_megamoe import layout
 
 def call_kernel(
     target: str,
-    x: jax.Array,
-    gate_up: jax.Array,
-    gate_up_scale: jax.Array,
-    down: jax.Array,
-    down_scale: jax.Array,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
-    *,
+    *operands: jax.Array,
     workspace_bytes: Callable[[int, int, int, int, int], int],
     out_dtype: Any,
     activation_clamp: float,
@@ -28,12 +20,15 @@ def call_kernel(
     has_side_effect: bool = False,
     **attributes: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """x bf16[T, H], leaves, topk_ids int32[T, k], topk_weights f32[T, k], layer int32[] -> y [T, H], load int32[E_local].
+    """The call, or zeros where there are no tokens.
 
-    `workspace_bytes` tells from T, k, H, I and E_local how much scratch memory the call needs; it raises `ValueError`
-    for sizes that the kernel does not serve. `attributes` are those that the target has beside the numerics. Without
-    tokens there is no call.
+    Operands x bf16[T, H], four packed leaves of E_local experts, topk_ids int32[T, k], topk_weights f32[T, k], layer
+    int32[] -> y out_dtype[T, H], load int32[E_local].
+
+    `workspace_bytes` tells from T, k, H, I and E_local how much scratch memory the call needs, and raises `ValueError`
+    for sizes that the kernel does not serve. `attributes` are what the target wants to know beside the numerics.
     """
+    x, gate_up, *_, topk_ids, _, _ = operands
     num_local_experts, num_tiles = gate_up.shape[-4:-2]
     (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
     if num_tokens == 0:
@@ -46,14 +41,7 @@ def call_kernel(
         jax.ShapeDtypeStruct((num_bytes,), jnp.uint8),
     )
     y, load, _ = jax.ffi.ffi_call(target, results, has_side_effect=has_side_effect)(
-        x,
-        gate_up,
-        gate_up_scale,
-        down,
-        down_scale,
-        topk_ids,
-        topk_weights,
-        layer,
+        *operands,
         activation_clamp=np.float32(activation_clamp),
         routed_scaling_factor=np.float32(routed_scaling_factor),
         **attributes,

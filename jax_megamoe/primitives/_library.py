@@ -88,7 +88,7 @@ def _host_function(name: str) -> Callable[..., Any]:
         raise MegaMoEError(
             f"jax_megamoe._core {state}, wanted a build of the same version as the Python files: install the package."
         )
-    return getattr(_core, name)  # type: ignore[no-any-return]
+    return getattr(_core, name)
 
 
 def symmetric_memories() -> list[dict[str, Any]]:

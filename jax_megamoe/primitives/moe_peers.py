@@ -1,8 +1,8 @@
 """The primitive `moe_peers`: the experts of all ranks of a group, as one fused kernel on each GPU where that can be.
 
-What it is lowered to is chosen for each platform, and not while tracing, when nobody knows the platform: the fused kernel
-for GPUs that reach each other's memory, and XLA's collectives around the experts of one device for everything else. A
-program that is lowered for one platform has no trace of the other.
+What it is lowered to is chosen for each platform, and not while tracing, when nobody knows the platform: the fused
+kernel for GPUs that reach each other's memory, and XLA's collectives around the experts of one device for everything
+else. A program that is lowered for one platform has no trace of the other.
 """
 
 import functools
