@@ -14,7 +14,7 @@ from cuda_lowering import PEER_WORKSPACE, cuda_text
 from expert_layer import E, H, I, K, check, make_layer, packed_weights
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from test_sharding import (
+from meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
