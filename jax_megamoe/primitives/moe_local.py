@@ -1,6 +1,5 @@
 """The primitive `moe_local`: the experts of one device, as the fused kernel on a GPU and as array code on a CPU."""
 
-import functools
 import math
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax_megamoe import reference
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _compat, _library
 from jax_megamoe.primitives import _rules as rules
-from jax_megamoe.primitives._kernel_call import call_kernel
+from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 
 moe_local_p = Primitive("jax_megamoe.moe_local")
 moe_local_p.multiple_results = True
@@ -73,8 +72,7 @@ def _lower_cuda(ctx: Any, *operands: Any, implementation: str | None, **params: 
     if implementation == "reference":
         return _lower_reference(ctx, *operands, **params)
     _library.check_kernel_available()
-    call = functools.partial(call_kernel, _library.MOE_TARGET, workspace_bytes=_library.workspace_bytes)
-    return mlir.lower_fun(call, multiple_results=True)(ctx, *operands, **params)
+    return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, **params)
 
 
 def _lower_cpu(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
@@ -97,6 +95,19 @@ def _lower_elsewhere(ctx: Any, *operands: Any, implementation: str | None, **par
 
 def _lower_reference(ctx: Any, *operands: Any, **params: Any) -> Any:
     return mlir.lower_fun(reference.moe_local, multiple_results=True)(ctx, *operands, **params)
+
+
+def _call_kernel(*operands: jax.Array, out_dtype: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
+    sizes = sizes_of(*operands)
+    if sizes.num_tokens == 0:
+        return jnp.zeros(operands[0].shape, out_dtype), jnp.zeros(sizes.num_local_experts, jnp.int32)
+    return call_kernel(
+        _library.MOE_TARGET,
+        *operands,
+        workspace_bytes=_library.workspace_bytes(*sizes),
+        out_dtype=out_dtype,
+        **params,
+    )
 
 
 moe_local_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_local_p, *operands, **params))

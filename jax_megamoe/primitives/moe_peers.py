@@ -23,10 +23,9 @@ from jax_megamoe import exchange
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _compat, _groups, _library, _peers
 from jax_megamoe.primitives import _rules as rules
-from jax_megamoe.primitives._kernel_call import call_kernel
+from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 from jax_megamoe.primitives.moe_local import moe_local
 
-MAX_RANKS = 32
 TIMEOUT_VARIABLE = "JAX_MEGAMOE_TIMEOUT_SECONDS"
 _DEFAULT_TIMEOUT_SECONDS = 30.0
 
@@ -121,7 +120,7 @@ def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> t
 
 def _lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
     _library.check_kernel_available()
-    reason = _reason_for_collectives(dict(params["axis_sizes"]), params["expert_axes"], params["gathered_axes"])
+    reason = _reason_for_collectives(*ctx.avals_in, **params)
     if reason is None:
         return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, **params)
     if params["implementation"] == "cuda":
@@ -134,15 +133,23 @@ def _lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
 
 
 def _reason_for_collectives(
-    axis_sizes: Mapping[str, int], expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...]
+    *avals: Any, axis_sizes: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
 ) -> str | None:
     """Why GPUs can't run the fused kernel over this group; the same in every process, as it has to be."""
     if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
         return f"the tokens are not split over {', '.join(same)} of expert_axis {expert_axes}"
-    num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
-    if num_ranks > MAX_RANKS:
-        return f"an expert group has {num_ranks} ranks, more than {MAX_RANKS}"
-    return _peers.reason_for_collectives(axis_sizes, expert_axes)
+    try:
+        _workspace_bytes(*avals, axis_sizes=axis_sizes, expert_axes=expert_axes)
+    except MegaMoEError:
+        raise
+    except ValueError as error:  # what the kernel does not serve: too many ranks or experts
+        return str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")
+    return _peers.reason_for_collectives(dict(axis_sizes), expert_axes)
+
+
+def _workspace_bytes(*operands: Any, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
+    num_ranks = math.prod(dict(axis_sizes)[axis] for axis in expert_axes)
+    return _library.peer_workspace_bytes(*sizes_of(*operands), num_ranks)
 
 
 @functools.cache
@@ -170,17 +177,16 @@ def _call_kernel(
     implementation: str | None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    groups = _groups.group_attributes(dict(axis_sizes), expert_axes)
     return call_kernel(
         _library.MOE_PEERS_TARGET,
         *operands,
-        workspace_bytes=functools.partial(_library.peer_workspace_bytes, num_ranks=int(groups["group_size"])),
+        workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
         # The other ranks wait for this one in every call. Without a side effect XLA may leave out, join, repeat or move
         # calls, and no rule keeps it from moving one to where a rank's own data decides whether it runs.
         has_side_effect=True,
         limit_microseconds=np.int64(limit_microseconds),
-        **groups,
+        **_groups.group_attributes(dict(axis_sizes), expert_axes),
         **params,
     )
 

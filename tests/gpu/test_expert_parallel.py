@@ -33,9 +33,10 @@ def _gpus() -> list[Any]:
 def _why_not() -> str | None:
     if len(_gpus()) < 2:
         return f"needs 2 GPUs; this process sees {len(_gpus())}"
-    capability = str(getattr(_gpus()[0], "compute_capability", "?"))
-    if capability != "9.0":
-        return f"needs compute capability 9.0; these GPUs have {capability}"
+    try:
+        _library.check_kernel_available()
+    except mm.errors.MegaMoEError as error:
+        return str(error)
     return _peers.reason_for_collectives({"expert": len(_gpus())}, ("expert",))
 
 
