@@ -5,6 +5,11 @@ GPUs too; here are the sizes, loads and orders of calls that a group of GPUs has
 """
 
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
+from gpu import process_worker
 from gpu.test_kernel import difference, make_inputs, make_weights
 from jax_megamoe.primitives import _library, _peers
 
@@ -291,3 +297,42 @@ def test_layers_share_one_buffer():
     for function in functions:
         function(*place_all(mesh, *make_problem(32)))
     assert len(_library.symmetric_memories()) == 2  # one on each device
+
+
+@all_ranks
+def test_one_process_per_gpu(num_ranks, tmp_path):
+    if num_ranks > len(_gpus()):
+        pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(_gpus())}")
+    # Several processes share the GPUs with this one: no memory is set aside.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    run_processes(num_ranks, tmp_path, environment)
+    for tokens in process_worker.TOKENS:
+        problem = make_problem(tokens * num_ranks, "masked")
+        alone, load = moe(*problem)
+        for turn in range(20):
+            names = [f"{tokens}.{turn}.{process}" for process in range(num_ranks)]
+            y = np.concatenate([np.load(tmp_path / f"{name}.y.npy") for name in names])
+            np.testing.assert_array_equal(
+                np.concatenate([np.load(tmp_path / f"{name}.load.npy") for name in names]), load
+            )
+            if tokens * num_ranks <= 128:
+                np.testing.assert_array_equal(y, bits(alone))
+            else:
+                assert difference(y.view(jnp.bfloat16), alone) < 1e-4
+
+
+def run_processes(processes: int, folder: Path, environment: dict[str, str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    children, logs = [], [folder / f"{process}.log" for process in range(processes)]
+    for process, log in enumerate(logs):
+        command = [sys.executable, str(process_worker.__file__), str(processes), str(process), port, str(folder)]
+        with log.open("w") as output:
+            children.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        statuses = [child.wait(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert statuses == [0] * processes, "\n".join(log.read_text()[-2000:] for log in logs)
