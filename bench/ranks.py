@@ -95,7 +95,7 @@ def _row(share: Shape, num_ranks: int, tokens: int, mesh: Any, weights: mm.Exper
     placed = jax.device_put(inputs, NamedSharding(mesh, P("expert")))
     times, results = {}, {}
     with jax.set_mesh(mesh):
-        layers = {"fused": mm.moe, "collective": functools.partial(mm.moe, implementation="collective")}
+        layers: dict[str, Any] = {"fused": mm.moe, "collective": functools.partial(mm.moe, implementation="collective")}
         for name, layer in layers.items():
             program = program_of(layer)
             times[name] = microseconds_per_call(program, weights, placed)

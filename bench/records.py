@@ -1,35 +1,15 @@
 """Result files: what they say of the machine, and reading them, older ones too."""
 
-import datetime
 import json
-import os
 import pathlib
-import subprocess
 from typing import Any
 
-import jax
-import jaxlib
+from jax_megamoe import machine
 
 
 def describe(commit: str | None, method: str) -> dict[str, Any]:
     """What the figures were measured on and with, and how; starts JAX."""
-    if commit is None:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or "unknown"
-    driver = ""
-    if jax.default_backend() == "gpu":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "driver": driver,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "method": method,
-    }
+    return {**machine.describe(commit), "method": method}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

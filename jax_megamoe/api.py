@@ -51,9 +51,11 @@ def moe(
         the mesh: each device has all experts.
       token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
         divide are padded. Explicit axes, and `jax.shard_map` with check_vma=True, tell it by themselves.
-      implementation: None is the fused kernel on SM90 GPUs and array code on CPUs; "cuda" the former or an error;
-        "reference" array code anywhere, slow on a GPU. "collective" puts XLA's collectives around the one-device
-        kernel, which is also what None does today where `expert_axis` has more than one rank.
+      implementation: None is the fused kernel on SM90 GPUs, over all ranks of `expert_axis` where it can be, and array
+        code on CPUs; "cuda" the former or an error; "reference" array code anywhere, slow on a GPU. "collective" puts
+        XLA's collectives around the kernel of one device. So does None, with a warning that says why, where one kernel
+        can't serve all ranks: tokens that are not split over `expert_axis`, or GPUs without access to each other's
+        memory. How long the kernel waits for another rank: JAX_MEGAMOE_TIMEOUT_SECONDS in the environment, 30.
 
     Returns:
       y bf16[..., H], sharded like x; a token without used slots gets zeros. With `return_expert_load` also int32[E],
@@ -61,8 +63,8 @@ def moe(
 
     Raises:
       ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an argument that cannot be served.
-      MegaMoEError: the class of all these; itself for wrong options, and, while lowering, for a platform or GPU
-        that `implementation` does not run on.
+      MegaMoEError: the class of all these; itself for wrong options, and, while lowering, for a platform, GPU or group
+        of GPUs that `implementation` does not run on.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
     arguments.check(

@@ -1,4 +1,4 @@
-"""What one device does inside a manual region: its experts, and XLA's collectives around them."""
+"""What one device does inside a manual region, and how XLA's collectives give it other ranks' tokens and results."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.primitives import _compat
 
+Op = Callable[..., tuple[jax.Array, jax.Array]]
+
 
 def moe_per_device(
-    local_op: Callable[..., tuple[jax.Array, jax.Array]],
+    local_op: Op,
+    group_op: Op,
     x: jax.Array,
     leaves: tuple[jax.Array, ...],
     topk_ids: jax.Array,
@@ -28,10 +31,10 @@ def moe_per_device(
 ) -> tuple[jax.Array, jax.Array]:
     """This device's tokens x bf16[T, H] through the experts of all devices: y bf16[T, H], load int32[E_local].
 
-    The ranks along `expert_axes` hold E_local = num_experts / n experts each, in the order of the axes. Along those of
-    them over which the tokens are split, tokens are gathered and results scattered; along the others every rank has the
-    same tokens, so that results are only added up. topk_ids int32[T, k] are global. `local_op` has the signature of
-    `reference.moe_local`.
+    The ranks along `expert_axes` hold E_local = num_experts / n experts each, in the order of the axes; over some of
+    these axes, over all or none, the tokens are split, along the others every rank has the same tokens. topk_ids
+    int32[T, k] are global. Where a device has all experts, `local_op` serves, which has the signature of
+    `reference.moe_local`; else `group_op`, that of `through_collectives` without its first argument.
 
     Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
     Without `with_load`, load is zero, and nothing has to be added up.
@@ -44,47 +47,79 @@ def moe_per_device(
             f"weights hold {num_local_experts} experts on each device, wanted {num_experts} / {num_ranks} along "
             f"expert_axis {expert_axes} or all {num_experts}: shard dimension E over that axis and no other."
         )
+    no_load = jnp.zeros(num_local_experts, jnp.int32)  # Varies over no axis.
+    if x.shape[0] == 0:
+        return x, no_load
     if _compat.tracks_varying():
         split_axes = _compat.varying_axes(x, topk_ids, topk_weights)
     else:
         split_axes = frozenset(token_axes) & frozenset(axis_sizes)
-    gathered = tuple(axis for axis in expert_axes if axis in split_axes) if is_split else ()
-    added = tuple(axis for axis in expert_axes if axis not in split_axes) if is_split or num_ranks == 1 else ()
-    counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
 
-    tokens, ids, routing = x, topk_ids, topk_weights
-    if gathered and x.shape[0] > 0:
-        tokens, ids, routing = (jax.lax.all_gather(v, gathered, axis=0, tiled=True) for v in (tokens, ids, routing))
+    operands = _compat.align_varying((x, *leaves, topk_ids, topk_weights, layer))
     if is_split:
-        # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
-        ids = ids - jax.lax.axis_index(expert_axes) * num_local_experts
-    # Rounded once, after all ranks' sums have been added.
-    out_dtype = jnp.float32 if is_split else jnp.bfloat16
-    operands = _compat.align_varying((tokens, *leaves, ids, routing, layer))
-    y, load = local_op(*operands, out_dtype=out_dtype, **params)
-    if x.shape[0] == 0:
-        y = x
+        gathered = tuple(axis for axis in expert_axes if axis in split_axes)
+        y, load = group_op(*operands, expert_axes=expert_axes, gathered_axes=gathered, **params)
     else:
-        if gathered:
-            y = _sum_over_ranks(y, gathered, math.prod(axis_sizes[axis] for axis in gathered))
-        if added:
-            # With one rank this changes nothing but the mark: the result varies like the tokens, not like the weights.
-            y = jax.lax.psum(y, added)
+        y, load = local_op(*operands, **params)
+        same = tuple(axis for axis in expert_axes if axis not in split_axes)
+        if num_ranks == 1 and same:
+            # This changes nothing but the mark: the result varies like the tokens, not like the weights.
+            y = jax.lax.psum(y, same)
+    counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
     if not with_load:
-        load = jnp.zeros(load.shape, load.dtype)  # Varies over no axis.
+        load = no_load
     elif counted:
         load = jax.lax.psum(load, counted)
+    return y, load
+
+
+def through_collectives(
+    local_op: Op,
+    x: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scale: jax.Array,
+    down: jax.Array,
+    down_scale: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array,
+    *,
+    expert_axes: tuple[str, ...],
+    gathered_axes: tuple[str, ...],
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of all ranks along `expert_axes`, as XLA's collectives around the experts of one.
+
+    x bf16[T, H], leaves of E_local experts, topk_ids int32[T, k] (global), topk_weights f32[T, k], layer int32[] ->
+    y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. Over `gathered_axes`, some of the former, the
+    tokens are split: they are gathered, and results go back to their ranks. Along the others every rank has the same
+    tokens, so that results are only added up.
+    """
+    num_tokens, num_local_experts = x.shape[0], gate_up.shape[-4]
+    if gathered_axes:
+        x, topk_ids, topk_weights = (
+            jax.lax.all_gather(value, gathered_axes, axis=0, tiled=True) for value in (x, topk_ids, topk_weights)
+        )
+    # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
+    local_ids = topk_ids - jax.lax.axis_index(expert_axes) * num_local_experts
+    leaves = (gate_up, gate_up_scale, down, down_scale)
+    # Rounded once, after all ranks' sums have been added.
+    y, load = local_op(x, *leaves, local_ids, topk_weights, layer, out_dtype=jnp.float32, **params)
+    if gathered_axes:
+        y = _sum_over_ranks(y, gathered_axes, num_tokens)
+    if added_axes := tuple(axis for axis in expert_axes if axis not in gathered_axes):
+        y = jax.lax.psum(y, added_axes)
     return y.astype(jnp.bfloat16), load
 
 
-def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_ranks: int) -> jax.Array:
-    """Contributions f32[num_ranks * T, H] of this rank to all ranks' tokens -> the sum over ranks for its own T.
+def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_tokens: int) -> jax.Array:
+    """Contributions f32[ranks * T, H] of this rank to all ranks' tokens -> the sum over ranks for its own T.
 
     An all-to-all and additions in the order of the ranks: as many bytes out of each device as a reduce-scatter, whose
     order is the library's choice, of the topology, and of where in the group a token's rank stands.
     """
-    parts = jax.lax.all_to_all(y.reshape(num_ranks, -1, y.shape[-1]), axes, split_axis=0, concat_axis=0)
+    parts = jax.lax.all_to_all(y.reshape(-1, num_tokens, y.shape[-1]), axes, split_axis=0, concat_axis=0)
     total = parts[0]
-    for rank in range(1, num_ranks):
+    for rank in range(1, parts.shape[0]):
         total = total + parts[rank]
     return total

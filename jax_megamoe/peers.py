@@ -1,4 +1,6 @@
-"""Command line: `python -m jax_megamoe.peers` says how the GPUs of an expert axis reach each other, and how fast.
+"""The memory that expert parallelism takes, and a command that tries the wires between the GPUs.
+
+`python -m jax_megamoe.peers` says how the GPUs of an expert axis reach each other, and how fast.
 
 Prints the topology, who can access whose memory, the transport that was chosen, a check of pushed data over many
 launches, the round trip of a flag in microseconds and pushes in GB/s. One process with all GPUs, or with
@@ -12,18 +14,47 @@ import pathlib
 import socket
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe import machine
+from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _library, peer_probe
 from jax_megamoe.primitives.peer_probe import Probe
 
 _ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
 _AXES = ("expert",)
+
+
+class BufferBytes(NamedTuple):
+    """Memory on each GPU of an expert group."""
+
+    symmetric: int  # shared with the other ranks; one buffer for all layers and calls of its size, made by the first
+    scratch: int  # from XLA's own memory, for the time of a call
+
+
+def buffer_bytes(
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_experts: int, num_ranks: int
+) -> BufferBytes:
+    """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
+
+    `num_tokens` are those of one rank; `num_experts` those of all ranks together. The symmetric buffer may be made
+    larger by up to an eighth, so that calls of nearly the same size share one.
+
+    Raises:
+      ShapeError: num_experts is no multiple of num_ranks.
+      ValueError: sizes that the kernel does not serve.
+      MegaMoEError: the package is not built, or its compiled module is of another version.
+    """
+    if num_ranks < 1 or num_experts % num_ranks:
+        raise ShapeError(
+            f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
+        )
+    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, num_ranks)
+    return BufferBytes(_library.buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bytes", type=int, default=1 << 20, help="of a push, a multiple of 16")
     parser.add_argument("--reverse", action="store_true", help="the devices in reverse order")
     parser.add_argument("--mute", type=int, default=-1, help="a rank that keeps silent: the others' waits have to end")
+    parser.add_argument("--commit", default=None, help="where the package is in no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file")
     options = parser.parse_args(argv)
     if options.processes > 1 and _PROCESS not in os.environ:
@@ -78,13 +110,13 @@ def _report(options: argparse.Namespace) -> int:
     devices = jax.devices()[::-1] if options.reverse else jax.devices()
     mesh = Mesh(np.array(devices), _AXES)
     result: dict[str, Any] = {
-        "device": devices[0].device_kind,
+        **machine.describe(options.commit),
         "num_devices": len(devices),
         "processes": jax.process_count(),
         "reverse": options.reverse,
-        "jax": jax.__version__,
+        "bytes": options.bytes,
     }
-    say(f"{result['num_devices']} x {result['device']}, {result['processes']} processes, jax {jax.__version__}")
+    say(f"{result['num_devices']} x {result['device']}, {result['processes']} processes, jax {result['jax']}")
     if is_first:
         _print_topology()
     result["access"] = _access_of_local_devices()

@@ -1,5 +1,6 @@
 """The numerics of docs/numerics.md in jax.numpy: what runs on a CPU, and what the kernel is compared with."""
 
+import functools
 import math
 from typing import Any
 
@@ -55,6 +56,7 @@ def moe(
     tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
     y, load = exchange.moe_per_device(
         moe_local,
+        functools.partial(exchange.through_collectives, moe_local),
         x.reshape(tokens, x.shape[-1]),
         (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale),
         topk_ids.reshape(tokens, top_k),

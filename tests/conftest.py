@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+from typing import Any
+
+import pytest
 
 
 def _has_cuda_plugin() -> bool:
@@ -13,3 +16,17 @@ if "JAX_PLATFORMS" not in os.environ and not _has_cuda_plugin():
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+
+@pytest.fixture
+def built(monkeypatch) -> Any:
+    """As if the package were built with CUDA, on a machine without a GPU; returns the fake of the compiled module."""
+    import cuda_lowering
+    import jax
+
+    from jax_megamoe.primitives import _library
+
+    core = cuda_lowering.fake_core()
+    monkeypatch.setattr(_library, "_core", core)
+    monkeypatch.setattr(jax, "local_devices", cuda_lowering.no_devices)
+    return core

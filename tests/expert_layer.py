@@ -12,6 +12,8 @@ import jax_megamoe as mm
 E, H, I, K = 8, 256, 128, 3
 # The order of FP32 sums, over ranks too, and FP8 values that it moves across a rounding boundary.
 TOLERANCE = 1e-7
+# Also other roundings inside the tensor cores, and of exp: more such values (docs/numerics.md).
+GPU_TOLERANCE = 1e-4
 
 
 class Layer(NamedTuple):
@@ -54,7 +56,9 @@ def make_layer(num_tokens: int = 16, seed: int = 0) -> Layer:
 def check(y: Any, layer: Layer) -> None:
     """The result is the model's; also token by token, since one wrong token of many moves the whole little."""
     assert y.dtype == jnp.bfloat16
+    on_gpu = any(device.platform == "gpu" for device in y.devices())
+    tolerance = GPU_TOLERANCE if on_gpu else TOLERANCE
     rows = np.asarray(y).reshape(layer.y.shape)
     for row, wanted in zip(rows, layer.y, strict=True):
-        assert numpy_model.diff(row, wanted) < 10 * TOLERANCE
-    assert numpy_model.diff(rows, layer.y) < TOLERANCE
+        assert numpy_model.diff(row, wanted) < 10 * tolerance
+    assert numpy_model.diff(rows, layer.y) < tolerance

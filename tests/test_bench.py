@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from bench import layers, plot, presets, progress, records, rivals, table
+from bench import buffer_sizes, layers, plot, presets, progress, records, rivals, table
 from bench.__main__ import main
 from bench.compare import compare
 from bench.inputs import make_inputs, make_weights
@@ -393,3 +393,31 @@ def test_layers_dry_run(tmp_path, capsys):
     assert "nothing was measured on a GPU" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["compare", str(path), str(path)])
+
+
+# Memory of expert parallelism
+
+
+def test_buffers(monkeypatch, capsys):
+    monkeypatch.setattr(buffer_sizes, "buffer_bytes", lambda tokens, k, h, i, e, ranks: (tokens << 20, ranks << 18))
+    assert main(["buffers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| model | 8 tokens | 128 tokens | 512 tokens | 8192 tokens |", "|---|---|---|---|---|"]
+    assert lines[2] == "| flash | 8.0 + 2.0 | 128 + 2.0 | 512 + 2.0 | 8192 + 2.0 |"
+    assert len(lines) == 2 + len(MODELS)
+
+
+def test_buffers_that_cannot_be_told(monkeypatch, capsys):
+    def refuse(*sizes: int) -> None:
+        raise mm.errors.MegaMoEError("an old build")
+
+    monkeypatch.setattr(buffer_sizes, "buffer_bytes", refuse)
+    assert main(["buffers", "--ranks", "4", "--tokens", "8"]) == 1
+    assert capsys.readouterr().err == "an old build\n"
+
+    def unsupported(*sizes: int) -> None:
+        raise ValueError("too many tokens")
+
+    monkeypatch.setattr(buffer_sizes, "buffer_bytes", unsupported)
+    assert main(["buffers", "--tokens", "8"]) == 0
+    assert "| flash | too many tokens |" in capsys.readouterr().out

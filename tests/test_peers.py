@@ -1,9 +1,11 @@
-"""The probe of the wires between GPUs, as far as no GPU is needed: its program, its checks, its command."""
+"""The wires between GPUs and the memory they take, as far as no GPU is needed: program, checks, command, planner."""
 
+import datetime
 import os
 import re
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_megamoe import peers
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe import machine, peers
+from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _groups, _library, peer_probe
 from jax_megamoe.primitives.peer_probe import Probe
 
@@ -106,3 +108,66 @@ def test_no_memory_is_shared_without_a_call():
     if jax.default_backend() == "gpu":
         pytest.skip("other tests of the process may share some")
     assert _library.symmetric_memories() == []
+
+
+def test_what_a_result_file_says_of_the_machine(monkeypatch):
+    about = machine.describe()
+    assert about["date"] == datetime.date.today().isoformat() and about["jax"] == jax.__version__
+    assert about["device"] == jax.devices()[0].device_kind and isinstance(about["driver"], str)
+    assert re.fullmatch("[0-9a-f]{7,40}|unknown", about["commit"])
+    assert machine.describe("abc")["commit"] == "abc"
+    monkeypatch.setattr(machine, "__file__", "/nowhere/machine.py")
+    assert machine.describe()["commit"] == "unknown"
+
+
+def test_commit_is_that_of_the_package(monkeypatch, tmp_path):
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-mc"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    file = tmp_path / "machine.py"
+    file.touch()
+    monkeypatch.setattr(machine, "__file__", str(file))
+    assert machine.describe()["commit"] == "unknown"  # a copy inside the checkout of something else
+    subprocess.run(["git", "-C", str(tmp_path), "add", "machine.py"], check=True)
+    assert re.fullmatch("[0-9a-f]{7,40}", machine.describe()["commit"])
+
+
+def test_several_drivers(monkeypatch):
+    monkeypatch.setattr(machine, "_output", lambda *command: "580.1\n580.1\n580.2")
+    assert machine._driver() == "580.1, 580.2"
+
+
+def test_buffer_bytes(monkeypatch):
+    def fake(factor: int) -> Any:
+        return lambda *sizes: factor * sum(sizes)
+
+    monkeypatch.setattr(_library, "_core", types.SimpleNamespace(buffer_bytes=fake(2), peer_workspace_bytes=fake(1)))
+    found = peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+    assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + 8) and found.symmetric == found[0]
+    with pytest.raises(ShapeError, match="num_experts is 256 and num_ranks 6, wanted a multiple"):
+        peers.buffer_bytes(8, 6, 4096, 2048, 256, 6)
+    with pytest.raises(ShapeError, match="num_ranks 0"):
+        peers.buffer_bytes(8, 6, 4096, 2048, 256, 0)
+    monkeypatch.setattr(_library, "_core", types.SimpleNamespace())
+    with pytest.raises(MegaMoEError, match="_core has no buffer_bytes, wanted a build of the same version"):
+        peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+    monkeypatch.setattr(_library, "_core", None)
+    with pytest.raises(MegaMoEError, match="_core is not built"):
+        peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+
+
+def test_buffer_bytes_of_this_build():
+    core: Any = _library._core
+    if not hasattr(core, "buffer_bytes"):
+        pytest.skip("jax_megamoe._core has no buffer_bytes")
+    found = peers.buffer_bytes(128, 6, 7168, 3072, 384, 8)
+    # At the least, each other rank's tokens in FP8.
+    assert found.symmetric >= 7 * 128 * 7168 and found.scratch > 0
+    larger = peers.buffer_bytes(256, 6, 7168, 3072, 384, 8)
+    assert larger.symmetric > found.symmetric
+    with pytest.raises(ValueError):
+        peers.buffer_bytes(128, 6, 7168 + 1, 3072, 384, 8)
+    with pytest.raises(ValueError):
+        peers.buffer_bytes(128, 33, 7168, 3072, 384, 8)

@@ -2,40 +2,19 @@
 
 import re
 import types
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_lowering import WORKSPACE, cuda_text
 from expert_layer import E, H, K, Layer, check, make_layer, packed_weights
 
 import jax_megamoe as mm
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_local import moe_local, moe_local_p
-
-WORKSPACE = 4096
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """As if the package were built with CUDA, so that a machine without can lower for it."""
-    monkeypatch.setattr(
-        _library, "_core", types.SimpleNamespace(has_cuda=True, workspace_bytes=lambda *sizes: WORKSPACE)
-    )
-    monkeypatch.setattr(jax, "local_devices", no_gpu)
-
-
-def no_gpu(backend: str | None = None) -> list[Any]:
-    raise RuntimeError(f"no {backend} here")
-
-
-def cuda_text(function: Callable[..., Any], *arguments: Any) -> str:
-    # A function of its own each time: JAX remembers how it lowered an equal one, perhaps with another `_core`.
-    fresh = jax.jit(lambda *arguments: function(*arguments))
-    return fresh.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def arguments_of(layer: Layer) -> tuple[Any, ...]:

@@ -41,6 +41,12 @@ def output_aval(like: Any, shape: tuple[int, ...], dtype: Any, spec: jax.shardin
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
+def without_varying(aval: Any, axes: frozenset[str]) -> Any:
+    """The abstract value without the mark that it varies over these axes."""
+    mat = aval.mat
+    return aval.update(manual_axis_type=mat.update(varying=mat.varying - axes))
+
+
 def share_between_processes(key: str, value: str, processes: Sequence[int], timeout_seconds: float) -> list[str]:
     """What each of the processes has put under the key, in order; this one puts `value`.
 

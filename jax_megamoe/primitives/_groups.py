@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def replica_groups(axis_sizes: Mapping[str, int], expert_axes: Sequence[str]) ->
     return moved.reshape(-1, math.prod(axis_sizes[axis] for axis in expert_axes))
 
 
-def group_attributes(axis_sizes: Mapping[str, int], expert_axes: Sequence[str]) -> dict[str, np.ndarray | np.int64]:
+def group_attributes(axis_sizes: Mapping[str, int], expert_axes: Sequence[str]) -> dict[str, Any]:
     """The groups as attributes of an FFI call, for `ReplicaGroups` in cuda/ffi/communicator.h."""
     groups = replica_groups(axis_sizes, expert_axes)
     return {"replica_groups": groups.ravel(), "group_size": np.int64(groups.shape[1])}

@@ -1,6 +1,7 @@
 """The compiled module: registers its FFI handlers, and says what it cannot do."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from jax_megamoe.errors import MegaMoEError
 
 MOE_TARGET = "jax_megamoe.moe.v1"
+MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v1"
 PEER_PROBE_TARGET = "jax_megamoe.peer_probe.v1"
 _PLATFORM = "CUDA"
 
@@ -61,6 +63,32 @@ def workspace_bytes(
     """Scratch memory that one call of the fused kernel needs on a device."""
     assert _core is not None, "check_kernel_available comes first"
     return int(_core.workspace_bytes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts))
+
+
+def peer_workspace_bytes(
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
+) -> int:
+    """Scratch memory that one call of the fused kernel over a group needs on a device, for num_tokens of its own."""
+    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
+    return int(_host_function("peer_workspace_bytes")(*sizes))
+
+
+def buffer_bytes(
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
+) -> int:
+    """Memory that each rank of a group shares with the others, for num_tokens of its own."""
+    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
+    return int(_host_function("buffer_bytes")(*sizes))
+
+
+def _host_function(name: str) -> Callable[..., Any]:
+    """A function of the compiled module; raises `MegaMoEError` where there is none."""
+    if _core is None or not hasattr(_core, name):
+        state = "is not built" if _core is None else f"has no {name}"
+        raise MegaMoEError(
+            f"jax_megamoe._core {state}, wanted a build of the same version as the Python files: install the package."
+        )
+    return getattr(_core, name)
 
 
 def symmetric_memories() -> list[dict[str, Any]]:

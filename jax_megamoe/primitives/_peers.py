@@ -2,50 +2,42 @@
 
 import functools
 import json
-import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
 
 from jax_megamoe.primitives import _compat, _groups, _library
 
-_log = logging.getLogger("jax_megamoe")
 # Processes may differ by so much in how long they trace and compile.
 _TIMEOUT_SECONDS = 300.0
 
 
-def reason_for_collectives(mesh: Mesh | AbstractMesh, expert_axes: Sequence[str]) -> str | None:
+def reason_for_collectives(axis_sizes: Mapping[str, int], expert_axes: Sequence[str]) -> str | None:
     """Why the expert axis of a program for GPUs has to go through XLA's collectives; None where it needs not.
 
-    The answer is the same in every process of the program, as it has to be. It is logged once for each reason. A mesh
-    without devices is taken to be in JAX's own order of devices: where it is not, and the ranks turn out to be on
-    different hosts, the set-up of the fused kernel ends in an error that says so.
+    `axis_sizes` are those of the whole mesh, in its order. The answer is the same in every process of the program, as
+    it has to be. The mesh, whose devices are not known while lowering, is taken to be in JAX's own order: where it is
+    not, and the ranks turn out to be on different hosts, the set-up of the fused kernel ends in an error that says so.
     """
-    devices = _devices_of(mesh)
-    groups = _groups.replica_groups(dict(mesh.shape), expert_axes)
+    groups = _groups.replica_groups(axis_sizes, expert_axes)
+    devices = _devices_of_mesh(groups.size)
     if devices is None or groups.shape[1] == 1:
         return None
-    reason = _reason(tuple(devices), tuple(map(tuple, groups.tolist())))
-    if reason is not None:
-        _log_once(reason)
-    return reason
+    return _reason(tuple(devices), tuple(map(tuple, groups.tolist())))
 
 
-def _devices_of(mesh: Mesh | AbstractMesh) -> list[Any] | None:
-    """The devices in the order of the mesh, or None where the program may be for another machine."""
-    if isinstance(mesh, Mesh):
-        return list(mesh.devices.flat)
+def _devices_of_mesh(size: int) -> list[Any] | None:
+    """The devices of a mesh of that size, or None where the program may be for another machine."""
     try:
         everywhere, here = jax.devices("cuda"), jax.local_devices(backend="cuda")
     except RuntimeError:
         return None
-    if mesh.size == len(everywhere):
+    if size == len(everywhere):
         return list(everywhere)
-    return list(here[: mesh.size]) if mesh.size <= len(here) else None
+    return list(here[:size]) if size <= len(here) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,10 +75,3 @@ def _own_facts() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     name = socket.gethostname()
     return {"host": boot.read_text().strip() if boot.exists() else name, "name": name, "unreachable": unreachable}
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _log.warning(
-        "implementation='collective' is used: %s, and the fused kernel writes to that memory directly.", reason
-    )

@@ -1,5 +1,6 @@
 """The primitive `moe`, the global view: expands to a `shard_map` over all mesh axes around `moe_per_device`."""
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.primitives.moe_local import moe_local
+from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers
 
 moe_p = Primitive("jax_megamoe.moe")
 moe_p.multiple_results = True
@@ -39,6 +41,8 @@ def moe(
     implementation; without `with_load`, load is of no use.
     """
     operands = (x, *leaves, topk_ids, topk_weights, layer)
+    # Here, and not where it is used: that is while lowering, which JAX skips for a program that it knows.
+    params["limit_microseconds"] = limit_microseconds()
     if not mesh.manual_axes:
         y, load = moe_p.bind(*operands, mesh=mesh, axes=axes, **params)
         return y, load
@@ -121,13 +125,22 @@ def _per_device(
     *others: jax.Array,
     mesh: AbstractMesh,
     axes: Axes,
+    implementation: str | None,
+    limit_microseconds: int,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part, or all of it where there is no mesh."""
+    local_op: exchange.Op = functools.partial(moe_local, implementation=implementation)
+    group_op: exchange.Op = functools.partial(exchange.through_collectives, local_op)
+    if implementation in (None, "cuda"):
+        group_op = functools.partial(
+            moe_peers, axis_sizes=mesh.shape, limit_microseconds=limit_microseconds, implementation=implementation
+        )
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
     tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
     y, load = exchange.moe_per_device(
-        moe_local,
+        local_op,
+        group_op,
         tokens,
         leaves,
         topk_ids,

@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import layout, reference
+from jax_megamoe import reference
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _compat, _library
 from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 
 moe_local_p = Primitive("jax_megamoe.moe_local")
 moe_local_p.multiple_results = True
@@ -97,46 +97,17 @@ def _lower_reference(ctx: Any, *operands: Any, **params: Any) -> Any:
     return mlir.lower_fun(reference.moe_local, multiple_results=True)(ctx, *operands, **params)
 
 
-def _call_kernel(
-    x: jax.Array,
-    gate_up: jax.Array,
-    gate_up_scale: jax.Array,
-    down: jax.Array,
-    down_scale: jax.Array,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
-    *,
-    activation_clamp: float,
-    routed_scaling_factor: float,
-    out_dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
-    num_local_experts, num_tiles = gate_up.shape[-4:-2]
-    (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
-    if num_tokens == 0:
-        return jnp.zeros(x.shape, out_dtype), jnp.zeros(num_local_experts, jnp.int32)
-    workspace_bytes = _library.workspace_bytes(
-        num_tokens, top_k, hidden_size, num_tiles * layout.PLANE_ROWS, num_local_experts
+def _call_kernel(*operands: jax.Array, out_dtype: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
+    sizes = sizes_of(*operands)
+    if sizes.num_tokens == 0:
+        return jnp.zeros(operands[0].shape, out_dtype), jnp.zeros(sizes.num_local_experts, jnp.int32)
+    return call_kernel(
+        _library.MOE_TARGET,
+        *operands,
+        workspace_bytes=_library.workspace_bytes(*sizes),
+        out_dtype=out_dtype,
+        **params,
     )
-    results = (
-        jax.ShapeDtypeStruct(x.shape, out_dtype),
-        jax.ShapeDtypeStruct((num_local_experts,), jnp.int32),
-        # A result and no allocation of the handler's own, so that the call can be captured in a CUDA graph.
-        jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
-    )
-    y, load, _ = jax.ffi.ffi_call(_library.MOE_TARGET, results)(
-        x,
-        gate_up,
-        gate_up_scale,
-        down,
-        down_scale,
-        topk_ids,
-        topk_weights,
-        layer,
-        activation_clamp=np.float32(activation_clamp),
-        routed_scaling_factor=np.float32(routed_scaling_factor),
-    )
-    return y, load
 
 
 moe_local_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_local_p, *operands, **params))

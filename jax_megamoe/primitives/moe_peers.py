@@ -1,0 +1,200 @@
+"""The primitive `moe_peers`: the experts of all ranks of a group, as one fused kernel on each GPU where that can be.
+
+What it is lowered to is chosen for each platform, and not while tracing, when nobody knows the platform: the fused
+kernel for GPUs that reach each other's memory, and XLA's collectives around the experts of one device for everything
+else. A program that is lowered for one platform has no trace of the other.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec as P
+
+from jax_megamoe import exchange
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.primitives import _compat, _groups, _library, _peers
+from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
+from jax_megamoe.primitives.moe_local import moe_local
+
+TIMEOUT_VARIABLE = "JAX_MEGAMOE_TIMEOUT_SECONDS"
+_DEFAULT_TIMEOUT_SECONDS = 30.0
+
+_log = logging.getLogger("jax_megamoe")
+
+moe_peers_p = Primitive("jax_megamoe.moe_peers")
+moe_peers_p.multiple_results = True
+
+
+def limit_microseconds() -> int:
+    """How long the fused kernel may wait for another rank; raises `MegaMoEError` for a variable that says nonsense."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    if not text:
+        return round(_DEFAULT_TIMEOUT_SECONDS * 1e6)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    # An hour and more would fit too, but XLA, NCCL and the user have given up by then.
+    if not 1e-3 <= seconds <= 86400:
+        raise MegaMoEError(
+            f"{TIMEOUT_VARIABLE} is {text!r}, wanted a number of seconds from 0.001 to 86400: "
+            f"unset it for {_DEFAULT_TIMEOUT_SECONDS:g}."
+        )
+    return round(seconds * 1e6)
+
+
+def moe_peers(
+    x: jax.Array,
+    gate_up: jax.Array,
+    gate_up_scale: jax.Array,
+    down: jax.Array,
+    down_scale: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array,
+    *,
+    axis_sizes: Mapping[str, int],
+    expert_axes: tuple[str, ...],
+    gathered_axes: tuple[str, ...],
+    limit_microseconds: int,
+    activation_clamp: float = math.inf,
+    routed_scaling_factor: float = 1.0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The operands and results of `exchange.through_collectives`, inside a region where all mesh axes are manual.
+
+    x bf16[T, H], leaves of E_local experts, topk_ids int32[T, k] (global), topk_weights f32[T, k], layer int32[] ->
+    y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. `axis_sizes` are those of the whole mesh, in
+    its order. `implementation` is None, or "cuda" for an error instead of collectives.
+    """
+    operands = (x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer)
+    y, load = moe_peers_p.bind(
+        *_compat.align_varying(operands),
+        axis_sizes=tuple(axis_sizes.items()),
+        expert_axes=expert_axes,
+        gathered_axes=gathered_axes,
+        limit_microseconds=limit_microseconds,
+        activation_clamp=float(activation_clamp),
+        routed_scaling_factor=float(routed_scaling_factor),
+        implementation=implementation,
+    )
+    return y, load
+
+
+def _abstract_eval(
+    x: Any, gate_up: Any, *others: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
+) -> tuple[Any, Any]:
+    _compat.check_varying(moe_peers_p.name, x, gate_up, *others)
+    y = _compat.output_aval(x, x.shape, jnp.bfloat16, P(None, None))
+    # Ranks with the same tokens get the same results.
+    return (
+        _compat.without_varying(y, frozenset(expert_axes) - frozenset(gathered_axes)),
+        _compat.output_aval(x, (gate_up.shape[-4],), jnp.int32, P(None)),
+    )
+
+
+def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
+    batched = rules.move_mapped_axis_to_front(operands, dims)
+    x, topk_ids = batched[0], batched[rules.TOPK_IDS]
+    for i in rules.TOKENS:
+        batched[i] = batched[i].reshape(-1, batched[i].shape[-1])
+    y, load = moe_peers_p.bind(*batched, **params)
+    # Of each element the load that the tokens of all ranks make, for this rank's experts.
+    expert_axes, gathered_axes, num_local_experts = params["expert_axes"], params["gathered_axes"], load.shape[0]
+    loads = rules.load_per_element(topk_ids, num_local_experts * jax.lax.axis_size(expert_axes))
+    if gathered_axes:
+        loads = jax.lax.psum(loads, gathered_axes)
+    first = jax.lax.axis_index(expert_axes) * num_local_experts
+    return (y.reshape(x.shape), jax.lax.dynamic_slice_in_dim(loads, first, num_local_experts, 1)), (0, 0)
+
+
+def _lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+    _library.check_kernel_available()
+    reason = _reason_for_collectives(*ctx.avals_in, **params)
+    if reason is None:
+        return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, **params)
+    if params["implementation"] == "cuda":
+        raise MegaMoEError(
+            f"implementation is 'cuda' and {reason}, wanted ranks that one kernel serves: "
+            "pass None or 'collective' for XLA's collectives around the kernel of one device."
+        )
+    _log_once(reason)
+    return _lower_collectives(ctx, *operands, **params)
+
+
+def _reason_for_collectives(
+    *avals: Any, axis_sizes: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
+) -> str | None:
+    """Why GPUs can't run the fused kernel over this group; the same in every process, as it has to be."""
+    if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
+        return f"the tokens are not split over {', '.join(same)} of expert_axis {expert_axes}"
+    try:
+        _workspace_bytes(*avals, axis_sizes=axis_sizes, expert_axes=expert_axes)
+    except MegaMoEError:
+        raise
+    except ValueError as error:  # what the kernel does not serve: too many ranks or experts
+        return str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")
+    return _peers.reason_for_collectives(dict(axis_sizes), expert_axes)
+
+
+def _workspace_bytes(*operands: Any, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
+    num_ranks = math.prod(dict(axis_sizes)[axis] for axis in expert_axes)
+    return _library.peer_workspace_bytes(*sizes_of(*operands), num_ranks)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _log.warning("implementation='collective' is used instead of the fused kernel across ranks: %s.", reason)
+
+
+def _lower_collectives(ctx: Any, *operands: Any, **params: Any) -> Any:
+    return mlir.lower_fun(_through_collectives, multiple_results=True)(ctx, *operands, **params)
+
+
+def _through_collectives(
+    *operands: jax.Array, axis_sizes: Any, limit_microseconds: int, implementation: str | None, **params: Any
+) -> tuple[jax.Array, jax.Array]:
+    local_op = functools.partial(moe_local, implementation=implementation)
+    return exchange.through_collectives(local_op, *operands, **params)
+
+
+def _call_kernel(
+    *operands: jax.Array,
+    axis_sizes: tuple[tuple[str, int], ...],
+    expert_axes: tuple[str, ...],
+    gathered_axes: tuple[str, ...],
+    limit_microseconds: int,
+    implementation: str | None,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    return call_kernel(
+        _library.MOE_PEERS_TARGET,
+        *operands,
+        workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
+        out_dtype=jnp.bfloat16,
+        # The other ranks wait for this one in every call. Without a side effect XLA may leave out, join, repeat or move
+        # calls, and no rule keeps it from moving one to where a rank's own data decides whether it runs.
+        has_side_effect=True,
+        limit_microseconds=np.int64(limit_microseconds),
+        **_groups.group_attributes(dict(axis_sizes), expert_axes),
+        **params,
+    )
+
+
+moe_peers_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_peers_p, *operands, **params))
+moe_peers_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[moe_peers_p] = _batch
+ad.primitive_jvps[moe_peers_p] = rules.refuse_differentiation
+ad.primitive_transposes[moe_peers_p] = rules.refuse_differentiation
+mlir.register_lowering(moe_peers_p, _lower_collectives)
+mlir.register_lowering(moe_peers_p, _lower_cuda, platform="cuda")

@@ -1,0 +1,36 @@
+"""Lowering for CUDA on a machine that has neither GPU nor a build with CUDA."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+WORKSPACE, PEER_WORKSPACE = 4096, 8192
+
+
+def fake_core() -> Any:
+    """The compiled module as far as lowering needs it; remembers in `asked` for what problems of a group."""
+    asked: list[tuple[int, ...]] = []
+
+    def peer_workspace_bytes(*sizes: int) -> int:
+        asked.append(sizes)
+        return PEER_WORKSPACE
+
+    return types.SimpleNamespace(
+        has_cuda=True,
+        workspace_bytes=lambda *sizes: WORKSPACE,
+        peer_workspace_bytes=peer_workspace_bytes,
+        asked=asked,
+    )
+
+
+def no_devices(backend: str | None = None) -> list[Any]:
+    raise RuntimeError(f"no {backend} here")
+
+
+def cuda_text(function: Callable[..., Any], *arguments: Any, platforms: tuple[str, ...] = ("cuda",)) -> str:
+    """The StableHLO of the function."""
+    # A function of its own each time: JAX remembers how it lowered an equal one, perhaps with another `_core`.
+    fresh = jax.jit(lambda *arguments: function(*arguments))
+    return fresh.trace(*arguments).lower(lowering_platforms=platforms).as_text()

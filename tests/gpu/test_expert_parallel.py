@@ -1,0 +1,338 @@
+"""The fused kernel over the ranks of an expert axis: `python -m pytest -m gpu tests/gpu/test_expert_parallel.py`.
+
+Wanted is what one of the GPUs makes of all tokens by itself. tests/test_sharding.py has the ways to shard a program, on
+GPUs too; here are the sizes, loads and orders of calls that a group of GPUs has to stand.
+"""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_megamoe as mm
+from gpu import process_worker
+from gpu.test_kernel import difference, make_inputs, make_weights
+from jax_megamoe.primitives import _library, _peers
+
+E, H, I, K = 16, 512, 384, 4
+OPTIONS: dict[str, Any] = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5, "return_expert_load": True}
+
+
+def _gpus() -> list[Any]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []
+
+
+def _why_not() -> str | None:
+    if len(_gpus()) < 2:
+        return f"needs 2 GPUs; this process sees {len(_gpus())}"
+    try:
+        _library.check_kernel_available()
+    except mm.errors.MegaMoEError as error:
+        return str(error)
+    return _peers.reason_for_collectives({"expert": len(_gpus())}, ("expert",))
+
+
+_REASON = _why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])
+
+
+def make_mesh(kind: AxisType = AxisType.Auto, reverse: bool = False, **sizes: int) -> Mesh:
+    count = int(np.prod(list(sizes.values())))
+    if count > len(_gpus()):
+        pytest.skip(f"needs {count} GPUs; this process sees {len(_gpus())}")
+    devices = _gpus()[:count]
+    array = np.array(devices[::-1] if reverse else devices).reshape(tuple(sizes.values()))
+    return Mesh(array, tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def place(mesh: Mesh, value: Any, *spec: Any) -> Any:
+    return jax.device_put(value, NamedSharding(mesh, P(*spec)))
+
+
+def token_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in ("data", "expert") if axis in mesh.shape)
+
+
+def make_problem(num_tokens: int, routing: str = "uniform", seed: int = 0) -> tuple[Any, ...]:
+    x, ids, weights = make_inputs(num_tokens, H, E, K, routing, seed)
+    return x, make_weights(E, H, I), ids, weights
+
+
+def place_all(mesh: Mesh, x: Any, weights: Any, ids: Any, routing: Any, stacked: bool = False) -> tuple[Any, ...]:
+    tokens = token_axes(mesh)
+    placed = [place(mesh, value, tokens) for value in (x, ids, routing)]
+    return placed[0], place(mesh, weights, *((None, "expert") if stacked else ("expert",))), *placed[1:]
+
+
+moe: Any = jax.jit(functools.partial(mm.moe, **OPTIONS))
+reference: Any = jax.jit(functools.partial(mm.reference.moe, **OPTIONS))
+
+
+def bits(y: Any) -> np.ndarray:
+    return np.asarray(y).view(np.uint16)
+
+
+def is_fused(function: Any, *arguments: Any) -> bool:
+    return "jax_megamoe.moe_peers.v1" in str(function.lower(*arguments).compile().as_text())
+
+
+def check(result: Any, problem: tuple[Any, ...]) -> None:
+    """The result is that of the reference, and has the bits that one GPU gives all tokens."""
+    y, load = result
+    wanted, wanted_load = reference(*problem)
+    assert y.dtype == jnp.bfloat16 and np.isfinite(np.asarray(y, np.float32)).all()
+    np.testing.assert_array_equal(load, wanted_load)
+    assert difference(y, wanted) < 1e-4
+    alone, load_alone = moe(*problem)
+    np.testing.assert_array_equal(load_alone, wanted_load)
+    if len(y) <= 128:
+        # Both ways every expert has few enough tokens for the same orientation of the tiles.
+        np.testing.assert_array_equal(bits(y), bits(alone))
+    else:
+        assert difference(y, alone) < 1e-4
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [1, 3, 8, 40, 128, 200])
+def test_token_counts(num_ranks, tokens):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
+    arguments = place_all(mesh, *problem)
+    assert is_fused(moe, *arguments)
+    check(moe(*arguments), problem)
+
+
+@all_ranks
+@pytest.mark.parametrize("routing", ["one", "masked", "none"])
+@pytest.mark.parametrize("tokens", [1, 8, 40, 200])
+def test_routings(num_ranks, tokens, routing):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks, routing)
+    y, load = moe(*place_all(mesh, *problem))
+    check((y, load), problem)
+    if routing == "none":
+        assert not np.asarray(y, np.float32).any()
+
+
+@all_ranks
+def test_all_tokens_to_one_rank(num_ranks):
+    """And none from the others: each rank in turn has tokens with used slots, all for the experts of the next one."""
+    mesh, tokens = make_mesh(expert=num_ranks), 8
+    x, weights, ids, routing = make_problem(tokens * num_ranks)
+    for source in range(num_ranks):
+        first = (source + 1) % num_ranks * (E // num_ranks)
+        used = jnp.repeat(jnp.arange(num_ranks) == source, tokens)[:, None]
+        problem = x, weights, jnp.where(used, first + ids % (E // num_ranks), -1), routing
+        check(moe(*place_all(mesh, *problem)), problem)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "data x expert": {"data": 2, "expert": 2},
+    "expert x model": {"expert": 2, "model": 2},
+    "data x expert of 8": {"data": 2, "expert": 4},
+    "expert x model of 8": {"expert": 4, "model": 2},
+    "three axes": {"data": 2, "expert": 2, "model": 2},
+}
+
+
+@pytest.mark.parametrize("way", ["auto", "explicit", "manual", "manual without marks"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
+@pytest.mark.parametrize("sizes", [{"expert": 2}, *SIZES.values()], ids=["expert", *SIZES])
+def test_ways_to_shard(sizes, reverse, way):
+    mesh = make_mesh(AxisType.Explicit if way == "explicit" else AxisType.Auto, reverse, **sizes)
+    problem = make_problem(32, "masked")
+    arguments = place_all(mesh, *problem)
+    function = moe
+    if way.startswith("manual"):
+        tokens = P(token_axes(mesh))
+        function = jax.jit(
+            jax.shard_map(
+                functools.partial(mm.moe, **OPTIONS),
+                mesh=mesh,
+                in_specs=(tokens, P("expert"), tokens, tokens),
+                out_specs=(tokens, P("expert")),
+                check_vma=way == "manual",
+            )
+        )
+    assert is_fused(function, *arguments)
+    check(function(*arguments), problem)
+
+
+def test_expert_axis_of_two_mesh_axes():
+    mesh, problem = make_mesh(a=2, b=2), make_problem(32)
+    x, ids, routing = (place(mesh, problem[i], ("a", "b")) for i in (0, 2, 3))
+    function = jax.jit(functools.partial(mm.moe, expert_axis=("b", "a"), token_axes=("a", "b"), **OPTIONS))
+    arguments = x, place(mesh, problem[1], ("b", "a")), ids, routing
+    assert is_fused(function, *arguments)
+    check(function(*arguments), problem)
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_padding(num_ranks, tokens):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens)
+    weights = place(mesh, problem[1], "expert")
+    check(moe(problem[0], weights, *problem[2:]), problem)
+
+
+@all_ranks
+def test_no_tokens(num_ranks):
+    mesh = make_mesh(expert=num_ranks)
+    y, load = moe(*place_all(mesh, *make_problem(0)))
+    assert y.shape == (0, H) and not np.asarray(load).any()
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [2, 128])
+def test_repeated_launches_give_the_same_bits(num_ranks, tokens):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
+    arguments = place_all(mesh, *problem)
+    first = bits(moe(*arguments)[0])
+    # Enqueued one behind the other, so that ranks are in different launches at a time.
+    for y, _ in [moe(*arguments) for _ in range(200)]:
+        np.testing.assert_array_equal(bits(y), first)
+
+
+@all_ranks
+def test_two_programs_that_take_turns(num_ranks):
+    """Of different shapes, so that one may share the other's memory or have its own."""
+    mesh = make_mesh(expert=num_ranks)
+    problems = [make_problem(tokens * num_ranks, "masked", seed) for seed, tokens in enumerate((4, 100))]
+    arguments = [place_all(mesh, *problem) for problem in problems]
+    wanted = [bits(moe(*a)[0]) for a in arguments]
+    for problem, a in zip(problems, arguments, strict=True):
+        check(moe(*a), problem)
+    results = [moe(*arguments[turn % 2])[0] for turn in range(100)]
+    for turn, y in enumerate(results):
+        np.testing.assert_array_equal(bits(y), wanted[turn % 2])
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [2, 100])
+@pytest.mark.parametrize("captured", [False, True], ids=["default", "captured"])
+def test_stacked_layers_in_a_scan(num_ranks, tokens, captured):
+    mesh = make_mesh(expert=num_ranks)
+    layers = [make_weights(E, H, I, seed) for seed in range(3)]
+    x, _, ids, routing = make_problem(tokens * num_ranks)
+    arguments = place_all(mesh, x, mm.stack_experts(layers), ids, routing, stacked=True)
+
+    def run(x: Any, stacked: Any, ids: Any, routing: Any) -> Any:
+        step: Any = functools.partial(mm.moe, **OPTIONS)
+        return jax.lax.scan(lambda c, i: (c, step(x, stacked, ids, routing, layer=i)), 0, jnp.arange(3))[1]
+
+    options = {"xla_gpu_graph_min_graph_size": 1} if captured else None
+    compiled = jax.jit(run, compiler_options=options).lower(*arguments).compile()
+    text = str(compiled.as_text())
+    assert "jax_megamoe.moe_peers.v1" in text
+    # The smaller FP8 leaf of one rank, one layer: nothing of that size is copied, sliced or gathered.
+    found = meshes.opcodes_of_large_results(text, layers[0].down.size // num_ranks)
+    assert not any(word in opcode for opcode in found for word in ("gather", "copy", "slice", "fusion")), found
+    for _ in range(3):
+        ys, loads = compiled(*arguments)
+        for y, load, weights in zip(ys, loads, layers, strict=True):
+            check((y, load), (x, weights, ids, routing))
+
+
+@all_ranks
+def test_many_layers_in_one_program(num_ranks):
+    """Each takes the result of the one before: what a decoder does, captured in a CUDA graph by default."""
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(4 * num_ranks)
+    layers = [make_weights(E, H, I, seed) for seed in range(3)] * 4
+
+    @jax.jit
+    def run(x: Any, layers: Any, ids: Any, routing: Any) -> Any:
+        for weights in layers:
+            x = jnp.clip(mm.moe(x, weights, ids, routing), -1, 1)  # layer by layer values would grow without bound
+        return x
+
+    x, _, ids, routing = place_all(mesh, *problem)
+    placed = [place(mesh, weights, "expert") for weights in layers]
+    wanted = bits(run(problem[0], layers, *problem[2:]))
+    for _ in range(20):
+        np.testing.assert_array_equal(bits(run(x, placed, ids, routing)), wanted)
+
+
+@all_ranks
+def test_vmap(num_ranks):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(8 * num_ranks)
+    weights = place(mesh, problem[1], "expert")
+    x, ids, routing = (place(mesh, problem[i].reshape(2, 4 * num_ranks, -1), None, "expert") for i in (0, 2, 3))
+    y, load = jax.jit(jax.vmap(functools.partial(mm.moe, **OPTIONS), in_axes=(0, None, 0, 0)))(x, weights, ids, routing)
+    check((y.reshape(-1, H), load.sum(0)), problem)
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [3, 128])
+def test_implementations_agree(num_ranks, tokens):
+    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks, "masked")
+    arguments = place_all(mesh, *problem)
+    results = {}
+    for implementation in (None, "cuda", "collective"):
+        function = jax.jit(functools.partial(mm.moe, implementation=implementation, **OPTIONS))
+        assert is_fused(function, *arguments) == (implementation != "collective")
+        results[implementation] = function(*arguments)
+    np.testing.assert_array_equal(bits(results[None][0]), bits(results["cuda"][0]))
+    np.testing.assert_array_equal(results[None][1], results["collective"][1])
+    # The same tiles, added up in another order.
+    assert difference(results[None][0], results["collective"][0]) < 1e-5
+
+
+def test_layers_share_one_buffer():
+    mesh = make_mesh(expert=2)
+    jax.clear_caches()
+    functions = [jax.jit(functools.partial(mm.moe, routed_scaling_factor=factor)) for factor in (1.0, 2.0, 3.0)]
+    for function in functions:
+        function(*place_all(mesh, *make_problem(32)))
+    assert len(_library.symmetric_memories()) == 2  # one on each device
+
+
+@all_ranks
+def test_one_process_per_gpu(num_ranks, tmp_path):
+    if num_ranks > len(_gpus()):
+        pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(_gpus())}")
+    # Several processes share the GPUs with this one: no memory is set aside.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    run_processes(num_ranks, tmp_path, environment)
+    for tokens in process_worker.TOKENS:
+        problem = make_problem(tokens * num_ranks, "masked")
+        alone, load = moe(*problem)
+        for turn in range(20):
+            names = [f"{tokens}.{turn}.{process}" for process in range(num_ranks)]
+            y = np.concatenate([np.load(tmp_path / f"{name}.y.npy") for name in names])
+            np.testing.assert_array_equal(
+                np.concatenate([np.load(tmp_path / f"{name}.load.npy") for name in names]), load
+            )
+            if tokens * num_ranks <= 128:
+                np.testing.assert_array_equal(y, bits(alone))
+            else:
+                assert difference(y.view(jnp.bfloat16), alone) < 1e-4
+
+
+def run_processes(processes: int, folder: Path, environment: dict[str, str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    children, logs = [], [folder / f"{process}.log" for process in range(processes)]
+    for process, log in enumerate(logs):
+        command = [sys.executable, str(process_worker.__file__), str(processes), str(process), port, str(folder)]
+        with log.open("w") as output:
+            children.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        statuses = [child.wait(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert statuses == [0] * processes, "\n".join(log.read_text()[-2000:] for log in logs)

@@ -1,0 +1,483 @@
+"""The experts of several ranks on GPUs, as far as no GPU is needed: which way a program takes, and what the call says."""
+
+import importlib
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda_lowering import PEER_WORKSPACE, cuda_text
+from expert_layer import E, H, I, K, check, make_layer, packed_weights
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from meshes import (
+    AUTO,
+    EXPLICIT,
+    MESHES,
+    check_both,
+    make_mesh,
+    moe_and_load,
+    opcodes_of_large_results,
+    place,
+    place_all,
+    scan_over_layers,
+)
+
+import jax_megamoe as mm
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.primitives import _groups, _library, _peers, moe_peers
+from jax_megamoe.primitives.moe_peers import moe_peers_p
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+
+FUSED, LOCAL = "jax_megamoe.moe_peers.v1", "jax_megamoe.moe.v1"
+SPLIT = {name: MESHES[name] for name in ("expert", "data x expert", "expert x model")}
+
+
+def calls(text: str) -> list[str]:
+    return re.findall(r"custom_call @(jax_megamoe\.[\w.]+)\(", text)
+
+
+def attribute(text: str, name: str) -> str:
+    (value,) = re.findall(rf"{name} = (.*?) : ", text)
+    return value
+
+
+def groups(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", attribute(text, "replica_groups"))]
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_logged():
+    yield
+    moe_peers._log_once.cache_clear()
+
+
+# What the call is.
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", SPLIT.values(), ids=SPLIT)
+def test_one_call_with_the_groups(built, sizes, kind):
+    mesh, layer = make_mesh(sizes, kind), make_layer()
+    text = cuda_text(
+        lambda *a: mm.moe(*a, activation_clamp=10.0, routed_scaling_factor=1.5, return_expert_load=True),
+        *place_all(mesh, layer),
+    )
+    assert calls(text) == [FUSED]
+    assert not re.search(r"all_gather|all_to_all|reduce_scatter|stablehlo\.case", text)
+    assert groups(text) == _groups.replica_groups(sizes, ("expert",)).ravel().tolist()
+    num_ranks, num_tokens = sizes["expert"], 16 // (sizes["expert"] * sizes.get("data", 1))
+    assert attribute(text, "group_size") == str(num_ranks)
+    assert attribute(text, "limit_microseconds") == "30000000"
+    assert attribute(text, "activation_clamp") == "1.000000e+01"
+    assert attribute(text, "routed_scaling_factor") == "1.500000e+00"
+    assert "has_side_effect = true" in text
+    (call,) = [line for line in text.splitlines() if FUSED in line]
+    operands, results = (re.findall(r"tensor<([^>]*)>", types) for types in call.rsplit(": (", 1)[1].split("->"))
+    assert (operands[0], operands[5:]) == (
+        f"{num_tokens}x{H}xbf16",
+        [f"{num_tokens}x{K}xi32", f"{num_tokens}x{K}xf32", "i32"],
+    )
+    assert results == [f"{num_tokens}x{H}xbf16", f"{E // num_ranks}xi32", f"{PEER_WORKSPACE}xui8"]
+    assert set(built.asked) == {(num_tokens, K, H, I, E // num_ranks, num_ranks)}
+
+
+@pytest.mark.usefixtures("built")
+def test_order_of_devices_has_no_influence():
+    """The ids are places in the mesh; which devices these are is for the device assignment of the program."""
+    layer, found = make_layer(), []
+    for order in (np.arange(8), np.arange(8)[::-1], np.random.default_rng(3).permutation(8)):
+        mesh = Mesh(np.array(jax.devices("cpu")[:8])[order].reshape(2, 4), ("data", "expert"), axis_types=(AUTO,) * 2)
+        found.append(groups(cuda_text(mm.moe, *place_all(mesh, layer))))
+    assert found == [[0, 1, 2, 3, 4, 5, 6, 7]] * 3
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_expert_axis_of_two_mesh_axes(kind):
+    mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()
+    arguments = place_all(mesh, layer, tokens=("a", "b", "c"), experts=("c", "a"))
+    text = cuda_text(lambda *a: mm.moe(*a, expert_axis=("c", "a"), token_axes=("a", "b", "c")), *arguments)
+    assert calls(text) == [FUSED] and attribute(text, "group_size") == "4"
+    assert groups(text) == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def in_shard_map(mesh: Mesh, manual: tuple[str, ...], check_vma: bool, function: Any = moe_and_load) -> Callable:
+    tokens = tuple(axis for axis in ("data", "expert") if axis in manual)
+    experts = P("expert") if "expert" in manual else P()
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(tokens), experts, P(tokens), P(tokens)),
+        out_specs=(P(tokens), experts),
+        axis_names=set(manual),
+        check_vma=check_vma,
+    )
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("manual", [("data", "expert"), ("data",), ("expert",)], ids=str)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_manual(manual, kind, check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    others = tuple(axis for axis in ("data", "expert") if axis not in manual)
+    text = cuda_text(in_shard_map(mesh, manual, check_vma), *place_all(mesh, layer, tokens=(*manual, *others)))
+    # Where the region is nested, the groups are still those of the whole mesh.
+    assert calls(text) == [FUSED] and groups(text) == list(range(8))
+
+
+@pytest.mark.usefixtures("built")
+def test_an_abstract_mesh_serves():
+    """As for a machine that is not here: more ranks than this one has devices, and shapes instead of arrays."""
+    mesh = AbstractMesh((4, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    layer = make_layer()
+
+    def typed(value: Any, *spec: Any) -> Any:
+        return jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=jax.NamedSharding(mesh, P(*spec))), value
+        )
+
+    tokens = ("data", "expert")
+    arguments = (typed(v, s) for v, s in zip(layer[:4], (tokens, "expert", tokens, tokens), strict=True))
+    text = cuda_text(mm.moe, *arguments)
+    assert calls(text) == [FUSED] and groups(text) == list(range(16))
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_export(kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    exported = jax.export.export(
+        jax.jit(lambda *a: mm.moe(*a)),
+        platforms=("cuda",),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(FUSED)],
+    )(*place_all(mesh, layer))
+    assert exported.nr_devices == 8 and calls(exported.mlir_module()) == [FUSED]
+
+
+@pytest.mark.usefixtures("built")
+def test_scan_over_stacked_layers_is_one_call():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
+    x, _, ids, probs = place_all(mesh, layer)
+    text = cuda_text(scan_over_layers, x, stacked, ids, probs)
+    assert calls(text) == [FUSED]
+    (call,) = [line for line in text.splitlines() if FUSED in line]
+    for leaf in jax.tree.leaves(stacked):
+        assert "tensor<" + "x".join(map(str, (2, E // 4, *leaf.shape[2:]))) in call
+        # No single layer of a rank, nor of all.
+        assert not any("tensor<" + "x".join(map(str, (n, *leaf.shape[2:]))) + "x" in text for n in (E // 4, E))
+
+
+@pytest.mark.usefixtures("built")
+def test_vmap_is_one_call():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    weights = place(mesh, layer.weights, "expert")
+    text = cuda_text(jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), x, weights, ids, probs)
+    assert calls(text) == [FUSED] and f"(tensor<4x{H}xbf16>" in text
+
+
+@pytest.mark.usefixtures("built")
+def test_padding_makes_ranks_equal():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(5)
+    text = cuda_text(mm.moe, *place_all(mesh, layer, tokens=None))
+    assert calls(text) == [FUSED] and f"-> (tensor<1x{H}xbf16>" in text
+
+
+@pytest.mark.usefixtures("built")
+def test_no_tokens_need_no_call():
+    mesh = make_mesh(MESHES["expert"], AUTO)
+    assert calls(cuda_text(moe_and_load, *place_all(mesh, make_layer(0)))) == []
+
+
+@pytest.mark.usefixtures("built")
+def test_one_rank_is_the_kernel_of_one_device():
+    for sizes in (MESHES["data alone"], MESHES["one device"]):
+        assert calls(cuda_text(mm.moe, *place_all(make_mesh(sizes, AUTO), make_layer()))) == [LOCAL]
+    mesh = make_mesh(MESHES["data x expert"], EXPLICIT)
+    # All experts on each device.
+    assert calls(cuda_text(mm.moe, *place_all(mesh, make_layer(), experts=None))) == [LOCAL]
+
+
+# Which way is taken.
+
+
+def test_a_cpu_has_no_trace_of_the_kernel():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    texts = [
+        cuda_text(lambda *a, i=i: mm.moe(*a, implementation=i), *place_all(mesh, layer), platforms=("cpu",))
+        for i in (None, "collective")
+    ]
+    assert calls(texts[0]) == [] and "all_gather" in texts[0]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.usefixtures("built")
+def test_one_program_for_both_platforms():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    text = cuda_text(mm.moe, *place_all(mesh, layer), platforms=("cpu", "cuda"))
+    assert calls(text) == [FUSED] and "stablehlo.dot_general" in text and "all_gather" in text
+
+
+@pytest.mark.usefixtures("built")
+def test_implementations():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    wanted: list[tuple[Any, list[str]]] = [("cuda", [FUSED]), ("collective", [LOCAL]), ("reference", [])]
+    for implementation, targets in wanted:
+        text = cuda_text(lambda *a, i=implementation: mm.moe(*a, implementation=i), *place_all(mesh, layer))
+        assert calls(text) == targets
+        assert ("all_gather" in text) == (implementation != "cuda")
+
+
+def because_of_tokens() -> tuple[Callable, Any, str]:
+    mesh = make_mesh(MESHES["data x expert"], AUTO)
+    reason = "the tokens are not split over expert of expert_axis ('expert',)"
+    return lambda *a, **k: mm.moe(*a, token_axes="data", **k), place_all(mesh, make_layer(), tokens="data"), reason
+
+
+def because_of_some_axes() -> tuple[Callable, Any, str]:
+    mesh = make_mesh({"a": 2, "b": 2, "c": 2}, EXPLICIT)
+    arguments = place_all(mesh, make_layer(), tokens=("b", "c"), experts=("a", "b"))
+    return lambda *a, **k: mm.moe(*a, expert_axis=("a", "b"), **k), arguments, "the tokens are not split over a of"
+
+
+def because_of_check_vma() -> tuple[Callable, Any, str]:
+    """Inside a `shard_map` whose marks say that all ranks have the same tokens, whatever `token_axes` says."""
+    mesh = make_mesh(MESHES["expert"], AUTO)
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        specs: Any = {"in_specs": (P(), P("expert"), P(), P()), "out_specs": P()}
+        return jax.shard_map(lambda *a: mm.moe(*a, **options), mesh=mesh, **specs)(*arguments)
+
+    return function, place_all(mesh, make_layer(), tokens=None), "the tokens are not split over expert"
+
+
+def because_of_peers(monkeypatch) -> tuple[Callable, Any, str]:
+    monkeypatch.setattr(_peers, "reason_for_collectives", lambda sizes, axes: f"peers {dict(sizes)} {axes}")
+    mesh = make_mesh(MESHES["expert x model"], AUTO)
+    return mm.moe, place_all(mesh, make_layer()), "peers {'expert': 4, 'model': 2} ('expert',)"
+
+
+def because_of_ranks(monkeypatch) -> tuple[Callable, Any, str]:
+    def refuse(*sizes: int) -> int:
+        raise ValueError("jax_megamoe.moe: the expert group has 8 ranks; the kernel serves 1 to 4.")
+
+    monkeypatch.setattr(_library, "peer_workspace_bytes", refuse)
+    reason = "the expert group has 8 ranks; the kernel serves 1 to 4"
+    return mm.moe, place_all(make_mesh(MESHES["expert"], AUTO), make_layer()), reason
+
+
+CASES = [because_of_tokens, because_of_some_axes, because_of_check_vma, because_of_peers, because_of_ranks]
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("case", CASES)
+def test_reasons_for_collectives(case, monkeypatch, caplog):
+    function, arguments, reason = case(monkeypatch) if case.__code__.co_argcount else case()
+    with caplog.at_level(logging.WARNING, "jax_megamoe"):
+        for _ in range(2):
+            assert calls(cuda_text(function, *arguments)) == [LOCAL]
+    (record,) = caplog.records  # once
+    assert reason in record.message and "implementation='collective' is used instead" in record.message
+    with pytest.raises(MegaMoEError, match="implementation is 'cuda' and .*" + re.escape(reason)):
+        cuda_text(lambda *a: function(*a, implementation="cuda"), *arguments)
+    caplog.clear()
+    moe_peers._log_once.cache_clear()
+    # Asked for, or on another platform, it is nothing to report.
+    assert calls(cuda_text(lambda *a: function(*a, implementation="collective"), *arguments)) == [LOCAL]
+    assert calls(cuda_text(function, *arguments, platforms=("cpu",))) == []
+    assert not caplog.records
+
+
+def test_cuda_on_a_cpu_is_an_error():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    with pytest.raises(MegaMoEError, match="implementation is 'cuda' on a CPU, wanted None, 'collective' or"):
+        jax.jit(lambda *a: mm.moe(*a, implementation="cuda"))(*place_all(mesh, layer))
+
+
+def test_other_platforms_are_an_error():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    with pytest.raises(MegaMoEError, match="the platform is tpu, wanted cuda or cpu"):
+        cuda_text(mm.moe, *place_all(mesh, layer), platforms=("tpu",))
+
+
+def test_old_builds_are_errors(built):
+    arguments = place_all(make_mesh(MESHES["expert"], AUTO), make_layer())
+    del built.peer_workspace_bytes
+    with pytest.raises(MegaMoEError, match="_core has no peer_workspace_bytes, wanted a build of the same version"):
+        cuda_text(mm.moe, *arguments)
+
+
+# How long a rank waits.
+
+
+@pytest.mark.usefixtures("built")
+def test_timeout_variable(monkeypatch):
+    arguments = place_all(make_mesh(MESHES["expert"], AUTO), make_layer())
+    for text, wanted in (("2.5", "2500000"), ("600", "600000000"), ("", "30000000")):
+        monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
+        assert attribute(cuda_text(mm.moe, *arguments), "limit_microseconds") == wanted
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e9"])
+def test_timeout_variable_is_checked(monkeypatch, text):
+    layer = make_layer()
+    monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
+    with pytest.raises(MegaMoEError, match=f"JAX_MEGAMOE_TIMEOUT_SECONDS is '{text}', wanted a number of seconds"):
+        mm.moe(*layer[:4])
+
+
+def test_timeout_is_part_of_what_jax_remembers(monkeypatch):
+    """Eager calls and new traces see a change, although the program is otherwise one that JAX has lowered."""
+    arguments = place_all(make_mesh(MESHES["expert"], AUTO), make_layer())
+    jaxprs = []
+    for text in ("30", "7"):
+        monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
+        jaxprs.append(str(jax.make_jaxpr(lambda *a: mm.moe(*a))(*arguments)))
+    assert "limit_microseconds=30000000" in jaxprs[0] and "limit_microseconds=7000000" in jaxprs[1]
+
+
+# To JAX's transformations.
+
+
+def test_vmap_inside_shard_map():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer(32)
+    tokens = P(None, ("data", "expert"))
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), *tokens) for v in (layer.x, layer.ids, layer.probs))
+    weights = place(mesh, layer.weights, "expert")
+    for check_vma in (True, False):
+        f = jax.shard_map(
+            jax.vmap(moe_and_load, in_axes=(0, None, 0, 0)),
+            mesh=mesh,
+            in_specs=(tokens, P("expert"), tokens, tokens),
+            out_specs=(tokens, P(None, "expert")),
+            check_vma=check_vma,
+        )
+        jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, probs))
+        assert jaxpr.count(moe_peers_p.name) == 1
+        y, load = jax.jit(f)(x, weights, ids, probs)
+        check(y, layer)
+        for element, wanted in zip(load, np.asarray(ids).reshape(4, -1), strict=True):
+            np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
+
+
+def test_vmap_with_replicated_tokens():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer(32)
+    f = jax.shard_map(
+        jax.vmap(moe_and_load, in_axes=(0, None, 0, 0)),
+        mesh=mesh,
+        in_specs=(P(None, "data"), P("expert"), P(None, "data"), P(None, "data")),
+        out_specs=(P(None, "data"), P(None, "expert")),
+    )
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.probs))
+    y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, probs)
+    check(y, layer)
+    np.testing.assert_array_equal(load.sum(0), layer.load)
+
+
+def test_no_derivative():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    spec = P("expert")
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec)
+    x, *others = place_all(mesh, layer)
+    with pytest.raises(NotImplementedError, match="inference only"):
+        jax.grad(lambda x: f(x, *others).astype(jnp.float32).sum())(x)
+
+
+def test_marks_of_the_results():
+    """What `shard_map` is told about the results: y like the tokens, load different on each rank."""
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens, split = P(("data", "expert")), P("expert")
+    in_specs = (tokens, split, tokens, tokens)
+
+    def trace(out_specs: Any, specs: Any = in_specs) -> None:
+        jax.eval_shape(jax.shard_map(moe_and_load, mesh=mesh, in_specs=specs, out_specs=out_specs), *layer[:4])
+
+    trace((tokens, split))
+    for wrong in ((P("data"), split), (split, split), (tokens, P())):
+        with pytest.raises(ValueError, match="out_specs"):
+            trace(wrong)
+    trace((P("data"), split), (P("data"), split, P("data"), P("data")))
+    trace((P(), split), (P(), split, P(), P()))
+
+
+# What XLA makes of it.
+
+
+@pytest.fixture
+def fused_on_cpu(built, monkeypatch):
+    """CPU programs with the call in them, to be compiled and read, not to be run."""
+    try:
+        core = importlib.import_module("jax_megamoe._core")
+    except ModuleNotFoundError:
+        pytest.skip("jax_megamoe._core is not built")
+    if not core.has_cuda:
+        pytest.skip("jax_megamoe._core is built without CUDA")
+    # Any handler will do that has no state; no other test of the process has CPU programs with this target.
+    handler = core.ffi_registrations()["targets"]["jax_megamoe.read_ceiling.v1"]
+    jax.ffi.register_ffi_target(FUSED, handler, platform="cpu")
+    monkeypatch.setattr(moe_peers, "_through_collectives", moe_peers._call_kernel)
+
+
+@pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("stacked", [False, True], ids=["one layer", "scan over layers"])
+@pytest.mark.parametrize("way", ["auto", "explicit", "manual", "data manual", "expert manual"])
+def test_weights_are_read_in_place(way, stacked):
+    mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT if way == "explicit" else AUTO), make_layer()
+    lead = (None,) if stacked else ()
+    weights = mm.stack_experts([packed_weights(0), packed_weights(1)]) if stacked else layer.weights
+    function: Any = scan_over_layers if stacked else mm.moe
+    manual = {"manual": ("data", "expert"), "data manual": ("data",), "expert manual": ("expert",)}.get(way, ())
+    tokens = (*manual, *(axis for axis in ("data", "expert") if axis not in manual))
+    x, _, ids, probs = place_all(mesh, layer, tokens=tokens)
+    if manual:
+        experts = P(*lead, "expert") if "expert" in manual else P()
+        specs: Any = {"in_specs": (P(manual), experts, P(manual), P(manual)), "out_specs": P(manual)}
+        function = jax.shard_map(function, mesh=mesh, axis_names=set(manual), **specs)
+    arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
+    text = str(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
+    # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
+    found = opcodes_of_large_results(text, layer.weights.down.size // 4)
+    assert "parameter" in found
+    assert found <= {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "call", "custom-call"}, found
+    assert text.count(f'custom_call_target="{FUSED}"') == 1
+    assert "custom_call_has_side_effect=true" in text
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
+
+
+@pytest.mark.usefixtures("fused_on_cpu")
+def test_equal_calls_stay_apart():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+
+    def twice(*arguments: Any) -> Any:
+        mm.moe(*arguments)  # whose result nobody uses; JAX leaves it out itself, before XLA, on all ranks
+        return mm.moe(*arguments) + mm.moe(*arguments)
+
+    text = str(jax.jit(twice).lower(*place_all(mesh, layer)).compile().as_text())
+    assert text.count(f'custom_call_target="{FUSED}"') == 2
+
+
+def test_the_layer_by_itself_on_cpus():
+    """The primitive's other lowering, directly; tests/test_sharding.py has the rest."""
+    mesh, layer = make_mesh(MESHES["expert x model"], AUTO), make_layer()
+
+    def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
+        leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
+        return moe_peers.moe_peers(
+            *(x, *leaves, ids, probs, jnp.int32(0)),
+            axis_sizes=mesh.shape,
+            expert_axes=("expert",),
+            gathered_axes=("expert",),
+            limit_microseconds=1,
+        )
+
+    spec = P("expert")
+    f = jax.shard_map(per_device, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, spec))
+    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
