@@ -118,7 +118,7 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header) {
   for (int stage = 0; stage < kMaxStages; ++stage) {
     ptx::mbarrier_init(&header.weights_full[stage], 1);
     ptx::mbarrier_init(&header.tokens_full[stage], 1);
-    ptx::mbarrier_init(&header.empty[stage], kConsumerWarps);
+    ptx::mbarrier_init(&header.empty[stage], kEveryLaneArrives ? kConsumerThreads : kConsumerWarps);
     ptx::mbarrier_init(&header.claimed[stage], 1);
   }
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCurs
 // One arrival per consumer warp: the warp has no more use of the stage.
 __device__ __forceinline__ void release_stage(SharedHeader& header, int stage) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&header.empty[stage]);
+  if (kEveryLaneArrives || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&header.empty[stage]);
 }
 
 // Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or two

@@ -26,6 +26,13 @@ enum NamedBarrier : uint32_t {
   kFirstWarpgroupBarrier = 2,  // consumer warpgroup w: this + w
 };
 
+// For compute-sanitizer's racecheck, which does not see that a lane that arrives after __syncwarp does so for its whole warp.
+#ifdef MEGAMOE_RACECHECK
+constexpr bool kEveryLaneArrives = true;
+#else
+constexpr bool kEveryLaneArrives = false;
+#endif
+
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
 
