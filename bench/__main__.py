@@ -1,4 +1,4 @@
-"""Command line: `python -m bench` measures; its subcommands `layers`, `compare` and `plot` are described by --help."""
+"""Command line: `python -m bench` measures; its subcommands are described by --help."""
 
 import argparse
 import os
@@ -6,12 +6,12 @@ import pathlib
 import sys
 from typing import Any
 
-from bench import buffer_sizes, compare, layers, plot, presets, records, rivals, table
+from bench import buffer_sizes, compare, layers, plot, presets, ranks, records, rivals, table
 from bench.measure import METHOD
 from bench.run import Plan, run
 
 COMMANDS = (
-    "subcommands: layers (what JAX adds per layer), compare A B, plot A... -o FILE, "
+    "subcommands: layers (what JAX adds per layer), ranks (over the GPUs of a host), compare A B, plot A... -o FILE, "
     "buffers (memory of expert parallelism); each has --help"
 )
 
@@ -19,7 +19,13 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    commands = {"compare": run_compare, "plot": run_plot, "layers": layers.main, "buffers": buffer_sizes.main}
+    commands = {
+        "compare": run_compare,
+        "plot": run_plot,
+        "layers": layers.main,
+        "ranks": ranks.main,
+        "buffers": buffer_sizes.main,
+    }
     command = commands.get(arguments[0]) if arguments else None
     return run_measure(arguments) if command is None else command(arguments[1:])
 

@@ -41,6 +41,8 @@ cudaError_t cudaFree(void* buffer) {
   std::free(buffer);
   return cudaSuccess;
 }
+cudaError_t cudaHostAlloc(void** result, size_t bytes, unsigned) { return cudaMalloc(result, bytes); }
+cudaError_t cudaFreeHost(void* buffer) { return cudaFree(buffer); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = reinterpret_cast<cudaStream_t>(new fakes::Stream());
   return cudaSuccess;

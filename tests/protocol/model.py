@@ -3,12 +3,14 @@
 docs/expert-parallel.md describes the protocol. A launch of one rank is a set of threads that start together and are over
 together, as the CTAs of a kernel are:
 
-- a pusher for each other rank: writes its tokens into that rank's inbox, then releases the flag;
-- a worker: reads each inbox, writes results into the source's slots, then adds to the source's counter;
-- a late CTA: reads the pair lists in the inboxes like all CTAs do, but has no work of its own to report;
-- a combiner: waits for the counter and reads the slots.
+- two CTAs: read everybody's ids, and count as gathered then; the first has sent its rank's ids before, and writes tokens into
+  the images of their owners;
+- a signaller: when both have gathered, releases the token flags of all ranks;
+- a worker: waits for the tokens of all ranks, reads its images, writes results into the sources' slots and releases the column
+  flags of all ranks;
+- a combiner: waits for the columns of all ranks and reads its slots.
 
-Tokens are modelled by the number of their launch: a read that finds another number is the error looked for.
+Ids, tokens and results are modelled by the number of their launch: a read that finds another number is the error looked for.
 """
 
 from dataclasses import dataclass
@@ -36,20 +38,16 @@ class Store(NamedTuple):
 class Protocol:
     """The protocol (the defaults) and ways to change it."""
 
-    inbox_buffers: int = 2
-    flag_buffers: int = 1
+    ids_buffers: int = 2
+    image_buffers: int = 1
     slot_buffers: int = 1
-    releases_flag: bool = True
-    releases_done: bool = True
-    # A rank without tokens for a peer sends its flag all the same, and is told when the peer is done.
-    empty_takes_part: bool = True
-    # The combiner reads when all ranks are done with the source's tokens.
-    waits_for_done: bool = True
-    # A worker starts on a source when that one's flag is there; otherwise when those of all sources are.
-    starts_per_source: bool = False
-    # Each CTA tells each source that it has read the inbox; otherwise only who has results does.
-    late_reports: bool = False
-    # Who counts the launch: the last CTA to end it, or the combiner when it is through.
+    releases_gathered: bool = True
+    releases_columns: bool = True
+    # A rank whose experts have no tokens announces its columns at once, without waiting for anything but the ids.
+    idle_at_once: bool = True
+    # The combiner reads when all ranks are done with their columns.
+    waits_for_columns: bool = True
+    # Who counts the launch: the last CTA to have read the epoch, or the combiner when it is through.
     epoch_by_last: bool = True
     # Whether CTAs read the epoch from memory, one by one; nobody but the rank itself has to do with it.
     reads_epoch: bool = True
@@ -68,41 +66,38 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
     """The threads of one launch (counted from 1) of one rank."""
     p = protocol
     others = [(rank + i) % num_ranks for i in range(1, num_ranks)]  # the same seen from every rank
-    inbox, slot = f"inbox{launch % p.inbox_buffers}", f"slots{launch % p.slot_buffers}"
-    flag = f"flag{launch % p.flag_buffers}"
-    takes_part = lambda s, d: p.empty_takes_part or (launch, s, d) in sends  # noqa: E731
+    ids, image = f"ids{launch % p.ids_buffers}", f"images{launch % p.image_buffers}"
+    slot = f"slots{launch % p.slot_buffers}"
+    has_tokens = lambda s, d: (launch, s, d) in sends  # noqa: E731
     # Each CTA reads the epoch by itself when it starts: what comes after must be of the launch it belongs to.
     epoch = [Step(reads=((f"epoch[{rank}]", launch - 1),))] if p.reads_epoch else []
+    # A word of ids is there when it has the launch's number; a later number would be waited for in vain.
+    read_ids = [Step(((f"{ids}[{rank}][{s}]", launch),), ((f"{ids}[{rank}][{s}]", launch),)) for s in others]
+    gathered = f"gathered[{rank}]"
+    count = Step(stores=(Store(gathered, 1, is_release=p.releases_gathered, is_addition=True),))
 
-    pushers = [
-        [
-            *epoch,
-            Step(stores=(Store(f"{inbox}[{d}][{rank}]", launch),)),
-            Step(stores=(Store(f"{flag}[{d}][{rank}]", launch, is_release=p.releases_flag),)),
-        ]
-        for d in others
-        if takes_part(rank, d)
-    ]
-    sources = [s for s in others if takes_part(s, rank)]
-    flags = {s: (f"{flag}[{rank}][{s}]", launch) for s in sources}
-    guards = {s: (flags[s],) if p.starts_per_source else tuple(flags.values()) for s in sources}
-    done = {s: Store(f"done[{s}]", 1, is_release=p.releases_done, is_addition=True) for s in sources}
-    worker, late = list(epoch), list(epoch)
-    for s in sources:
-        worker.append(Step(guards[s], reads=((f"{inbox}[{rank}][{s}]", launch),)))
-        worker.append(Step(stores=(Store(f"{slot}[{s}][{rank}]", launch),)))
-        worker.append(Step(stores=(done[s],)))
-        reports = (done[s],) if p.late_reports else ()
-        late.append(Step(guards[s], reads=((f"{inbox}[{rank}][{s}]", launch),), stores=reports))
+    first = [*epoch, *(Step(stores=(Store(f"{ids}[{d}][{rank}]", launch),)) for d in others), *read_ids]
+    first += [Step(stores=(Store(f"{image}[{d}][{rank}]", launch),)) for d in others if has_tokens(rank, d)]
+    first.append(count)
+    second = [*epoch, *read_ids, count]
+    all_gathered = ((gathered, 2 * launch),)
+    signaller = [Step(all_gathered, stores=(Store(f"tokens[{d}][{rank}]", launch),)) for d in others]
 
-    # The counter only grows: what it has to reach follows from the launches so far.
-    reports_per_launch = 2 if p.late_reports else 1
-    target = reports_per_launch * sum(
-        p.empty_takes_part or (n, rank, d) in sends for n in range(1, launch + 1) for d in others
-    )
-    reached = ((f"done[{rank}]", target),) if p.waits_for_done else ()
-    combiner = list(epoch)
-    combiner += [Step(reached, reads=((f"{slot}[{rank}][{d}]", launch),)) for d in others if takes_part(rank, d)]
+    announce = [Step(stores=(Store(f"columns[{d}][{rank}]", launch, is_release=p.releases_columns),)) for d in others]
+    sources = [s for s in others if has_tokens(s, rank)]
+    if sources or not p.idle_at_once:
+        arrived = (*all_gathered, *((f"tokens[{rank}][{s}]", launch) for s in others))
+        worker = [Step(arrived)]
+        for s in sources:
+            worker.append(Step(reads=((f"{image}[{rank}][{s}]", launch),)))
+            worker.append(Step(stores=(Store(f"{slot}[{s}][{rank}]", launch),)))
+    else:
+        worker = list(read_ids)
+    worker += announce
+
+    done = tuple((f"columns[{rank}][{d}]", launch) for d in others) if p.waits_for_columns else ()
+    combiner = [Step(done)]
+    combiner += [Step(reads=((f"{slot}[{rank}][{d}]", launch),)) for d in others if has_tokens(rank, d)]
     if not p.epoch_by_last:
-        combiner.append(Step(reached, stores=(Store(f"epoch[{rank}]", launch, is_release=True),)))
-    return [*pushers, worker, late, combiner]
+        combiner.append(Step(stores=(Store(f"epoch[{rank}]", launch, is_release=True),)))
+    return [first, second, signaller, worker, combiner]

@@ -100,6 +100,11 @@ __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, 
       : "memory");
 }
 
+// Asks for bytes without a place to put them: they are in the L2 when somebody wants them.
+__device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // ---- fences -------------------------------------------------------------------------------------------------------
 // Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -124,6 +129,13 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* counter) {
 
 __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Returns the value before. What this thread wrote or observed is visible to whoever adds later.
+__device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
 }
 
 __device__ __forceinline__ void wait_until_at_least(const uint32_t* counter, uint32_t target) {

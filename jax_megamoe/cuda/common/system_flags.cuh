@@ -23,6 +23,16 @@ __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* flag) {
   return value;
 }
 
+__device__ __forceinline__ uint64_t load_relaxed_system(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed_system(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 // Waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was seen
 // last. The timer is read now and then only: it is slower than the flag.
 __device__ __forceinline__ bool wait_system(const uint64_t* flag, uint64_t target, uint64_t limit, uint64_t* seen) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "host/problem.h"
+#include "layout/peer_buffer.h"
 
 #ifdef MEGAMOE_CUDA
 #include <cuda_runtime_api.h>
@@ -62,6 +63,10 @@ py::dict ffi_registrations() {
 #ifdef MEGAMOE_CUDA
   types["jax_megamoe.moe_instance.v1"] =
       type_of_state(megamoe::moe_instance_type_id(), megamoe::moe_instance_type_info());
+  types["jax_megamoe.moe_peers_instance.v1"] =
+      type_of_state(megamoe::moe_peers_instance_type_id(), megamoe::moe_peers_instance_type_info());
+  types["jax_megamoe.virtual_ranks_instance.v1"] =
+      type_of_state(megamoe::virtual_ranks_instance_type_id(), megamoe::virtual_ranks_instance_type_info());
   types["jax_megamoe.peer_probe_instance.v1"] =
       type_of_state(megamoe::peer_probe_instance_type_id(), megamoe::peer_probe_instance_type_info());
 
@@ -70,6 +75,19 @@ py::dict ffi_registrations() {
   moe["initialize"] = handler(megamoe::MoeInitialize);
   moe["execute"] = handler(megamoe::MoeExecute);
   targets["jax_megamoe.moe.v1"] = moe;
+
+  py::dict moe_peers;
+  moe_peers["instantiate"] = handler(megamoe::MoePeersInstantiate);
+  moe_peers["prepare"] = handler(megamoe::MoePeersPrepare);
+  moe_peers["initialize"] = handler(megamoe::MoePeersInitialize);
+  moe_peers["execute"] = handler(megamoe::MoePeersExecute);
+  targets["jax_megamoe.moe_peers.v1"] = moe_peers;
+
+  py::dict virtual_ranks;
+  virtual_ranks["instantiate"] = handler(megamoe::VirtualRanksInstantiate);
+  virtual_ranks["initialize"] = handler(megamoe::VirtualRanksInitialize);
+  virtual_ranks["execute"] = handler(megamoe::VirtualRanksExecute);
+  targets["jax_megamoe.virtual_ranks.v1"] = virtual_ranks;
 
   py::dict read_ceiling;
   read_ceiling["execute"] = handler(megamoe::ReadCeiling);
@@ -88,11 +106,29 @@ py::dict ffi_registrations() {
   return registrations;
 }
 
-int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {
-  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts};
+// Of a call's largest launch.
+megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+                                 int num_ranks) {
+  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks};
   const std::string reason = megamoe::unsupported_reason(problem);
   if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
-  return static_cast<int64_t>(megamoe::Workspace::bytes(problem));
+  return megamoe::per_launch(problem);
+}
+
+int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {
+  return megamoe::Workspace::bytes(checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, 1));
+}
+
+int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+                             int num_ranks) {
+  return megamoe::Workspace::local_bytes(
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
+}
+
+int64_t buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+                     int num_ranks) {
+  return megamoe::PeerBuffer::bytes_for(
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
 }
 
 }  // namespace
@@ -113,4 +149,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_experts"),
              "Bytes of scratch memory one call of the fused kernel needs on a device.");
+  module.def("peer_workspace_bytes", &peer_workspace_bytes, py::arg("num_tokens"), py::arg("top_k"),
+             py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
+             "The same for one rank of an expert group, beside the buffer that it shares.");
+  module.def("buffer_bytes", &buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
+             "Bytes of the buffer that each rank of an expert group shares with the others.");
 }

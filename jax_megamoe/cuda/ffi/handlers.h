@@ -10,6 +10,13 @@ namespace megamoe {
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInstantiate);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInitialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeExecute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersPrepare);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersExecute);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksInstantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksInitialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksExecute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(ReadCeiling);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeInstantiate);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbePrepare);
@@ -19,6 +26,10 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeExecute);
 // Types of the states that call sites keep between executions.
 void* moe_instance_type_id();
 void* moe_instance_type_info();
+void* moe_peers_instance_type_id();
+void* moe_peers_instance_type_info();
+void* virtual_ranks_instance_type_id();
+void* virtual_ranks_instance_type_info();
 void* peer_probe_instance_type_id();
 void* peer_probe_instance_type_info();
 

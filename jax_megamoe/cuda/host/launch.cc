@@ -1,17 +1,67 @@
 #include "host/launch.h"
 
-#include "host/orientation_launcher.h"
+#include "host/launchers.h"
 
 namespace megamoe {
 
-cudaError_t prepare_kernels() {
-  const cudaError_t error = OrientationLauncher<true>::prepare();
-  return error != cudaSuccess ? error : OrientationLauncher<false>::prepare();
+namespace {
+
+template <bool kSwap>
+cudaError_t prepare(GroupKind kind) {
+  switch (kind) {
+    case GroupKind::kOneRank:
+      return Launcher<kSwap, OneRank>::prepare();
+    case GroupKind::kPeers:
+      return Launcher<kSwap, PeerRanks>::prepare();
+    default:
+      return VirtualRanksLauncher<kSwap>::prepare();
+  }
+}
+
+template <typename Group>
+cudaError_t launch_slice(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
+  return arguments.problem.swap_operands() ? Launcher<true, Group>::launch(arguments, num_ctas, stream)
+                                           : Launcher<false, Group>::launch(arguments, num_ctas, stream);
+}
+
+template <typename Group>
+cudaError_t launch(const MoeArguments& call, int num_ctas, cudaStream_t stream) {
+  const int tokens = call.problem.num_tokens, most = per_launch(call.problem).num_tokens;
+  for (int first = 0; first < tokens; first += most) {
+    MoeArguments slice = call;
+    const size_t values = static_cast<size_t>(first) * call.problem.hidden_size;
+    slice.problem.num_tokens = tokens - first < most ? tokens - first : most;
+    slice.x += values;
+    slice.topk_ids += static_cast<size_t>(first) * call.problem.top_k;
+    slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
+    slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
+    slice.adds_to_load = first > 0;
+    const cudaError_t error = launch_slice<Group>(slice, num_ctas, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t prepare_kernels(GroupKind kind) {
+  const cudaError_t error = prepare<true>(kind);
+  return error != cudaSuccess ? error : prepare<false>(kind);
 }
 
 cudaError_t launch_moe(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
-  return arguments.problem.swap_operands() ? OrientationLauncher<true>::launch(arguments, num_ctas, stream)
-                                           : OrientationLauncher<false>::launch(arguments, num_ctas, stream);
+  return launch<OneRank>(arguments, num_ctas, stream);
+}
+
+cudaError_t launch_moe_peers(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
+  return launch<PeerRanks>(arguments, num_ctas, stream);
+}
+
+cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
+                                 cudaStream_t stream) {
+  return arguments.of_rank[0].problem.swap_operands()
+             ? VirtualRanksLauncher<true>::launch(arguments, present, ctas_per_rank, stream)
+             : VirtualRanksLauncher<false>::launch(arguments, present, ctas_per_rank, stream);
 }
 
 }  // namespace megamoe

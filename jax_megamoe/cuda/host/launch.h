@@ -8,11 +8,21 @@
 
 namespace megamoe {
 
+// Who has the experts: one device, the GPUs of a group, or several ranks on one GPU.
+enum class GroupKind { kOneRank, kPeers, kVirtualRanks };
+
 // Loads the kernels on the current device and raises their shared-memory limit. Outside the hot path: module loading may
 // synchronise.
-cudaError_t prepare_kernels();
+cudaError_t prepare_kernels(GroupKind kind);
 
-// Enqueues one launch; capturable. `num_ctas` is at most the number of SMs.
+// Enqueues a call: one launch, or several where `per_launch` says so; capturable. `num_ctas` is at most the number of SMs.
 cudaError_t launch_moe(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+
+// The same on each GPU of a group, whose `arguments.peers` are set.
+cudaError_t launch_moe_peers(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+
+// All ranks of a group at once, on one GPU: all their CTAs have to fit there at a time. `present` of them; the others stay away.
+cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
+                                 cudaStream_t stream);
 
 }  // namespace megamoe

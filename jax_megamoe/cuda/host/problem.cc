@@ -1,5 +1,7 @@
 #include "host/problem.h"
 
+#include "layout/peer_buffer.h"
+
 namespace megamoe {
 
 std::string unsupported_reason(const Problem& p) {
@@ -14,10 +16,36 @@ std::string unsupported_reason(const Problem& p) {
   if (p.num_experts < 1 || p.num_experts > kMaxExperts) {
     return "the device holds " + text(p.num_experts) + " experts; the kernel serves 1 to 1024.";
   }
+  if (p.num_ranks < 1 || p.num_ranks > kMaxRanks) {
+    return "the expert group has " + text(p.num_ranks) + " ranks; the kernel serves 1 to " + text(kMaxRanks) + ".";
+  }
+  if (p.num_ranks > 1) {
+    if (p.group_experts() > kMaxExperts) {
+      return "the expert group has " + text(p.group_experts()) + " experts; the kernel serves 1 to 1024.";
+    }
+    if (p.hidden_size > kMaxColumnTiles * kDownUnitColumns) {
+      return "hidden_size is " + text(p.hidden_size) + "; it has to be at most 65536 where ranks share the experts.";
+    }
+    if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupPairs) {
+      return "the ranks have " + text(p.num_tokens) + " tokens each; pass at most 2^30 (token, slot) pairs in all.";
+    }
+  }
   if (p.num_tokens < 1 || p.num_tokens > kMaxTokens) {
     return "there are " + text(p.num_tokens) + " tokens; the kernel serves 1 to " + text(kMaxTokens) + " per call.";
   }
   return "";
+}
+
+Problem per_launch(const Problem& problem) {
+  Problem part = problem;
+  auto bytes = [&] {
+    return Workspace::local_bytes(part) +
+           (part.num_ranks > 1 ? PeerBuffer::bytes_for(part) : Workspace::shared_bytes(part));
+  };
+  for (int launches = 2; bytes() > kMaxScratchBytes && part.num_tokens > 1; ++launches) {
+    part.num_tokens = ceil_div(problem.num_tokens, launches);
+  }
+  return part;
 }
 
 }  // namespace megamoe

@@ -1,3 +1,3 @@
-#include "instantiations/orientation_launcher.cuh"
+#include "instantiations/launchers.cuh"
 
-template struct megamoe::OrientationLauncher<false>;
+template struct megamoe::Launcher<false, megamoe::OneRank>;

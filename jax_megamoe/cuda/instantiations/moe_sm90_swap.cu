@@ -1,3 +1,3 @@
-#include "instantiations/orientation_launcher.cuh"
+#include "instantiations/launchers.cuh"
 
-template struct megamoe::OrientationLauncher<true>;
+template struct megamoe::Launcher<true, megamoe::OneRank>;

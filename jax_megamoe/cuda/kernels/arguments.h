@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/divisor.h"
+#include "layout/peer_buffer.h"
 #include "layout/workspace.h"
 
 namespace megamoe {
@@ -11,7 +12,6 @@ namespace megamoe {
 // What follows from the problem and the number of CTAs, so that the start of the kernel does not have to compute it.
 struct LaunchConstants {
   CounterSet counters[2];
-  int counter_words;
   int gather_items_per_cta;
   Divisor gather_blocks;  // items per token
   Divisor gate_up_units;  // per chunk
@@ -28,7 +28,7 @@ struct MoeArguments {
   const float* gate_up_scale;  // [L, E, I/64, H/128, 4]
   const uint8_t* down;         // [L, E, H/64, I/128, 1 plane] e4m3
   const float* down_scale;     // [L, E, H/64, ceil(I/256), 4]
-  const int32_t* topk_ids;     // [T, k]; outside [0, E): unused
+  const int32_t* topk_ids;     // [T, k] of the group's experts; others: unused
   const float* topk_weights;   // [T, k]
   const int32_t* layer;        // scalar in device memory, clamped to [0, L)
   float activation_clamp;      // +inf: none
@@ -37,13 +37,22 @@ struct MoeArguments {
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`
   int32_t* load;  // [E] (token, slot) pairs per expert
   bool y_is_f32;
+  bool adds_to_load;  // a launch for some of the tokens, after others
 
   Workspace workspace;
   Control* control;
+  int counter_words;          // of each of its two sets
+  Peers peers;                // where there are any
   LaunchConstants constants;  // set by launch_moe
 #ifdef MEGAMOE_TRACE
   uint64_t* trace;  // [CTAs][Tracer::kRoles][Tracer::kCapacity]
 #endif
+};
+
+constexpr int kMaxVirtualRanks = 8;
+
+struct VirtualRanksArguments {
+  MoeArguments of_rank[kMaxVirtualRanks];
 };
 
 }  // namespace megamoe

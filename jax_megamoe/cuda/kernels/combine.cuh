@@ -14,13 +14,15 @@ constexpr int kCombineTokens =
     2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
 // Bit s: the token's slot s is used. Eight neighbouring lanes, which have the same token, share the work.
+template <typename Group>
 __device__ __forceinline__ uint32_t used_slots(const MoeArguments& args, int token) {
   const Problem& p = args.problem;
+  const int num_experts = Group::num_ranks(args) * p.num_experts;
   uint32_t used = 0;
   if (token < p.num_tokens) {
     for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {
       const int expert = __ldg(args.topk_ids + token * p.top_k + slot);
-      if (expert >= 0 && expert < p.num_experts) used |= 1u << slot;
+      if (expert >= 0 && expert < num_experts) used |= 1u << slot;
     }
   }
 #pragma unroll
@@ -80,8 +82,17 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, const 
   }
 }
 
+// Where results did not come: numbers that nobody takes for results.
+__device__ __forceinline__ void store_nothing(const MoeArguments& args, const int (&tokens)[2], int column) {
+  float nan[8];
+  for (float& value : nan) value = __uint_as_float(0x7fc00000u);
+  for (int token : tokens) {
+    if (token < args.problem.num_tokens) store_sum(args, nan, token, column);
+  }
+}
+
 // All consumer warps of all CTAs: items of (64 columns, 8 tokens), each as soon as its columns are complete.
-template <bool kSwap>
+template <bool kSwap, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
@@ -93,10 +104,18 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
     const int column = item % column_tiles * kCombineColumns;
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
-    const uint32_t used[2] = {used_slots(args, tokens[0]), used_slots(args, tokens[1])};
-    if (lane == 0)
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
-    __syncwarp();
+    const uint32_t used[2] = {used_slots<Group>(args, tokens[0]), used_slots<Group>(args, tokens[1])};
+    const int tile = column / kDownUnitColumns;
+    if constexpr (Group::kHasPeers) {
+      if (!Group::wait_for_ranks(args, args.peers.header->columns_done[tile], shared_header().epoch,
+                                 PeerFailure::kColumns)) {
+        store_nothing(args, tokens, column + lane % 8 * 8);
+        continue;
+      }
+    } else {
+      if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(tile), signals);
+      __syncwarp();
+    }
     combine_columns(args, tokens, used, column + lane % 8 * 8);
   }
 }

@@ -1,4 +1,4 @@
-// Dispatch inside one GPU: quantise the tokens to E4M3 and write each into the image of every chunk it belongs to.
+// Dispatch: quantise the own tokens to E4M3 and write each into the image of every chunk it belongs to, on whatever rank.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -46,7 +46,7 @@ __device__ __forceinline__ int swizzled_offset(int row, int column) {
 
 // Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
 // warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing.
-template <bool kSwap>
+template <bool kSwap, typename Group>
 __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan& plan, const GatherShare& share,
                                             int token_begin, int token_end, PairTarget* targets) {
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
     const int pair = base + lane;
     int expert = pair < end_pair ? __ldg(args.topk_ids + pair) : -1;
     const float weight = pair < end_pair ? __ldg(args.topk_weights + pair) : 0.0f;
-    if (expert < 0 || expert >= args.problem.num_experts) expert = -1;
+    if (expert < 0 || expert >= plan.group_experts()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
     PairTarget target{-1, 0};
@@ -70,10 +70,12 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int chunk = position / kTile;
       const int row = position - chunk * kTile;
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
-      target = {plan.row_base(expert) + chunk * kTile, row | padded << 16};
+      const int rank = Group::rank_of_expert(args, expert);
+      target = {plan.row_base(expert) + chunk * kTile, row | padded << 8 | rank << 16};
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(pair / top_k) >= share.first_item) {
-        args.workspace.row_sources[target.chunk_row_base + row] = {pair, weight * args.routed_scaling_factor};
+        Group::on(args, rank, args.workspace.row_sources)[target.chunk_row_base + row] = {
+            Group::pair_of_group(args, pair), weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
@@ -82,6 +84,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
 }
 
 // Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots.
+template <typename Group>
 __device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const uint4& packed,
                                             const PairTarget* token_targets) {
   const Problem& p = args.problem;
@@ -111,24 +114,24 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
   for (int slot = 0; slot < p.top_k; ++slot) {
     const PairTarget target = token_targets[slot];
     if (target.chunk_row_base < 0) continue;
-    const int row = target.row_and_padded & 0xffff;
-    const size_t rows_before = static_cast<size_t>(k_block) * (target.row_and_padded >> 16);
-    uint8_t* plane = args.workspace.token_planes + static_cast<size_t>(target.chunk_row_base) * p.hidden_size +
-                     rows_before * kBlockK;
+    const int row = target.row();
+    const size_t rows_before = static_cast<size_t>(k_block) * target.padded_rows();
+    uint8_t* plane = Group::on(args, target.rank(), args.workspace.token_planes) +
+                     static_cast<size_t>(target.chunk_row_base) * p.hidden_size + rows_before * kBlockK;
     *reinterpret_cast<uint2*>(plane + swizzled_offset(row, column % kBlockK)) = make_uint2(bytes[0], bytes[1]);
     if (lane % 16 == 0) {
-      args.workspace
-          .token_scales[static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK) + rows_before + row] =
-          scale;
+      float* scales = Group::on(args, target.rank(), args.workspace.token_scales) +
+                      static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK);
+      scales[rows_before + row] = scale;
     }
   }
 }
 
 // This CTA's share of the tokens; all consumer threads. `packed` is the warp's first item, asked for before the weights flood
-// the memory queues. Ends by telling every CTA, through the counter, that the share is done.
-template <bool kSwap>
+// the memory queues. Ends by counting the share as done, for all CTAs to know.
+template <bool kSwap, typename Group>
 __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              uint4 packed, PairTarget* targets, Tracer& tracer) {
+                                              uint4 packed, PairTarget* targets, Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
@@ -136,13 +139,13 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   int item = share.first_item + warp;
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
-    if (warp == 0) place_pairs<kSwap>(args, plan, share, token_begin, token_end, targets);
+    if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     for (; item < min(share.end_item, share.first_item_of(token_end)); item += kConsumerWarps) {
       const uint4 next = load_item(args, share, item + kConsumerWarps);
       const int token = share.token_of(item);
-      gather_item(args, item - share.first_item_of(token), packed, targets + (token - token_begin) * top_k);
+      gather_item<Group>(args, item - share.first_item_of(token), packed, targets + (token - token_begin) * top_k);
       packed = next;
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
@@ -151,7 +154,14 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   // The images are read by the copy engine of every SM.
   ptx::fence_proxy_async_global();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-  if (threadIdx.x == 0) ptx::add_release(SharedMap<kSwap>::counters(args).quantized_ctas(), 1);
+  if (threadIdx.x == 0) {
+    uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_ctas();
+    if constexpr (Group::kHasPeers) {
+      signaller.post(counter);
+    } else {
+      ptx::add_release(counter, 1);
+    }
+  }
 }
 
 }  // namespace megamoe

@@ -14,9 +14,11 @@
 
 #include <cstdint>
 
+#include "kernels/announce.cuh"
 #include "kernels/arguments.h"
 #include "kernels/combine.cuh"
 #include "kernels/gather.cuh"
+#include "kernels/group.cuh"
 #include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"
@@ -28,10 +30,9 @@ namespace megamoe {
 
 // Unit after unit, until the weight producer says that there are no more.
 template <typename Consumer, bool kSwap>
-__device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map, Tracer& tracer) {
+__device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
+                                        Tracer& tracer) {
   StageCursor cursor;
-  const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  Signaller signaller(map.header().signals[warpgroup]);
 #pragma unroll 1
   while (true) {
     wait_stage(map.header(), cursor);
@@ -45,86 +46,135 @@ __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMa
 }
 
 // With the smallest token tile that holds the launch's largest chunk.
-template <int kN = 8>
-__device__ __forceinline__ void consume_swapped(const MoeArguments& args, const SharedMap<true>& map, Tracer& tracer) {
+template <typename Group, int kN = 8>
+__device__ __forceinline__ void consume_swapped(const MoeArguments& args, const SharedMap<true>& map,
+                                                Signaller& signaller, Tracer& tracer) {
   if constexpr (kN < kSwapTokenTile) {
-    if (map.max_rows > kN) return consume_swapped<kN + 8>(args, map, tracer);
+    if (map.max_rows > kN) return consume_swapped<Group, kN + 8>(args, map, signaller, tracer);
   }
-  consume<SwapConsumer<kN>>(args, map, tracer);
+  consume<SwapConsumer<kN, Group>>(args, map, signaller, tracer);
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
-__device__ __forceinline__ void clear_counters(const LaunchConstants& constants, uint32_t set) {
-  uint32_t* words = constants.counters[set].next_unit();
-  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < constants.counter_words;
-       i += gridDim.x * kConsumerThreads) {
+__device__ __forceinline__ void clear_counters(const MoeArguments& args, uint32_t set) {
+  uint32_t* words = args.constants.counters[set].next_unit();
+  for (int i = blockIdx.x * kConsumerThreads + threadIdx.x; i < args.counter_words; i += gridDim.x * kConsumerThreads) {
     words[i] = 0;
   }
 }
 
-// One thread of every CTA, once the CTA has read `launch`: the last one sets it for the next launch. `readers` wraps to zero.
-__device__ __forceinline__ void pass_turn(Control* control, uint32_t launch) {
-  if (atomicInc(&control->readers, gridDim.x - 1) == gridDim.x - 1) control->launch = launch + 1;
+// One thread of every CTA, once the CTA has read `launch` and the epoch: the last one sets them for the next launch. `readers`
+// wraps to zero.
+template <typename Group>
+__device__ __forceinline__ void pass_turn(const MoeArguments& args, const SharedHeader& header) {
+  if (atomicInc(&args.control->readers, gridDim.x - 1) != gridDim.x - 1) return;
+  args.control->launch = header.launch + 1;
+  if constexpr (Group::kHasPeers) args.peers.header->epoch = header.epoch;
 }
 
-template <bool kSwap>
-__global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant__ MoeArguments args) {
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32;
   Tracer tracer(args, TraceRole::kConsumer);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   // What comes from memory is asked for first, before the weights flood its queues.
-  const int first_expert = threadIdx.x < p.num_pairs() ? __ldg(args.topk_ids + threadIdx.x) : -1;
   const GatherShare share(args);
+  int first_expert = -1;
+  uint64_t epoch = 0;
+  if constexpr (Group::kHasPeers) {
+    epoch = __ldcg(&args.peers.header->epoch) + 1;
+  } else {
+    if (threadIdx.x < p.num_pairs()) first_expert = __ldg(args.topk_ids + threadIdx.x);
+  }
   uint4 first_item = make_uint4(0, 0, 0, 0);
   if (warp < kConsumerWarps) first_item = load_item(args, share, share.first_item + warp);
-  if (threadIdx.x == kTokenProducerWarp * 32) init_pipeline(SharedMap<kSwap>::header());
-  if (threadIdx.x == kFirstSignalWarp * 32) SharedMap<kSwap>::header().launch = __ldcg(&args.control->launch);
+  if (threadIdx.x == kTokenProducerWarp * 32) init_pipeline(shared_header());
+  if (threadIdx.x == kFirstSignalWarp * 32) {
+    shared_header().launch = __ldcg(&args.control->launch);
+    shared_header().epoch = epoch;
+  }
+  int first_pair = share.first_token() * p.top_k;
+  if constexpr (Group::kHasPeers) {
+    Group::dawdle(args, 0);
+    Group::send_ids(args, epoch);
+    if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
+    first_pair += Group::rank(args) * p.num_pairs();
+  }
 
-  const Plan plan(p.num_experts);
-  count_pairs(args, plan, share.first_token() * p.top_k, first_expert);
+  const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
+  count_pairs<Group>(args, plan, first_pair, first_expert);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {
     ptx::decrease_registers<kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
-      lay_out_chunks<kSwap>(plan);
-      ptx::mbarrier_arrive(&SharedMap<kSwap>::header().planned);  // every lane, for what it wrote
+      lay_out_chunks<kSwap>(plan, plan.first_expert());
+      ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
       __syncwarp();
+    } else {
+      ptx::mbarrier_wait(&shared_header().planned, 0);
+    }
+    if constexpr (Group::kHasPeers) {
+      const uint64_t* sent = args.peers.header->tokens_sent;
+      if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, shared_header().epoch, PeerFailure::kTokens);
     }
     if (threadIdx.x % 32 == 0) {
       if (warp == kWeightProducerWarp) {
-        const SharedMap<kSwap> map(args, plan.max_rows());
+        const SharedMap<kSwap> map(args, plan);
         WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
       } else if (warp == kTokenProducerWarp) {
-        ptx::mbarrier_wait(&SharedMap<kSwap>::header().planned, 0);
-        produce_tokens<kSwap>(args, SharedMap<kSwap>(args, plan.max_rows()));
+        produce_tokens<kSwap, Group>(args, SharedMap<kSwap>(args, plan), Group::kHasPeers);
       } else {
-        if (warp == kFirstSignalWarp) pass_turn(args.control, SharedMap<kSwap>::launch());
-        Signaller(SharedMap<kSwap>::header().signals[warp - kFirstSignalWarp]).run();
+        const CounterAdvance<kSwap, Group> advance(args, plan);
+        if (warp == kFirstSignalWarp) {
+          pass_turn<Group>(args, shared_header());
+          if constexpr (Group::kHasPeers) {
+            if (blockIdx.x == 0) advance.announce_if_idle();
+          }
+        }
+        Signaller(shared_header().signals[warp - kFirstSignalWarp]).run(advance);
       }
     }
   } else {
     ptx::increase_registers<kConsumerRegisters>();
-    ptx::mbarrier_wait(&SharedMap<kSwap>::header().planned, 0);
-    const SharedMap<kSwap> map(args, plan.max_rows());
+    if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(plan, Group::num_ranks(args));
+    ptx::mbarrier_wait(&shared_header().planned, 0);
+    const SharedMap<kSwap> map(args, plan);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
-    gather_tokens<kSwap>(args, plan, share, first_item, map.pair_targets(), tracer);
+    Group::dawdle(args, 1);
+    Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
+    gather_tokens<kSwap, Group>(args, plan, share, first_item, map.pair_targets(), signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
-    clear_counters(args.constants, (map.launch() + 1) % 2);
+    clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
-      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) args.load[e] = plan.count(e);
+      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
+        args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
+      }
     }
     if constexpr (kSwap) {
-      consume_swapped(args, map, tracer);
+      consume_swapped<Group>(args, map, signaller, tracer);
     } else {
-      consume<NormalConsumer>(args, map, tracer);
+      consume<NormalConsumer<Group>>(args, map, signaller, tracer);
     }
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
-    combine_tokens<kSwap>(args, plan.num_chunks());
+    Group::dawdle(args, 4);
+    combine_tokens<kSwap, Group>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
   }
+}
+
+template <bool kSwap, typename Group>
+__global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant__ MoeArguments args) {
+  run_moe<kSwap, Group>(args);
+}
+
+// Several ranks on one GPU, a row of CTAs each.
+template <bool kSwap>
+__global__ void __launch_bounds__(kCtaThreads, 1)
+    moe_virtual_ranks(const __grid_constant__ VirtualRanksArguments args) {
+  run_moe<kSwap, VirtualRanks>(args.of_rank[blockIdx.y]);
 }
 
 }  // namespace megamoe

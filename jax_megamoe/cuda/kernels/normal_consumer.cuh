@@ -17,6 +17,7 @@
 
 namespace megamoe {
 
+template <typename Group>
 class NormalConsumer {
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note,
@@ -152,9 +153,7 @@ class NormalConsumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (first_token() + 8 * half >= note_.rows()) continue;
-      uint16_t* row = args_.workspace.slot_outputs +
-                      static_cast<size_t>(source_[half].pair) * args_.problem.hidden_size +
-                      note_.tile * kDownUnitColumns + 2 * quad_column();
+      uint16_t* row = Group::slot_row(args_, source_[half].pair) + note_.tile * kDownUnitColumns + 2 * quad_column();
 #pragma unroll
       for (int g = 0; g < 8; ++g) {  // sixteen hidden columns each
         const int even = 8 * g + 2 * half, odd = 8 * g + 4 + 2 * half;

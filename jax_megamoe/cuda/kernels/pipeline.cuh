@@ -9,12 +9,19 @@
 
 namespace megamoe {
 
-// (image row and chunk) a pair's token goes to; used while the tokens are gathered.
+// (rank, image row and chunk) a pair's token goes to; used while the tokens are gathered.
 struct PairTarget {
   int chunk_row_base;  // negative: unused slot
-  int row_and_padded;  // row | padded rows << 16
+  int row_and_padded;  // row | padded rows << 8 | rank << 16
+
+  __device__ int row() const { return row_and_padded & 0xff; }
+  __device__ int padded_rows() const { return row_and_padded >> 8 & 0xff; }
+  __device__ int rank() const { return row_and_padded >> 16; }
 };
 constexpr int kPairBatch = 256;
+
+constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
+static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");
 
 constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory per CTA on SM90
 
@@ -26,22 +33,22 @@ class SharedMap {
   int max_rows;
   int num_stages;
 
-  // `largest_chunk`: its padded rows.
-  __device__ SharedMap(const MoeArguments& args, int largest_chunk) {
+  // For a plan that is complete.
+  __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
     // The normal path always reads 128 rows, the padding ones included.
-    max_rows = kSwap ? largest_chunk : kNormalTokenTile;
-    scratch_offset_ = scratch_begin(args.problem.num_experts);
-    ring_offset_ = ring_begin(args.problem.num_experts, max_rows);
+    max_rows = kSwap ? plan.max_rows() : kNormalTokenTile;
+    scratch_offset_ = scratch_begin(plan);
+    ring_offset_ = ring_begin(plan, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];
   }
 
   // How many stages fit; computed on the host.
-  __host__ __device__ static int stages_that_fit(int num_experts, int rows) {
-    const int fit = (kSharedBytes - ring_begin(num_experts, rows)) / stage_bytes(rows);
+  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows) {
+    const int fit = (kSharedBytes - ring_begin(plan, rows)) / stage_bytes(rows);
     return fit < kMaxStages ? fit : kMaxStages;
   }
 
-  __device__ static SharedHeader& header() { return *reinterpret_cast<SharedHeader*>(shared_memory()); }
+  __device__ static SharedHeader& header() { return shared_header(); }
 
   __device__ static uint32_t launch() { return header().launch; }
   __device__ static const CounterSet& counters(const MoeArguments& args) {
@@ -56,6 +63,11 @@ class SharedMap {
   __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset_); }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
+  // swapAB: [warpgroups][max_rows][kDownTileRowBytes], swizzled
+  __device__ uint8_t* down_tile(int warpgroup) const {
+    return reinterpret_cast<uint8_t*>(sources() + kConsumerWarpgroups * max_rows) +
+           warpgroup * max_rows * kDownTileRowBytes;
+  }
 
   __device__ uint8_t* weights(int stage) const {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
@@ -66,14 +78,15 @@ class SharedMap {
   }
 
  private:
-  __host__ __device__ static int scratch_begin(int num_experts) {
-    return round_up(kSharedHeaderBytes + Plan::bytes(num_experts), 16);
+  __host__ __device__ static int scratch_begin(const Plan& plan) {
+    return round_up(kSharedHeaderBytes + plan.bytes(), 16);
   }
-  __host__ __device__ static int ring_begin(int num_experts, int rows) {
+  __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
     const int targets = kPairBatch * static_cast<int>(sizeof(PairTarget));
-    const int epilogue =
-        kSwap ? rows * static_cast<int>(kConsumerWarps * sizeof(float) + kConsumerWarpgroups * sizeof(RowSource)) : 0;
-    return round_up(scratch_begin(num_experts) + (targets > epilogue ? targets : epilogue), 1024);
+    constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
+                              kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
+    const int epilogue = kSwap ? rows * kRowBytes : 0;
+    return round_up(scratch_begin(plan) + (targets > epilogue ? targets : epilogue), 1024);
   }
   __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
@@ -145,14 +158,15 @@ class Signaller {
     cursor_.advance(kSignalSlots);
   }
 
-  // The signal thread.
-  __device__ __forceinline__ void run() {
+  // The signal thread: `advance(counter)` for each.
+  template <typename Advance>
+  __device__ __forceinline__ void run(const Advance& advance) {
     while (true) {
       ptx::mbarrier_wait(&queue_.full[cursor_.stage], cursor_.parity);
       uint32_t* counter = queue_.counter[cursor_.stage];
       if (counter == nullptr) return;
       ptx::mbarrier_arrive(&queue_.empty[cursor_.stage]);
-      ptx::add_release(counter, 1);
+      advance(counter);
       cursor_.advance(kSignalSlots);
     }
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/arguments.h"
+#include "kernels/group.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
 
@@ -20,54 +21,78 @@ struct Unit {
   int rows;      // tokens in the chunk
 };
 
-// The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.
-__device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  return memory;
-}
-
-// Arrays of `num_experts` (+1) entries that follow each other in shared memory, behind the fixed header.
+// Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
 class Plan {
  public:
-  __device__ explicit Plan(int num_experts) : num_experts_(num_experts) {}
+  __host__ __device__ Plan(int num_experts, int num_ranks, int rank)
+      : group_experts_(num_ranks * num_experts), num_experts_(num_experts), first_expert_(rank * num_experts) {}
 
-  __host__ __device__ static int bytes(int num_experts) {
-    return (4 * num_experts + 2) * static_cast<int>(sizeof(int));
+  __host__ __device__ int bytes() const {
+    return (3 * group_experts_ + num_experts_ + 2) * static_cast<int>(sizeof(int));
   }
 
-  __device__ int num_experts() const { return num_experts_; }
+  __device__ int group_experts() const { return group_experts_; }
+  __device__ int num_experts() const { return num_experts_; }    // of this rank
+  __device__ int first_expert() const { return first_expert_; }  // of this rank, in the group
+  // By expert of the group.
   // Pairs per expert.
   __device__ int& count(int expert) const { return storage()[expert]; }
-  // First gathered row.
-  __device__ int& row_base(int expert) const { return storage()[num_experts_ + expert]; }
+  // First gathered row, on the expert's rank.
+  __device__ int& row_base(int expert) const { return storage()[group_experts_ + expert]; }
   // Pairs of earlier CTAs' tokens, then a running position.
-  __device__ int& before(int expert) const { return storage()[2 * num_experts_ + expert]; }
-  // First chunk; one past the last expert: the number of chunks.
-  __device__ int& chunk_base(int expert) const { return storage()[3 * num_experts_ + expert]; }
+  __device__ int& before(int expert) const { return storage()[2 * group_experts_ + expert]; }
+  // First chunk, by expert of this rank; one past the last: the number of chunks.
+  __device__ int& chunk_base(int expert) const { return storage()[3 * group_experts_ + expert]; }
   __device__ int num_chunks() const { return chunk_base(num_experts_); }
   // Rows of the largest padded chunk.
-  __device__ int& max_rows() const { return storage()[4 * num_experts_ + 1]; }
+  __device__ int& max_rows() const { return storage()[3 * group_experts_ + num_experts_ + 1]; }
 
  private:
   __device__ static int* storage() { return reinterpret_cast<int*>(shared_memory() + kSharedHeaderBytes); }
 
+  int group_experts_;
   int num_experts_;
+  int first_expert_;
 };
 
-// Counts pairs per expert, in all and before `first_pair`. All threads of the CTA; `expert` is the id of the thread's first
-// pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+__device__ __forceinline__ void count_pair(const Plan& plan, int expert, bool before) {
+  if (expert < 0 || expert >= plan.group_experts()) return;
+  atomicAdd(&plan.count(expert), 1);
+  if (before) atomicAdd(&plan.before(expert), 1);
+}
+
+// Counts the group's pairs per expert, in all and before `first_pair`. All threads of the CTA; with one rank `expert` is the id of
+// the thread's first pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+template <typename Group>
 __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
-  const int num_experts = args.problem.num_experts;
-  const int num_pairs = args.problem.num_pairs();
 #pragma unroll 1
-  for (int e = threadIdx.x; e < num_experts; e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
+  for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
+  if constexpr (Group::kHasPeers) {
+    const int num_pairs = args.problem.group_pairs();
+    const uint64_t epoch = shared_header().epoch;
+    const uint64_t* ids = args.peers.ids[epoch % 2];
+    constexpr int kInFlight = 4;
 #pragma unroll 1
-  for (int pair = threadIdx.x; pair < num_pairs; pair += kCtaThreads) {
-    if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
-    if (expert < 0 || expert >= num_experts) continue;
-    atomicAdd(&plan.count(expert), 1);
-    if (pair < first_pair) atomicAdd(&plan.before(expert), 1);
+    for (int base = threadIdx.x; base < num_pairs; base += kInFlight * kCtaThreads) {
+      uint64_t words[kInFlight] = {};
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int pair = base + i * kCtaThreads;
+        if (pair < num_pairs) words[i] = ptx::load_relaxed_system(ids + pair);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int pair = base + i * kCtaThreads;
+        if (pair < num_pairs) count_pair(plan, Group::received_id(args, epoch, pair, words[i]), pair < first_pair);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < args.problem.num_pairs(); pair += kCtaThreads) {
+      if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
+      count_pair(plan, expert, pair < first_pair);
+    }
   }
   __syncthreads();
 }
@@ -82,32 +107,43 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-// Prefix sums over the experts. One warp.
-template <bool kSwap>
-__device__ __forceinline__ void lay_out_chunks(const Plan& plan) {
+// Prefix sums over the experts of a rank, this one's if `kOwn`: then chunks too. One warp.
+template <bool kSwap, bool kOwn = true>
+__device__ __forceinline__ void lay_out_chunks(const Plan& plan, int first_expert) {
   const int num_experts = plan.num_experts();
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
   int rows_so_far = 0, chunks_so_far = 0, max_rows = 8;
   for (int first = 0; first < num_experts; first += 32) {
     const int e = first + lane;
-    const int count = e < num_experts ? plan.count(e) : 0;
+    const int count = e < num_experts ? plan.count(first_expert + e) : 0;
     const int rows = round_up(count, 8);
-    const int chunks = ceil_div(count, kTile);
     const int rows_end = warp_inclusive_sum(rows);
-    const int chunks_end = warp_inclusive_sum(chunks);
-    if (e < num_experts) {
-      plan.row_base(e) = rows_so_far + rows_end - rows;
-      plan.chunk_base(e) = chunks_so_far + chunks_end - chunks;
-    }
+    if (e < num_experts) plan.row_base(first_expert + e) = rows_so_far + rows_end - rows;
     rows_so_far += __shfl_sync(~0u, rows_end, 31);
-    chunks_so_far += __shfl_sync(~0u, chunks_end, 31);
-    max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
+    if constexpr (kOwn) {
+      const int chunks = ceil_div(count, kTile);
+      const int chunks_end = warp_inclusive_sum(chunks);
+      if (e < num_experts) plan.chunk_base(e) = chunks_so_far + chunks_end - chunks;
+      chunks_so_far += __shfl_sync(~0u, chunks_end, 31);
+      max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
+    }
   }
-  if (lane == 0) {
+  if (kOwn && lane == 0) {
     plan.chunk_base(num_experts) = chunks_so_far;
     plan.max_rows() = max_rows;
   }
+}
+
+// Where the rows of other ranks' experts lie. All consumers.
+template <bool kSwap>
+__device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ranks) {
+#pragma unroll 1
+  for (int rank = threadIdx.x / 32; rank < num_ranks; rank += kConsumerWarps) {
+    const int first_expert = rank * plan.num_experts();
+    if (first_expert != plan.first_expert()) lay_out_chunks<kSwap, false>(plan, first_expert);
+  }
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 }
 
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
@@ -140,8 +176,8 @@ class UnitSchedule {
     u.tile = chunks == 1 ? within : within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
-    u.row_base = plan_.row_base(u.expert) + chunk * kTile;
-    u.rows = min(kTile, plan_.count(u.expert) - chunk * kTile);
+    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
+    u.rows = min(kTile, plan_.count(plan_.first_expert() + u.expert) - chunk * kTile);
     return u;
   }
 

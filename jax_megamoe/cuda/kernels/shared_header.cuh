@@ -38,11 +38,20 @@ struct SharedHeader {
   uint64_t planned;                   // the plan is complete
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint32_t launch;                                                     // its number
+  uint32_t launch;                                                     // its number at this call site
+  uint64_t epoch;                                                      // ... and in the group, if there is one
   alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
   alignas(16) UnitNote note[kMaxStages];
 };
 
 constexpr int kSharedHeaderBytes = sizeof(SharedHeader);
+
+// The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
+__device__ __forceinline__ SharedHeader& shared_header() { return *reinterpret_cast<SharedHeader*>(shared_memory()); }
 
 }  // namespace megamoe

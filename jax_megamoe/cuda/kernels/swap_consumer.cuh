@@ -21,7 +21,7 @@
 
 namespace megamoe {
 
-template <int kN>
+template <int kN, typename Group>
 class SwapConsumer {
  public:
   __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
@@ -230,24 +230,32 @@ class SwapConsumer {
     }
   }
 
-  // BF16 rows of this warpgroup's 64 hidden columns.
+  // BF16 rows of this warpgroup's 64 hidden columns: put together in shared memory, since whole lines are what the wires to
+  // other GPUs carry well.
   __device__ __forceinline__ void finish_down(Partial& acc) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     const int padded = note_.padded_rows();
+    uint8_t* tile = map_.down_tile(warpgroup());
     if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
-    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
-    const int column =
-        note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + warp_in_group() * 16 + 2 * quad_row();
+    const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
 #pragma unroll 1
     for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
-        if (token >= note_.rows()) continue;
-        uint16_t* row =
-            args_.workspace.slot_outputs + static_cast<size_t>(sources()[token].pair) * args_.problem.hidden_size;
-        *reinterpret_cast<__nv_bfloat162*>(row + column) = __floats2bfloat162_rn(acc[c], acc[2 + c]);
+        *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
+            __floats2bfloat162_rn(acc[c], acc[2 + c]);
       }
+    }
+    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
+    constexpr int kLanesPerRow = kDownTileRowBytes / sizeof(uint4);
+    const int piece = thread_in_group() % kLanesPerRow;
+    const int column = note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + piece * 8;
+#pragma unroll 1
+    for (int token = thread_in_group() / kLanesPerRow; token < note_.rows();
+         token += kWarpgroupThreads / kLanesPerRow) {
+      *reinterpret_cast<uint4*>(Group::slot_row(args_, sources()[token].pair) + column) =
+          *reinterpret_cast<const uint4*>(tile + swizzled_offset(token, piece * static_cast<int>(sizeof(uint4))));
     }
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     if (thread_in_group() == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));

@@ -8,65 +8,95 @@
 
 namespace megamoe {
 
-// Sizes of one call on one device; `num_experts` are the experts this device holds.
+// Sizes of one call on one device; `num_tokens` and `num_experts` are what this device holds.
 struct Problem {
   int num_tokens;
   int top_k;
   int hidden_size;
   int intermediate_size;
   int num_experts;
+  int num_ranks = 1;  // of the expert group; each has as many tokens and experts
 
   __host__ __device__ bool swap_operands() const { return num_tokens <= kMaxSwapTokens; }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
   __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
+  __host__ __device__ int group_pairs() const { return num_ranks * num_pairs(); }
+  __host__ __device__ int group_experts() const { return num_ranks * num_experts; }
   // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
   __host__ __device__ int max_chunks() const {
-    return (num_experts < num_pairs() ? num_experts : num_pairs()) + num_pairs() / token_tile();
+    return (num_experts < group_pairs() ? num_experts : group_pairs()) + group_pairs() / token_tile();
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
-  __host__ __device__ int max_rows() const { return num_pairs() + 7 * max_chunks(); }
+  __host__ __device__ int max_rows() const { return group_pairs() + 7 * max_chunks(); }
 };
 
 // Which (token, slot) pair a gathered row came from, and its routing weight times the routed scaling factor.
 struct RowSource {
-  int pair;
+  int pair;  // with its rank above (kPairRankShift) where there is a group
   float weight;
 };
 
-// Scratch of one call, carved from one buffer that XLA owns. Token images are stored chunk after chunk; a chunk of n padded
-// rows that starts at row r holds planes [K/128][n][128 bytes] at r*K and scales [K/group][n] at r*K/group.
+// Scratch of one call. Token images are stored chunk after chunk; a chunk of n padded rows that starts at row r holds planes
+// [K/128][n][128 bytes] at r*K and scales [K/group][n] at r*K/group.
 struct Workspace {
-  uint8_t* token_planes;       // [max_rows * H] e4m3
-  float* token_scales;         // [max_rows * H/128]
+  // What other ranks write: in the group's buffer, or with the rest.
+  uint8_t* token_planes;   // [max_rows * H] e4m3
+  float* token_scales;     // [max_rows * H/128]
+  RowSource* row_sources;  // [max_rows]
+  uint16_t* slot_outputs;  // [T, k, H] bf16: the expert's result of every used (token, slot)
+  // The rest, in one buffer that XLA owns.
   uint8_t* activation_planes;  // [max_rows * I] e4m3
   float* activation_scales;    // [max_rows * I/64]
-  uint16_t* slot_outputs;      // [T, k, H] bf16: the expert's result of every used (token, slot)
-  RowSource* row_sources;      // [max_rows]
 
   static constexpr size_t kAlignment = 1024;
 
-  // With a null base this only measures: the return value is the number of bytes.
-  __host__ __device__ static size_t carve(const Problem& p, void* base, Workspace* out) {
-    size_t offset = 0;
+  static size_t shared_bytes(const Problem& p) {
+    Workspace unused;
+    return unused.carve_shared(p, nullptr);
+  }
+  static size_t local_bytes(const Problem& p) {
+    Workspace unused;
+    return unused.carve_local(p, nullptr);
+  }
+  // Where one buffer has it all.
+  static size_t bytes(const Problem& p) { return shared_bytes(p) + local_bytes(p); }
+  void carve(const Problem& p, void* base) { carve_local(p, static_cast<char*>(base) + carve_shared(p, base)); }
+
+  // Both return the number of bytes; a null base only measures.
+  size_t carve_shared(const Problem& p, void* base) {
     const size_t rows = p.max_rows();
-    auto take = [&](size_t bytes) {
-      void* pointer = static_cast<char*>(base) + offset;
-      offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      return pointer;
-    };
-    Workspace w;
-    w.token_planes = static_cast<uint8_t*>(take(rows * p.hidden_size));
-    w.token_scales = static_cast<float*>(take(rows * (p.hidden_size / kBlockK) * sizeof(float)));
-    w.activation_planes = static_cast<uint8_t*>(take(rows * p.intermediate_size));
-    w.activation_scales =
-        static_cast<float*>(take(rows * (p.intermediate_size / kActivationScaleColumns) * sizeof(float)));
-    w.slot_outputs = static_cast<uint16_t*>(take(static_cast<size_t>(p.num_pairs()) * p.hidden_size * 2));
-    w.row_sources = static_cast<RowSource*>(take(rows * sizeof(RowSource)));
-    if (out != nullptr) *out = w;
-    return offset;
+    Carver carver(base);
+    token_planes = carver.take<uint8_t>(rows * p.hidden_size);
+    token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
+    row_sources = carver.take<RowSource>(rows);
+    slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_pairs()) * p.hidden_size);
+    return carver.bytes();
+  }
+  size_t carve_local(const Problem& p, void* base) {
+    const size_t rows = p.max_rows();
+    Carver carver(base);
+    activation_planes = carver.take<uint8_t>(rows * p.intermediate_size);
+    activation_scales = carver.take<float>(rows * (p.intermediate_size / kActivationScaleColumns));
+    return carver.bytes();
   }
 
-  static size_t bytes(const Problem& p) { return carve(p, nullptr, nullptr); }
+ private:
+  class Carver {
+   public:
+    explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <typename T>
+    T* take(size_t count) {
+      T* pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + offset_);
+      offset_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+      return pointer;
+    }
+    size_t bytes() const { return offset_; }
+
+   private:
+    char* base_;
+    size_t offset_ = 0;
+  };
 };
 
 // Counters that outlive a launch. Two sets take turns: a launch counts in one and clears the other for its successor, so
@@ -83,8 +113,9 @@ struct Control {
 class CounterSet {
  public:
   CounterSet() = default;
-  __host__ __device__ CounterSet(const Problem& p, Control* control, uint32_t index)
-      : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * words(p)),
+  // `set_words`: of each of the two sets, at least `words` of every problem that uses them.
+  CounterSet(const Problem& p, Control* control, int index, int set_words)
+      : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
         gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
 
   __host__ __device__ static int words(const Problem& p) {

@@ -19,6 +19,7 @@ std::string SymmetricMemory::create(const Request& request, std::unique_ptr<Symm
 SymmetricMemory::~SymmetricMemory() {
   DeviceScope scope(device());
   cudaFree(table_);
+  cudaFreeHost(note_);
 }
 
 std::string SymmetricMemory::open(const Request& request) {
@@ -69,6 +70,10 @@ std::string SymmetricMemory::write_table() {
   DeviceScope scope(device());
   const size_t bytes = mapped_.size() * sizeof(void*);
   cudaError_t error = table_ != nullptr ? cudaSuccess : cudaMalloc(reinterpret_cast<void**>(&table_), bytes);
+  if (error == cudaSuccess && note_ == nullptr) {
+    error = cudaHostAlloc(&note_, kNoteBytes, cudaHostAllocPortable);
+    if (error == cudaSuccess) std::memset(note_, 0, kNoteBytes);
+  }
   if (error == cudaSuccess) {
     error = cudaMemcpyAsync(table_, mapped_.data(), bytes, cudaMemcpyHostToDevice, exchange_.stream());
   }

@@ -40,6 +40,8 @@ struct Request {
 
 class SymmetricMemory {
  public:
+  static constexpr size_t kNoteBytes = 64;
+
   // Collective over the communicator; blocks until all ranks have come, `timeout_seconds` at most for each step. After
   // the last step of it no rank allocates, frees or maps anything, so that a rank may at once start a kernel that waits
   // for the others.
@@ -52,6 +54,8 @@ class SymmetricMemory {
   size_t bytes() const { return bytes_; }
   void* const* peers() const { return table_; }    // on the device
   void* local() const { return mapped_[rank()]; }  // as this rank's device sees its own buffer
+  void* mapped(int rank) const { return mapped_[rank]; }
+  void* note() const { return note_; }  // kNoteBytes, zero, in host memory that this rank's device writes when it fails
   const char* transport() const { return backing_->name(); }
   bool spans_processes() const { return plan_.spans_processes; }
   const uint64_t* group() const { return group_; }  // the same two words on all ranks
@@ -69,6 +73,7 @@ class SymmetricMemory {
   std::unique_ptr<Backing> backing_;
   std::vector<void*> mapped_;
   void** table_ = nullptr;
+  void* note_ = nullptr;
 };
 
 }  // namespace megamoe::transport

@@ -1,0 +1,188 @@
+// For tests: the ranks of a group on one GPU, each with a part of its SMs. Operands and results are those of the one-device
+// call over all tokens and experts, so that the two compare bit by bit.
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "ffi/handlers.h"
+#include "ffi/moe_call.h"
+#include "host/peers.h"
+
+namespace megamoe {
+
+class VirtualRanksInstance {
+ public:
+  static ffi::TypeId id;
+  static ffi::TypeInfo info;
+
+  ~VirtualRanksInstance() {
+    for (void* buffer : buffers) cudaFree(buffer);
+    cudaFreeHost(failures);
+  }
+
+  std::vector<std::unique_ptr<CallSite>> sites;  // by rank
+  std::vector<void*> buffers;                    // by rank
+  PeerFailure* failures = nullptr;               // by rank, in host memory
+  size_t bytes = 0;
+};
+
+ffi::TypeId VirtualRanksInstance::id = {};
+ffi::TypeInfo VirtualRanksInstance::info = ffi::MakeTypeInfo<VirtualRanksInstance>();
+
+namespace {
+
+struct Options {
+  int64_t num_ranks, present, ctas_per_rank, delay_seed, limit_microseconds;
+
+  static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
+    Options options = {};
+    const std::pair<const char*, int64_t*> fields[] = {{"num_ranks", &options.num_ranks},
+                                                       {"present", &options.present},
+                                                       {"ctas_per_rank", &options.ctas_per_rank},
+                                                       {"delay_seed", &options.delay_seed},
+                                                       {"limit_microseconds", &options.limit_microseconds}};
+    for (const auto& [name, field] : fields) {
+      const auto value = attributes.get<int64_t>(name);
+      if (value.has_error()) return moe_failure(std::string("the call lacks the attribute ") + name + ".");
+      *field = value.value();
+    }
+    if (options.num_ranks < 1 || options.num_ranks > kMaxVirtualRanks || options.present < 1 ||
+        options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1) {
+      return moe_failure("num_ranks, present, ctas_per_rank or limit_microseconds is out of range.");
+    }
+    return options;
+  }
+};
+
+// The problem of each rank, from that of all.
+ffi::Error share_of_rank(int num_ranks, Problem* p) {
+  if (p->num_tokens % num_ranks != 0 || p->num_experts % num_ranks != 0) {
+    return moe_failure("the ranks don't divide the tokens and the experts.");
+  }
+  p->num_tokens /= num_ranks;
+  p->num_experts /= num_ranks;
+  p->num_ranks = num_ranks;
+  const std::string reason = unsupported_reason(*p);
+  return reason.empty() ? ffi::Error::Success() : moe_failure(reason);
+}
+
+ffi::ErrorOr<std::unique_ptr<VirtualRanksInstance>> instantiate() { return std::make_unique<VirtualRanksInstance>(); }
+
+ffi::Error initialize(VirtualRanksInstance* instance, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer gate_up,
+                      ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down, ffi::AnyBuffer down_scale,
+                      ffi::AnyBuffer topk_ids, ffi::AnyBuffer topk_weights, ffi::AnyBuffer layer,
+                      ffi::Result<ffi::AnyBuffer> /*y*/, ffi::Result<ffi::AnyBuffer> /*load*/,
+                      ffi::Result<ffi::AnyBuffer> /*workspace*/, ffi::Dictionary attributes) {
+  if (!instance->buffers.empty()) return ffi::Error::Success();
+  ffi::ErrorOr<Options> options = Options::parse(attributes);
+  if (options.has_error()) return std::move(options).error();
+  const MoeOperands operands{x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer};
+  Problem problem;
+  int num_layers = 1;
+  ffi::Error error = read_problem(operands, 1, &problem, &num_layers);
+  if (error.failure()) return error;
+  const int num_ranks = static_cast<int>(options.value().num_ranks);
+  error = share_of_rank(num_ranks, &problem);
+  if (error.failure()) return error;
+  instance->bytes = PeerBuffer::bytes_for(problem);
+  const size_t note_bytes = num_ranks * sizeof(PeerFailure);
+  cudaError_t status = cudaHostAlloc(reinterpret_cast<void**>(&instance->failures), note_bytes, cudaHostAllocPortable);
+  if (status != cudaSuccess) return moe_cuda_failure("allocating the notes", status);
+  for (int r = 0; r < num_ranks; ++r) {
+    instance->failures[r] = {};
+    instance->sites.push_back(std::make_unique<CallSite>());
+    error = instance->sites.back()->initialize(device, device, problem, GroupKind::kVirtualRanks);
+    if (error.failure()) return error;
+    instance->buffers.push_back(nullptr);
+    status = cudaMalloc(&instance->buffers.back(), instance->bytes);
+    if (status == cudaSuccess) status = cudaMemset(instance->buffers.back(), 0, instance->bytes);
+    if (status == cudaSuccess) status = cudaDeviceSynchronize();
+    if (status != cudaSuccess) return moe_cuda_failure("allocating the ranks' buffers", status);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t device, ffi::AnyBuffer x,
+                   ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down, ffi::AnyBuffer down_scale,
+                   ffi::AnyBuffer topk_ids, ffi::AnyBuffer topk_weights, ffi::AnyBuffer layer,
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> load,
+                   ffi::Result<ffi::AnyBuffer> workspace, ffi::Dictionary attributes) {
+  ffi::ErrorOr<Options> parsed = Options::parse(attributes);
+  if (parsed.has_error()) return std::move(parsed).error();
+  const Options& options = parsed.value();
+  const int num_ranks = static_cast<int>(options.num_ranks);
+  if (static_cast<int>(instance->buffers.size()) != num_ranks) return moe_failure("the call was not initialised.");
+  for (int r = 0; r < num_ranks; ++r) {
+    const std::string failed = failure_text(instance->failures[r], r);
+    if (!failed.empty()) return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, "jax_megamoe.moe: " + failed);
+  }
+  const MoeOperands operands{x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer};
+  MoeArguments all = {};
+  ffi::Error error = read_problem(operands, 1, &all.problem, &all.num_layers);
+  if (error.failure()) return error;
+  Problem p = all.problem;
+  error = share_of_rank(num_ranks, &p);
+  if (error.failure()) return error;
+  const size_t scratch = Workspace::local_bytes(p);
+  error = read_buffers(operands, {y, load, workspace}, num_ranks * scratch, &all);
+  if (error.failure()) return error;
+  if (all.num_layers != 1 || all.y_is_f32 ||
+      num_ranks * options.ctas_per_rank > instance->sites[0]->find(device)->num_ctas) {
+    return moe_failure("stacked layers, a float32 result, or more CTAs than the device has SMs.");
+  }
+  VirtualRanksArguments arguments = {};
+  for (int r = 0; r < num_ranks; ++r) {
+    MoeArguments& one = arguments.of_rank[r];
+    one = all;
+    one.problem = p;
+    const size_t tokens = static_cast<size_t>(r) * p.num_tokens, experts = static_cast<size_t>(r) * p.num_experts;
+    const size_t weights = static_cast<size_t>(p.hidden_size) * p.intermediate_size;
+    const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns,
+                 down_tiles = p.hidden_size / kDownTileColumns;
+    one.x += tokens * p.hidden_size;
+    one.topk_ids += tokens * p.top_k;
+    one.topk_weights += tokens * p.top_k;
+    one.gate_up += experts * 2 * weights;
+    one.gate_up_scale += experts * gate_up_tiles * (p.hidden_size / kBlockK) * kScaleVectorFloats;
+    one.down += experts * weights;
+    one.down_scale += experts * down_tiles * ceil_div(p.intermediate_size / kBlockK, 2) * kScaleVectorFloats;
+    one.y = static_cast<uint16_t*>(all.y) + tokens * p.hidden_size;
+    one.load += experts;
+    one.activation_clamp = attributes.get<float>("activation_clamp").value();
+    one.routed_scaling_factor = attributes.get<float>("routed_scaling_factor").value();
+    one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);
+    one.control = instance->sites[r]->find(device)->control;
+    one.counter_words = instance->sites[r]->find(device)->counter_words;
+    if (!join_peers(&one, p, r, instance->buffers.data(), instance->bytes, &instance->failures[r],
+                    options.limit_microseconds)) {
+      return moe_failure("the buffers are too small.");
+    }
+    one.peers.delay_seed = static_cast<uint32_t>(options.delay_seed);
+  }
+  const cudaError_t launched = launch_virtual_ranks(arguments, static_cast<int>(options.present),
+                                                    static_cast<int>(options.ctas_per_rank), stream);
+  return launched == cudaSuccess ? ffi::Error::Success() : moe_cuda_failure("the launch", launched);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(VirtualRanksInstantiate, instantiate, ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    VirtualRanksInitialize, initialize,
+    bind_buffers(ffi::Ffi::BindInitialize().Ctx<ffi::State<VirtualRanksInstance>>().Ctx<ffi::DeviceOrdinal>()).Attrs());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(VirtualRanksExecute, execute,
+                              bind_buffers(ffi::Ffi::Bind()
+                                               .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                               .Ctx<ffi::State<VirtualRanksInstance>>()
+                                               .Ctx<ffi::DeviceOrdinal>())
+                                  .Attrs(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+void* virtual_ranks_instance_type_id() { return &VirtualRanksInstance::id; }
+void* virtual_ranks_instance_type_info() { return &VirtualRanksInstance::info; }
+
+}  // namespace megamoe

@@ -1,0 +1,27 @@
+// One compiled kernel per orientation and kind of group; each instantiation file defines these for its own.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/arguments.h"
+
+namespace megamoe {
+
+struct OneRank;
+struct PeerRanks;
+
+template <bool kSwap, typename Group>
+struct Launcher {
+  static cudaError_t prepare();
+  static cudaError_t launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+};
+
+// Several ranks on one GPU.
+template <bool kSwap>
+struct VirtualRanksLauncher {
+  static cudaError_t prepare();
+  static cudaError_t launch(const VirtualRanksArguments& arguments, int num_ranks, int ctas_per_rank,
+                            cudaStream_t stream);
+};
+
+}  // namespace megamoe

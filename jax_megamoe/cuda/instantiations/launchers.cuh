@@ -1,0 +1,54 @@
+#pragma once
+
+#include "host/launchers.h"
+#include "kernels/moe_sm90.cuh"
+
+namespace megamoe {
+
+template <bool kSwap>
+LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
+  const Problem& p = arguments.problem;
+  LaunchConstants c;
+  for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
+  c.gather_blocks = Divisor(ceil_div(p.hidden_size, kGatherColumns));
+  c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
+  c.gate_up_units = Divisor(p.intermediate_size / kGateUpTileColumns);
+  c.down_units = Divisor(p.hidden_size / kDownUnitColumns);
+  const Plan plan(p.num_experts, p.num_ranks, 0);
+  for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
+    c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
+  }
+  return c;
+}
+
+template <bool kSwap, typename Group>
+cudaError_t Launcher<kSwap, Group>::prepare() {
+  return cudaFuncSetAttribute(moe_sm90<kSwap, Group>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+}
+
+template <bool kSwap, typename Group>
+cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
+  MoeArguments complete = arguments;
+  complete.constants = launch_constants<kSwap>(arguments, num_ctas);
+  moe_sm90<kSwap, Group><<<num_ctas, kCtaThreads, kSharedBytes, stream>>>(complete);
+  return cudaGetLastError();
+}
+
+template <bool kSwap>
+cudaError_t VirtualRanksLauncher<kSwap>::prepare() {
+  return cudaFuncSetAttribute(moe_virtual_ranks<kSwap>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+}
+
+template <bool kSwap>
+cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arguments, int num_ranks,
+                                                int ctas_per_rank, cudaStream_t stream) {
+  VirtualRanksArguments complete = arguments;
+  for (int r = 0; r < num_ranks; ++r) {
+    MoeArguments& one = complete.of_rank[r];
+    one.constants = launch_constants<kSwap>(one, ctas_per_rank);
+  }
+  moe_virtual_ranks<kSwap><<<dim3(ctas_per_rank, num_ranks), kCtaThreads, kSharedBytes, stream>>>(complete);
+  return cudaGetLastError();
+}
+
+}  // namespace megamoe

@@ -1,0 +1,3 @@
+#include "instantiations/launchers.cuh"
+
+template struct megamoe::VirtualRanksLauncher<false>;

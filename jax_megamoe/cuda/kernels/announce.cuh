@@ -1,0 +1,56 @@
+// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it tells the other ranks.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/group.cuh"
+#include "kernels/pipeline.cuh"
+#include "kernels/plan.cuh"
+
+namespace megamoe {
+
+template <bool kSwap, typename Group>
+class CounterAdvance {
+ public:
+  __device__ CounterAdvance(const MoeArguments& args, const Plan& plan) : args_(args), plan_(plan) {}
+
+  __device__ void operator()(uint32_t* counter) const {
+    if constexpr (Group::kHasPeers) {
+      const CounterSet& counters = SharedMap<kSwap>::counters(args_);
+      if (counter == counters.quantized_ctas()) {
+        if (is_last(counter, gridDim.x)) announce_tokens();
+        return;
+      }
+      const int64_t tile = counter - counters.down_done(0);
+      if (tile >= 0 && tile < column_tiles()) {
+        if (is_last(counter, plan_.num_chunks() * Orientation<kSwap>::kDownSignals)) announce_columns(tile);
+        return;
+      }
+    }
+    ptx::add_release(counter, 1);
+  }
+
+  // One thread of the rank: a rank whose experts have no tokens has nobody who would finish last.
+  __device__ void announce_if_idle() const {
+    if (plan_.num_chunks() != 0) return;
+    for (int tile = 0; tile < column_tiles(); ++tile) announce_columns(tile);
+  }
+
+ private:
+  __device__ static bool is_last(uint32_t* counter, uint32_t total) { return ptx::fetch_add(counter, 1) == total - 1; }
+
+  __device__ int column_tiles() const { return args_.constants.down_units.value(); }
+  __device__ void announce_tokens() const {
+    Group::dawdle(args_, 2);
+    Group::announce(args_, &args_.peers.header->tokens_sent[args_.peers.rank], shared_header().epoch);
+  }
+  __device__ void announce_columns(int tile) const {
+    Group::dawdle(args_, 3);
+    Group::announce(args_, &args_.peers.header->columns_done[tile][args_.peers.rank], shared_header().epoch);
+  }
+
+  const MoeArguments& args_;
+  const Plan& plan_;
+};
+
+}  // namespace megamoe
