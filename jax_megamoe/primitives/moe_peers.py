@@ -44,7 +44,7 @@ def limit_microseconds() -> int:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    # An hour and more would fit too, but XLA, NCCL and the user have given up by then.
+    # More than a day is a mistake in the unit.
     if not 1e-3 <= seconds <= 86400:
         raise MegaMoEError(
             f"{TIMEOUT_VARIABLE} is {text!r}, wanted a number of seconds from 0.001 to 86400: "
