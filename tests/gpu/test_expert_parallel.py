@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from gpu import process_worker
-from gpu.test_kernel import difference, make_inputs, make_weights
+from gpu.inputs import difference, make_inputs, make_weights
 from jax_megamoe.primitives import _library, _peers
 
 E, H, I, K = 16, 512, 384, 4
@@ -204,6 +204,27 @@ def test_repeated_launches_give_the_same_bits(num_ranks, tokens):
     # Enqueued one behind the other, so that ranks are in different launches at a time.
     for y, _ in [moe(*arguments) for _ in range(200)]:
         np.testing.assert_array_equal(bits(y), first)
+
+
+@all_ranks
+def test_ten_thousand_launches(num_ranks):
+    """With another routing in each of a program's launches, skewed and empty ones among them, and every bit compared."""
+    mesh, tokens, turns = make_mesh(expert=num_ranks), 5 * num_ranks, 100
+    routings = ("uniform", "masked", "one", "none", "uniform")
+    problems = [make_problem(tokens, routings[seed % len(routings)], seed) for seed in range(turns)]
+    weights = problems[0][1]
+    x, ids, probs = (jnp.stack([problem[i] for problem in problems]) for i in (0, 2, 3))
+    spec = (None, "expert")
+    placed = (*(place(mesh, value, *spec) for value in (x, ids, probs)), place(mesh, weights, "expert"))
+
+    @jax.jit
+    def run(x, ids, probs, weights):
+        return jax.lax.map(lambda call: moe(call[0], weights, call[1], call[2])[0], (x, ids, probs))
+
+    wanted = place(mesh, bits(run(x, ids, probs, weights)), *spec)
+    count_wrong = jax.jit(lambda y: (jax.lax.bitcast_convert_type(y, jnp.uint16) != wanted).sum())
+    wrong = [count_wrong(run(*placed)) for _ in range(10_000 // turns)]
+    assert sum(map(int, wrong)) == 0
 
 
 @all_ranks
