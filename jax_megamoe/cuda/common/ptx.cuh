@@ -69,6 +69,21 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
   return done != 0;
 }
 
+// The same without ever suspending the thread.
+__device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Bounded by a number of tries instead of a time: the main loops have this inlined many times, and a try takes at least some
 // 20 ns, much longer where the hardware suspends the thread.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {

@@ -53,6 +53,8 @@ class WeightProducer {
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
+        // The ring is full for the first time.
+        if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(expert, u.tile, block, k_blocks);
         claim(schedule);
         if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
         if (u.down) {
@@ -87,6 +89,24 @@ class WeightProducer {
     }
     ++claimed_;
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+  }
+
+  // While the first tokens are on their way and no stage gets free, the memory would have nothing to do: weights that come
+  // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
+  __device__ __forceinline__ void prefetch_until_free(size_t expert, int tile, int block, int k_blocks) {
+    constexpr int kPieceBytes = O::kStageWeightBytes;
+    constexpr int kPieceCycles = 1800;
+    constexpr int kMostBytes = 192 * 1024;
+    const size_t unit = (expert * args_.constants.gate_up_units.value() + tile) * k_blocks;
+    const uint8_t* source = args_.gate_up + (unit + block) * kBlockWeightBytes;
+    const int bytes = min((k_blocks - block) * kBlockWeightBytes, kMostBytes);
+    for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
+      const int64_t begin = clock64();
+      while (clock64() - begin < kPieceCycles) {
+        if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
+      }
+      ptx::bulk_prefetch(source + asked, kPieceBytes);
+    }
   }
 
   __device__ __forceinline__ void announce() {
