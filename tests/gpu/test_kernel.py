@@ -65,6 +65,18 @@ def test_numbers_of_experts(num_experts):
     check(*_call(100, 128, 128, num_experts, 4))
 
 
+def test_a_call_whose_scratch_would_exceed_4_gb():
+    """It becomes two launches; each token gets what it gets in a batch of its own."""
+    weights = make_weights(8, 1024, 128)
+    x, ids, probs = make_inputs(65536, 1024, 8, 32)
+    y, load = moe(x, weights, ids, probs)
+    np.testing.assert_array_equal(load, np.bincount(np.ravel(ids), minlength=8))
+    for first in (0, 40000):
+        part = slice(first, first + 1000)
+        wanted, _ = moe(x[part], weights, ids[part], probs[part])
+        np.testing.assert_array_equal(np.asarray(y[part]).view(np.uint16), np.asarray(wanted).view(np.uint16))
+
+
 def test_token_without_slots_gets_zeros():
     x, weights, ids, routing = _call(20, 512, 256, 8, 4)
     ids = ids.at[7].set(-1)
