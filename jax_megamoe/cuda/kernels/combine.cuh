@@ -42,11 +42,11 @@ __device__ __forceinline__ void store_sum(const MoeArguments& args, const float 
   }
 }
 
+template <int kSlotsInFlight>
 __device__ __forceinline__ void combine_columns(const MoeArguments& args, const int (&tokens)[2],
                                                 const uint32_t (&used)[2], int column) {
   const Problem& p = args.problem;
   float sum[2][8] = {};
-  constexpr int kSlotsInFlight = 4;
   // The loads of a few slots are independent of each other; only the additions are in order.
 #pragma unroll 1
   for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
@@ -80,24 +80,35 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, const 
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 8 tokens), each as soon as its columns are complete.
+// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are complete. In the
+// normal orientation units go expert by expert, so that all columns are complete at about the same time.
 template <bool kSwap>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
+  using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
-  const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+  const uint32_t signals = num_chunks * O::kDownSignals;
+  constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
+  const auto wait_for_unit = [&](int unit) {
+    ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(unit), signals);
+  };
+  if constexpr (!kSwap) {
+    for (int unit = lane; unit * kUnitColumns < p.hidden_size; unit += 32) wait_for_unit(unit);
+    __syncwarp();
+  }
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
     const int column = item % column_tiles * kCombineColumns;
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
     const uint32_t used[2] = {used_slots(args, tokens[0]), used_slots(args, tokens[1])};
-    if (lane == 0)
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(column / kDownUnitColumns), signals);
-    __syncwarp();
-    combine_columns(args, tokens, used, column + lane % 8 * 8);
+    if constexpr (kSwap) {
+      if (lane == 0) wait_for_unit(column / kUnitColumns);
+      __syncwarp();
+    }
+    combine_columns<O::kSlotsInFlight>(args, tokens, used, column + lane % 8 * 8);
   }
 }
 

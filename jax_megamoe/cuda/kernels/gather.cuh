@@ -134,16 +134,24 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   const int tokens_per_batch = kPairBatch / top_k;
   const int end_token = share.end_token();
   int item = share.first_item + warp;
+  constexpr int kItemsInFlight = Orientation<kSwap>::kItemsInFlight;
+  uint4 items[kItemsInFlight];
+#pragma unroll
+  for (int i = 0; i < kItemsInFlight; ++i) {
+    items[i] = i == 0 ? packed : load_item(args, share, item + i * kConsumerWarps);
+  }
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_pairs<kSwap>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     for (; item < min(share.end_item, share.first_item_of(token_end)); item += kConsumerWarps) {
-      const uint4 next = load_item(args, share, item + kConsumerWarps);
+      const uint4 next = load_item(args, share, item + kItemsInFlight * kConsumerWarps);
       const int token = share.token_of(item);
-      gather_item(args, item - share.first_item_of(token), packed, targets + (token - token_begin) * top_k);
-      packed = next;
+      gather_item(args, item - share.first_item_of(token), items[0], targets + (token - token_begin) * top_k);
+#pragma unroll
+      for (int i = 1; i < kItemsInFlight; ++i) items[i - 1] = items[i];
+      items[kItemsInFlight - 1] = next;
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }

@@ -83,11 +83,11 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
   if (threadIdx.x == kFirstSignalWarp * 32) SharedMap<kSwap>::header().launch = __ldcg(&args.control->launch);
 
   const Plan plan(p.num_experts);
-  count_pairs(args, plan, share.first_token() * p.top_k, first_expert);
+  count_pairs<kSwap>(args, plan, share.first_token() * p.top_k, first_expert);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {
-    ptx::decrease_registers<kProducerRegisters>();
+    ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(plan);
       ptx::mbarrier_arrive(&SharedMap<kSwap>::header().planned);  // every lane, for what it wrote
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant
       }
     }
   } else {
-    ptx::increase_registers<kConsumerRegisters>();
+    ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
     ptx::mbarrier_wait(&SharedMap<kSwap>::header().planned, 0);
     const SharedMap<kSwap> map(args, plan.max_rows());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);

@@ -28,8 +28,8 @@ class SharedMap {
 
   // `largest_chunk`: its padded rows.
   __device__ SharedMap(const MoeArguments& args, int largest_chunk) {
-    // The normal path always reads 128 rows, the padding ones included.
-    max_rows = kSwap ? largest_chunk : kNormalTokenTile;
+    // The normal path reads 64 or 128 rows, the padding ones included.
+    max_rows = kSwap ? largest_chunk : round_up(largest_chunk, kWarpgroupTokens);
     scratch_offset_ = scratch_begin(args.problem.num_experts);
     ring_offset_ = ring_begin(args.problem.num_experts, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];

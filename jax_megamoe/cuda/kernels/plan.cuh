@@ -56,18 +56,28 @@ class Plan {
 
 // Counts pairs per expert, in all and before `first_pair`. All threads of the CTA; `expert` is the id of the thread's first
 // pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+template <bool kSwap>
 __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
   const int num_experts = args.problem.num_experts;
   const int num_pairs = args.problem.num_pairs();
 #pragma unroll 1
   for (int e = threadIdx.x; e < num_experts; e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
+  constexpr int kIdsInFlight = Orientation<kSwap>::kIdsInFlight;
 #pragma unroll 1
-  for (int pair = threadIdx.x; pair < num_pairs; pair += kCtaThreads) {
-    if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
-    if (expert < 0 || expert >= num_experts) continue;
-    atomicAdd(&plan.count(expert), 1);
-    if (pair < first_pair) atomicAdd(&plan.before(expert), 1);
+  for (int first = threadIdx.x; first < num_pairs; first += kIdsInFlight * kCtaThreads) {
+    int experts[kIdsInFlight];
+#pragma unroll
+    for (int i = 0; i < kIdsInFlight; ++i) {
+      const int pair = first + i * kCtaThreads;
+      experts[i] = pair == threadIdx.x ? expert : pair < num_pairs ? __ldg(args.topk_ids + pair) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kIdsInFlight; ++i) {
+      if (experts[i] < 0 || experts[i] >= num_experts) continue;
+      atomicAdd(&plan.count(experts[i]), 1);
+      if (first + i * kCtaThreads < first_pair) atomicAdd(&plan.before(experts[i]), 1);
+    }
   }
   __syncthreads();
 }

@@ -19,7 +19,7 @@ class WeightProducer {
 
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
-      : args_(args), map_(map), first_expert_(static_cast<size_t>(clamped_layer(args)) * args.problem.num_experts) {}
+      : args_(args), map_(map), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
 
   // One thread. The first unit is the CTA's own, the others go by ticket, so that a CTA that is slow for whatever reason takes
   // fewer.
@@ -31,8 +31,8 @@ class WeightProducer {
       const Unit u = schedule.unit(ticket);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
-      const size_t expert = first_expert_ + u.expert;
-      yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
+      const int expert = first_expert_ + u.expert;
+      if constexpr (kSwap) yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
@@ -57,11 +57,13 @@ class WeightProducer {
   // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
-           args_.constants.gate_up_units.value();
+           args_.constants.gate_up_units.value() * O::kGateUpSignals;
   }
 
   __device__ __forceinline__ void claim(const UnitSchedule<kSwap>& schedule) {
-    if (yields_) yields_ = !gate_up_complete(schedule);
+    if constexpr (kSwap) {
+      if (yields_) yields_ = !gate_up_complete(schedule);
+    }
     const int in_flight = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
     while (claimed_ - landed_count_ >= in_flight) {
       ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
@@ -98,34 +100,49 @@ class WeightProducer {
     }
   }
 
-  __device__ __forceinline__ void load_gate_up(size_t expert, int tile, int block, int k_blocks) {
-    const size_t index = (expert * args_.constants.gate_up_units.value() + tile) * k_blocks + block;
+  // The tiles of a unit share their scales.
+  __device__ __forceinline__ void load_gate_up(size_t expert, int unit, int block, int k_blocks) {
+    const size_t index = (expert * args_.constants.gate_up_units.value() + unit) * O::kUnitTiles * k_blocks + block;
     const int scale_bytes = min(O::kStageBlocks, k_blocks - block) * kScaleVectorBytes;
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
-    load_blocks(map_.weights(cursor_.stage), args_.gate_up + index * kBlockWeightBytes, block, k_blocks,
-                kBlockWeightBytes);
+#pragma unroll 1
+    for (int t = 0; t < O::kUnitTiles; ++t) {
+      load_blocks(map_.weights(cursor_.stage) + t * O::kStageBlocks * kBlockWeightBytes,
+                  args_.gate_up + (index + t * k_blocks) * kBlockWeightBytes, block, k_blocks, kBlockWeightBytes);
+    }
     ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
                                     args_.gate_up_scale + index * kScaleVectorFloats, scale_bytes, full);
   }
 
-  // Two neighbouring tiles, which share their scales.
-  __device__ __forceinline__ void load_down(size_t expert, int unit_tile, int block, int k_blocks) {
-    const size_t tile = 2 * (expert * args_.constants.down_units.value() + unit_tile);
+  // Pairs of neighbouring 64-column tiles, which share their scales. An odd last pair comes twice: its copy is multiplied and
+  // dropped.
+  __device__ __forceinline__ void load_down(size_t expert, int unit, int block, int k_blocks) {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + kScaleVectorBytes);
-    for (int half = 0; half < 2; ++half) {
-      load_blocks(map_.weights(cursor_.stage) + half * O::kStageBlocks * kPlaneBytes,
-                  args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
+    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + O::kUnitTiles * kScaleVectorBytes);
+#pragma unroll 1
+    for (int t = 0; t < O::kUnitTiles; ++t) {
+      const size_t tile = 2 * down_pair(expert, unit, t);
+#pragma unroll(kSwap ? 2 : 1)
+      for (int half = 0; half < 2; ++half) {
+        load_blocks(map_.weights(cursor_.stage) + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
+                    args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
+      }
+      ptx::bulk_copy_global_to_shared(
+          map_.header().weight_scale[cursor_.stage] + t * kScaleVectorFloats,
+          args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats, kScaleVectorBytes, full);
     }
-    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
-                                    args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats,
-                                    kScaleVectorBytes, full);
+  }
+
+  __device__ __forceinline__ size_t down_pair(size_t expert, int unit, int t) const {
+    if constexpr (O::kUnitTiles == 1) return expert * args_.constants.down_units.value() + unit;
+    const int pairs = args_.problem.hidden_size / kDownUnitColumns;
+    return expert * pairs + min(unit * O::kUnitTiles + t, pairs - 1);
   }
 
   const MoeArguments& args_;
   const SharedMap<kSwap>& map_;
-  size_t first_expert_;
+  int first_expert_;
   StageCursor cursor_;
   StageCursor landed_;
   bool yields_ = false;
@@ -139,7 +156,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   SharedHeader& header = map.header();
-  const uint32_t gate_up_units = p.intermediate_size / kGateUpTileColumns;
+  const uint32_t gate_up_signals = p.intermediate_size / (kGateUpTileColumns * O::kUnitTiles) * O::kGateUpSignals;
   bool tokens_ready = false;
   Tracer tracer(args, TraceRole::kTokenProducer);
   StageCursor cursor;
@@ -154,7 +171,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_units);
+      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_signals);
     }
     ptx::fence_proxy_async_global();
     tracer.mark(TraceEvent::kTokensReady);
