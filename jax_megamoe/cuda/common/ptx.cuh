@@ -23,9 +23,14 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return time;
 }
 
-// Ends the launch with an error, by an access that faults. Not by a trap: in a kernel that has one anywhere, ptxas 13.0 keeps
-// no more registers than every thread has at first, whatever setmaxnreg says, and spills the others.
-__device__ __forceinline__ void fail() { asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory"); }
+// Ends the launch with an error. Where a kernel has a trap of its own anywhere, ptxas 13.0 gives no thread more registers than
+// all have at first, whatever setmaxnreg says, and spills the others: a kernel that needs them calls for its traps. (swapAB does
+// not, and ptxas serialises its multiplies if it does.)
+#ifdef MEGAMOE_OUTLINE_TRAPS
+static __device__ __noinline__ void fail() { __trap(); }
+#else
+__device__ __forceinline__ void fail() { __trap(); }
+#endif
 
 class WaitLimit {
  public:
