@@ -9,7 +9,7 @@
 
 namespace megamoe {
 
-constexpr int kCombineColumns = 64;  // of a warp's item: eight lanes of eight columns
+constexpr int kCombineColumns = 64;  // eight lanes of eight columns
 constexpr int kCombineTokens =
     2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
@@ -80,14 +80,15 @@ __device__ __forceinline__ void combine_columns(const MoeArguments& args, const 
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are complete. In the
-// normal orientation units go expert by expert, so that all columns are complete at about the same time.
+// All consumer warps of all CTAs: items of (64 or 128 columns, 8 tokens). swapAB takes each as soon as its columns are
+// complete. In the normal orientation units go expert by expert, so that all columns are complete at about the same time.
 template <bool kSwap>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column_tiles = p.hidden_size / kCombineColumns;
+  constexpr int kItemColumns = O::kCombineTiles * kCombineColumns;
+  const int column_tiles = p.hidden_size / kItemColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
   const uint32_t signals = num_chunks * O::kDownSignals;
   constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   }
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
-    const int column = item % column_tiles * kCombineColumns;
+    const int column = item % column_tiles * kItemColumns;
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
     const uint32_t used[2] = {used_slots(args, tokens[0]), used_slots(args, tokens[1])};
@@ -108,7 +109,10 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
       if (lane == 0) wait_for_unit(column / kUnitColumns);
       __syncwarp();
     }
-    combine_columns<O::kSlotsInFlight>(args, tokens, used, column + lane % 8 * 8);
+#pragma unroll 1
+    for (int tile = 0; tile < O::kCombineTiles; ++tile) {
+      combine_columns<O::kSlotsInFlight>(args, tokens, used, column + tile * kCombineColumns + lane % 8 * 8);
+    }
   }
 }
 

@@ -52,7 +52,10 @@ struct Orientation {
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
   static constexpr int kItemsInFlight = kSwap ? 1 : 4;
+  static constexpr int kTargetsInFlight = kSwap ? 1 : 4;
   static constexpr int kSlotsInFlight = kSwap ? 4 : 8;
+  // Of 64 columns, that a warp combines once it knows which slots its tokens use.
+  static constexpr int kCombineTiles = kSwap ? 1 : 2;
   // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
   static constexpr int kProducerRegisters = kSwap ? 72 : 56;
   static constexpr int kConsumerRegisters = kSwap ? 216 : 224;
