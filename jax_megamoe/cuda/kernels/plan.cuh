@@ -18,6 +18,7 @@ struct Unit {
   int chunk;     // global chunk number, names the activation counter
   int row_base;  // first gathered row of the chunk
   int rows;      // tokens in the chunk
+  bool alone;    // the expert has no other chunk
 };
 
 // The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.
@@ -150,6 +151,7 @@ class UnitSchedule {
     u.tile = chunks == 1 ? within : within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
+    u.alone = chunks == 1;
     u.row_base = plan_.row_base(u.expert) + chunk * kTile;
     u.rows = min(kTile, plan_.count(u.expert) - chunk * kTile);
     return u;

@@ -32,16 +32,18 @@ class WeightProducer {
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
       const int expert = first_expert_ + u.expert;
+      const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
+      read_once_ = u.alone;
       if constexpr (kSwap) yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
         claim(schedule);
-        if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
-        if (u.down) {
-          load_down(expert, u.tile, block, k_blocks);
+        if (block == 0) map_.header().note[cursor_.stage] = note;
+        if (note.down()) {
+          load_down(expert, note.tile, block, k_blocks);
         } else {
-          load_gate_up(expert, u.tile, block, k_blocks);
+          load_gate_up(expert, note.tile, block, k_blocks);
         }
         announce();
       }
@@ -64,13 +66,14 @@ class WeightProducer {
     if constexpr (kSwap) {
       if (yields_) yields_ = !gate_up_complete(schedule);
     }
-    const int in_flight = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
-    while (claimed_ - landed_count_ >= in_flight) {
+    const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
+    if constexpr (O::kStagesAtStart > 0) ++claimed_;
+    while (in_flight_ >= most) {
       ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
       landed_.advance(map_.num_stages);
-      ++landed_count_;
+      --in_flight_;
     }
-    ++claimed_;
+    ++in_flight_;
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
@@ -80,12 +83,9 @@ class WeightProducer {
   }
 
   // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
-  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) {
-    if constexpr (kSwap) {
-      ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
-    } else {
-      ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
-    }
+  __device__ __forceinline__ void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) const {
+    ptx::bulk_copy_global_to_shared(destination, source, bytes, full,
+                                    kSwap ? ptx::stream_policy() : ptx::stream_policy_if(read_once_));
   }
 
   // Loads K blocks [block, block + kStageBlocks) of `block_bytes` each, which follow each other in memory and in the stage. A
@@ -146,8 +146,9 @@ class WeightProducer {
   StageCursor cursor_;
   StageCursor landed_;
   bool yields_ = false;
+  bool read_once_ = false;
   int claimed_ = 0;
-  int landed_count_ = 0;
+  int in_flight_ = 0;
 };
 
 // One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk.

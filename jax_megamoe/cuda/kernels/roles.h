@@ -43,8 +43,9 @@ struct Orientation {
   static constexpr int kUnitTiles = kSwap ? 1 : 2;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
-  static constexpr int kStagesAtStart = 3;
+  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more. Gathering more
+  // than a few takes longer than the ring takes to fill.
+  static constexpr int kStagesAtStart = kSwap ? 3 : 0;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
