@@ -23,13 +23,22 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return time;
 }
 
+// Ends the launch with an error. Where a kernel has a trap of its own anywhere, ptxas 13.0 gives no thread more registers than
+// all have at first, whatever setmaxnreg says, and spills the others: a kernel that needs them calls for its traps. (swapAB does
+// not, and ptxas serialises its multiplies if it does.)
+#ifdef MEGAMOE_OUTLINE_TRAPS
+static __device__ __noinline__ void fail() { __trap(); }
+#else
+__device__ __forceinline__ void fail() { __trap(); }
+#endif
+
 class WaitLimit {
  public:
   __device__ __forceinline__ void check() {
     if ((++spins_ & 0xffff) != 0) return;  // reading the timer on every spin would slow the wait itself
     const uint64_t now = global_nanoseconds();
     if (start_ == 0) start_ = now;
-    if (now - start_ > kWaitLimitNanoseconds) __trap();
+    if (now - start_ > kWaitLimitNanoseconds) fail();
   }
 
  private:
@@ -88,7 +97,7 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
 // 20 ns, much longer where the hardware suspends the thread.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   for (uint32_t tries = 0; !mbarrier_try_wait(barrier, parity);) {
-    if (++tries == 1u << 31) __trap();
+    if (++tries == 1u << 31) fail();
   }
 }
 
@@ -102,12 +111,27 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
-// The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
-// stay in it.
-__device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
-                                                             uint64_t* barrier) {
+// What becomes of a copy's bytes in the L2. If nobody reads them again soon, they are the first to leave, so that flags, tokens
+// and instructions stay.
+__device__ __forceinline__ uint64_t stream_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Volatile: made anew for every copy rather than kept in registers.
+__device__ __forceinline__ uint64_t stream_policy_if(bool condition) {
+  uint64_t policy;
+  if (condition) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
+__device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
+                                                           uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(smem_address(destination)),

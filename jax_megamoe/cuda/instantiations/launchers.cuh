@@ -12,8 +12,8 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
   c.gather_blocks = Divisor(ceil_div(p.hidden_size, kGatherColumns));
   c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
-  c.gate_up_units = Divisor(p.intermediate_size / kGateUpTileColumns);
-  c.down_units = Divisor(p.hidden_size / kDownUnitColumns);
+  c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation<kSwap>::kUnitTiles));
+  c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation<kSwap>::kUnitTiles));
   const Plan plan(p.num_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));

@@ -9,7 +9,7 @@
 
 namespace megamoe {
 
-constexpr int kCombineColumns = 64;  // of a warp's item: eight lanes of eight columns
+constexpr int kCombineColumns = 64;  // eight lanes of eight columns
 constexpr int kCombineTokens =
     2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
@@ -44,11 +44,11 @@ __device__ __forceinline__ void store_sum(const MoeArguments& args, const float 
   }
 }
 
+template <int kSlotsInFlight>
 __device__ __forceinline__ void combine_columns(const MoeArguments& args, const int (&tokens)[2],
                                                 const uint32_t (&used)[2], int column) {
   const Problem& p = args.problem;
   float sum[2][8] = {};
-  constexpr int kSlotsInFlight = 4;
   // The loads of a few slots are independent of each other; only the additions are in order.
 #pragma unroll 1
   for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
@@ -91,32 +91,56 @@ __device__ __forceinline__ void store_nothing(const MoeArguments& args, const in
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 8 tokens), each as soon as its columns are complete.
+// Waits until down units [first, end) of all ranks' experts are done. One warp; returns whether they are.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num_chunks, int first, int end) {
+  if constexpr (Group::kHasPeers) {
+    return Group::wait_for_ranks(args, args.peers.header->columns_done[first], end - first, shared_header().epoch,
+                                 PeerFailure::kColumns);
+  } else {
+    const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+    for (int unit = first + threadIdx.x % 32; unit < end; unit += 32) {
+      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(unit), signals);
+    }
+    __syncwarp();
+    return true;
+  }
+}
+
+// All consumer warps of all CTAs: items of (64 or 128 columns, 8 tokens). swapAB takes each as soon as its columns are
+// complete. In the normal orientation units go expert by expert, so that all columns are complete at about the same time.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
+  using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column_tiles = p.hidden_size / kCombineColumns;
+  constexpr int kItemColumns = O::kCombineTiles * kCombineColumns;
+  const int column_tiles = p.hidden_size / kItemColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
-  const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+  constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
+  bool complete = true;
+  if constexpr (!kSwap) {
+    complete = wait_for_units<kSwap, Group>(args, num_chunks, 0, ceil_div(p.hidden_size, kUnitColumns));
+  }
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
-    const int column = item % column_tiles * kCombineColumns;
+    const int column = item % column_tiles * kItemColumns;
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
     const uint32_t used[2] = {used_slots<Group>(args, tokens[0]), used_slots<Group>(args, tokens[1])};
-    const int tile = column / kDownUnitColumns;
-    if constexpr (Group::kHasPeers) {
-      if (!Group::wait_for_ranks(args, args.peers.header->columns_done[tile], shared_header().epoch,
-                                 PeerFailure::kColumns)) {
-        store_nothing(args, tokens, column + lane % 8 * 8);
-        continue;
-      }
-    } else {
-      if (lane == 0) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(tile), signals);
-      __syncwarp();
+    if constexpr (kSwap) {
+      const int unit = column / kUnitColumns;
+      complete = wait_for_units<kSwap, Group>(args, num_chunks, unit, unit + 1);
     }
-    combine_columns(args, tokens, used, column + lane % 8 * 8);
+#pragma unroll 1
+    for (int tile = 0; tile < O::kCombineTiles; ++tile) {
+      const int first_column = column + tile * kCombineColumns + lane % 8 * 8;
+      if (complete) {
+        combine_columns<O::kSlotsInFlight>(args, tokens, used, first_column);
+      } else {
+        store_nothing(args, tokens, first_column);
+      }
+    }
   }
 }
 

@@ -101,14 +101,15 @@ struct PeerRanks {
     }
   }
 
-  // One warp, a lane for each rank: waits for flags [num_ranks]. Returns whether they came.
-  __device__ static bool wait_for_ranks(const MoeArguments& args, const uint64_t* flags, uint64_t epoch,
+  // One warp: waits for flags [rows][kMaxRanks], of the ranks that there are. Returns whether they came.
+  __device__ static bool wait_for_ranks(const MoeArguments& args, const uint64_t* flags, int rows, uint64_t epoch,
                                         PeerFailure::Phase phase) {
-    const int lane = threadIdx.x % 32;
+    const int num_ranks = args.peers.num_ranks;
     bool came = true;
-    if (lane < args.peers.num_ranks) {
+    for (int i = threadIdx.x % 32; i < rows * num_ranks; i += 32) {
+      const int row = i / num_ranks, rank = i - row * num_ranks;
       PeerWait wait(args.peers);
-      while (ptx::load_acquire_system(flags + lane) < epoch && came) came = wait.again(phase, lane);
+      while (ptx::load_acquire_system(flags + row * kMaxRanks + rank) < epoch && came) came = wait.again(phase, rank);
     }
     return __all_sync(~0u, came);
   }

@@ -104,11 +104,11 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   }
 
   const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
-  count_pairs<Group>(args, plan, first_pair, first_expert);
+  count_pairs<kSwap, Group>(args, plan, first_pair, first_expert);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {
-    ptx::decrease_registers<kProducerRegisters>();
+    ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(plan, plan.first_expert());
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
@@ -118,7 +118,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     }
     if constexpr (Group::kHasPeers) {
       const uint64_t* sent = args.peers.header->tokens_sent;
-      if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, shared_header().epoch, PeerFailure::kTokens);
+      if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, 1, shared_header().epoch, PeerFailure::kTokens);
     }
     if (threadIdx.x % 32 == 0) {
       if (warp == kWeightProducerWarp) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       }
     }
   } else {
-    ptx::increase_registers<kConsumerRegisters>();
+    ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
     if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(plan, Group::num_ranks(args));
     ptx::mbarrier_wait(&shared_header().planned, 0);
     const SharedMap<kSwap> map(args, plan);

@@ -1,7 +1,10 @@
-// Normal orientation: 128 gathered tokens on the WGMMA M dimension (64 per warpgroup), 128 weight rows on N.
+// Normal orientation: gathered tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
+// after the other. Where a chunk has no more than 64 tokens, both warpgroups take all of them, and a tile each.
 // Accumulator fragment: thread (warp w, lane l) holds tokens 16w + l/4 and + 8; for every 8 weight rows b, rows 8b + 2*(l%4)
 // and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down projection rows q of block
 // 2g and q of block 2g + 1 are neighbouring hidden columns.
+//
+// The warpgroups wait for each other nowhere: while one promotes or works on its epilogue, the tensor core is the other's.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,45 +22,76 @@ namespace megamoe {
 
 template <typename Group>
 class NormalConsumer {
+  using O = Orientation<false>;
+
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note,
                                             Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
+    static_assert(O::kUnitTiles == kConsumerWarpgroups && O::kStageBlocks == 1);
+    const bool shares_tokens = note.rows() <= kWarpgroupTokens;
+    first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
+    first_tile_ = shares_tokens ? warpgroup() : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = first_token() + 8 * half;
-      if (token < note.rows()) {
-        const int2 raw = __ldcg(reinterpret_cast<const int2*>(args.workspace.row_sources + note.row_base + token));
+      if (token(half) < note.rows()) {
+        const int2 raw =
+            __ldcg(reinterpret_cast<const int2*>(args.workspace.row_sources + note.row_base + token(half)));
         source_[half] = {raw.x, __int_as_float(raw.y)};
       }
     }
   }
 
   __device__ __forceinline__ void run(StageCursor& cursor) {
-    float acc[kAccumulators];
-#pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) acc[i] = 0.0f;
-    if (note_.down()) {
-      accumulate<true>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
-      finish_down(acc);
+    if (note_.rows() <= kWarpgroupTokens) {
+      run_tiles<1>(cursor);
     } else {
-      accumulate<false>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
-      finish_gate_up(acc);
+      run_tiles<O::kUnitTiles>(cursor);
     }
   }
 
  private:
   static constexpr int kN = 2 * kPlaneRows;
   static constexpr int kAccumulators = kN / 2;
-  static constexpr int kWarpgroupTokens = 64;
+  template <int kTiles>
+  using Sums = float[kTiles][kAccumulators];
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
-  __device__ static int first_token() {
-    return warpgroup() * kWarpgroupTokens + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  __device__ static int quad_lane() { return threadIdx.x % 4; }
+  // The chunk's row that this thread holds in the low or high half of a fragment.
+  __device__ int token(int half) const {
+    return first_row_ + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * half;
   }
-  __device__ static int quad_column() { return threadIdx.x % 4 * 2; }
+
+  template <int kTiles>
+  __device__ __forceinline__ void run_tiles(StageCursor& cursor) {
+    Sums<kTiles> acc;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) acc[t][i] = 0.0f;
+    }
+    if (note_.down()) {
+      accumulate<true, kTiles>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * O::kUnitTiles + first_tile_ + t);
+      announce(map_.counters(args_).down_done(note_.tile));
+    } else {
+      accumulate<false, kTiles>(cursor, acc);
+      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) finish_gate_up(acc[t], note_.tile * O::kUnitTiles + first_tile_ + t);
+      ptx::fence_proxy_async_global();  // the copy engine reads what was just written
+      announce(map_.counters(args_).gate_up_done(note_.chunk));
+    }
+  }
+
+  // This warpgroup's share of the unit is stored.
+  __device__ __forceinline__ void announce(uint32_t* counter) {
+    ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
+    if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
+  }
 
   // acc += (token scale * weight scale) * partial; weight blocks of eight rows alternate between two scales.
   __device__ __forceinline__ static void promote(float (&acc)[kAccumulators], const float (&partial)[kAccumulators],
@@ -68,58 +102,57 @@ class NormalConsumer {
     for (int i = 0; i < kAccumulators; ++i) acc[i] = fmaf(scale[i / 4 % 2][i / 2 % 2], partial[i], acc[i]);
   }
 
-  template <bool kDown>
-  __device__ __forceinline__ void accumulate(StageCursor& cursor, float (&acc)[kAccumulators]) {
-    using O = Orientation<false>;
+  // One partial sum at a time: with 64 x 256 sums there are no registers for two. The other warpgroup fills the gap.
+  template <bool kDown, int kTiles>
+  __device__ __forceinline__ void accumulate(StageCursor& cursor, Sums<kTiles>& acc) {
     constexpr int kScales = kDown ? kActivationScalesPerBlock : 1;
     const Problem& p = args_.problem;
-    const int stages = O::stages((kDown ? p.intermediate_size : p.hidden_size) / kBlockK);
-    static_assert(O::kStageBlocks == 1);
-    const bool idle = warpgroup() * kWarpgroupTokens >= note_.rows();
+    const int k_blocks = (kDown ? p.intermediate_size : p.hidden_size) / kBlockK;
     const int padded = note_.padded_rows();
-    for (int i = 0; i < stages; ++i) {
+#pragma unroll 1
+    for (int block = 0; block < k_blocks; ++block) {
       const int stage = cursor.stage;
+      const wgmma::Descriptor tokens(map_.tokens(stage) + first_row_ * kBlockK);
+      const wgmma::Descriptor weights(map_.weights(stage) + first_tile_ * kBlockWeightBytes);
+      const float* token_scales = map_.token_scales(stage) + token(0);
+      const float* weight_scales =
+          map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
-      if (!idle) {
-        const wgmma::Descriptor a(map_.tokens(stage) + warpgroup() * kWarpgroupTokens * kBlockK);
-        const wgmma::Descriptor b(map_.weights(stage));
-        const float* weight_scale = map_.header().weight_scale[stage];
-        const float even = weight_scale[kDown ? i % 2 : 0];
-        const float odd = weight_scale[kDown ? i % 2 : 1];
 #pragma unroll
-        for (int s = 0; s < kScales; ++s) {
+      for (int s = 0; s < kScales; ++s) {
+        const float token_scale[2] = {token_scales[s * padded], token_scales[s * padded + 8]};
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
           float partial[kAccumulators];
           wgmma::pin(partial);
           wgmma::fence();
-          wgmma::multiply_block<kN, 4 / kScales>(partial, a, s * kActivationScaleColumns, b,
-                                                 s * kActivationScaleColumns);
+          wgmma::multiply_block<kN, 4 / kScales>(partial, tokens, s * kActivationScaleColumns, weights,
+                                                 t * kBlockWeightBytes + s * kActivationScaleColumns);
           wgmma::commit();
-          const float* scale_row = map_.token_scales(stage) + s * padded + first_token();
-          const float token_scales[2] = {scale_row[0], scale_row[8]};
+          const float even = weight_scales[kDown ? t * kScaleVectorFloats : 0];
+          const float odd = kDown ? even : weight_scales[1];
           wgmma::wait<0>();
           wgmma::pin(partial);
-          if (s == kScales - 1) release_stage(map_.header(), stage);
-          promote(acc, partial, token_scales, even, odd);
+          if (s == kScales - 1 && t == kTiles - 1) release_stage(map_.header(), stage);
+          promote(acc[t], partial, token_scale, even, odd);
         }
-      } else {
-        release_stage(map_.header(), stage);
       }
       cursor.advance(map_.num_stages);
     }
   }
 
-  __device__ __forceinline__ void finish_gate_up(const float (&acc)[kAccumulators]) {
+  // SwiGLU, routing weight, power-of-two scale over the tile's 64 columns, E4M3, into the chunk's activation image.
+  __device__ __forceinline__ void finish_gate_up(const float (&acc)[kAccumulators], int tile) {
     const Problem& p = args_.problem;
     const int padded = note_.padded_rows();
-    const int column = note_.tile * kGateUpTileColumns;
+    const int column = tile * kGateUpTileColumns;
     uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
                      static_cast<size_t>(column / kBlockK) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +
                     static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
-                    static_cast<size_t>(note_.tile) * padded;
+                    static_cast<size_t>(tile) * padded;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = first_token() + 8 * half;
       float value[16];
       float amax = 0.0f;
 #pragma unroll
@@ -134,37 +167,68 @@ class NormalConsumer {
       }
       amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
       amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-      if (token >= note_.rows()) continue;
       const float scale = fp8::activation_scale(amax);
       const float inverse = fp8::reciprocal_of_power_of_two(scale);
+      // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a row.
+      uint32_t words[4];
 #pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        *reinterpret_cast<uint16_t*>(plane + swizzled_offset(token, column % kBlockK + 8 * q + quad_column())) =
-            fp8::pack2(value[2 * q] * inverse, value[2 * q + 1] * inverse);
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t low = fp8::pack2(value[4 * j] * inverse, value[4 * j + 1] * inverse);
+        const uint32_t high = fp8::pack2(value[4 * j + 2] * inverse, value[4 * j + 3] * inverse);
+        words[j] = low | high << 16;
       }
-      if (quad_column() == 0) scales[token] = scale;
+      transpose_in_quad(words);
+      if (token(half) >= note_.rows()) continue;
+      *reinterpret_cast<uint4*>(plane + swizzled_offset(token(half), column % kBlockK + 16 * quad_lane())) =
+          make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
+                     __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+      if (quad_lane() == 0) scales[token(half)] = scale;
     }
-    ptx::fence_proxy_async_global();  // the copy engine reads what was just written
-    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
   }
 
-  __device__ __forceinline__ void finish_down(const float (&acc)[kAccumulators]) {
+  // Afterwards lane i of a quad has word i of all four, in their order.
+  __device__ __forceinline__ static void transpose_in_quad(uint32_t (&words)[4]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (first_token() + 8 * half >= note_.rows()) continue;
-      uint16_t* row = Group::slot_row(args_, source_[half].pair) + note_.tile * kDownUnitColumns + 2 * quad_column();
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = (threadIdx.x & bit) != 0;
 #pragma unroll
-      for (int g = 0; g < 8; ++g) {  // sixteen hidden columns each
-        const int even = 8 * g + 2 * half, odd = 8 * g + 4 + 2 * half;
-        const __nv_bfloat162 first = __floats2bfloat162_rn(acc[even], acc[odd]);
-        const __nv_bfloat162 second = __floats2bfloat162_rn(acc[even + 1], acc[odd + 1]);
-        *reinterpret_cast<uint2*>(row + 16 * g) =
-            make_uint2(*reinterpret_cast<const uint32_t*>(&first), *reinterpret_cast<const uint32_t*>(&second));
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const uint32_t received = __shfl_xor_sync(~0u, upper ? words[i] : words[i | bit], bit);
+        (upper ? words[i] : words[i | bit]) = received;
       }
     }
-    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));
+  }
+
+  // BF16 rows of the tile's 128 hidden columns.
+  __device__ __forceinline__ void finish_down(const float (&acc)[kAccumulators], int tile) {
+    const int hidden = args_.problem.hidden_size;
+    if (tile * kDownUnitColumns >= hidden) return;  // the copy of an odd last tile
+    const bool odd_lane = (threadIdx.x & 1) != 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint16_t* row = Group::slot_row(args_, source_[half].pair) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
+                      8 * (quad_lane() / 2);
+      const bool stores = token(half) < note_.rows();
+#pragma unroll
+      for (int g = 0; g < 8; g += 2) {
+        // A lane has four columns of each sixteen; of two sixteens in turn, even lanes store the first, odd ones the second.
+        const uint2 first = four_columns(acc, g, half), second = four_columns(acc, g + 1, half);
+        const uint2 mine = odd_lane ? second : first, given = odd_lane ? first : second;
+        const uint2 taken = make_uint2(__shfl_xor_sync(~0u, given.x, 1), __shfl_xor_sync(~0u, given.y, 1));
+        if (!stores) continue;
+        *reinterpret_cast<uint4*>(row + 16 * g) =
+            odd_lane ? make_uint4(taken.x, taken.y, mine.x, mine.y) : make_uint4(mine.x, mine.y, taken.x, taken.y);
+      }
+    }
+  }
+
+  // Columns 16g + 4*(l%4) and the three after it.
+  __device__ __forceinline__ static uint2 four_columns(const float (&acc)[kAccumulators], int g, int half) {
+    const int even = 8 * g + 2 * half, odd = even + 4;
+    const __nv_bfloat162 low = __floats2bfloat162_rn(acc[even], acc[odd]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(acc[even + 1], acc[odd + 1]);
+    return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
   }
 
   const MoeArguments& args_;
@@ -172,6 +236,8 @@ class NormalConsumer {
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;
+  int first_row_;   // of the chunk
+  int first_tile_;  // of the unit
   RowSource source_[2] = {{0, 0.0f}, {0, 0.0f}};
 };
 

@@ -35,8 +35,8 @@ class SharedMap {
 
   // For a plan that is complete.
   __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
-    // The normal path always reads 128 rows, the padding ones included.
-    max_rows = kSwap ? plan.max_rows() : kNormalTokenTile;
+    // The normal path reads 64 or 128 rows, the padding ones included.
+    max_rows = kSwap ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
     scratch_offset_ = scratch_begin(plan);
     ring_offset_ = ring_begin(plan, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];

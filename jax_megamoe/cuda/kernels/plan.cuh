@@ -19,6 +19,7 @@ struct Unit {
   int chunk;     // global chunk number, names the activation counter
   int row_base;  // first gathered row of the chunk
   int rows;      // tokens in the chunk
+  bool alone;    // the expert has no other chunk
 };
 
 // Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
@@ -63,35 +64,43 @@ __device__ __forceinline__ void count_pair(const Plan& plan, int expert, bool be
 
 // Counts the group's pairs per expert, in all and before `first_pair`. All threads of the CTA; with one rank `expert` is the id of
 // the thread's first pair, which it asked for beforehand. Begins and ends with a CTA barrier.
-template <typename Group>
+template <bool kSwap, typename Group>
 __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
+  constexpr int kIdsInFlight = Orientation<kSwap>::kIdsInFlight;
   if constexpr (Group::kHasPeers) {
     const int num_pairs = args.problem.group_pairs();
     const uint64_t epoch = shared_header().epoch;
     const uint64_t* ids = args.peers.ids[epoch % 2];
-    constexpr int kInFlight = 4;
+    constexpr int kWordsInFlight = 8;  // there are more of them than of one rank
 #pragma unroll 1
-    for (int base = threadIdx.x; base < num_pairs; base += kInFlight * kCtaThreads) {
-      uint64_t words[kInFlight] = {};
+    for (int first = threadIdx.x; first < num_pairs; first += kWordsInFlight * kCtaThreads) {
+      uint64_t words[kWordsInFlight] = {};
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int pair = base + i * kCtaThreads;
+      for (int i = 0; i < kWordsInFlight; ++i) {
+        const int pair = first + i * kCtaThreads;
         if (pair < num_pairs) words[i] = ptx::load_relaxed_system(ids + pair);
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int pair = base + i * kCtaThreads;
+      for (int i = 0; i < kWordsInFlight; ++i) {
+        const int pair = first + i * kCtaThreads;
         if (pair < num_pairs) count_pair(plan, Group::received_id(args, epoch, pair, words[i]), pair < first_pair);
       }
     }
   } else {
+    const int num_pairs = args.problem.num_pairs();
 #pragma unroll 1
-    for (int pair = threadIdx.x; pair < args.problem.num_pairs(); pair += kCtaThreads) {
-      if (pair != threadIdx.x) expert = __ldg(args.topk_ids + pair);
-      count_pair(plan, expert, pair < first_pair);
+    for (int first = threadIdx.x; first < num_pairs; first += kIdsInFlight * kCtaThreads) {
+      int experts[kIdsInFlight];
+#pragma unroll
+      for (int i = 0; i < kIdsInFlight; ++i) {
+        const int pair = first + i * kCtaThreads;
+        experts[i] = pair == threadIdx.x ? expert : pair < num_pairs ? __ldg(args.topk_ids + pair) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kIdsInFlight; ++i) count_pair(plan, experts[i], first + i * kCtaThreads < first_pair);
     }
   }
   __syncthreads();
@@ -152,15 +161,12 @@ template <bool kSwap>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
-      : plan_(plan),
-        gate_up_units_(args.constants.gate_up_units),
-        down_units_(args.constants.down_units),
-        num_chunks_(plan.num_chunks()) {}
+      : plan_(plan), gate_up_units_(args.constants.gate_up_units), down_units_(args.constants.down_units) {}
 
-  __device__ int num_chunks() const { return num_chunks_; }
-  __device__ uint32_t num_gate_up() const { return static_cast<uint32_t>(num_chunks_) * gate_up_units_.value(); }
+  __device__ int num_chunks() const { return plan_.num_chunks(); }
+  __device__ uint32_t num_gate_up() const { return static_cast<uint32_t>(num_chunks()) * gate_up_units_.value(); }
   __device__ uint32_t size() const {
-    return static_cast<uint32_t>(num_chunks_) * (gate_up_units_.value() + down_units_.value());
+    return static_cast<uint32_t>(num_chunks()) * (gate_up_units_.value() + down_units_.value());
   }
 
   __device__ Unit unit(uint32_t ticket) const {
@@ -176,6 +182,7 @@ class UnitSchedule {
     u.tile = chunks == 1 ? within : within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
+    u.alone = chunks == 1;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
     u.rows = min(kTile, plan_.count(plan_.first_expert() + u.expert) - chunk * kTile);
     return u;
@@ -201,7 +208,6 @@ class UnitSchedule {
   Plan plan_;
   const Divisor& gate_up_units_;
   const Divisor& down_units_;
-  int num_chunks_;
 };
 
 }  // namespace megamoe

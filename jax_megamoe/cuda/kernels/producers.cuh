@@ -36,7 +36,7 @@ class WeightProducer {
 
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
-      : args_(args), map_(map), first_expert_(static_cast<size_t>(clamped_layer(args)) * args.problem.num_experts) {}
+      : args_(args), map_(map), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
 
   // One thread. The first unit is the CTA's own, the others go by ticket, so that a CTA that is slow for whatever reason takes
   // fewer.
@@ -48,19 +48,21 @@ class WeightProducer {
       const Unit u = schedule.unit(ticket);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
-      const size_t expert = first_expert_ + u.expert;
-      yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
+      const int expert = first_expert_ + u.expert;
+      const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
+      read_once_ = u.alone;
+      if constexpr (kSwap) yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
         // The ring is full for the first time.
         if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(expert, u.tile, block, k_blocks);
         claim(schedule);
-        if (block == 0) map_.header().note[cursor_.stage] = UnitNote{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
-        if (u.down) {
-          load_down(expert, u.tile, block, k_blocks);
+        if (block == 0) map_.header().note[cursor_.stage] = note;
+        if (note.down()) {
+          load_down(expert, note.tile, block, k_blocks);
         } else {
-          load_gate_up(expert, u.tile, block, k_blocks);
+          load_gate_up(expert, note.tile, block, k_blocks);
         }
         announce();
       }
@@ -76,18 +78,23 @@ class WeightProducer {
   // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
-           args_.constants.gate_up_units.value();
+           args_.constants.gate_up_units.value() * O::kGateUpSignals;
   }
 
   __device__ __forceinline__ void claim(const UnitSchedule<kSwap>& schedule) {
-    if (yields_) yields_ = !gate_up_complete(schedule);
-    const int in_flight = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
-    while (claimed_ - landed_count_ >= in_flight) {
-      ptx::mbarrier_wait(&map_.header().weights_full[landed_.stage], landed_.parity);
-      landed_.advance(map_.num_stages);
-      ++landed_count_;
+    if constexpr (kSwap) {
+      if (yields_) yields_ = !gate_up_complete(schedule);
     }
-    ++claimed_;
+    const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
+    if constexpr (O::kStagesAtStart > 0) ++claimed_;
+    for (; in_flight_ >= most; --in_flight_) {
+      // The oldest of them.
+      const int stage = cursor_.stage - in_flight_;
+      const bool wrapped = stage < 0;
+      ptx::mbarrier_wait(&map_.header().weights_full[wrapped ? stage + map_.num_stages : stage],
+                         cursor_.parity ^ (wrapped ? 1 : 0));
+    }
+    ++in_flight_;
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
@@ -115,12 +122,9 @@ class WeightProducer {
   }
 
   // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
-  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) {
-    if constexpr (kSwap) {
-      ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
-    } else {
-      ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
-    }
+  __device__ __forceinline__ void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) const {
+    ptx::bulk_copy_global_to_shared(destination, source, bytes, full,
+                                    kSwap ? ptx::stream_policy() : ptx::stream_policy_if(read_once_));
   }
 
   // Loads K blocks [block, block + kStageBlocks) of `block_bytes` each, which follow each other in memory and in the stage. A
@@ -135,39 +139,54 @@ class WeightProducer {
     }
   }
 
-  __device__ __forceinline__ void load_gate_up(size_t expert, int tile, int block, int k_blocks) {
-    const size_t index = (expert * args_.constants.gate_up_units.value() + tile) * k_blocks + block;
+  // The tiles of a unit share their scales.
+  __device__ __forceinline__ void load_gate_up(size_t expert, int unit, int block, int k_blocks) {
+    const size_t index = (expert * args_.constants.gate_up_units.value() + unit) * O::kUnitTiles * k_blocks + block;
     const int scale_bytes = min(O::kStageBlocks, k_blocks - block) * kScaleVectorBytes;
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
-    load_blocks(map_.weights(cursor_.stage), args_.gate_up + index * kBlockWeightBytes, block, k_blocks,
-                kBlockWeightBytes);
+#pragma unroll 1
+    for (int t = 0; t < O::kUnitTiles; ++t) {
+      load_blocks(map_.weights(cursor_.stage) + t * O::kStageBlocks * kBlockWeightBytes,
+                  args_.gate_up + (index + t * k_blocks) * kBlockWeightBytes, block, k_blocks, kBlockWeightBytes);
+    }
     ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
                                     args_.gate_up_scale + index * kScaleVectorFloats, scale_bytes, full);
   }
 
-  // Two neighbouring tiles, which share their scales.
-  __device__ __forceinline__ void load_down(size_t expert, int unit_tile, int block, int k_blocks) {
-    const size_t tile = 2 * (expert * args_.constants.down_units.value() + unit_tile);
+  // Pairs of neighbouring 64-column tiles, which share their scales. An odd last pair comes twice: its copy is multiplied and
+  // dropped.
+  __device__ __forceinline__ void load_down(size_t expert, int unit, int block, int k_blocks) {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + kScaleVectorBytes);
-    for (int half = 0; half < 2; ++half) {
-      load_blocks(map_.weights(cursor_.stage) + half * O::kStageBlocks * kPlaneBytes,
-                  args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
+    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + O::kUnitTiles * kScaleVectorBytes);
+#pragma unroll 1
+    for (int t = 0; t < O::kUnitTiles; ++t) {
+      const size_t tile = 2 * down_pair(expert, unit, t);
+#pragma unroll(kSwap ? 2 : 1)
+      for (int half = 0; half < 2; ++half) {
+        load_blocks(map_.weights(cursor_.stage) + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
+                    args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
+      }
+      ptx::bulk_copy_global_to_shared(
+          map_.header().weight_scale[cursor_.stage] + t * kScaleVectorFloats,
+          args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats, kScaleVectorBytes, full);
     }
-    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
-                                    args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats,
-                                    kScaleVectorBytes, full);
+  }
+
+  __device__ __forceinline__ size_t down_pair(size_t expert, int unit, int t) const {
+    if constexpr (O::kUnitTiles == 1) return expert * args_.constants.down_units.value() + unit;
+    const int pairs = args_.problem.hidden_size / kDownUnitColumns;
+    return expert * pairs + min(unit * O::kUnitTiles + t, pairs - 1);
   }
 
   const MoeArguments& args_;
   const SharedMap<kSwap>& map_;
-  size_t first_expert_;
+  int first_expert_;
   StageCursor cursor_;
-  StageCursor landed_;
   bool yields_ = false;
+  bool read_once_ = false;
   int claimed_ = 0;
-  int landed_count_ = 0;
+  int in_flight_ = 0;
 };
 
 // One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk. `tokens_ready`: the
@@ -178,7 +197,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   SharedHeader& header = map.header();
-  const uint32_t gate_up_units = args.constants.gate_up_units.value();
+  const uint32_t gate_up_signals = args.constants.gate_up_units.value() * O::kGateUpSignals;
   Tracer tracer(args, TraceRole::kTokenProducer);
   StageCursor cursor;
   while (true) {
@@ -192,7 +211,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
-      Group::wait_local(args, SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_units);
+      Group::wait_local(args, SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_signals);
     }
     ptx::fence_proxy_async_global();
     tracer.mark(TraceEvent::kTokensReady);

@@ -13,12 +13,12 @@ constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kConsumerWarpgroups = kConsumerThreads / kWarpgroupThreads;
+constexpr int kWarpgroupTokens = 64;  // in the normal orientation: WGMMA's M
 constexpr int kCtaThreads = kConsumerThreads + kWarpgroupThreads;
+constexpr int kRegistersAtStart = 65536 / kCtaThreads / 8 * 8;  // of a thread; warpgroups pass them on to each other
 constexpr int kWeightProducerWarp = kConsumerWarps;
 constexpr int kTokenProducerWarp = kConsumerWarps + 1;
 constexpr int kFirstSignalWarp = kConsumerWarps + 2;  // one for each consumer warpgroup
-constexpr int kProducerRegisters = 72;
-constexpr int kConsumerRegisters = 216;
 
 // Hardware barrier numbers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
@@ -45,12 +45,30 @@ template <bool kSwap>
 struct Orientation {
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
-  static constexpr int kStageWeightBytes = kStageBlocks * kBlockWeightBytes;
+  // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less per
+  // multiply.
+  static constexpr int kUnitTiles = kSwap ? 1 : 2;
+  static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
-  static constexpr int kStagesAtStart = 3;
-  // A finished down unit is announced by each warpgroup for its half of the columns, or once for all.
-  static constexpr int kDownSignals = kSwap ? kConsumerWarpgroups : 1;
+  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more. Gathering more
+  // than a few takes longer than the ring takes to fill.
+  static constexpr int kStagesAtStart = kSwap ? 3 : 0;
+  // Who announces a finished unit: each warpgroup for its share, or one thread for all.
+  static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
+  static constexpr int kDownSignals = kConsumerWarpgroups;
+  // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
+  // slots up, and with thousands of tokens they add up to microseconds.
+  static constexpr int kIdsInFlight = kSwap ? 1 : 16;
+  static constexpr int kItemsInFlight = kSwap ? 1 : 4;
+  static constexpr int kTargetsInFlight = kSwap ? 1 : 4;
+  static constexpr int kSlotsInFlight = kSwap ? 4 : 8;
+  // Of 64 columns, that a warp combines once it knows which slots its tokens use.
+  static constexpr int kCombineTiles = kSwap ? 1 : 2;
+  // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
+  static constexpr int kProducerRegisters = kSwap ? 72 : 56;
+  static constexpr int kConsumerRegisters = kSwap ? 216 : 224;
+
+  static_assert(kConsumerWarpgroups * kConsumerRegisters + kProducerRegisters <= 3 * kRegistersAtStart);
 
   __device__ static int stages(int k_blocks) { return ceil_div(k_blocks, kStageBlocks); }
 };
