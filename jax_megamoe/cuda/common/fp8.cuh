@@ -16,26 +16,6 @@ __device__ __forceinline__ uint16_t pack2(float low, float high) {
 // Tokens: one FP32 scale per token and 128 hidden columns.
 __device__ __forceinline__ float token_scale(float amax) { return __fdiv_rn(fmaxf(amax, 1e-4f), kMaxE4m3); }
 
-// value / divisor, rounded once, for many values: what the compiler does for one division, less its branch for quotients below
-// 2^-100 (zero in E4M3) and its reciprocal. The divisor is a finite token scale.
-class Quotient {
- public:
-  __device__ __forceinline__ explicit Quotient(float divisor) {
-    divisor_ = divisor;
-    reciprocal_ = __frcp_rn(divisor);
-  }
-
-  __device__ __forceinline__ float of(float value) const {
-    float quotient = value * reciprocal_;
-    quotient = fmaf(fmaf(-quotient, divisor_, value), reciprocal_, quotient);
-    return fmaf(fmaf(-quotient, divisor_, value), reciprocal_, quotient);
-  }
-
- private:
-  float divisor_;
-  float reciprocal_;
-};
-
 // Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 intermediate
 // columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
 // An infinite amax gives an infinite scale.

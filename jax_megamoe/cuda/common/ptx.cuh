@@ -111,27 +111,12 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
-// What becomes of a copy's bytes in the L2. If nobody reads them again soon, they are the first to leave, so that flags, tokens
-// and instructions stay.
-__device__ __forceinline__ uint64_t stream_policy() {
+// The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
+// stay in it.
+__device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
+                                                             uint64_t* barrier) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// Volatile: made anew for every copy rather than kept in registers.
-__device__ __forceinline__ uint64_t stream_policy_if(bool condition) {
-  uint64_t policy;
-  if (condition) {
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  }
-  return policy;
-}
-
-__device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
-                                                           uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(smem_address(destination)),

@@ -107,15 +107,14 @@ __device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num
   }
 }
 
-// All consumer warps of all CTAs: items of (64 or 128 columns, 8 tokens). swapAB takes each as soon as its columns are
+// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are
 // complete. In the normal orientation units go expert by expert, so that all columns are complete at about the same time.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   using O = Orientation<kSwap>;
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  constexpr int kItemColumns = O::kCombineTiles * kCombineColumns;
-  const int column_tiles = p.hidden_size / kItemColumns;
+  const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
   constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
   bool complete = true;
@@ -124,7 +123,7 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   }
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
-    const int column = item % column_tiles * kItemColumns;
+    const int column = item % column_tiles * kCombineColumns;
     const int first = item / column_tiles * kCombineTokens + lane / 8;
     const int tokens[2] = {first, first + kCombineTokens / 2};
     const uint32_t used[2] = {used_slots<Group>(args, tokens[0]), used_slots<Group>(args, tokens[1])};
@@ -132,14 +131,10 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
       const int unit = column / kUnitColumns;
       complete = wait_for_units<kSwap, Group>(args, num_chunks, unit, unit + 1);
     }
-#pragma unroll 1
-    for (int tile = 0; tile < O::kCombineTiles; ++tile) {
-      const int first_column = column + tile * kCombineColumns + lane % 8 * 8;
-      if (complete) {
-        combine_columns<O::kSlotsInFlight>(args, tokens, used, first_column);
-      } else {
-        store_nothing(args, tokens, first_column);
-      }
+    if (complete) {
+      combine_columns<O::kSlotsInFlight>(args, tokens, used, column + lane % 8 * 8);
+    } else {
+      store_nothing(args, tokens, column + lane % 8 * 8);
     }
   }
 }

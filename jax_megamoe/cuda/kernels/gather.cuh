@@ -54,16 +54,10 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   const int top_k = args.problem.top_k;
   const int first_pair = token_begin * top_k;
   const int end_pair = token_end * top_k;
-  const auto load_id = [&](int pair) { return pair < end_pair ? __ldg(args.topk_ids + pair) : -1; };
-  const auto load_weight = [&](int pair) { return pair < end_pair ? __ldg(args.topk_weights + pair) : 0.0f; };
-  int next_id = load_id(first_pair + lane);
-  float next_weight = load_weight(first_pair + lane);
   for (int base = first_pair; base < end_pair; base += 32) {
     const int pair = base + lane;
-    int expert = next_id;
-    const float weight = next_weight;
-    next_id = load_id(pair + 32);
-    next_weight = load_weight(pair + 32);
+    int expert = pair < end_pair ? __ldg(args.topk_ids + pair) : -1;
+    const float weight = pair < end_pair ? __ldg(args.topk_weights + pair) : 0.0f;
     if (expert < 0 || expert >= plan.group_experts()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -89,9 +83,8 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   }
 }
 
-// Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots, whose
-// targets are read `kTargets` at a time.
-template <int kTargets, typename Group>
+// Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots.
+template <typename Group>
 __device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const uint4& packed,
                                             const PairTarget* token_targets) {
   const Problem& p = args.problem;
@@ -109,35 +102,27 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
   for (int offset = 8; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
-  const fp8::Quotient quotient(scale);
   uint32_t bytes[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t low = fp8::pack2(quotient.of(values[4 * i]), quotient.of(values[4 * i + 1]));
-    const uint32_t high = fp8::pack2(quotient.of(values[4 * i + 2]), quotient.of(values[4 * i + 3]));
+    const uint32_t low = fp8::pack2(__fdiv_rn(values[4 * i], scale), __fdiv_rn(values[4 * i + 1], scale));
+    const uint32_t high = fp8::pack2(__fdiv_rn(values[4 * i + 2], scale), __fdiv_rn(values[4 * i + 3], scale));
     bytes[i] = low | high << 16;
   }
   const int k_block = column / kBlockK;
 #pragma unroll 1
-  for (int base = 0; base < p.top_k; base += kTargets) {
-    PairTarget targets[kTargets];
-#pragma unroll
-    for (int i = 0; i < kTargets; ++i) {
-      targets[i] = kTargets == 1 || base + i < p.top_k ? token_targets[base + i] : PairTarget{-1, 0};
-    }
-#pragma unroll
-    for (const PairTarget& target : targets) {
-      if (target.chunk_row_base < 0) continue;
-      const int row = target.row();
-      const size_t rows_before = static_cast<size_t>(k_block) * target.padded_rows();
-      uint8_t* plane = Group::on(args, target.rank(), args.workspace.token_planes) +
-                       static_cast<size_t>(target.chunk_row_base) * p.hidden_size + rows_before * kBlockK;
-      *reinterpret_cast<uint2*>(plane + swizzled_offset(row, column % kBlockK)) = make_uint2(bytes[0], bytes[1]);
-      if (lane % 16 == 0) {
-        float* scales = Group::on(args, target.rank(), args.workspace.token_scales) +
-                        static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK);
-        scales[rows_before + row] = scale;
-      }
+  for (int slot = 0; slot < p.top_k; ++slot) {
+    const PairTarget target = token_targets[slot];
+    if (target.chunk_row_base < 0) continue;
+    const int row = target.row();
+    const size_t rows_before = static_cast<size_t>(k_block) * target.padded_rows();
+    uint8_t* plane = Group::on(args, target.rank(), args.workspace.token_planes) +
+                     static_cast<size_t>(target.chunk_row_base) * p.hidden_size + rows_before * kBlockK;
+    *reinterpret_cast<uint2*>(plane + swizzled_offset(row, column % kBlockK)) = make_uint2(bytes[0], bytes[1]);
+    if (lane % 16 == 0) {
+      float* scales = Group::on(args, target.rank(), args.workspace.token_scales) +
+                      static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK);
+      scales[rows_before + row] = scale;
     }
   }
 }
@@ -151,39 +136,23 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
   const int end_token = share.end_token();
-  using O = Orientation<kSwap>;
-  constexpr int kItems = O::kItemsInFlight;
-  const auto load_items = [&](uint4(&items)[kItems], int from) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) items[i] = load_item(args, share, from + i * kConsumerWarps);
-  };
   int item = share.first_item + warp;
-  uint4 items[kItems] = {packed};
+  constexpr int kItemsInFlight = Orientation<kSwap>::kItemsInFlight;
+  uint4 items[kItemsInFlight] = {packed};
 #pragma unroll
-  for (int i = 1; i < kItems; ++i) items[i] = load_item(args, share, item + i * kConsumerWarps);
+  for (int i = 1; i < kItemsInFlight; ++i) items[i] = load_item(args, share, item + i * kConsumerWarps);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
-    const int end_item = min(share.end_item, share.first_item_of(token_end));
-    for (; item < end_item; item += kItems * kConsumerWarps) {
-      uint4 next[kItems];
-      load_items(next, item + kItems * kConsumerWarps);
+    for (; item < min(share.end_item, share.first_item_of(token_end)); item += kConsumerWarps) {
+      const uint4 next = load_item(args, share, item + kItemsInFlight * kConsumerWarps);
+      const int token = share.token_of(item);
+      gather_item<Group>(args, item - share.first_item_of(token), items[0], targets + (token - token_begin) * top_k);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int current = item + i * kConsumerWarps;
-        if (i > 0 && current >= end_item) break;
-        const int token = share.token_of(current);
-        gather_item<O::kTargetsInFlight, Group>(args, current - share.first_item_of(token), items[i],
-                                                targets + (token - token_begin) * top_k);
-      }
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) items[i] = next[i];
-    }
-    if constexpr (kItems > 1) {  // the last round may have ended early
-      while (item - kConsumerWarps >= end_item) item -= kConsumerWarps;
-      if (token_end < end_token) load_items(items, item);
+      for (int i = 1; i < kItemsInFlight; ++i) items[i - 1] = items[i];
+      items[kItemsInFlight - 1] = next;
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }

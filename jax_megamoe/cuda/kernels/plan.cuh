@@ -19,7 +19,6 @@ struct Unit {
   int chunk;     // global chunk number, names the activation counter
   int row_base;  // first gathered row of the chunk
   int rows;      // tokens in the chunk
-  bool alone;    // the expert has no other chunk
 };
 
 // Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
@@ -182,7 +181,6 @@ class UnitSchedule {
     u.tile = chunks == 1 ? within : within / chunks;
     const int chunk = within - u.tile * chunks;
     u.chunk = first_chunk + chunk;
-    u.alone = chunks == 1;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
     u.rows = min(kTile, plan_.count(plan_.first_expert() + u.expert) - chunk * kTile);
     return u;

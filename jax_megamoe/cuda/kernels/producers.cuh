@@ -50,7 +50,6 @@ class WeightProducer {
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
       const int expert = first_expert_ + u.expert;
       const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
-      read_once_ = u.alone;
       if constexpr (kSwap) yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
@@ -86,7 +85,7 @@ class WeightProducer {
       if (yields_) yields_ = !gate_up_complete(schedule);
     }
     const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
-    if constexpr (O::kStagesAtStart > 0) ++claimed_;
+    ++claimed_;
     for (; in_flight_ >= most; --in_flight_) {
       // The oldest of them.
       const int stage = cursor_.stage - in_flight_;
@@ -122,9 +121,12 @@ class WeightProducer {
   }
 
   // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
-  __device__ __forceinline__ void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) const {
-    ptx::bulk_copy_global_to_shared(destination, source, bytes, full,
-                                    kSwap ? ptx::stream_policy() : ptx::stream_policy_if(read_once_));
+  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) {
+    if constexpr (kSwap) {
+      ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
+    } else {
+      ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
+    }
   }
 
   // Loads K blocks [block, block + kStageBlocks) of `block_bytes` each, which follow each other in memory and in the stage. A
@@ -184,7 +186,6 @@ class WeightProducer {
   int first_expert_;
   StageCursor cursor_;
   bool yields_ = false;
-  bool read_once_ = false;
   int claimed_ = 0;
   int in_flight_ = 0;
 };

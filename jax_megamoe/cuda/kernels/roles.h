@@ -50,9 +50,8 @@ struct Orientation {
   static constexpr int kUnitTiles = kSwap ? 1 : 2;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more. Gathering more
-  // than a few takes longer than the ring takes to fill.
-  static constexpr int kStagesAtStart = kSwap ? 3 : 0;
+  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
+  static constexpr int kStagesAtStart = 3;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
@@ -60,10 +59,7 @@ struct Orientation {
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
   static constexpr int kItemsInFlight = kSwap ? 1 : 4;
-  static constexpr int kTargetsInFlight = kSwap ? 1 : 4;
   static constexpr int kSlotsInFlight = kSwap ? 4 : 8;
-  // Of 64 columns, that a warp combines once it knows which slots its tokens use.
-  static constexpr int kCombineTiles = kSwap ? 1 : 2;
   // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
   static constexpr int kProducerRegisters = kSwap ? 72 : 56;
   static constexpr int kConsumerRegisters = kSwap ? 216 : 224;
