@@ -97,7 +97,8 @@ constexpr uint64_t kBytes = 3 << 20;
 struct Ranks {
   fakes::Clique clique;
   std::vector<void*> windows = std::vector<void*>(kRanks);
-  fakes::Comm comms[kRanks];
+  // Never freed: the process keeps some groups, by the addresses of their communicators.
+  fakes::Comm* comms = new fakes::Comm[kRanks];
   std::shared_ptr<SymmetricGroup> groups[kRanks];
   std::string failures[kRanks];
 
