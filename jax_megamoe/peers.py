@@ -60,9 +60,9 @@ def buffer_bytes(
 def failures() -> list[str]:
     """What ranks of this process have waited for in vain, a sentence each; empty while all is well.
 
-    Each names rank, peer, phase and epoch. That rank's results have been NaN since then, in replayed graphs too, which raise no
-    error. A group stays failed: its processes have to be started anew. Asks no GPU, so that it can be called at any
-    time; where the last program of a group is gone, so is its failure.
+    Each names rank, peer, phase and epoch. That rank's results have been NaN since then, in replayed graphs too, which
+    raise no error. A group stays failed: its processes have to be started anew. Asks no GPU, so that it can be called
+    at any time; where the last program of a group is gone, so is its failure.
     """
     return [memory["failure"] for memory in _library.symmetric_memories() if memory["failure"]]
 
