@@ -1,6 +1,7 @@
 """One process of several that run the layer together: `python multiprocess_worker.py PROCESSES PROCESS PORT FOLDER`.
 
-The processes share four CPU devices. Each saves what it has of every result and what the demo writes; tests/test_multiprocess.py puts it together.
+The processes share four CPU devices. Each saves what it has of every result, and the demo's texts; tests/test_multiprocess.py
+puts it together.
 """
 
 import json
