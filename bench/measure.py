@@ -135,6 +135,5 @@ def measure_row(
     if float_weights is not None:
         row["ragged_us"] = microseconds_per_call(program_of(ragged_layer), float_weights, inputs)[0]
         row["dense_us"] = microseconds_per_call(program_of(dense_layer), float_weights, inputs)[0]
-        if num_tokens <= 32:
-            row["reference_us"] = microseconds_per_call(program_of(mm.reference.moe), weights, inputs)[0]
+        row["reference_us"] = microseconds_per_call(program_of(mm.reference.moe), weights, inputs)[0]
     return Measured(row, results, reference)

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         ranks = [int(number) for number in wanted.split(",") if options.ranks != "all" or int(number) <= num_devices]
     except ValueError as error:
         parser.error(str(error))
-    if not ranks or max(ranks) > num_devices:
+    if not ranks or not all(0 < number <= num_devices for number in ranks):
         parser.error(
             f"--ranks is {options.ranks}, wanted numbers up to the {num_devices} devices that this process sees"
         )

@@ -57,6 +57,16 @@ def buffer_bytes(
     return BufferBytes(_library.buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
 
 
+def failures() -> list[str]:
+    """What ranks of this process have waited for in vain, a sentence each; empty while all is well.
+
+    Each names rank, peer, phase and epoch. That rank's results have been NaN since then, in replayed graphs too, which
+    raise no error. A group stays failed: its processes have to be started anew. Asks no GPU, so that it can be called
+    at any time; where the last program of a group is gone, so is its failure.
+    """
+    return [memory["failure"] for memory in _library.symmetric_memories() if memory["failure"]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_megamoe.peers", description=__doc__)

@@ -1,8 +1,10 @@
 """One process of several that run the layer together: `python multiprocess_worker.py PROCESSES PROCESS PORT FOLDER`.
 
-The processes share four CPU devices. Each saves what it has of every result; tests/test_multiprocess.py puts it together.
+The processes share four CPU devices. Each saves what it has of every result, and the demo's texts; tests/test_multiprocess.py
+puts it together.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -56,6 +58,21 @@ def run_case(case: Case, devices: list[Any]) -> tuple[jax.Array, jax.Array]:
     return y, load
 
 
+def run_demo(devices: list[Any]) -> list[str]:
+    """Texts that the demo's loop decodes on a mesh of the devices, greedily; fewer of them than devices."""
+    from jax_megamoe.demo import decode, mesh, model
+
+    config = model.ModelConfig(hidden_size=128, num_layers=2, num_heads=4, num_experts=4, context=16)
+    # The first process knows the model. The unembedding starts at zero, which would make all logits equal.
+    untrained = model.initialize(config, jax.random.key(jax.process_index()))
+    noise = jax.random.normal(jax.random.key(1), untrained.unembedding.shape)
+    parameters = mesh.of_first_process(untrained._replace(unembedding=noise / 8))
+    experts = model.quantize(parameters.experts)
+    demo_mesh = mesh.make_mesh(config, len(devices), devices)
+    prompts = ["of a", "the st", "x = "]
+    return decode.generate(config, parameters, experts, prompts, 12, temperature=0.0, mesh=demo_mesh).texts
+
+
 def check_sharing_of_facts(processes: int, process: int) -> None:
     """What the choice of the implementation rests on: all processes learn the same about each other."""
     from jax_megamoe.primitives import _compat
@@ -71,6 +88,7 @@ def main(processes: int, process: int, port: int, folder: Path) -> None:
     jax.distributed.initialize(f"localhost:{port}", processes, process, initialization_timeout=40)
     assert jax.process_count() == processes and jax.device_count() == NUM_DEVICES
     check_sharing_of_facts(processes, process)
+    (folder / f"demo.{process}.json").write_text(json.dumps(run_demo(jax.devices())))
     for name, case in CASES.items():
         for what, array in zip(("y", "load"), run_case(case, jax.devices()), strict=True):
             for shard in array.addressable_shards:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from bench import buffer_sizes, layers, plot, presets, progress, records, rivals, table
+from bench import buffer_sizes, layers, plot, presets, progress, ranks, records, rivals, table
 from bench.__main__ import main
 from bench.compare import compare
 from bench.inputs import make_inputs, make_weights
@@ -71,6 +71,9 @@ def test_selecting_shapes_and_routings():
         (["--tokens", "8,-1"], "wanted positive numbers"),
         (["layers", "--variants", "fast"], "wanted some of default"),
         (["layers", "--stack", "3", "--layers", "2"], "wanted 1 to --layers (2)"),
+        (["ranks", "--shapes", "flush"], "wanted some of flash"),
+        (["ranks", "--ranks", "0"], "--ranks is 0, wanted numbers up to the"),
+        (["ranks", "--ranks", "2,99"], "--ranks is 2,99, wanted numbers up to the"),
         (["compare", "no-such-file", "no-such-file"], "No such file"),
     ],
 )
@@ -393,6 +396,35 @@ def test_layers_dry_run(tmp_path, capsys):
     assert "nothing was measured on a GPU" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["compare", str(path), str(path)])
+
+
+# Ranks
+
+
+def test_most_touched_counts_the_fullest_rank():
+    # Two ranks of four experts: 1 and 2 on one, 4, 6 and 7 on the other.
+    ids = np.array([[1, 2], [4, 6], [7, 4], [-1, 8]])
+    assert ranks._most_touched(ids, num_local_experts=4, num_ranks=2) == 3
+    assert ranks._most_touched(ids, num_local_experts=2, num_ranks=4) == 2
+    assert ranks._most_touched(np.full((3, 2), -1), num_local_experts=4, num_ranks=2) == 0
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
+def test_ranks_dry_run(tmp_path, capsys):
+    path = tmp_path / "ranks.json"
+    arguments = ["ranks", "--shapes", "tiny", "--ranks", "2", "--tokens", "3", "--routing", "masked30"]
+    assert main([*arguments, "--commit", "abc", "--output", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "tiny" in printed.out and "collective_us" in printed.out
+    assert "[1/1] tiny: 2 ranks, 3 tokens" in printed.err
+    result = json.loads(path.read_text())
+    assert result["commit"] == "abc" and "collective" in result["method"]
+    (row,) = result["rows"]["tiny"]
+    assert (row["ranks"], row["tokens"], row["routing"]) == (2, 3, "masked30")
+    assert 0 < row["us_least"] <= row["us"] <= row["us_most"] and row["collective_us"] > 0
+    assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
+    assert row["diff"] < 1e-5
+    assert ("ceiling_us" in row) == (jax.default_backend() == "gpu")
 
 
 # Memory of expert parallelism

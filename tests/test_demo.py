@@ -1,29 +1,42 @@
 """The demo: its command line end to end at tiny sizes, and the parts whose errors a plausible text would hide."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
+from cuda_lowering import cuda_text
+from jax.sharding import Mesh
 
 from jax_megamoe.demo import __main__ as command_line
 from jax_megamoe.demo import checkpoint, decode, model, text, train
+from jax_megamoe.demo import mesh as demo_mesh
+from jax_megamoe.errors import ShardingError
 
 TINY = model.ModelConfig(
     hidden_size=128, intermediate_size=128, num_layers=2, num_heads=2, num_experts=4, top_k=2, context=16
 )
+WIDE = dataclasses.replace(TINY, num_heads=8, num_experts=8)  # to be split over eight devices
+needs_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+
+
+def make_parameters(config: model.ModelConfig) -> model.Parameters:
+    # The unembedding starts at zero, which would make all logits equal.
+    untrained = model.initialize(config, jax.random.key(0))
+    return untrained._replace(unembedding=jax.random.normal(jax.random.key(1), untrained.unembedding.shape) / 8)
 
 
 @pytest.fixture
 def parameters() -> model.Parameters:
-    # The unembedding starts at zero, which would make all logits equal.
-    untrained = model.initialize(TINY, jax.random.key(0))
-    return untrained._replace(unembedding=jax.random.normal(jax.random.key(1), untrained.unembedding.shape) / 8)
+    return make_parameters(TINY)
 
 
 @pytest.fixture
@@ -55,7 +68,7 @@ def test_command_line_trains_measures_decodes_and_reuses_its_checkpoint(
     assert float_bits < math.log2(len(text.VOCABULARY)) - 0.5
     assert difference == pytest.approx(moe_bits - float_bits, abs=2e-4)
     assert abs(difference) < 0.02
-    assert re.search(r"decoding +\d+\.\d tokens/s \(3 sequences x 18 steps", first.out)
+    assert re.search(r"decoding +\d+\.\d tokens/s, \d+\.\d{3} ms per step \(3 sequences x 18 steps", first.out)
     continued = first.out.split("\n--- continuing ")[1:]
     for section, prompt in zip(continued, ["The ", "A class", "The "], strict=True):
         heading, generated = section.split("\n", 1)
@@ -239,3 +252,91 @@ def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
     assert float(train.balance_loss(even)) == pytest.approx(1.0)
     uneven = model.Routing(jnp.tile(jnp.array([0.7, 0.1, 0.1, 0.1]), (1, 1, 4, 1)), jnp.zeros((1, 1, 4, 1), jnp.int32))
     assert float(train.balance_loss(uneven)) == pytest.approx(2.8)
+
+
+# On a mesh.
+
+PROMPTS = ["of a", "the st", "x = "]
+
+
+def check_mesh(num_devices: int, num_prompts: int, devices: list[Any], config: model.ModelConfig = WIDE) -> str:
+    """The text on so many devices is that on one of them; returns the compiled program, whose weights stay in place."""
+    mesh = demo_mesh.make_mesh(config, num_devices, devices)
+    prompts = list(itertools.islice(itertools.cycle(PROMPTS), num_prompts))
+    with jax.default_device(devices[0]):
+        parameters = make_parameters(config)
+        experts = model.quantize(parameters.experts)
+        alone = decode.generate(config, parameters, experts, prompts, 12, temperature=0.0)
+    together = decode.generate(config, parameters, experts, prompts, 12, temperature=0.0, mesh=mesh)
+    assert together.texts == alone.texts
+    assert together.num_steps == alone.num_steps and together.milliseconds_per_step > 0
+
+    arguments = loop_arguments(config, mesh, num_prompts)
+    with jax.set_mesh(mesh):
+        compiled = str(decode.decode_loop.lower(config, *arguments, 0.0, None).compile().as_text())
+    # The smallest matrix of a layer that is split. What decoding exchanges is a few rows of activations.
+    assert num_prompts * config.hidden_size < (size := parameters.blocks.attention_out[0].size)
+    moved = [opcode for opcode in meshes.opcodes_of_large_results(compiled, size) if re.match("all|collective", opcode)]
+    assert not moved
+    return compiled
+
+
+def loop_arguments(config: model.ModelConfig, mesh: Mesh, num_prompts: int) -> tuple[Any, ...]:
+    parameters = make_parameters(config)
+    placed = demo_mesh.place(mesh, parameters, model.quantize(parameters.experts))
+    return *placed, np.zeros((num_prompts, 20), np.int32), np.ones(num_prompts, np.int32), jax.random.key(0)
+
+
+@needs_devices
+@pytest.mark.parametrize(("num_devices", "num_prompts"), [(8, 3), (8, 16), (2, 1)])
+def test_text_on_a_mesh_is_that_of_one_device(num_devices: int, num_prompts: int) -> None:
+    compiled = check_mesh(num_devices, num_prompts, jax.devices("cpu"))
+    # Each device's part of the cache, with its heads of every sequence.
+    part = (WIDE.num_layers, num_prompts, WIDE.context, WIDE.num_heads // num_devices, WIDE.head_size)
+    assert f"f32[{','.join(map(str, part))}]" in compiled
+    # Of the residual stream: one sum after attention, one collection of what `moe` gives.
+    opcodes = re.findall(r"= [^ ]+ (all-[a-z]+|collective-permute|reduce-scatter)\(", compiled)
+    assert opcodes.count("all-reduce") <= 2 and "collective-permute" not in opcodes
+
+
+@needs_devices
+@pytest.mark.usefixtures("built")
+def test_loop_on_gpus_has_one_fused_call() -> None:
+    mesh = demo_mesh.make_mesh(WIDE, 8, jax.devices("cpu"))
+    arguments = loop_arguments(WIDE, mesh, 3)
+    with jax.set_mesh(mesh):
+        text = cuda_text(lambda *a: decode.decode_loop(WIDE, *a, 0.0, None), *arguments)
+    assert re.findall(r"custom_call @(jax_megamoe[\w.]+)", text) == ["jax_megamoe.moe_peers.v1"]
+    assert text.count("stablehlo.while") == 2  # positions, layers
+    assert not re.search(r"all_gather|all_to_all|reduce_scatter", text)
+
+
+@needs_devices
+def test_meshes_that_the_model_does_not_fit_are_refused() -> None:
+    devices = jax.devices("cpu")[:8]
+    with pytest.raises(ShardingError, match="9 devices were asked for and 1 processes have 8"):
+        demo_mesh.make_mesh(WIDE, 9, devices)
+    with pytest.raises(ShardingError, match="8 heads and 8 experts, wanted multiples of the 3 devices"):
+        demo_mesh.make_mesh(WIDE, 3, devices)
+    with pytest.raises(ShardingError, match="2 heads"):
+        demo_mesh.make_mesh(TINY, 4, devices)
+
+
+@needs_devices
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests/gpu/test_demo.py has the same for GPUs")
+def test_command_line_on_eight_devices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], short_corpus: text.Corpus
+) -> None:
+    path = tmp_path / "demo.npz"
+    checkpoint.save(path, checkpoint.Checkpoint(make_parameters(WIDE), 7), WIDE, short_corpus)
+    outputs = []
+    for devices in ("1", "8"):
+        assert run(path, "--devices", devices, "--temperature", "0", "--batch", "3", config=WIDE) == 0
+        outputs.append(capsys.readouterr().out)
+        assert f"device      {devices} x " in outputs[-1]
+        assert re.search(r"tokens/s, \d+\.\d{3} ms per step", outputs[-1])
+    alone, together = (output.split("--- continuing", 1)[1] for output in outputs)
+    assert alone == together
+
+    assert run(path, "--devices", "3", config=WIDE) == 2
+    assert "wanted multiples of the 3 devices" in capsys.readouterr().err

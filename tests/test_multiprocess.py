@@ -1,5 +1,6 @@
-"""Several processes under `jax.distributed` on CPU devices: the layer's result, and its bits, are those of one process."""
+"""Several processes under `jax.distributed` on CPU devices: the layer's results, their bits, and the demo's texts are those of one."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_layer import check, make_layer
-from multiprocess_worker import CASES, NUM_DEVICES, run_case
+from multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
 
 TESTS = Path(__file__).parent
 TIME_LIMIT = 100
@@ -58,9 +59,16 @@ def one_process() -> dict[str, Any]:
     return {name: run_case(case, jax.devices("cpu")[:NUM_DEVICES]) for name, case in CASES.items()}
 
 
+@pytest.fixture(scope="module")
+def texts_of_one_process() -> list[str]:
+    return run_demo(jax.devices("cpu")[:NUM_DEVICES])
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_give_the_result_of_one(processes, one_process, tmp_path):
+def test_processes_give_the_result_of_one(processes, one_process, texts_of_one_process, tmp_path):
     run_processes(processes, tmp_path)
+    for process in range(processes):
+        assert json.loads((tmp_path / f"demo.{process}.json").read_text()) == texts_of_one_process
     layer = make_layer()
     for name, (y, load) in one_process.items():
         bits = put_together(tmp_path, name, "y")

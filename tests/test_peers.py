@@ -110,6 +110,15 @@ def test_no_memory_is_shared_without_a_call():
     assert _library.symmetric_memories() == []
 
 
+def test_failures_are_those_of_the_buffers(monkeypatch):
+    memories = [{"failure": ""}, {"failure": "rank 1 waited in vain for rank 0"}]
+    fake = types.SimpleNamespace(has_cuda=True, symmetric_memories=lambda: memories)
+    monkeypatch.setattr(_library, "_core", fake)
+    assert peers.failures() == ["rank 1 waited in vain for rank 0"]
+    monkeypatch.setattr(_library, "_core", None)
+    assert peers.failures() == []
+
+
 def test_what_a_result_file_says_of_the_machine(monkeypatch):
     about = machine.describe()
     assert about["date"] == datetime.date.today().isoformat() and about["jax"] == jax.__version__

@@ -3,18 +3,20 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 import jax
+from jax.sharding import Mesh
 
 from jax_megamoe.api import Implementation
 from jax_megamoe.demo import checkpoint as checkpoints
+from jax_megamoe.demo import mesh as meshes
 from jax_megamoe.demo import text
 from jax_megamoe.demo.checkpoint import Checkpoint, CheckpointError
 from jax_megamoe.demo.decode import generate
-from jax_megamoe.demo.model import ModelConfig, initialize, quantize
+from jax_megamoe.demo.model import ModelConfig, Parameters, initialize, quantize
 from jax_megamoe.demo.train import TrainConfig, bits_per_character, train
 from jax_megamoe.errors import MegaMoEError
 
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, help="file of the trained model (default: demo.npz in the user's cache directory)"
     )
     parser.add_argument("--retrain", action="store_true", help="train even if a checkpoint exists, and replace it")
+    parser.add_argument(
+        "--devices",
+        type=_positive_int,
+        default=1,
+        help="decode on so many: attention's heads and the experts are split (default %(default)s)",
+    )
     parser.add_argument("--implementation", choices=get_args(Implementation), help="passed to jax_megamoe.moe")
     return parser
 
@@ -107,31 +115,47 @@ def _train(arguments: argparse.Namespace, path: Path, config: ModelConfig, corpu
     return checkpoint
 
 
+def _nothing(_: str) -> None:
+    pass
+
+
+def _obtain(
+    arguments: argparse.Namespace, config: ModelConfig, corpus: text.Corpus, report: Callable[[str], None]
+) -> Parameters:
+    """The model, loaded or trained: by the first process for all of them."""
+    if jax.process_index() > 0:
+        return meshes.of_first_process(initialize(config, jax.random.key(0)))
+    path = arguments.checkpoint or checkpoints.default_path()
+    checkpoint = _load(arguments, path, config, corpus)
+    origin = f"loaded from {path} (--retrain trains again)"
+    if checkpoint is None:
+        _try_moe(config, corpus, arguments.implementation)
+        checkpoint = _train(arguments, path, config, corpus)
+        origin = "trained now"
+    report(f"model       {checkpoint.steps} training steps, {origin}")
+    return meshes.of_first_process(checkpoint.parameters)
+
+
 def _run(arguments: argparse.Namespace, config: ModelConfig) -> None:
+    report = print if jax.process_index() == 0 else _nothing
+    mesh: Mesh | None = None
+    if arguments.devices > 1 or jax.process_count() > 1:
+        mesh = meshes.make_mesh(config, arguments.devices)
     corpus = text.load_corpus()
     prompts = arguments.prompt or [_DEFAULT_PROMPT]
     prompts = list(itertools.islice(itertools.cycle(prompts), arguments.batch or len(prompts)))
     for prompt in prompts:
         text.encode(prompt)  # An unknown symbol is better reported before the training than after it.
 
-    print(f"device      {jax.devices()[0].device_kind} ({jax.default_backend()})")
-    print(f"corpus      {len(corpus.train)} symbols to train on, {len(corpus.held_out)} held out")
-    path = arguments.checkpoint or checkpoints.default_path()
-    checkpoint = _load(arguments, path, config, corpus)
+    report(f"device      {arguments.devices} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+    report(f"corpus      {len(corpus.train)} symbols to train on, {len(corpus.held_out)} held out")
     implementation = arguments.implementation
-    origin = f"loaded from {path} (--retrain trains again)"
-    if checkpoint is None:
-        _try_moe(config, corpus, implementation)
-        checkpoint = _train(arguments, path, config, corpus)
-        origin = "trained now"
-    print(f"model       {checkpoint.steps} training steps, {origin}")
-
-    parameters = checkpoint.parameters
+    parameters = _obtain(arguments, config, corpus, report)
     experts = quantize(parameters.experts)
     float_bits = bits_per_character(config, parameters, parameters.experts, corpus.held_out)
     moe_bits = bits_per_character(config, parameters, experts, corpus.held_out, implementation=implementation)
-    print(f"held out    {float_bits:.4f} bits/char with float experts")
-    print(f"held out    {moe_bits:.4f} bits/char with moe (FP8), difference {moe_bits - float_bits:+.4f}")
+    report(f"held out    {float_bits:.4f} bits/char with float experts")
+    report(f"held out    {moe_bits:.4f} bits/char with moe (FP8), difference {moe_bits - float_bits:+.4f}")
 
     generation = generate(
         config,
@@ -142,17 +166,21 @@ def _run(arguments: argparse.Namespace, config: ModelConfig) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         implementation=implementation,
+        mesh=mesh,
     )
-    print(
-        f"decoding    {generation.tokens_per_second:.1f} tokens/s "
+    report(
+        f"decoding    {generation.tokens_per_second:.1f} tokens/s, {generation.milliseconds_per_step:.3f} ms per step "
         f"({len(prompts)} sequences x {generation.num_steps} steps in {generation.seconds:.2f} s)"
     )
     for prompt, generated in zip(prompts, generation.texts, strict=True):
-        print(f"\n--- continuing {prompt!r}\n{generated}")
+        report(f"\n--- continuing {prompt!r}\n{generated}")
 
 
 def main(argv: Sequence[str] | None = None, config: ModelConfig | None = None) -> int:
-    """Runs the demo with the arguments `argv` and gives the exit status; `config` replaces the sizes of the model."""
+    """Runs the demo with the arguments `argv` and gives the exit status; `config` replaces the sizes of the model.
+
+    Under `jax.distributed` all processes call it alike, with the number of all their devices.
+    """
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments, config or ModelConfig())

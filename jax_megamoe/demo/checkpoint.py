@@ -16,7 +16,7 @@ import numpy as np
 from jax_megamoe.demo.model import ModelConfig, Parameters, initialize
 from jax_megamoe.demo.text import VOCABULARY, Corpus
 
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIPTION = "description"
 
 

@@ -1,5 +1,6 @@
 """Text generation: one jitted loop over positions with a key/value cache and `jax_megamoe.moe` in every layer."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -8,10 +9,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_megamoe.api import Implementation
+from jax_megamoe.demo import mesh as meshes
 from jax_megamoe.demo import text
-from jax_megamoe.demo.model import Cache, Experts, ModelConfig, Parameters, decode_step, empty_cache
+from jax_megamoe.demo.model import Cache, Experts, ModelConfig, Parameters, decode_step, empty_cache, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Generation:
     def tokens_per_second(self) -> float:
         """Symbols that went through the model, of prompts and answers alike, per second of the compiled loop."""
         return len(self.texts) * self.num_steps / self.seconds
+
+    @property
+    def milliseconds_per_step(self) -> float:
+        """Time of one pass through the model, for all texts together."""
+        return 1e3 * self.seconds / self.num_steps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
@@ -42,7 +50,8 @@ def decode_loop(
     """Continues prompts int32[B, N], of which row b holds lengths[b] symbols (1 or more), to N symbols each.
 
     Prompts of unequal length share the loop: a row takes its own symbols while it has any and samples from then on.
-    Temperature 0 picks the likeliest symbol.
+    Temperature 0 picks the likeliest symbol. Over the mesh of the context, if there is one, with parameters and experts
+    placed there (`mesh.place`).
     """
     num_sequences, num_symbols = prompts.shape
 
@@ -61,8 +70,9 @@ def decode_loop(
         following = jnp.where(position + 1 < lengths, tokens[:, position + 1], sampled.astype(tokens.dtype))
         return position + 1, tokens.at[:, position + 1].set(following), cache
 
-    state = (jnp.zeros((), jnp.int32), prompts, empty_cache(config, num_sequences))
-    return jax.lax.while_loop(not_full, step, state)[1]
+    cache = split(empty_cache(config, num_sequences), None, None, None, meshes.AXIS)
+    state = (jnp.zeros((), jnp.int32), prompts, cache)
+    return split(jax.lax.while_loop(not_full, step, state)[1])
 
 
 def generate(
@@ -75,8 +85,12 @@ def generate(
     temperature: float = 0.7,
     seed: int = 0,
     implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
-    """Continues every prompt by `num_tokens` symbols; compilation is not part of the time.
+    """Continues every prompt by `num_tokens` symbols, with `mesh` on all of its devices (`mesh.make_mesh`).
+
+    The loop runs twice and is timed the second time: compiling, setting up memory that devices share, and capturing
+    CUDA graphs are not part of it. Every process of a mesh makes the same call and gets the same texts.
 
     Raises `ValueError` for an empty prompt and `text.TextError` for a symbol that the model does not know.
     """
@@ -88,8 +102,12 @@ def generate(
     for row, ids in zip(padded, encoded, strict=True):
         row[: len(ids)] = ids
 
-    arguments = (parameters, experts, jnp.asarray(padded), jnp.asarray(lengths), jax.random.key(seed))
-    compiled = decode_loop.lower(config, *arguments, temperature, implementation).compile()
+    if mesh is not None:
+        parameters, experts = meshes.place(mesh, parameters, experts)
+    arguments = (parameters, experts, padded, lengths, jax.random.key(seed))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        compiled = decode_loop.lower(config, *arguments, temperature, implementation).compile()
+    jax.block_until_ready(compiled(*arguments))
     start = time.perf_counter()
     tokens = np.asarray(compiled(*arguments))
     seconds = time.perf_counter() - start

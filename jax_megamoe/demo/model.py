@@ -4,7 +4,8 @@ The same block serves training and evaluation (`forward`, a whole sequence at on
 position with a key/value cache), and both kinds of experts: `FloatExperts`, which can be differentiated, and
 `jax_megamoe.ExpertWeights` of all layers stacked, which go through `jax_megamoe.moe`.
 
-Shapes: B sequences, S positions, H hidden_size, I intermediate_size, E num_experts, L num_layers, V vocabulary_size.
+Shapes: B sequences, S positions, H hidden_size, I intermediate_size, E num_experts, L num_layers, N num_heads, D
+head_size, V vocabulary_size.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.api import Implementation
@@ -27,7 +29,7 @@ class ModelConfig:
     hidden_size: int = 256
     intermediate_size: int = 128
     num_layers: int = 3
-    num_heads: int = 4
+    num_heads: int = 8
     num_experts: int = 8
     top_k: int = 2
     context: int = 128
@@ -50,8 +52,8 @@ class Blocks(NamedTuple):
     """All that the layers hold besides their experts, float32 with a leading L."""
 
     attention_norm: jax.Array  # [L, H]
-    qkv: jax.Array  # [L, H, 3H]
-    attention_out: jax.Array  # [L, H, H]
+    qkv: jax.Array  # [L, H, 3, N, D], so that heads can be split
+    attention_out: jax.Array  # [L, N, D, H]
     expert_norm: jax.Array  # [L, H]
     router: jax.Array  # [L, H, E]
 
@@ -76,7 +78,7 @@ class Routing(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the last `context` positions, position p in slot p % context.
 
-    Both are f32[L, B, context, heads, head_size]; inside one layer they come without the L.
+    Both are f32[L, B, context, N, D]; inside one layer they come without the L.
     """
 
     keys: jax.Array
@@ -89,6 +91,7 @@ Experts = FloatExperts | mm.ExpertWeights
 def initialize(config: ModelConfig, key: jax.Array) -> Parameters:
     """Random parameters; what each layer adds to the residual stream starts small."""
     h, i, e, layers = config.hidden_size, config.intermediate_size, config.num_experts, config.num_layers
+    heads = (config.num_heads, config.head_size)
     keys = iter(jax.random.split(key, 8))
 
     def normal(*shape: int, fan_in: int, gain: float = 1.0) -> jax.Array:
@@ -99,8 +102,8 @@ def initialize(config: ModelConfig, key: jax.Array) -> Parameters:
         embedding=normal(config.vocabulary_size, h, fan_in=1, gain=0.5),
         blocks=Blocks(
             attention_norm=jnp.ones((layers, h)),
-            qkv=normal(layers, h, 3 * h, fan_in=h),
-            attention_out=normal(layers, h, h, fan_in=h, gain=residual_gain),
+            qkv=normal(layers, h, 3, *heads, fan_in=h),
+            attention_out=normal(layers, *heads, h, fan_in=h, gain=residual_gain),
             expert_norm=jnp.ones((layers, h)),
             router=normal(layers, h, e, fan_in=h),
         ),
@@ -118,6 +121,13 @@ def quantize(experts: FloatExperts) -> mm.ExpertWeights:
     """FP8 experts of all layers, stacked, for the `layer` argument of `moe`."""
     per_layer = [mm.quantize_experts(*(leaf[layer] for leaf in experts)) for layer in range(len(experts.gate))]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
+
+
+def split[Tree](tree: Tree, *spec: str | None) -> Tree:
+    """The tree with its leading dimensions split so, or whole on each device; as it is in a program without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, P(*spec))
 
 
 def _normalize(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -175,15 +185,16 @@ def _block(
     moe: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any, Routing]:
     """One layer on x[B, S, H]; `attend` also returns what it wants kept of this layer."""
-    qkv = _normalize(x, block.attention_norm) @ block.qkv
-    queries, keys, values = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, config.num_heads, config.head_size), -3, 0)
+    queries, keys, values = jnp.einsum("bsh,hcnd->cbsnd", _normalize(x, block.attention_norm), block.qkv)
     mixed, kept = attend(_rotate(queries, positions), _rotate(keys, positions), values)
-    x = x + mixed.reshape(x.shape) @ block.attention_out
+    # Over a mesh, heads and experts alone are split. Left to itself, XLA would also split the rest by the tokens that
+    # `moe` wants, and put together what few they are at each turn between the two.
+    x = split(x + jnp.einsum("bsnd,ndh->bsh", mixed, block.attention_out))
 
-    normalized = _normalize(x, block.expert_norm)
+    normalized = split(_normalize(x, block.expert_norm))
     logits = normalized @ block.router
-    ids, probs = mm.route(logits, top_k=config.top_k, scoring="softmax")
-    x = x + moe(normalized, ids, probs)
+    ids, probs = split(mm.route(logits, top_k=config.top_k, scoring="softmax"))
+    x = x + split(moe(normalized, ids, probs))
     return x, kept, Routing(jax.nn.softmax(logits), ids)
 
 

@@ -92,7 +92,7 @@ def _host_function(name: str) -> Callable[..., Any]:
 
 
 def symmetric_memories() -> list[dict[str, Any]]:
-    """The buffers that this process shares with other ranks: device, rank, num_ranks, bytes, transport."""
+    """The buffers that this process shares with other ranks: device, rank, num_ranks, bytes, transport, failure."""
     return [] if _core is None or not _core.has_cuda else list(_core.symmetric_memories())
 
 

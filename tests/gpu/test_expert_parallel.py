@@ -29,7 +29,7 @@ E, H, I, K = 16, 512, 384, 4
 OPTIONS: dict[str, Any] = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5, "return_expert_load": True}
 
 
-def _gpus() -> list[Any]:
+def gpus() -> list[Any]:
     try:
         return jax.devices("gpu")
     except RuntimeError:
@@ -37,25 +37,26 @@ def _gpus() -> list[Any]:
 
 
 def _why_not() -> str | None:
-    if len(_gpus()) < 2:
-        return f"needs 2 GPUs; this process sees {len(_gpus())}"
+    if len(gpus()) < 2:
+        return f"needs 2 GPUs; this process sees {len(gpus())}"
     try:
         _library.check_kernel_available()
     except mm.errors.MegaMoEError as error:
         return str(error)
-    return _peers.reason_for_collectives({"expert": len(_gpus())}, ("expert",))
+    return _peers.reason_for_collectives({"expert": len(gpus())}, ("expert",))
 
 
 _REASON = _why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+needs_gpus = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+pytestmark = needs_gpus
 all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])
 
 
 def make_mesh(kind: AxisType = AxisType.Auto, reverse: bool = False, **sizes: int) -> Mesh:
     count = int(np.prod(list(sizes.values())))
-    if count > len(_gpus()):
-        pytest.skip(f"needs {count} GPUs; this process sees {len(_gpus())}")
-    devices = _gpus()[:count]
+    if count > len(gpus()):
+        pytest.skip(f"needs {count} GPUs; this process sees {len(gpus())}")
+    devices = gpus()[:count]
     array = np.array(devices[::-1] if reverse else devices).reshape(tuple(sizes.values()))
     return Mesh(array, tuple(sizes), axis_types=(kind,) * len(sizes))
 
@@ -322,8 +323,8 @@ def test_layers_share_one_buffer():
 
 @all_ranks
 def test_one_process_per_gpu(num_ranks, tmp_path):
-    if num_ranks > len(_gpus()):
-        pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(_gpus())}")
+    if num_ranks > len(gpus()):
+        pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(gpus())}")
     # Several processes share the GPUs with this one: no memory is set aside.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     run_processes(num_ranks, tmp_path, environment)

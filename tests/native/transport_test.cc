@@ -1,7 +1,9 @@
 // The set-up of symmetric memory with ranks as threads: decisions, agreement, time limits and lifetimes, without a GPU.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -95,7 +97,8 @@ constexpr uint64_t kBytes = 3 << 20;
 struct Ranks {
   fakes::Clique clique;
   std::vector<void*> windows = std::vector<void*>(kRanks);
-  fakes::Comm comms[kRanks];
+  // Never freed: the process keeps some groups, by the addresses of their communicators.
+  fakes::Comm* comms = new fakes::Comm[kRanks];
   std::shared_ptr<SymmetricGroup> groups[kRanks];
   std::string failures[kRanks];
 
@@ -209,6 +212,71 @@ void test_windows_where_there_is_no_peer_access() {
   EXPECT(describe_all().size() == kRanks);  // windows are kept
 }
 
+// What the process writes to stderr while this lives; standard error again afterwards.
+class Stderr {
+ public:
+  Stderr() : before_(dup(2)), file_(std::tmpfile()) { dup2(fileno(file_), 2); }
+  ~Stderr() {
+    dup2(before_, 2);
+    close(before_);
+    std::fclose(file_);
+  }
+  std::string text() const {
+    char bytes[4096];
+    return std::string(bytes, pread(fileno(file_), bytes, sizeof(bytes), 0));
+  }
+  bool comes(const std::string& part) const {
+    for (int tries = 0; tries < 100; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(50))) {
+      if (text().find(part) != std::string::npos) return true;
+    }
+    return false;
+  }
+
+ private:
+  int before_;
+  std::FILE* file_;
+};
+
+std::atomic<bool> is_driver_gone{false};
+
+std::string read_note(const void* note, int rank) {
+  if (is_driver_gone) _exit(3);
+  const char phase = *static_cast<const volatile char*>(note);
+  return phase == 0 ? std::string() : "rank " + std::to_string(rank) + " left a " + phase;
+}
+
+void leave(const SymmetricMemory& memory, char phase) { *static_cast<volatile char*>(memory.note()) = phase; }
+
+void test_failures_are_told_once() {
+  const auto with_notes = [](int, Request* request) { request->read_note = read_note; };
+  Stderr written;
+  Ranks ranks, silent, again;
+  ranks.acquire_all(with_notes);
+  silent.acquire_all();  // the note of another handler, in words that nobody here knows
+  for (const Description& memory : describe_all()) EXPECT(memory.failure.empty());
+  leave(silent.memory(0), 'c');
+  leave(ranks.memory(1), 'a');
+  EXPECT(written.comes("jax_megamoe: rank 1 left a a\n"));
+  leave(ranks.memory(2), 'b');
+  EXPECT(written.comes("jax_megamoe: rank 2 left a b\n"));
+  int num_failures = 0;
+  for (const Description& memory : describe_all()) num_failures += !memory.failure.empty();
+  EXPECT(num_failures == 2);
+  // Groups that go away are looked at no more; their notes are freed memory.
+  for (auto& group : ranks.groups) group.reset();
+  again.acquire_all(with_notes);
+  leave(again.memory(0), 'd');
+  EXPECT(written.comes("rank 0 left a d\n"));
+  EXPECT(written.text() ==
+         "jax_megamoe: rank 1 left a a\njax_megamoe: rank 2 left a b\njax_megamoe: rank 0 left a d\n");
+}
+
+// The process ends while notes are watched: nobody waits for the watcher, and it does not read them any more.
+void end_with_a_group() {
+  static Ranks* ranks = new Ranks();
+  ranks->acquire_all([](int, Request* request) { request->read_note = read_note; });
+}
+
 void test_plans() {
   std::vector<Introduction> ranks(4);
   for (int r = 0; r < 4; ++r) {
@@ -241,6 +309,11 @@ void test_size_classes() {
 }  // namespace
 
 int main(int, char** arguments) {
+  // Before any group, as the driver does.
+  std::atexit([] {
+    is_driver_gone = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(700));
+  });
   if (dlopen(arguments[1], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     std::printf("%s\n", dlerror());
     return 2;
@@ -252,6 +325,8 @@ int main(int, char** arguments) {
   test_ranks_that_disagree();
   test_windows_where_there_is_no_peer_access();
   test_a_rank_that_does_not_come();
+  test_failures_are_told_once();
+  end_with_a_group();
   std::printf("%d failed\n", num_failed);
   return num_failed != 0;
 }

@@ -51,6 +51,7 @@ py::list symmetric_memories() {
     entry["bytes"] = memory.bytes;
     entry["transport"] = memory.transport;
     entry["spans_processes"] = memory.spans_processes;
+    entry["failure"] = memory.failure;
     all.append(entry);
   }
   return all;

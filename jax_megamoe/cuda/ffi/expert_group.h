@@ -32,7 +32,8 @@ class ExpertGroup {
   // has to be there before: a rank that has left may already run a kernel that waits for this one.
   // `ordinal` is XLA's.
   ffi::Error initialize(CollectivesContext& context, const ReplicaGroups& groups, int ordinal, uint64_t bytes,
-                        uint32_t layout, transport::Wanted wanted = transport::Wanted::kAny) {
+                        uint32_t layout, transport::ReadNote read_note,
+                        transport::Wanted wanted = transport::Wanted::kAny) {
     ffi::ErrorOr<void*> communicator = groups.get(context);
     if (communicator.has_error()) return std::move(communicator).error();
     {
@@ -43,7 +44,7 @@ class ExpertGroup {
     ffi::ErrorOr<int> device = cuda_device(context, groups);
     if (device.has_error()) return std::move(device).error();
     Member member{communicator.value(), device.value(), nullptr};
-    transport::Request request{member.communicator, member.device, bytes, layout, wanted};
+    transport::Request request{member.communicator, member.device, bytes, layout, read_note, wanted};
     const std::string failure = transport::acquire(request, &member.group);
     if (!failure.empty()) {
       return ffi::Error(ffi::ErrorCode::kFailedPrecondition,

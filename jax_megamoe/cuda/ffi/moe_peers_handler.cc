@@ -28,6 +28,8 @@ namespace {
 constexpr uint32_t kMoeLayout = 0x6d6f6531;  // "moe1": the buffers of this version of layout/peer_buffer.h
 static_assert(sizeof(PeerFailure) <= transport::SymmetricMemory::kNoteBytes);
 
+std::string read_note(const void* note, int rank) { return failure_text(*static_cast<const PeerFailure*>(note), rank); }
+
 ffi::ErrorOr<std::unique_ptr<MoePeersInstance>> instantiate() { return std::make_unique<MoePeersInstance>(); }
 
 ffi::Error prepare(CollectivesContext collectives, ffi::Dictionary attributes) {
@@ -55,7 +57,8 @@ ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives
   error = instance->site.initialize(ordinal, device.value(), problem, GroupKind::kPeers);
   if (error.failure()) return error;
   // Last: see `ExpertGroup::initialize`.
-  return instance->group.initialize(collectives, groups.value(), ordinal, PeerBuffer::bytes_for(problem), kMoeLayout);
+  return instance->group.initialize(collectives, groups.value(), ordinal, PeerBuffer::bytes_for(problem), kMoeLayout,
+                                    read_note);
 }
 
 ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordinal, ffi::AnyBuffer x,
@@ -75,7 +78,7 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
     return moe_failure("the call lacks activation_clamp, routed_scaling_factor or a positive limit_microseconds.");
   }
   auto* failure = static_cast<PeerFailure*>(memory->note());
-  const std::string failed = failure_text(*failure, memory->rank());
+  const std::string failed = memory->failure();
   if (!failed.empty()) return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, "jax_megamoe.moe: " + failed);
 
   const MoeOperands operands{x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer};

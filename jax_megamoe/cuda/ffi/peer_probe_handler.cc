@@ -76,7 +76,7 @@ ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collective
   const cudaError_t error = transport::prepare_probe();
   if (error != cudaSuccess) return failure(transport::cuda_failure("loading the kernel", error));
   return instance->group.initialize(collectives, groups.value(), ordinal, transport::probe_bytes(num_ranks, bytes),
-                                    kProbeLayout, static_cast<transport::Wanted>(options.value().transport));
+                                    kProbeLayout, nullptr, static_cast<transport::Wanted>(options.value().transport));
 }
 
 ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ordinal, ffi::AnyBuffer axis_index,

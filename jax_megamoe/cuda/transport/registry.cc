@@ -61,7 +61,7 @@ class Registry {
       std::lock_guard<std::mutex> members_lock(group->mutex_);
       for (const auto& [device, memory] : group->members_) {
         all.push_back({device, memory->rank(), memory->num_ranks(), memory->bytes(), memory->transport(),
-                       memory->spans_processes()});
+                       memory->spans_processes(), memory->failure()});
       }
     }
     return all;

@@ -38,6 +38,7 @@ struct Description {
   uint64_t bytes;
   std::string transport;
   bool spans_processes;
+  std::string failure;  // why the rank can't go on, or nothing
 };
 std::vector<Description> describe_all();
 

@@ -9,6 +9,10 @@ std::string SymmetricMemory::create(const Request& request, std::unique_ptr<Symm
   std::unique_ptr<SymmetricMemory> memory(new SymmetricMemory());
   const std::string failure = memory->open(request);
   if (failure.empty()) {
+    memory->read_note_ = request.read_note;
+    if (request.read_note != nullptr && memory->num_ranks() > 1) {
+      watch(memory->note_, memory->rank(), request.read_note);
+    }
     *result = std::move(memory);
   } else if (memory->exchange_.is_stuck()) {
     memory.release();  // freeing anything would wait for the stream that waits for a rank which never came
@@ -17,9 +21,14 @@ std::string SymmetricMemory::create(const Request& request, std::unique_ptr<Symm
 }
 
 SymmetricMemory::~SymmetricMemory() {
+  if (read_note_ != nullptr && num_ranks() > 1) unwatch(note_);
   DeviceScope scope(device());
   cudaFree(table_);
   cudaFreeHost(note_);
+}
+
+std::string SymmetricMemory::failure() const {
+  return read_note_ == nullptr ? std::string() : read_note_(note_, rank());
 }
 
 std::string SymmetricMemory::open(const Request& request) {

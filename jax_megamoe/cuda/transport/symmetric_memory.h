@@ -13,6 +13,7 @@
 
 #include "transport/exchange.h"
 #include "transport/plan.h"
+#include "transport/watcher.h"
 
 namespace megamoe::transport {
 
@@ -34,6 +35,7 @@ struct Request {
   int device;
   uint64_t bytes;
   uint32_t layout;  // names what device code keeps in the buffer: kernels with different layouts never share one
+  ReadNote read_note = nullptr;  // null: kernels of this layout leave no notes
   Wanted wanted = Wanted::kAny;
   double timeout_seconds = 120;  // ranks may differ in how long they compile
 };
@@ -56,6 +58,7 @@ class SymmetricMemory {
   void* local() const { return mapped_[rank()]; }  // as this rank's device sees its own buffer
   void* mapped(int rank) const { return mapped_[rank]; }
   void* note() const { return note_; }  // kNoteBytes, zero, in host memory that this rank's device writes when it fails
+  std::string failure() const;          // what the note says, or nothing
   const char* transport() const { return backing_->name(); }
   bool spans_processes() const { return plan_.spans_processes; }
   const uint64_t* group() const { return group_; }  // the same two words on all ranks
@@ -74,6 +77,7 @@ class SymmetricMemory {
   std::vector<void*> mapped_;
   void** table_ = nullptr;
   void* note_ = nullptr;
+  ReadNote read_note_ = nullptr;
 };
 
 }  // namespace megamoe::transport
