@@ -1,6 +1,9 @@
 // The Python module `jax_megamoe._core`: it only hands out registrations and sizes.
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
+#include <utility>
+
 #include "host/problem.h"
 #include "layout/peer_buffer.h"
 
@@ -16,9 +19,11 @@ namespace py = pybind11;
 namespace {
 
 #ifdef MEGAMOE_CUDA
-template <typename Function>
-py::capsule handler(Function* function) {
-  return py::capsule(reinterpret_cast<void*>(function));
+// Of one target: each stage's handler.
+py::dict stages(std::initializer_list<std::pair<const char*, XLA_FFI_Handler*>> handlers) {
+  py::dict capsules;
+  for (const auto& [stage, handler] : handlers) capsules[stage] = py::capsule(reinterpret_cast<void*>(handler));
+  return capsules;
 }
 
 py::dict type_of_state(void* id, void* info) {
@@ -71,35 +76,21 @@ py::dict ffi_registrations() {
   types["jax_megamoe.peer_probe_instance.v1"] =
       type_of_state(megamoe::peer_probe_instance_type_id(), megamoe::peer_probe_instance_type_info());
 
-  py::dict moe;
-  moe["instantiate"] = handler(megamoe::MoeInstantiate);
-  moe["initialize"] = handler(megamoe::MoeInitialize);
-  moe["execute"] = handler(megamoe::MoeExecute);
-  targets["jax_megamoe.moe.v1"] = moe;
-
-  py::dict moe_peers;
-  moe_peers["instantiate"] = handler(megamoe::MoePeersInstantiate);
-  moe_peers["prepare"] = handler(megamoe::MoePeersPrepare);
-  moe_peers["initialize"] = handler(megamoe::MoePeersInitialize);
-  moe_peers["execute"] = handler(megamoe::MoePeersExecute);
-  targets["jax_megamoe.moe_peers.v1"] = moe_peers;
-
-  py::dict virtual_ranks;
-  virtual_ranks["instantiate"] = handler(megamoe::VirtualRanksInstantiate);
-  virtual_ranks["initialize"] = handler(megamoe::VirtualRanksInitialize);
-  virtual_ranks["execute"] = handler(megamoe::VirtualRanksExecute);
-  targets["jax_megamoe.virtual_ranks.v1"] = virtual_ranks;
-
-  py::dict read_ceiling;
-  read_ceiling["execute"] = handler(megamoe::ReadCeiling);
-  targets["jax_megamoe.read_ceiling.v1"] = read_ceiling;
-
-  py::dict peer_probe;
-  peer_probe["instantiate"] = handler(megamoe::PeerProbeInstantiate);
-  peer_probe["prepare"] = handler(megamoe::PeerProbePrepare);
-  peer_probe["initialize"] = handler(megamoe::PeerProbeInitialize);
-  peer_probe["execute"] = handler(megamoe::PeerProbeExecute);
-  targets["jax_megamoe.peer_probe.v1"] = peer_probe;
+  targets["jax_megamoe.moe.v1"] = stages({{"instantiate", megamoe::MoeInstantiate},
+                                          {"initialize", megamoe::MoeInitialize},
+                                          {"execute", megamoe::MoeExecute}});
+  targets["jax_megamoe.moe_peers.v1"] = stages({{"instantiate", megamoe::MoePeersInstantiate},
+                                                {"prepare", megamoe::MoePeersPrepare},
+                                                {"initialize", megamoe::MoePeersInitialize},
+                                                {"execute", megamoe::MoePeersExecute}});
+  targets["jax_megamoe.virtual_ranks.v1"] = stages({{"instantiate", megamoe::VirtualRanksInstantiate},
+                                                    {"initialize", megamoe::VirtualRanksInitialize},
+                                                    {"execute", megamoe::VirtualRanksExecute}});
+  targets["jax_megamoe.read_ceiling.v1"] = stages({{"execute", megamoe::ReadCeiling}});
+  targets["jax_megamoe.peer_probe.v1"] = stages({{"instantiate", megamoe::PeerProbeInstantiate},
+                                                 {"prepare", megamoe::PeerProbePrepare},
+                                                 {"initialize", megamoe::PeerProbeInitialize},
+                                                 {"execute", megamoe::PeerProbeExecute}});
 #endif
   py::dict registrations;
   registrations["types"] = types;

@@ -111,7 +111,9 @@ struct PeerRanks {
       PeerWait wait(args.peers);
       while (ptx::load_acquire_system(flags + row * kMaxRanks + rank) < epoch && came) came = wait.again(phase, rank);
     }
-    return __all_sync(~0u, came);
+    came = __all_sync(~0u, came);
+    __syncwarp();  // a vote orders no memory: what one lane has observed, the others may read now
+    return came;
   }
 
   // One thread, which has observed what the flag announces: sets `flag` in the header of every rank. A rank that has failed
