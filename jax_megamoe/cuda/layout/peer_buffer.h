@@ -46,7 +46,8 @@ class PeerBuffer {
   void* workspace() const { return base_ + header_bytes() + 2 * half_bytes(); }
 
   bool holds(const Problem& p) const {
-    return ids_bytes(p) <= half_bytes() && header_bytes() + 2 * half_bytes() + Workspace::shared_bytes(p) <= bytes_;
+    return p.hidden_size <= kMaxColumnTiles * kDownUnitColumns && ids_bytes(p) <= half_bytes() &&
+           header_bytes() + 2 * half_bytes() + Workspace::shared_bytes(p) <= bytes_;
   }
 
  private:

@@ -1,0 +1,108 @@
+"""All GPU tests of a machine at once: `python scripts/gpu_tests.py [--limit SECONDS] [pytest options]`.
+
+Most of their time is XLA's, on one core for each process: tests that need one GPU are dealt out to several processes
+for each GPU, those that need several GPUs run after them in one. Exits with 1 where a test failed, and with 2 where a
+process did not end within the limit; what it had done until then is printed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ONE_GPU = ("tests/gpu/test_kernel.py", "tests/gpu/test_virtual_ranks.py", "tests/gpu/test_group_of_one.py")
+ALL_GPUS = (
+    "tests/gpu/test_expert_parallel.py",
+    "tests/gpu/test_demo.py",
+    "tests/gpu/test_peers.py",
+    "tests/test_sharding.py",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs both rounds and prints what pytest said, failures first to last; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each of the two rounds")
+    parser.add_argument("--processes-per-gpu", type=int, default=4)
+    options, pytest_options = parser.parse_known_args(arguments)
+    gpus = visible_gpus()
+    if not gpus:
+        print("There is no GPU: these tests would all be skipped.", file=sys.stderr)
+        return 2
+    shards = deal(collect(ONE_GPU), len(gpus) * options.processes_per_gpu)
+    share = f"{0.8 / options.processes_per_gpu:.3f}"
+    rounds = [
+        [(f"GPU {gpus[i % len(gpus)]}", gpus[i % len(gpus)], share, shard) for i, shard in enumerate(shards) if shard],
+        [("all GPUs", ",".join(gpus), "0.8", list(ALL_GPUS))],
+    ]
+    statuses = [status for jobs in rounds for status in run(jobs, pytest_options, options.limit)]
+    return max(statuses, default=0)
+
+
+def visible_gpus() -> list[str]:
+    """The names under which CUDA_VISIBLE_DEVICES offers GPUs to this process."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return []
+    return [str(number) for number, _ in enumerate(listed.splitlines())]
+
+
+def collect(files: Iterable[str]) -> list[str]:
+    """The ids of the tests that are marked gpu."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", *files]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # faster, and leaves the GPUs alone
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    if done.returncode or not tests:
+        raise SystemExit(f"pytest collects no tests:\n{done.stdout}{done.stderr}")
+    return tests
+
+
+def deal(tests: list[str], num_shards: int) -> list[list[str]]:
+    """The tests in turn to so many shards: neighbours take about as long, so that shards do, too."""
+    return [tests[first::num_shards] for first in range(num_shards)]
+
+
+def run(jobs: list[tuple[str, str, str, list[str]]], pytest_options: list[str], limit: float) -> list[int]:
+    """Runs (title, GPUs, share of their memory, tests) side by side; prints the end of each one's output."""
+    deadline = time.monotonic() + limit
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for number, (title, gpus, share, tests) in enumerate(jobs):
+            log = Path(folder) / str(number)
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+            # Processes of a test with one process per GPU find the package here too.
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    [*command, *pytest_options, *tests], cwd=ROOT, env=environment, stdout=output, stderr=output
+                )
+            running.append((title, process, log))
+        return [finish(title, process, log, deadline) for title, process, log in running]
+
+
+def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: float) -> int:
+    """Waits for a process until the deadline, prints what it wrote; its status: 0, 1, or 2 where it had to be ended."""
+    try:
+        status = min(process.wait(max(0.0, deadline - time.monotonic())), 1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        status = 2
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
+    end = "did not end in time" if status == 2 else f"status {status}"
+    print(f"== {title}: {end}", *(lines[-1:] if status == 0 else lines[-60:]), sep="\n", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
