@@ -51,8 +51,8 @@ class PeerBuffer {
   }
 
  private:
-  static constexpr size_t kIdsShare =
-      128;  // each half's share of the buffer: little, and enough for hidden sizes from 1024
+  // Each half's share of the buffer: little, and enough for hidden sizes from 1024.
+  static constexpr size_t kIdsShare = 128;
 
   static size_t ids_bytes(const Problem& p) { return static_cast<size_t>(p.group_pairs()) * sizeof(uint64_t); }
   static constexpr size_t header_bytes() {

@@ -1,0 +1,88 @@
+"""Where things lie in the buffers that the ranks of a group share, compiled for the host."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CUDA = ROOT / "jax_megamoe" / "cuda"
+MOST_SCRATCH = 4_000_000_000
+# T, k, H, I, E of a rank, ranks
+MODELS = [
+    (tokens, k, h, i, e, 8)
+    for tokens in (1, 128, 512, 8192)
+    for k, h, i, e in ((6, 4096, 2048, 32), (6, 7168, 3072, 48))
+]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, workspace, sizes) twice."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path_factory.mktemp("native") / "peer_buffer_test"
+    sources = [ROOT / "tests" / "native" / "peer_buffer_test.cc", CUDA / "host" / "problem.cc"]
+    command = [compiler, "-std=c++17", "-O1", f"-I{CUDA}", *sources, "-o", program]
+    subprocess.run(command, check=True, timeout=120)
+
+    def run(problems):
+        text = "\n".join(" ".join(map(str, problem)) for problem in problems)
+        done = subprocess.run([program], input=text, capture_output=True, text=True, check=True, timeout=60)
+        return [line.split() for line in done.stdout.splitlines()]
+
+    return run
+
+
+def random_problems(count):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        ranks = int(random.choice([1, 2, 3, 8, 32]))
+        experts = int(random.integers(1, 1024 // ranks + 1))
+        tokens = int(2 ** random.uniform(0, 16))
+        sizes = (128 * int(2 ** random.uniform(0, 7)) for _ in range(2))
+        yield (tokens, int(random.integers(1, 33)), *sizes, experts, ranks)
+
+
+def test_parts_fit_and_do_not_overlap(layouts):
+    problems = [*MODELS, *random_problems(300)]
+    for problem, line in zip(problems, layouts(problems), strict=True):
+        numbers = list(map(int, line))
+        for size, fits, first, second, workspace, ids_bytes, shared_bytes in (numbers[2:9], numbers[9:16]):
+            assert fits, problem
+            assert 0 < first <= first + ids_bytes <= second <= second + ids_bytes <= workspace, problem
+            assert workspace + shared_bytes <= size, problem
+            assert not any(offset % 1024 for offset in (first, second, workspace))
+
+
+def test_ids_lie_where_the_size_of_the_buffer_says(layouts):
+    """And nothing else of the problem: programs of different shapes share a buffer."""
+    (wide,), (narrow,) = layouts([(64, 6, 4096, 2048, 32, 8)]), layouts([(64, 6, 4096, 128, 32, 8)])
+    assert wide[2] == narrow[2] and wide[4:7] == narrow[4:7]
+
+
+def test_scratch_is_bounded_and_launches_are_as_few_as_can_be(layouts):
+    problems = [*MODELS, *random_problems(300)]
+    for problem, line in zip(problems, layouts(problems), strict=True):
+        tokens, local, symmetric = int(line[0]), int(line[1]), int(line[2])
+        if problem[5] > 1:
+            assert local + symmetric <= MOST_SCRATCH or tokens == 1, problem
+        assert 1 <= tokens <= problem[0]
+    launches = {
+        problem: -(-problem[0] // int(line[0])) for problem, line in zip(problems, layouts(problems), strict=True)
+    }
+    assert launches[(8192, 6, 7168, 3072, 48, 8)] == 2
+    assert launches[(8192, 6, 4096, 2048, 32, 8)] == 1
+    assert launches[(512, 6, 7168, 3072, 48, 8)] == 1
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [(1, 1, 128, 128, 1, 33), (1, 1, 128, 128, 600, 2), (1, 1, 65664, 128, 1, 2)],
+    ids=["ranks", "experts", "hidden size"],
+)
+def test_what_a_group_cannot_serve(layouts, problem):
+    assert layouts([problem]) == [["unsupported"]]
