@@ -84,7 +84,9 @@ def make_inputs(shape: Shape, num_tokens: int, routing: str, seed: int) -> Input
         ids = np.argsort(-(popularity + random.gumbel(size=size)), axis=1)[:, : shape.top_k].astype(np.int32)
         if routing == "masked30":
             ids[random.random(ids.shape) < 0.3] = -1
-        inputs.x.append(jnp.asarray(random.standard_normal((num_tokens, shape.hidden_size)), jnp.bfloat16))
+        # On the device: a host takes minutes for thousands of tokens.
+        key = jax.random.key(int(random.integers(2**31)))
+        inputs.x.append(jax.random.normal(key, (num_tokens, shape.hidden_size), jnp.bfloat16))
         inputs.topk_ids.append(jnp.asarray(ids))
         inputs.topk_weights.append(jnp.asarray(random.random(ids.shape), jnp.float32))
     return inputs

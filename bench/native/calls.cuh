@@ -45,6 +45,20 @@ static __global__ void fill_uniform(float* out, size_t count, float low, float h
   }
 }
 
+// Standard normal numbers as bf16; on the device, since a host takes seconds for thousands of tokens.
+static __global__ void fill_normal(uint16_t* out, size_t count, uint32_t seed) {
+  auto mix = [](uint32_t v) {
+    v ^= v >> 16, v *= 0x7feb352du, v ^= v >> 15, v *= 0x846ca68bu, v ^= v >> 16;
+    return v;
+  };
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    const uint32_t first = mix(static_cast<uint32_t>(i) * 2654435761u + seed), second = mix(first + 0x9e3779b9u);
+    const float radius = sqrtf(-2.0f * logf((first + 1.0f) * 0x1p-32f)), angle = 6.2831853f * second * 0x1p-32f;
+    out[i] = __float_as_uint(radius * cosf(angle)) >> 16;
+  }
+}
+
 // Tiles 2j and 2j + 1 lie in one 128-row block of scales.
 static __global__ void share_scales_by_tile_pairs(float* scales, size_t pairs, int floats_per_tile) {
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < pairs * floats_per_tile;
@@ -90,7 +104,6 @@ struct Call {
 
   Call(const Problem& p, const Weights& w, const std::string& routing, uint32_t seed) {
     std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
     ids.resize(p.num_pairs());
     std::vector<float> weights(ids.size());
     std::vector<int> experts(p.num_experts);
@@ -105,14 +118,7 @@ struct Call {
         weights[t * p.top_k + s] = id >= 0 && id < p.num_experts ? 0.05f + random() % 1000 / 1000.0f : NAN;
       }
     }
-    std::vector<uint16_t> x(static_cast<size_t>(p.num_tokens) * p.hidden_size);
-    for (auto& v : x) {
-      const float f = normal(random);
-      uint32_t bits;
-      std::memcpy(&bits, &f, 4);
-      v = bits >> 16;
-    }
-    y_count = x.size();
+    y_count = static_cast<size_t>(p.num_tokens) * p.hidden_size;
     args.problem = p;
     args.num_layers = 1;
     auto upload = [](const auto& host) {
@@ -121,7 +127,9 @@ struct Call {
       CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
       return device;
     };
-    args.x = upload(x);
+    uint16_t* x = device_array<uint16_t>(y_count);
+    fill_normal<<<1024, 256>>>(x, y_count, seed * 2246822519u);
+    args.x = x;
     args.topk_ids = upload(ids);
     args.topk_weights = upload(weights);
     args.layer = upload(std::vector<int>{0});
