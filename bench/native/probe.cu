@@ -39,7 +39,7 @@ int check(const Problem& p, const std::string& routing) {
   for (int launch = 0; launch < 3; ++launch) {
     CHECK(cudaMemset(workspace, 0xff, bytes));  // NaN everywhere that is not written
     CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
-    CHECK(megamoe::launch_moe(call.args, num_sms(), nullptr));
+    CHECK(megamoe::launch_moe(call.args, call.args.problem.num_tokens, num_sms(), nullptr));
     CHECK(cudaDeviceSynchronize());
     const auto y = call.result();
     if (launch == 0) first = y;
@@ -68,8 +68,9 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
       calls.back().share(workspace, control);
       touched += calls.back().touched() / static_cast<double>(kInputs);
     }
-    const double us = graph_microseconds(
-        [&](int n, cudaStream_t stream) { CHECK(megamoe::launch_moe(calls[n].args, num_sms(), stream)); });
+    const double us = graph_microseconds([&](int n, cudaStream_t stream) {
+      CHECK(megamoe::launch_moe(calls[n].args, calls[n].args.problem.num_tokens, num_sms(), stream));
+    });
     const double expert_bytes = 3.0 * h * i;
     const size_t bytes = static_cast<size_t>(touched * expert_bytes) / 4096 * 4096;
     const size_t total = static_cast<size_t>(e) * 2 * h * i;
@@ -109,7 +110,7 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
   CHECK(cudaMemset(trace, 0, words * 8));
   for (int round = 0; round < 3; ++round) {
     calls[8].args.trace = round == 2 ? trace : nullptr;
-    for (auto& call : calls) CHECK(megamoe::launch_moe(call.args, num_sms(), nullptr));
+    for (auto& call : calls) CHECK(megamoe::launch_moe(call.args, call.args.problem.num_tokens, num_sms(), nullptr));
   }
   CHECK(cudaDeviceSynchronize());
   std::vector<uint64_t> host(words);

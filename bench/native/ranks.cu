@@ -65,17 +65,13 @@ struct Ranks {
   MoeArguments arguments(int r, const MoeArguments& call, const Weights& w, uint64_t limit = kLimitMicroseconds) {
     const Problem& p = problem;
     MoeArguments a = call;
-    const bool all_tokens = call.problem.num_tokens != p.num_tokens;
-    const size_t tokens = all_tokens ? static_cast<size_t>(r) * p.num_tokens : 0;
-    const size_t experts = static_cast<size_t>(r) * p.num_experts;
-    const size_t weights = static_cast<size_t>(p.hidden_size) * p.intermediate_size;
     a.problem = p;
-    a.x += tokens * p.hidden_size, a.topk_ids += tokens * p.top_k, a.topk_weights += tokens * p.top_k;
-    a.y = static_cast<uint16_t*>(call.y) + tokens * p.hidden_size;
-    a.load += all_tokens ? experts : 0;
-    a.gate_up = w.gate_up + experts * 2 * weights, a.down = w.down + experts * weights;
-    a.gate_up_scale = w.gate_up_scale + experts * (p.intermediate_size / 64) * (p.hidden_size / 128) * 4;
-    a.down_scale = w.down_scale + experts * (p.hidden_size / 64) * ((p.intermediate_size / 128 + 1) / 2) * 4;
+    a.gate_up = w.gate_up, a.gate_up_scale = w.gate_up_scale, a.down = w.down, a.down_scale = w.down_scale;
+    megamoe::take_experts_of_rank(&a, r);
+    if (call.problem.num_tokens != p.num_tokens) {
+      megamoe::take_tokens_of_rank(&a, r);
+      a.load += static_cast<size_t>(r) * p.num_experts;
+    }
     a.workspace.carve_local(p, scratch[r]);
     a.control = controls[r];
     a.counter_words = megamoe::CounterSet::words(p);
@@ -119,7 +115,7 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
   for (int n = 0; n < kCalls; ++n) {
     calls.emplace_back(whole, w, n == 0 || launches == 1 ? routing : n == 1 ? "masked" : "uniform", 11 + n);
     calls.back().share(workspace, control);
-    CHECK(megamoe::launch_moe(calls.back().args, num_sms(), nullptr));
+    CHECK(megamoe::launch_moe(calls.back().args, whole.num_tokens, num_sms(), nullptr));
     CHECK(cudaDeviceSynchronize());
     wanted.push_back(calls.back().result());
   }
@@ -203,7 +199,8 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
           CHECK(megamoe::launch_virtual_ranks(virtual_arguments(ranks, calls[0][n].args, *weights[0], 0), num_ranks,
                                               num_sms() / num_ranks, streams[d]));
         } else {
-          CHECK(megamoe::launch_moe_peers(ranks.arguments(d, calls[d][n].args, *weights[d]), num_sms(), streams[d]));
+          CHECK(megamoe::launch_moe_peers(ranks.arguments(d, calls[d][n].args, *weights[d]), tokens, num_sms(),
+                                          streams[d]));
         }
       }
       cudaGraph_t graph;

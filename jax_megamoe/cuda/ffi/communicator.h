@@ -74,4 +74,11 @@ class ReplicaGroups {
   std::vector<std::vector<int64_t>> groups_;
 };
 
+// The Prepare stage of a handler that uses the communicator of its call's group.
+inline ffi::Error request_communicator(CollectivesContext context, ffi::Dictionary attributes) {
+  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
+  if (groups.has_error()) return std::move(groups).error();
+  return groups.value().request(context);
+}
+
 }  // namespace megamoe

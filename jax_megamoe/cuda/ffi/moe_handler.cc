@@ -59,7 +59,7 @@ ffi::Error execute(cudaStream_t stream, MoeInstance* instance, int32_t device, f
   arguments.counter_words = state->counter_words;
 
   execute_count.fetch_add(1, std::memory_order_relaxed);
-  const cudaError_t launched = launch_moe(arguments, state->num_ctas, stream);
+  const cudaError_t launched = launch_moe(arguments, part.num_tokens, state->num_ctas, stream);
   if (launched != cudaSuccess) return moe_cuda_failure("the launch", launched);
   return ffi::Error::Success();
 }

@@ -32,12 +32,6 @@ std::string read_note(const void* note, int rank) { return failure_text(*static_
 
 ffi::ErrorOr<std::unique_ptr<MoePeersInstance>> instantiate() { return std::make_unique<MoePeersInstance>(); }
 
-ffi::Error prepare(CollectivesContext collectives, ffi::Dictionary attributes) {
-  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
-  if (groups.has_error()) return std::move(groups).error();
-  return groups.value().request(collectives);
-}
-
 ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives, int32_t ordinal, ffi::AnyBuffer x,
                       ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down,
                       ffi::AnyBuffer down_scale, ffi::AnyBuffer topk_ids, ffi::AnyBuffer topk_weights,
@@ -98,7 +92,7 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
   if (!join_peers(&arguments, part, memory->rank(), mapped.data(), memory->bytes(), failure, limit.value())) {
     return ffi::Error::Internal("jax_megamoe.moe: the group's buffer is too small for the call.");
   }
-  const cudaError_t launched = launch_moe_peers(arguments, state->num_ctas, stream);
+  const cudaError_t launched = launch_moe_peers(arguments, part.num_tokens, state->num_ctas, stream);
   if (launched != cudaSuccess) return moe_cuda_failure("the launch", launched);
   return ffi::Error::Success();
 }
@@ -107,7 +101,7 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MoePeersInstantiate, instantiate, ffi::Ffi::BindInstantiate());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MoePeersPrepare, prepare,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MoePeersPrepare, request_communicator,
                               ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MoePeersInitialize, initialize,

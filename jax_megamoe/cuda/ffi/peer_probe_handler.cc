@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "ffi/attributes.h"
 #include "ffi/expert_group.h"
 #include "ffi/handlers.h"
 #include "transport/peer_probe.h"
@@ -39,24 +40,17 @@ struct Options {
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
-    const std::pair<const char*, int64_t*> fields[] = {
-        {"bytes", &options.bytes},        {"mode", &options.mode}, {"iterations", &options.iterations},
-        {"shift", &options.shift},        {"mute", &options.mute}, {"limit_microseconds", &options.limit_microseconds},
-        {"transport", &options.transport}};
-    for (const auto& [name, field] : fields) {
-      const auto value = attributes.get<int64_t>(name);
-      if (value.has_error()) return failure(std::string("the call lacks the attribute ") + name + ".");
-      *field = value.value();
-    }
+    const std::string missing = read_integers(attributes, {{"bytes", &options.bytes},
+                                                           {"mode", &options.mode},
+                                                           {"iterations", &options.iterations},
+                                                           {"shift", &options.shift},
+                                                           {"mute", &options.mute},
+                                                           {"limit_microseconds", &options.limit_microseconds},
+                                                           {"transport", &options.transport}});
+    if (!missing.empty()) return failure(missing);
     return options;
   }
 };
-
-ffi::Error prepare(CollectivesContext collectives, ffi::Dictionary attributes) {
-  ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
-  if (groups.has_error()) return std::move(groups).error();
-  return groups.value().request(collectives);
-}
 
 ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t ordinal,
                       ffi::AnyBuffer /*axis_index*/, ffi::Result<ffi::AnyBuffer> /*rows*/, ffi::Dictionary attributes) {
@@ -121,7 +115,7 @@ ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ord
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInstantiate, instantiate, ffi::Ffi::BindInstantiate());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbePrepare, prepare,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbePrepare, request_communicator,
                               ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "ffi/attributes.h"
 #include "ffi/handlers.h"
 #include "ffi/moe_call.h"
 #include "host/peers.h"
@@ -38,16 +39,12 @@ struct Options {
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
-    const std::pair<const char*, int64_t*> fields[] = {{"num_ranks", &options.num_ranks},
-                                                       {"present", &options.present},
-                                                       {"ctas_per_rank", &options.ctas_per_rank},
-                                                       {"delay_seed", &options.delay_seed},
-                                                       {"limit_microseconds", &options.limit_microseconds}};
-    for (const auto& [name, field] : fields) {
-      const auto value = attributes.get<int64_t>(name);
-      if (value.has_error()) return moe_failure(std::string("the call lacks the attribute ") + name + ".");
-      *field = value.value();
-    }
+    const std::string missing = read_integers(attributes, {{"num_ranks", &options.num_ranks},
+                                                           {"present", &options.present},
+                                                           {"ctas_per_rank", &options.ctas_per_rank},
+                                                           {"delay_seed", &options.delay_seed},
+                                                           {"limit_microseconds", &options.limit_microseconds}});
+    if (!missing.empty()) return moe_failure(missing);
     if (options.num_ranks < 1 || options.num_ranks > kMaxVirtualRanks || options.present < 1 ||
         options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1) {
       return moe_failure("num_ranks, present, ctas_per_rank or limit_microseconds is out of range.");
@@ -137,19 +134,9 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     MoeArguments& one = arguments.of_rank[r];
     one = all;
     one.problem = p;
-    const size_t tokens = static_cast<size_t>(r) * p.num_tokens, experts = static_cast<size_t>(r) * p.num_experts;
-    const size_t weights = static_cast<size_t>(p.hidden_size) * p.intermediate_size;
-    const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns,
-                 down_tiles = p.hidden_size / kDownTileColumns;
-    one.x += tokens * p.hidden_size;
-    one.topk_ids += tokens * p.top_k;
-    one.topk_weights += tokens * p.top_k;
-    one.gate_up += experts * 2 * weights;
-    one.gate_up_scale += experts * gate_up_tiles * (p.hidden_size / kBlockK) * kScaleVectorFloats;
-    one.down += experts * weights;
-    one.down_scale += experts * down_tiles * ceil_div(p.intermediate_size / kBlockK, 2) * kScaleVectorFloats;
-    one.y = static_cast<uint16_t*>(all.y) + tokens * p.hidden_size;
-    one.load += experts;
+    take_tokens_of_rank(&one, r);
+    take_experts_of_rank(&one, r);
+    one.load += static_cast<size_t>(r) * p.num_experts;
     one.activation_clamp = attributes.get<float>("activation_clamp").value();
     one.routed_scaling_factor = attributes.get<float>("routed_scaling_factor").value();
     one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);

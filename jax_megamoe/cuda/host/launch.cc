@@ -25,8 +25,8 @@ cudaError_t launch_slice(const MoeArguments& arguments, int num_ctas, cudaStream
 }
 
 template <typename Group>
-cudaError_t launch(const MoeArguments& call, int num_ctas, cudaStream_t stream) {
-  const int tokens = call.problem.num_tokens, most = per_launch(call.problem).num_tokens;
+cudaError_t launch(const MoeArguments& call, int most, int num_ctas, cudaStream_t stream) {
+  const int tokens = call.problem.num_tokens;
   for (int first = 0; first < tokens; first += most) {
     MoeArguments slice = call;
     const size_t values = static_cast<size_t>(first) * call.problem.hidden_size;
@@ -49,12 +49,12 @@ cudaError_t prepare_kernels(GroupKind kind) {
   return error != cudaSuccess ? error : prepare<false>(kind);
 }
 
-cudaError_t launch_moe(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
-  return launch<OneRank>(arguments, num_ctas, stream);
+cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
+  return launch<OneRank>(arguments, tokens_per_launch, num_ctas, stream);
 }
 
-cudaError_t launch_moe_peers(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
-  return launch<PeerRanks>(arguments, num_ctas, stream);
+cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
+  return launch<PeerRanks>(arguments, tokens_per_launch, num_ctas, stream);
 }
 
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,

@@ -15,11 +15,12 @@ enum class GroupKind { kOneRank, kPeers, kVirtualRanks };
 // synchronise.
 cudaError_t prepare_kernels(GroupKind kind);
 
-// Enqueues a call: one launch, or several where `per_launch` says so; capturable. `num_ctas` is at most the number of SMs.
-cudaError_t launch_moe(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+// Enqueues a call: launches for `tokens_per_launch` tokens at a time, those of `per_launch`; capturable. `num_ctas` is at most
+// the number of SMs.
+cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream);
 
 // The same on each GPU of a group, whose `arguments.peers` are set.
-cudaError_t launch_moe_peers(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream);
 
 // All ranks of a group at once, on one GPU: all their CTAs have to fit there at a time. `present` of them; the others stay away.
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,

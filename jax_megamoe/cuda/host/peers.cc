@@ -28,6 +28,26 @@ const char* phase_name(uint32_t phase) {
 
 }  // namespace
 
+void take_tokens_of_rank(MoeArguments* arguments, int rank) {
+  const Problem& p = arguments->problem;
+  const size_t first = static_cast<size_t>(rank) * p.num_tokens;
+  arguments->x += first * p.hidden_size;
+  arguments->topk_ids += first * p.top_k;
+  arguments->topk_weights += first * p.top_k;
+  arguments->y = static_cast<uint16_t*>(arguments->y) + first * p.hidden_size;
+}
+
+void take_experts_of_rank(MoeArguments* arguments, int rank) {
+  const Problem& p = arguments->problem;
+  const size_t first = static_cast<size_t>(rank) * p.num_experts;
+  const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns, gate_up_blocks = p.hidden_size / kBlockK;
+  const size_t down_tiles = p.hidden_size / kDownTileColumns, down_blocks = p.intermediate_size / kBlockK;
+  arguments->gate_up += first * gate_up_tiles * gate_up_blocks * kBlockWeightBytes;
+  arguments->gate_up_scale += first * gate_up_tiles * gate_up_blocks * kScaleVectorFloats;
+  arguments->down += first * down_tiles * down_blocks * kPlaneBytes;
+  arguments->down_scale += first * down_tiles * ((down_blocks + 1) / 2) * kScaleVectorFloats;
+}
+
 bool join_peers(MoeArguments* arguments, const Problem& part, int rank, void* const* mapped, size_t bytes,
                 PeerFailure* failure, uint64_t limit_microseconds) {
   const Problem& p = arguments->problem;

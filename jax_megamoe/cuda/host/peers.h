@@ -8,6 +8,11 @@
 
 namespace megamoe {
 
+// Turn the arguments of a call over all tokens, or all experts, of a group into those of one rank, which has the sizes in
+// `arguments->problem`. One layer, bf16 results.
+void take_tokens_of_rank(MoeArguments* arguments, int rank);
+void take_experts_of_rank(MoeArguments* arguments, int rank);
+
 // Sets `peers` and the shared part of the workspace of one rank. `mapped[r]` is rank r's buffer of `bytes` as this rank's device
 // sees it, `part` the problem of the largest launch. False if that does not fit into the buffer.
 bool join_peers(MoeArguments* arguments, const Problem& part, int rank, void* const* mapped, size_t bytes,

@@ -66,7 +66,7 @@ class PeerBuffer {
 
 // What stopped a wait, for the host to tell: in memory that both see. `phase` is written last.
 struct PeerFailure {
-  enum Phase : uint32_t { kNone, kIds, kTokens, kColumns, kOwn, kReported };
+  enum Phase : uint32_t { kNone, kIds, kTokens, kColumns, kOwn };
 
   uint32_t phase;
   uint32_t peer;
