@@ -1,5 +1,6 @@
 """Lowering for CUDA on a machine that has neither GPU nor a build with CUDA."""
 
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 
 WORKSPACE, PEER_WORKSPACE = 4096, 8192
+FUSED, LOCAL = "jax_megamoe.moe_peers.v1", "jax_megamoe.moe.v1"
 
 
 def fake_core() -> Any:
@@ -34,3 +36,14 @@ def cuda_text(function: Callable[..., Any], *arguments: Any, platforms: tuple[st
     # A function of its own each time: JAX remembers how it lowered an equal one, perhaps with another `_core`.
     fresh = jax.jit(lambda *arguments: function(*arguments))
     return fresh.trace(*arguments).lower(lowering_platforms=platforms).as_text()
+
+
+def calls(text: str) -> list[str]:
+    """The FFI targets that a StableHLO text calls."""
+    return re.findall(r"custom_call @(jax_megamoe\.[\w.]+)\(", text)
+
+
+def attribute(text: str, name: str) -> str:
+    """The attribute of the one call that has it."""
+    (value,) = re.findall(rf"{name} = (.*?) : ", text)
+    return value
