@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ONE_GPU = ("tests/gpu/test_kernel.py", "tests/gpu/test_virtual_ranks.py", "tests/gpu/test_group_of_one.py")
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
+    "tests/gpu/test_failures.py",
     "tests/gpu/test_demo.py",
     "tests/gpu/test_peers.py",
     "tests/test_sharding.py",

@@ -20,9 +20,9 @@ one_rank: Any = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds"))
+@functools.partial(jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds", "odd_rank"))
 def on_virtual_ranks(
-    x, weights, ids, routing, *, num_ranks, present=None, ctas=None, seed=0, limit_microseconds=30_000_000
+    x, weights, ids, routing, *, num_ranks, present=None, ctas=None, seed=0, limit_microseconds=30_000_000, odd_rank=-1
 ):
     """`one_rank` with rank r having the r-th part of the tokens and of the experts."""
     core = _library._core
@@ -54,6 +54,7 @@ def on_virtual_ranks(
         ctas_per_rank=np.int64(ctas or 128 // num_ranks),
         delay_seed=np.int64(seed),
         limit_microseconds=np.int64(limit_microseconds),
+        odd_rank=np.int64(odd_rank),
     )
     return y, load
 
@@ -132,3 +133,20 @@ def test_a_missing_rank_ends_in_an_error():
         jax.block_until_ready(call())
     # The process goes on, and so do other calls.
     compare(5, 2)
+
+
+@pytest.mark.parametrize("odd_rank", [0, 2])
+def test_ranks_that_disagree_on_the_shape_end_in_an_error(odd_rank):
+    """One rank's words have another tag; all else is right, so that without the tags nobody would notice."""
+    weights = make_weights(16, 512, 384)
+    x, ids, probs = make_inputs(16, 512, 16, 4)
+    call = functools.partial(
+        on_virtual_ranks, x, weights, ids, probs, num_ranks=4, odd_rank=odd_rank, limit_microseconds=200_000
+    )
+    y, _ = call()
+    assert np.isnan(np.asarray(y, np.float32)).all()
+    # Whoever's time is over first says so: the odd one of another, or another of the odd one.
+    waited = f"{odd_rank} waited in vain for rank [^{odd_rank}]|[^{odd_rank}] waited in vain for rank {odd_rank}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"rank ({waited}), phase routing, epoch 1:"):
+        jax.block_until_ready(call())
+    compare(4, 4)

@@ -36,6 +36,7 @@ namespace {
 
 struct Options {
   int64_t num_ranks, present, ctas_per_rank, delay_seed, limit_microseconds;
+  int64_t odd_rank;  // runs another shape, as far as the others can tell; -1: none does
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
@@ -43,7 +44,8 @@ struct Options {
                                                            {"present", &options.present},
                                                            {"ctas_per_rank", &options.ctas_per_rank},
                                                            {"delay_seed", &options.delay_seed},
-                                                           {"limit_microseconds", &options.limit_microseconds}});
+                                                           {"limit_microseconds", &options.limit_microseconds},
+                                                           {"odd_rank", &options.odd_rank}});
     if (!missing.empty()) return moe_failure(missing);
     if (options.num_ranks < 1 || options.num_ranks > kMaxVirtualRanks || options.present < 1 ||
         options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1) {
@@ -147,6 +149,7 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
       return moe_failure("the buffers are too small.");
     }
     one.peers.delay_seed = static_cast<uint32_t>(options.delay_seed);
+    if (r == options.odd_rank) one.peers.shape_tag = ~one.peers.shape_tag;
   }
   const cudaError_t launched = launch_virtual_ranks(arguments, static_cast<int>(options.present),
                                                     static_cast<int>(options.ctas_per_rank), stream);
