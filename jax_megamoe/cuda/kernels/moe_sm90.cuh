@@ -28,8 +28,23 @@
 
 namespace megamoe {
 
+// One unit: swapAB with the smallest token tile that holds its chunk.
+template <bool kSwap, typename Group, int kN = 8>
+__device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<kSwap>& map,
+                                             const UnitNote& note, Signaller& signaller, Tracer& tracer,
+                                             StageCursor& cursor) {
+  if constexpr (!kSwap) {
+    NormalConsumer<Group>(args, map, note, signaller, tracer).run(cursor);
+  } else {
+    if constexpr (kN < kSwapTokenTile) {
+      if (note.rows() > kN) return consume_unit<kSwap, Group, kN + 8>(args, map, note, signaller, tracer, cursor);
+    }
+    SwapConsumer<kN, Group>(args, map, note, signaller, tracer).run(cursor);
+  }
+}
+
 // Unit after unit, until the weight producer says that there are no more.
-template <typename Consumer, bool kSwap>
+template <bool kSwap, typename Group>
 __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
                                         Tracer& tracer) {
   StageCursor cursor;
@@ -39,20 +54,10 @@ __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMa
     const UnitNote note = map.header().note[cursor.stage];
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
     if (note.end()) break;
-    Consumer(args, map, note, signaller, tracer).run(cursor);
+    consume_unit<kSwap, Group>(args, map, note, signaller, tracer, cursor);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
-}
-
-// With the smallest token tile that holds the launch's largest chunk.
-template <typename Group, int kN = 8>
-__device__ __forceinline__ void consume_swapped(const MoeArguments& args, const SharedMap<true>& map,
-                                                Signaller& signaller, Tracer& tracer) {
-  if constexpr (kN < kSwapTokenTile) {
-    if (map.max_rows > kN) return consume_swapped<Group, kN + 8>(args, map, signaller, tracer);
-  }
-  consume<SwapConsumer<kN, Group>>(args, map, signaller, tracer);
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
@@ -153,11 +158,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
         args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }
-    if constexpr (kSwap) {
-      consume_swapped<Group>(args, map, signaller, tracer);
-    } else {
-      consume<NormalConsumer<Group>>(args, map, signaller, tracer);
-    }
+    consume<kSwap, Group>(args, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     Group::dawdle(args, 4);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());
