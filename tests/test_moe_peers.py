@@ -58,7 +58,7 @@ def test_one_call_with_the_groups(built, sizes, kind):
     assert attribute(text, "limit_microseconds") == "30000000"
     assert attribute(text, "activation_clamp") == "1.000000e+01"
     assert attribute(text, "routed_scaling_factor") == "1.500000e+00"
-    assert "has_side_effect = true" in text
+    assert "has_side_effect" not in text  # XLA would run calls with sliced operands twice
     (call,) = [line for line in text.splitlines() if FUSED in line]
     operands, results = (re.findall(r"tensor<([^>]*)>", types) for types in call.rsplit(": (", 1)[1].split("->"))
     assert (operands[0], operands[5:]) == (
@@ -292,20 +292,19 @@ def test_weights_are_read_in_place(way, stacked):
     assert "parameter" in found
     assert found <= {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "call", "custom-call"}, found
     assert text.count(f'custom_call_target="{FUSED}"') == 1
-    assert "custom_call_has_side_effect=true" in text
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
 
 
 @pytest.mark.usefixtures("fused_on_cpu")
-def test_equal_calls_stay_apart():
+def test_equal_calls_become_one():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
 
     def twice(*arguments: Any) -> Any:
-        mm.moe(*arguments)  # whose result nobody uses; JAX leaves it out itself, before XLA, on all ranks
+        mm.moe(*arguments)  # whose result nobody uses
         return mm.moe(*arguments) + mm.moe(*arguments)
 
     text = str(jax.jit(twice).lower(*place_all(mesh, layer)).compile().as_text())
-    assert text.count(f'custom_call_target="{FUSED}"') == 2
+    assert text.count(f'custom_call_target="{FUSED}"') == 1
 
 
 def test_the_layer_by_itself_on_cpus():

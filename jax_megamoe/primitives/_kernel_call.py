@@ -33,7 +33,6 @@ def call_kernel(
     out_dtype: Any,
     activation_clamp: float,
     routed_scaling_factor: float,
-    has_side_effect: bool = False,
     **attributes: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The call, for at least one token.
@@ -49,7 +48,7 @@ def call_kernel(
         # A result and no allocation of the handler's own, so that the call can be captured in a CUDA graph.
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
-    y, load, _ = jax.ffi.ffi_call(target, results, has_side_effect=has_side_effect)(
+    y, load, _ = jax.ffi.ffi_call(target, results)(
         *operands,
         activation_clamp=np.float32(activation_clamp),
         routed_scaling_factor=np.float32(routed_scaling_factor),

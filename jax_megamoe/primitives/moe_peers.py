@@ -182,9 +182,6 @@ def _call_kernel(
         *operands,
         workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
-        # The other ranks wait for this one in every call. Without a side effect XLA may leave out, join, repeat or move
-        # calls, and no rule keeps it from moving one to where a rank's own data decides whether it runs.
-        has_side_effect=True,
         limit_microseconds=np.int64(limit_microseconds),
         **_groups.group_attributes(dict(axis_sizes), expert_axes),
         **params,

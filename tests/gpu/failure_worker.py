@@ -24,7 +24,6 @@ from jax_megamoe.primitives import _library
 
 TOKENS = 2  # of each rank
 COMMON, MORE = 20, 4  # launches of both ranks in the loop, and then of rank 0 alone
-AGREEING = 3  # launches at least, before the ranks disagree on the shape
 
 Run = Callable[[Sequence[int]], np.ndarray]
 

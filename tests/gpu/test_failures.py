@@ -33,10 +33,7 @@ def test_a_replayed_graph_whose_peer_is_gone():
 
 
 def test_ranks_that_disagree_on_the_shape():
-    """After launches in which they agreed. Each may find out by itself, or be told by the other first."""
+    """After three launches in which they agreed. Each may find out by itself, or be told by the other first."""
     told = run_scenario("other_shape")
     assert told
-    patterns = [rf"rank {r} waited in vain for rank {1 - r}, phase routing, epoch (\d+)" for r in range(2)]
-    epochs = {found[1] for text in told for pattern in patterns if (found := re.fullmatch(pattern, text))}
-    assert len(epochs) == 1, told  # both name the same launch
-    assert int(epochs.pop()) > failure_worker.AGREEING, told
+    assert set(told) <= {f"rank {r} waited in vain for rank {1 - r}, phase routing, epoch 4" for r in range(2)}
