@@ -15,7 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ONE_GPU = ("tests/gpu/test_kernel.py", "tests/gpu/test_virtual_ranks.py", "tests/gpu/test_group_of_one.py")
+ONE_GPU = (
+    "tests/gpu/test_kernel.py",
+    "tests/gpu/test_virtual_ranks.py",
+    "tests/gpu/test_group_of_one.py",
+    "tests/gpu/test_compiled_programs.py",
+)
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
     "tests/gpu/test_failures.py",

@@ -269,6 +269,25 @@ def test_stacked_layers_in_a_scan(num_ranks, tokens, captured):
 
 
 @all_ranks
+def test_sliced_operands(num_ranks):
+    """XLA reads slices of tokens and of stacked weights in place, by a call that takes the place of the first one."""
+    mesh = make_mesh(expert=num_ranks)
+    x, _, ids, routing = make_problem(4 * num_ranks)
+    layers = [make_weights(E, H, I, seed) for seed in range(2)]
+    stacked = place(mesh, mm.stack_experts(layers), None, "expert")
+    batches = [place(mesh, jnp.stack([value, value[::-1]]), None, "expert") for value in (x, ids, routing)]
+
+    def run(x: Any, stacked: Any, ids: Any, routing: Any) -> Any:
+        pick = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2)]
+        return [moe(x[b], pick[b], ids[b], routing[b]) for b in range(2)]
+
+    compiled = jax.jit(run).lower(batches[0], stacked, *batches[1:]).compile()
+    assert str(compiled.as_text()).count('custom_call_target="jax_megamoe.moe_peers.v1"') == 2
+    for result, weights, order in zip(compiled(batches[0], stacked, *batches[1:]), layers, (1, -1), strict=True):
+        check(result, (x[::order], weights, ids[::order], routing[::order]))
+
+
+@all_ranks
 def test_many_layers_in_one_program(num_ranks):
     """Each takes the result of the one before: what a decoder does, captured in a CUDA graph by default."""
     mesh, problem = make_mesh(expert=num_ranks), make_problem(4 * num_ranks)

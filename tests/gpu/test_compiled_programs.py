@@ -1,0 +1,145 @@
+"""What XLA for GPUs makes of programs that call `moe` over a mesh. It needs JAX's plugin for CUDA, but no GPU."""
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_megamoe as mm
+from jax_megamoe.primitives import _library
+
+
+def _why_not() -> str | None:
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "needs jax-cuda13-plugin, which is not installed"
+    try:
+        _library.check_kernel_available()
+    except mm.errors.MegaMoEError as error:
+        return str(error)
+    return None
+
+
+_REASON = _why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+
+RANKS, TOKENS, LAYERS = 2, 8, 3
+H, I, E, K = 512, 384, 16, 4
+CALL = f'custom_call_target="{_library.MOE_PEERS_TARGET}"'
+
+
+def described_mesh() -> Mesh:
+    config = (Path(__file__).parent / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=config, topology=f"1x1x{RANKS}"
+    )
+    return Mesh(np.array(topology.devices), ("expert",))
+
+
+def compiled_text(
+    function: Callable[..., Any],
+    weights_lead: tuple[int, ...] = (),
+    tokens_lead: tuple[int, ...] = (),
+    manual: bool = False,
+) -> str:
+    """The program for two H100; stacks of weights and of tokens have leading dimensions that are not split."""
+    mesh = described_mesh()
+    if manual:
+        function = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+
+    def split(leaf: Any, lead: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, P(*(None for _ in lead), "expert"))
+        return jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((E, I, H), (E, I, H), (E, H, I))]
+    weights = jax.tree.map(lambda leaf: split(leaf, weights_lead), jax.eval_shape(mm.quantize_experts, *floats))
+    kinds = ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32))
+    x, ids, probs = (split(jax.ShapeDtypeStruct((TOKENS, n), dtype), tokens_lead) for n, dtype in kinds)
+    own = split(jax.ShapeDtypeStruct((RANKS,), jnp.int32))
+    return str(jax.jit(function).lower(x, weights, ids, probs, own).compile().as_text())
+
+
+def where_called(text: str) -> list[str]:
+    """The computation of each call, or ENTRY."""
+    found, computation = [], ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = "ENTRY" if header[1] else header[2]
+        if CALL in line:
+            found.append(computation)
+    return found
+
+
+def layer_of(stacked: mm.ExpertWeights, layer: int) -> mm.ExpertWeights:
+    return jax.tree.map(lambda leaf: leaf[layer], stacked)
+
+
+def one_batch(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    return mm.moe(x[1], w, ids[1], probs[1])
+
+
+def scan_over_batches(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    return jax.lax.scan(lambda c, batch: (c, mm.moe(batch[0], w, *batch[1:])), 0, (x, ids, probs))[1]
+
+
+def layers_in_turn(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    for layer in range(LAYERS):
+        x = mm.moe(x, layer_of(w, layer), ids, probs)
+    return x
+
+
+def scan_over_weights(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    return jax.lax.scan(lambda carry, layer: (mm.moe(carry, layer, ids, probs), None), x, w)[0]
+
+
+def scan_over_numbers(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    step = lambda carry, layer: (mm.moe(carry, w, ids, probs, layer=layer), None)  # noqa: E731
+    return jax.lax.scan(step, x, jnp.arange(LAYERS))[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "weights_lead", "tokens_lead", "calls"),
+    [
+        (one_batch, (), (2,), 1),
+        (scan_over_batches, (), (2,), 1),
+        (layers_in_turn, (LAYERS,), (), LAYERS),
+        (scan_over_weights, (LAYERS,), (), 1),
+        (scan_over_numbers, (LAYERS,), (), 1),
+    ],
+)
+def test_slices_are_read_in_place_by_one_call(function, weights_lead, tokens_lead, calls):
+    text = compiled_text(function, weights_lead, tokens_lead)
+    assert text.count(CALL) == calls
+    # The smaller FP8 leaf of one rank, one layer.
+    found = meshes.opcodes_of_large_results(text, E // RANKS * H * I)
+    assert "parameter" in found
+    assert not any(word in opcode for opcode in found for word in ("copy", "fusion", "gather")), found
+
+
+def used_in_one_branch(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, probs)
+    return jax.lax.cond(own[0] == 1, lambda: x, lambda: y)
+
+
+def used_in_some_branches(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, probs)
+    return jax.lax.switch(own[0], [lambda: y * 3, lambda: y + 1, lambda: jnp.zeros_like(y)])
+
+
+def used_in_a_loop(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, probs)
+    return jax.lax.fori_loop(0, own[0], lambda _, total: total + y, x)
+
+
+@pytest.mark.parametrize("function", [used_in_one_branch, used_in_some_branches, used_in_a_loop])
+def test_no_call_moves_to_where_a_rank_decides_alone(function):
+    assert where_called(compiled_text(function, manual=True)) == ["ENTRY"]
