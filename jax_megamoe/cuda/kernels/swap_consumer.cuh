@@ -3,9 +3,9 @@
 // Accumulator fragment: thread (warp w, lane l) of a warpgroup holds, for every 8 tokens j, rows 16w + l/4 and + 8 of tokens
 // 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two neighbouring hidden columns) into such a row pair.
 //
-// A launch uses one kN, that of its largest chunk, for all chunks: the columns beyond a chunk's tokens are computed from
-// whatever lies there, and dropped. Code is what this saves. Instructions come from the same memory as the weights, and each
-// variant of the loops is first met while the weights keep it busy (docs/performance-log.md, "instructions").
+// kN is the chunk's number of tokens, padded: what the padding holds is multiplied and dropped. Loops are rolled where that
+// costs little: instructions come from the same memory as the weights, and each variant of the loops is first met while the
+// weights keep it busy (docs/performance-log.md, "instructions").
 #pragma once
 
 #include <cuda_bf16.h>
