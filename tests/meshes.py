@@ -75,7 +75,7 @@ def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, pr
     def step(carry: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         return mm.moe(carry, stacked, ids, probs, layer=index), None
 
-    return jax.lax.scan(step, x, jnp.arange(2, dtype=jnp.int32))[0]
+    return jax.lax.scan(step, x, jnp.arange(len(stacked.gate_up), dtype=jnp.int32))[0]
 
 
 def opcodes_of_large_results(text: str, num_elements: int) -> set[str]:

@@ -93,14 +93,14 @@ def test_skewed_and_sparse_routing(natural, weights, seed, pattern, magnitude):
             ids[:, 1:] = ids[:, :1]
     probs = np.where((ids < 0) | (ids >= E), np.float32(np.nan), np.nan_to_num(probs, nan=0.5))
     x = (x.astype(np.float32) * magnitude).astype(x.dtype)
-    y, load = moe(x, weights, ids, probs, return_expert_load=True)
+    y, load = map(np.asarray, moe(x, weights, ids, probs, return_expert_load=True))
     wanted, wanted_load = numpy_model.moe(x, natural, ids, probs)
     # Drawn inputs come close to ties, which FP32 sums in another order break the other way: of E4M3 roundings, and now and
     # then of an activation's scale, a power of two, which rounds 64 columns of one token anew.
     assert numpy_model.diff(y, wanted) < 1e-5
-    errors = np.square(np.asarray(y, np.float32) - np.asarray(wanted, np.float32)).sum(-1)
+    errors = np.square(y.astype(np.float32) - wanted.astype(np.float32)).sum(-1)
     others = np.argsort(errors)[:-1]
-    assert numpy_model.diff(np.asarray(y)[others], wanted[others]) < 10 * TOLERANCE
+    assert numpy_model.diff(y[others], wanted[others]) < 10 * TOLERANCE
     np.testing.assert_array_equal(load, wanted_load)
 
 

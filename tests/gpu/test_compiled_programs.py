@@ -52,10 +52,11 @@ def compiled_text(
     tokens_lead: tuple[int, ...] = (),
     manual: bool = False,
 ) -> str:
-    """The program for so many H100; stacks of weights and of tokens have leading dimensions that are not split."""
+    """The program for so many H100; stacks of weights and of tokens have leading dimensions that are not split.
+
+    A `manual` one runs for each rank, and has a number of the rank's own as its last argument.
+    """
     mesh = described_mesh(num_ranks)
-    if manual:
-        function = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
 
     def split(leaf: Any, lead: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, P(*(None for _ in lead), "expert"))
@@ -65,8 +66,11 @@ def compiled_text(
     weights = jax.tree.map(lambda leaf: split(leaf, weights_lead), jax.eval_shape(mm.quantize_experts, *floats))
     kinds = ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32))
     x, ids, probs = (split(jax.ShapeDtypeStruct((TOKENS, n), dtype), tokens_lead) for n, dtype in kinds)
-    own = split(jax.ShapeDtypeStruct((num_ranks,), jnp.int32))
-    return str(jax.jit(function).lower(x, weights, ids, probs, own).compile().as_text())
+    arguments = [x, weights, ids, probs]
+    if manual:
+        function = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+        arguments.append(split(jax.ShapeDtypeStruct((num_ranks,), jnp.int32)))
+    return str(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def where_called(text: str) -> list[str]:
@@ -84,27 +88,22 @@ def layer_of(stacked: mm.ExpertWeights, layer: int) -> mm.ExpertWeights:
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
-def one_batch(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+def one_batch(x: Any, w: Any, ids: Any, probs: Any) -> Any:
     return mm.moe(x[1], w, ids[1], probs[1])
 
 
-def scan_over_batches(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+def scan_over_batches(x: Any, w: Any, ids: Any, probs: Any) -> Any:
     return jax.lax.scan(lambda c, batch: (c, mm.moe(batch[0], w, *batch[1:])), 0, (x, ids, probs))[1]
 
 
-def layers_in_turn(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+def layers_in_turn(x: Any, w: Any, ids: Any, probs: Any) -> Any:
     for layer in range(LAYERS):
         x = mm.moe(x, layer_of(w, layer), ids, probs)
     return x
 
 
-def scan_over_weights(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
+def scan_over_weights(x: Any, w: Any, ids: Any, probs: Any) -> Any:
     return jax.lax.scan(lambda carry, layer: (mm.moe(carry, layer, ids, probs), None), x, w)[0]
-
-
-def scan_over_numbers(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
-    step = lambda carry, layer: (mm.moe(carry, w, ids, probs, layer=layer), None)  # noqa: E731
-    return jax.lax.scan(step, x, jnp.arange(LAYERS))[0]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
@@ -115,7 +114,7 @@ def scan_over_numbers(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
         (scan_over_batches, (), (2,), 1),
         (layers_in_turn, (LAYERS,), (), LAYERS),
         (scan_over_weights, (LAYERS,), (), 1),
-        (scan_over_numbers, (LAYERS,), (), 1),
+        (meshes.scan_over_layers, (LAYERS,), (), 1),
     ],
 )
 def test_slices_are_read_in_place_by_one_call(function, weights_lead, tokens_lead, calls, num_ranks):
