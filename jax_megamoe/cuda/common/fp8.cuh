@@ -16,6 +16,13 @@ __device__ __forceinline__ uint16_t pack2(float low, float high) {
 // Tokens: one FP32 scale per token and 128 hidden columns.
 __device__ __forceinline__ float token_scale(float amax) { return __fdiv_rn(fmaxf(amax, 1e-4f), kMaxE4m3); }
 
+// x / scale, correctly rounded (Markstein: a correctly rounded reciprocal, a quotient from it, and one correction by the
+// exact remainder). `scale` is one of token_scale's, so that only quotients far below FP8's least number could differ.
+__device__ __forceinline__ float quotient(float x, float scale, float reciprocal) {
+  const float estimate = x * reciprocal;
+  return fmaf(fmaf(-estimate, scale, x), reciprocal, estimate);
+}
+
 // Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 intermediate
 // columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
 // An infinite amax gives an infinite scale.

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <algorithm>
+
 #include "host/launchers.h"
+#include "host/memory.h"
 #include "kernels/moe_sm90.cuh"
 
 namespace megamoe {
@@ -18,6 +21,8 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
   }
+  const int wanted = ceil_div(weight_bytes_in_flight(), Orientation<kSwap>::kStageWeightBytes);
+  c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation<kSwap>::kTokenTile / 8 - 1]);
   return c;
 }
 

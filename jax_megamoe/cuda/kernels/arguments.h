@@ -16,6 +16,7 @@ struct LaunchConstants {
   Divisor gather_blocks;  // items per token
   Divisor gate_up_units;  // per chunk
   Divisor down_units;
+  int stages_in_flight;                  // at most, of weights
   uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
 };
 

@@ -13,21 +13,29 @@ constexpr int kCombineColumns = 64;  // eight lanes of eight columns
 constexpr int kCombineTokens =
     2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
-// Bit s: the token's slot s is used. Eight neighbouring lanes, which have the same token, share the work.
+// Bit s of used[t]: token t's slot s is used. Eight neighbouring lanes, which have the same tokens, share the work.
 template <typename Group>
-__device__ __forceinline__ uint32_t used_slots(const MoeArguments& args, int token) {
+__device__ __forceinline__ void find_used_slots(const MoeArguments& args, const int (&tokens)[2], uint32_t (&used)[2]) {
   const Problem& p = args.problem;
   const int num_experts = Group::num_ranks(args) * p.num_experts;
-  uint32_t used = 0;
-  if (token < p.num_tokens) {
-    for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {
-      const int expert = __ldg(args.topk_ids + token * p.top_k + slot);
-      if (expert >= 0 && expert < num_experts) used |= 1u << slot;
+  used[0] = used[1] = 0;
+#pragma unroll 1
+  for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {
+    int experts[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      experts[t] = tokens[t] < p.num_tokens ? __ldg(args.topk_ids + tokens[t] * p.top_k + slot) : -1;
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      if (experts[t] >= 0 && experts[t] < num_experts) used[t] |= 1u << slot;
     }
   }
 #pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) used |= __shfl_xor_sync(~0u, used, offset);
-  return used;
+  for (int offset = 4; offset > 0; offset /= 2) {
+#pragma unroll
+    for (uint32_t& bits : used) bits |= __shfl_xor_sync(~0u, bits, offset);
+  }
 }
 
 __device__ __forceinline__ void store_sum(const MoeArguments& args, const float (&sum)[8], int token, int column) {
@@ -107,8 +115,9 @@ __device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are
-// complete. In the normal orientation units go expert by expert, so that all columns are complete at about the same time.
+// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are complete, so
+// that warps go through the columns side by side. In the normal orientation units go expert by expert, and all columns are
+// complete at about the same time: each warp has neighbouring columns of the same tokens, whose slots it looks up once.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   using O = Orientation<kSwap>;
@@ -116,17 +125,26 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   const int lane = threadIdx.x % 32;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
+  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x, warps = gridDim.x * kConsumerWarps;
+  const int share = ceil_div(items, warps);
   constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
   bool complete = true;
   if constexpr (!kSwap) {
     complete = wait_for_units<kSwap, Group>(args, num_chunks, 0, ceil_div(p.hidden_size, kUnitColumns));
   }
+  const int end = kSwap ? items : min(items, (warp + 1) * share);
+  int group = -1;
+  int tokens[2];
+  uint32_t used[2];
 #pragma unroll 1
-  for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
+  for (int item = kSwap ? warp : warp * share; item < end; item += kSwap ? warps : 1) {
     const int column = item % column_tiles * kCombineColumns;
-    const int first = item / column_tiles * kCombineTokens + lane / 8;
-    const int tokens[2] = {first, first + kCombineTokens / 2};
-    const uint32_t used[2] = {used_slots<Group>(args, tokens[0]), used_slots<Group>(args, tokens[1])};
+    if (item / column_tiles != group) {
+      group = item / column_tiles;
+      tokens[0] = group * kCombineTokens + lane / 8;
+      tokens[1] = tokens[0] + kCombineTokens / 2;
+      find_used_slots<Group>(args, tokens, used);
+    }
     if constexpr (kSwap) {
       const int unit = column / kUnitColumns;
       complete = wait_for_units<kSwap, Group>(args, num_chunks, unit, unit + 1);

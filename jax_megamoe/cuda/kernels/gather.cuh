@@ -102,12 +102,14 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
   for (int offset = 8; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
+  const float reciprocal = __frcp_rn(scale);
   uint32_t bytes[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t low = fp8::pack2(__fdiv_rn(values[4 * i], scale), __fdiv_rn(values[4 * i + 1], scale));
-    const uint32_t high = fp8::pack2(__fdiv_rn(values[4 * i + 2], scale), __fdiv_rn(values[4 * i + 3], scale));
-    bytes[i] = low | high << 16;
+    float q[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) q[j] = fp8::quotient(values[4 * i + j], scale, reciprocal);
+    bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
   const int k_block = column / kBlockK;
 #pragma unroll 1

@@ -80,8 +80,7 @@ class NormalConsumer {
     } else {
       accumulate<false, kTiles>(cursor, acc);
       if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) finish_gate_up(acc[t], note_.tile * O::kUnitTiles + first_tile_ + t);
+      finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
       announce(map_.counters(args_).gate_up_done(note_.chunk));
     }
@@ -105,10 +104,8 @@ class NormalConsumer {
   // One partial sum at a time: with 64 x 256 sums there are no registers for two. The other warpgroup fills the gap.
   template <bool kDown, int kTiles>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Sums<kTiles>& acc) {
-    constexpr int kScales = kDown ? kActivationScalesPerBlock : 1;
     const Problem& p = args_.problem;
     const int k_blocks = (kDown ? p.intermediate_size : p.hidden_size) / kBlockK;
-    const int padded = note_.padded_rows();
 #pragma unroll 1
     for (int block = 0; block < k_blocks; ++block) {
       const int stage = cursor.stage;
@@ -118,72 +115,94 @@ class NormalConsumer {
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
+      const float token_scale[2] = {token_scales[0], token_scales[8]};
 #pragma unroll
-      for (int s = 0; s < kScales; ++s) {
-        const float token_scale[2] = {token_scales[s * padded], token_scales[s * padded + 8]};
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          float partial[kAccumulators];
-          wgmma::pin(partial);
-          wgmma::fence();
-          wgmma::multiply_block<kN, 4 / kScales>(partial, tokens, s * kActivationScaleColumns, weights,
-                                                 t * kBlockWeightBytes + s * kActivationScaleColumns);
-          wgmma::commit();
-          const float even = weight_scales[kDown ? t * kScaleVectorFloats : 0];
-          const float odd = kDown ? even : weight_scales[1];
-          wgmma::wait<0>();
-          wgmma::pin(partial);
-          if (s == kScales - 1 && t == kTiles - 1) release_stage(map_.header(), stage);
-          promote(acc[t], partial, token_scale, even, odd);
-        }
+      for (int t = 0; t < kTiles; ++t) {
+        float partial[kAccumulators];
+        wgmma::pin(partial);
+        wgmma::fence();
+        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights, t * kBlockWeightBytes);
+        wgmma::commit();
+        const float even = weight_scales[kDown ? t * kScaleVectorFloats : 0];
+        const float odd = kDown ? even : weight_scales[1];
+        wgmma::wait<0>();
+        wgmma::pin(partial);
+        if (t == kTiles - 1) release_stage(map_.header(), stage);
+        promote(acc[t], partial, token_scale, even, odd);
       }
       cursor.advance(map_.num_stages);
     }
   }
 
-  // SwiGLU, routing weight, power-of-two scale over the tile's 64 columns, E4M3, into the chunk's activation image.
-  __device__ __forceinline__ void finish_gate_up(const float (&acc)[kAccumulators], int tile) {
+  // SwiGLU, routing weight, power-of-two scale over the unit's 128 columns, E4M3, into the chunk's activation image.
+  template <int kTiles>
+  __device__ __forceinline__ void finish_gate_up(Sums<kTiles>& acc) {
     const Problem& p = args_.problem;
     const int padded = note_.padded_rows();
-    const int column = tile * kGateUpTileColumns;
-    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
-                     static_cast<size_t>(column / kBlockK) * padded * kBlockK;
-    float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
-                    static_cast<size_t>(tile) * padded;
+    float amax[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float value[16];
-      float amax = 0.0f;
 #pragma unroll
-      for (int q = 0; q < 8; ++q) {
+      for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float v = swiglu(acc[8 * q + 2 * half + c], acc[8 * q + 4 + 2 * half + c], args_.activation_clamp) *
-                          source_[half].weight;
-          value[2 * q + c] = v;
-          amax = fmaxf(amax, fabsf(v));
+        for (int q = 0; q < 8; ++q) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& value = acc[t][8 * q + 2 * half + c];
+            value = swiglu(value, acc[t][8 * q + 4 + 2 * half + c], args_.activation_clamp) * source_[half].weight;
+            amax[half] = fmaxf(amax[half], fabsf(value));
+          }
         }
       }
-      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
-      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-      const float scale = fp8::activation_scale(amax);
-      const float inverse = fp8::reciprocal_of_power_of_two(scale);
-      // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a row.
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t low = fp8::pack2(value[4 * j] * inverse, value[4 * j + 1] * inverse);
-        const uint32_t high = fp8::pack2(value[4 * j + 2] * inverse, value[4 * j + 3] * inverse);
-        words[j] = low | high << 16;
-      }
-      transpose_in_quad(words);
-      if (token(half) >= note_.rows()) continue;
-      *reinterpret_cast<uint4*>(plane + swizzled_offset(token(half), column % kBlockK + 16 * quad_lane())) =
-          make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
-                     __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
-      if (quad_lane() == 0) scales[token(half)] = scale;
+      amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 1));
+      amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 2));
     }
+    if constexpr (kTiles == 1) exchange_maxima(amax);
+
+    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
+                     static_cast<size_t>(note_.tile) * padded * kBlockK;
+    float* scales = args_.workspace.activation_scales +
+                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / O::kActivationScaleColumns) +
+                    static_cast<size_t>(note_.tile) * padded;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scale = fp8::activation_scale(amax[half]);
+      const float inverse = fp8::reciprocal_of_power_of_two(scale);
+      const bool stores = token(half) < note_.rows();
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a row.
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* value = acc[t] + 16 * j + 2 * half;
+          const uint32_t low = fp8::pack2(value[0] * inverse, value[1] * inverse);
+          const uint32_t high = fp8::pack2(value[8] * inverse, value[9] * inverse);
+          words[j] = low | high << 16;
+        }
+        transpose_in_quad(words);
+        if (!stores) continue;
+        const int column = (first_tile_ + t) * kGateUpTileColumns + 16 * quad_lane();
+        *reinterpret_cast<uint4*>(plane + swizzled_offset(token(half), column)) =
+            make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
+                       __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+      }
+      if (stores && first_tile_ == 0 && quad_lane() == 0) scales[token(half)] = scale;
+    }
+  }
+
+  // The larger of both warpgroups' maxima, which have the same tokens and a tile each.
+  __device__ __forceinline__ void exchange_maxima(float (&amax)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (quad_lane() == 0) map_.row_amax()[warpgroup() * kWarpgroupTokens + token(half)] = amax[half];
+    }
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      amax[half] = fmaxf(amax[half], map_.row_amax()[(warpgroup() ^ 1) * kWarpgroupTokens + token(half)]);
+    }
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // read, before the next unit's are written
   }
 
   // Afterwards lane i of a quad has word i of all four, in their order.

@@ -59,7 +59,7 @@ class SharedMap {
   __device__ PairTarget* pair_targets() const {
     return reinterpret_cast<PairTarget*>(shared_memory() + scratch_offset_);
   }
-  // swapAB: [8 warps][max_rows]
+  // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
   __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset_); }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
@@ -90,7 +90,7 @@ class SharedMap {
   }
   __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
-    const int scales = Orientation<kSwap>::kStageBlocks * kActivationScalesPerBlock * rows;
+    const int scales = Orientation<kSwap>::kStageBlocks * Orientation<kSwap>::kActivationScalesPerBlock * rows;
     return Orientation<kSwap>::kStageWeightBytes + token_bytes(rows) +
            round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }

@@ -44,13 +44,14 @@ class WeightProducer {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const Problem& p = args_.problem;
     uint32_t ticket = blockIdx.x;
+    if constexpr (kSwap) few_units_ = schedule.num_gate_up() <= 2 * gridDim.x;
     while (ticket < schedule.size()) {
       const Unit u = schedule.unit(ticket);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
       const int expert = first_expert_ + u.expert;
       const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
-      if constexpr (kSwap) yields_ = u.down && schedule.num_gate_up() <= 2 * gridDim.x;
+      if constexpr (kSwap) yields_ = u.down && few_units_;
       for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
         if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
@@ -80,11 +81,16 @@ class WeightProducer {
            args_.constants.gate_up_units.value() * O::kGateUpSignals;
   }
 
+  // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
+  __device__ __forceinline__ int most_in_flight() const {
+    return kSwap && few_units_ ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
+  }
+
   __device__ __forceinline__ void claim(const UnitSchedule<kSwap>& schedule) {
     if constexpr (kSwap) {
       if (yields_) yields_ = !gate_up_complete(schedule);
     }
-    const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : O::kStagesInFlight;
+    const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : most_in_flight();
     ++claimed_;
     for (; in_flight_ >= most; --in_flight_) {
       // The oldest of them.
@@ -184,6 +190,7 @@ class WeightProducer {
   const MoeArguments& args_;
   const SharedMap<kSwap>& map_;
   int first_expert_;
+  bool few_units_ = false;
   StageCursor cursor_;
   bool yields_ = false;
   int claimed_ = 0;
@@ -220,7 +227,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
     const int rows = note.padded_rows();
     const int k = note.down() ? p.intermediate_size : p.hidden_size;
     const int k_blocks = k / kBlockK;
-    const int scales_per_block = note.down() ? kActivationScalesPerBlock : 1;
+    const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
     const uint8_t* planes = (note.down() ? args.workspace.activation_planes : args.workspace.token_planes) +
                             static_cast<size_t>(note.row_base) * k;
     const uint8_t* scales = reinterpret_cast<const uint8_t*>(

@@ -39,6 +39,8 @@ constexpr int kSignalSlots = 4;
 // Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
 // atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight").
 constexpr int kWeightBytesInFlight = 64 * 1024;
+// Faster memories want more: what they bring in this time (host/memory.h), where that is more.
+constexpr double kMicrosecondsInFlight = 2.0;
 
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>
@@ -48,8 +50,10 @@ struct Orientation {
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less per
   // multiply.
   static constexpr int kUnitTiles = kSwap ? 1 : 2;
+  static constexpr int kActivationScaleColumns = activation_scale_columns(kSwap);
+  static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
-  static constexpr int kStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
+  static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
   // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
   static constexpr int kStagesAtStart = 3;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.

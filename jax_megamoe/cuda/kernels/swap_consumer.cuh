@@ -51,6 +51,8 @@ class SwapConsumer {
  private:
   static constexpr int kTokenGroups = kN / 8;
   static constexpr int kStageBlocks = Orientation<true>::kStageBlocks;
+  static constexpr int kActivationScaleColumns = Orientation<true>::kActivationScaleColumns;
+  static constexpr int kActivationScalesPerBlock = Orientation<true>::kActivationScalesPerBlock;
   using Partial = float[kN / 2];
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }

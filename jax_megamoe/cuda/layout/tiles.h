@@ -25,9 +25,9 @@ constexpr int kScaleVectorBytes = kScaleVectorFloats * 4;
 constexpr int kGateUpTileColumns = 64;
 constexpr int kDownTileColumns = 64;
 constexpr int kDownUnitColumns = 2 * kDownTileColumns;
-// Intermediate columns that share one activation scale.
-constexpr int kActivationScaleColumns = 64;
-constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
+// Intermediate columns that share one activation scale: what a unit has of them. Scales are powers of two, so that the larger
+// of two neighbours' serves both with the same FP8 values, but for those that get subnormal.
+constexpr int activation_scale_columns(bool swap_operands) { return (swap_operands ? 1 : 2) * kGateUpTileColumns; }
 
 // Tokens of one expert that one unit of work multiplies. swapAB puts them on the WGMMA N dimension, the normal orientation
 // on M.

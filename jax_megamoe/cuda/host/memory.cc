@@ -1,0 +1,44 @@
+#include "host/memory.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "kernels/roles.h"
+
+namespace megamoe {
+
+namespace {
+
+// Zero: the driver does not say.
+double bytes_per_microsecond_and_sm(int device) {
+  int kilohertz = 0, bits = 0, sms = 0;
+  if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || sms == 0) {
+    return 0.0;
+  }
+  constexpr int kTransfersPerClock = 2;  // spec: HBM has a double data rate
+  return kTransfersPerClock * (kilohertz * 1e-3) * (bits / 8) / sms;
+}
+
+int ask(int device) {
+  const double wanted = kMicrosecondsInFlight * bytes_per_microsecond_and_sm(device);
+  return std::max(kWeightBytesInFlight, static_cast<int>(wanted));
+}
+
+}  // namespace
+
+int weight_bytes_in_flight() {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kMaxDevices) return kWeightBytesInFlight;
+  int bytes = known[device].load(std::memory_order_relaxed);
+  if (bytes == 0) known[device].store(bytes = ask(device), std::memory_order_relaxed);
+  return bytes;
+}
+
+}  // namespace megamoe
