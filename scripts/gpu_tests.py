@@ -7,6 +7,7 @@ process did not end within the limit; what it had done until then is printed.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,9 @@ def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: 
         status = 2
     lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
     end = "did not end in time" if status == 2 else f"status {status}"
-    print(f"== {title}: {end}", *(lines[-1:] if status == 0 else lines[-60:]), sep="\n", flush=True)
+    # What a library logs at exit comes after pytest's summary.
+    summary = [line for line in lines if re.search(r"\d+ (passed|skipped|deselected)", line)][-1:]
+    print(f"== {title}: {end}", *(summary if status == 0 else lines[-60:]), sep="\n", flush=True)
     return status
 
 

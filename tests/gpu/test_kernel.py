@@ -101,13 +101,17 @@ def test_repeated_launches_give_the_same_bits(tokens):
         np.testing.assert_array_equal(np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16)), first)
 
 
-def test_token_does_not_depend_on_its_batch():
-    x, weights, ids, routing = _call(128, 1024, 512, 8, 4)
+@pytest.mark.parametrize(
+    ("tokens", "least"),
+    [(64, 1), (300, 65)],  # up to 32 pairs per expert, and more
+)
+def test_token_does_not_depend_on_its_batch(tokens, least):
+    x, weights, ids, routing = _call(tokens, 1024, 512, 8, 4)
     together = np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16))
-    for token in (0, 31, 127):
-        one = slice(token, token + 1)
-        alone = np.asarray(moe(x[one], weights, ids[one], routing[one])[0].view(jnp.uint16))
-        np.testing.assert_array_equal(alone[0], together[token])
+    for token in (0, 31, tokens - least):
+        part = slice(token, token + least)
+        alone = np.asarray(moe(x[part], weights, ids[part], routing[part])[0].view(jnp.uint16))
+        np.testing.assert_array_equal(alone, together[part])
 
 
 def test_nan_stays_in_its_token():

@@ -1,5 +1,7 @@
 #include "host/launch.h"
 
+#include <algorithm>
+
 #include "host/launchers.h"
 
 namespace megamoe {
@@ -19,24 +21,28 @@ cudaError_t prepare(GroupKind kind) {
 }
 
 template <typename Group>
-cudaError_t launch_slice(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
-  return arguments.problem.swap_operands() ? Launcher<true, Group>::launch(arguments, num_ctas, stream)
-                                           : Launcher<false, Group>::launch(arguments, num_ctas, stream);
+cudaError_t launch_slice(const MoeArguments& arguments, bool swap, int num_ctas, cudaStream_t stream) {
+  return swap ? Launcher<true, Group>::launch(arguments, num_ctas, stream)
+              : Launcher<false, Group>::launch(arguments, num_ctas, stream);
 }
 
 template <typename Group>
 cudaError_t launch(const MoeArguments& call, int most, int num_ctas, cudaStream_t stream) {
   const int tokens = call.problem.num_tokens;
+  // Of all slices as of the first one, for which the workspace was made.
+  Problem part = call.problem;
+  part.num_tokens = std::min(tokens, most);
+  const bool swap = part.swap_operands();
   for (int first = 0; first < tokens; first += most) {
     MoeArguments slice = call;
     const size_t values = static_cast<size_t>(first) * call.problem.hidden_size;
-    slice.problem.num_tokens = tokens - first < most ? tokens - first : most;
+    slice.problem.num_tokens = std::min(tokens - first, most);
     slice.x += values;
     slice.topk_ids += static_cast<size_t>(first) * call.problem.top_k;
     slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
-    const cudaError_t error = launch_slice<Group>(slice, num_ctas, stream);
+    const cudaError_t error = launch_slice<Group>(slice, swap, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -33,8 +33,9 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 // on M.
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
-// swapAB serves launches of up to this many tokens.
-constexpr int kMaxSwapTokens = 128;
+// swapAB serves calls of up to this many (token, slot) pairs per expert, on average: where most chunks hold an expert's tokens,
+// and 128 tokens on M would be padding. Measured (docs/performance-log.md, "Where swapAB ends").
+constexpr int kMaxSwapPairsPerExpert = 32;
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
