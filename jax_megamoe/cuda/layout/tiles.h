@@ -33,9 +33,12 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 // on M.
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
-// swapAB serves calls of up to this many (token, slot) pairs per expert, on average: where most chunks hold an expert's tokens,
-// and 128 tokens on M would be padding. Measured (docs/performance-log.md, "Where swapAB ends").
-constexpr int kMaxSwapPairsPerExpert = 32;
+// swapAB serves calls of up to so many (token, slot) pairs per expert, on average: beyond, experts need a second chunk of
+// kSwapTokenTile, and 128 tokens on M are less of a waste. More where the normal orientation, whose units are twice as large,
+// would have few of them. Measured (docs/performance-log.md, "Where swapAB ends").
+constexpr int kMaxSwapPairsPerExpert = 36;
+constexpr int kMaxSwapPairsPerExpertOfFew = 48;
+constexpr int kFewNormalUnits = 264;  // two for each of the 132 SMs of an H100 or H200
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;

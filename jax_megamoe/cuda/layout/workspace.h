@@ -17,8 +17,12 @@ struct Problem {
   int num_experts;
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
 
-  // Of the pairs of all ranks and the experts of all ranks, so that the number of ranks makes no difference.
-  __host__ __device__ bool swap_operands() const { return num_pairs() <= kMaxSwapPairsPerExpert * num_experts; }
+  // By pairs per expert, of which one rank has as many as several that share the experts.
+  __host__ __device__ bool swap_operands() const {
+    const int normal_units = num_experts * (intermediate_size / (2 * kGateUpTileColumns));  // with a chunk per expert
+    const int most = normal_units < kFewNormalUnits ? kMaxSwapPairsPerExpertOfFew : kMaxSwapPairsPerExpert;
+    return num_pairs() <= most * num_experts;
+  }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
   __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
   __host__ __device__ int group_pairs() const { return num_ranks * num_pairs(); }
