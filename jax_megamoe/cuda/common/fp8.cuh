@@ -23,8 +23,8 @@ __device__ __forceinline__ float quotient(float x, float scale, float reciprocal
   return fmaf(fmaf(-estimate, scale, x), reciprocal, estimate);
 }
 
-// Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 intermediate
-// columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
+// Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 or 128
+// intermediate columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
 // An infinite amax gives an infinite scale.
 __device__ __forceinline__ float activation_scale(float amax) {
   const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-30f));
