@@ -4,7 +4,8 @@
 // and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down projection rows q of block
 // 2g and q of block 2g + 1 are neighbouring hidden columns.
 //
-// The warpgroups wait for each other nowhere: while one promotes or works on its epilogue, the tensor core is the other's.
+// While one warpgroup promotes or works on its epilogue, the tensor core is the other's: they wait for each other nowhere, but
+// where they share tokens and have to agree on the activations' scales.
 #pragma once
 
 #include <cuda_bf16.h>
