@@ -57,3 +57,12 @@ def test_status_is_that_of_the_tests(body, status, tmp_path, capsys):
     jobs = [("GPU 0", "", "0.1", [os.fspath(tmp_path / "test_one.py")])]
     assert script.run(jobs, ["-c", os.fspath(SCRIPT.parent.parent / "pyproject.toml")], limit=60.0) == [status]
     assert f"GPU 0: status {status}" in capsys.readouterr().out
+
+
+def test_summary_is_shown_whatever_is_logged_after_it(tmp_path, capsys):
+    body = "import atexit; atexit.register(print, 'a library says goodbye')"
+    (tmp_path / "test_one.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one(): {body}\n")
+    jobs = [("GPU 0", "", "0.1", [os.fspath(tmp_path / "test_one.py")])]
+    assert script.run(jobs, ["-c", os.fspath(SCRIPT.parent.parent / "pyproject.toml")], limit=60.0) == [0]
+    out = capsys.readouterr().out
+    assert "1 passed" in out and "goodbye" not in out

@@ -25,6 +25,7 @@ double bytes_per_microsecond_and_sm(int device) {
 }
 
 int ask(int device) {
+  constexpr double kMicrosecondsInFlight = 2.0;  // measured (docs/performance-log.md)
   const double wanted = kMicrosecondsInFlight * bytes_per_microsecond_and_sm(device);
   return std::max(kWeightBytesInFlight, static_cast<int>(wanted));
 }

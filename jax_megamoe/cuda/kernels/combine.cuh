@@ -133,15 +133,15 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
     complete = wait_for_units<kSwap, Group>(args, num_chunks, 0, ceil_div(p.hidden_size, kUnitColumns));
   }
   const int end = kSwap ? items : min(items, (warp + 1) * share);
-  int group = -1;
+  int token_group = -1;
   int tokens[2];
   uint32_t used[2];
 #pragma unroll 1
   for (int item = kSwap ? warp : warp * share; item < end; item += kSwap ? warps : 1) {
     const int column = item % column_tiles * kCombineColumns;
-    if (item / column_tiles != group) {
-      group = item / column_tiles;
-      tokens[0] = group * kCombineTokens + lane / 8;
+    if (item / column_tiles != token_group) {
+      token_group = item / column_tiles;
+      tokens[0] = token_group * kCombineTokens + lane / 8;
       tokens[1] = tokens[0] + kCombineTokens / 2;
       find_used_slots<Group>(args, tokens, used);
     }

@@ -30,6 +30,8 @@ class NormalConsumer {
                                             Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     static_assert(O::kUnitTiles == kConsumerWarpgroups && O::kStageBlocks == 1);
+    static_assert(O::kActivationScaleColumns == kBlockK,
+                  "a gate/up unit's columns are one K block of the down projection");
     const bool shares_tokens = note.rows() <= kWarpgroupTokens;
     first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
     first_tile_ = shares_tokens ? warpgroup() : 0;

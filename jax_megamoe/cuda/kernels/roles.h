@@ -37,10 +37,9 @@ constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
 
 // Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
-// atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight").
+// atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight"). The least: faster
+// memories want more (host/memory.h).
 constexpr int kWeightBytesInFlight = 64 * 1024;
-// Faster memories want more: what they bring in this time (host/memory.h), where that is more.
-constexpr double kMicrosecondsInFlight = 2.0;
 
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>
