@@ -12,6 +12,20 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 // The same value, which all lanes hold, in a uniform register: WGMMA takes its descriptors from there.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
+// True for one lane of a warp that has converged. Where ptxas knows that a lane is alone, it does not wrap every bulk copy into a
+// loop over the lanes that might have other operands.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // ---- bounded waiting ----------------------------------------------------------------------------------------------
 // Every spin is bounded: a partner that never arrives ends the launch with an error instead of a hang. The limit is far
 // above any legitimate wait, tools that slow kernels down a hundredfold included.

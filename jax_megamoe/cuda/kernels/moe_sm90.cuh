@@ -125,7 +125,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       const uint64_t* sent = args.peers.header->tokens_sent;
       if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, 1, shared_header().epoch, PeerFailure::kTokens);
     }
-    if (threadIdx.x % 32 == 0) {
+    if (ptx::elect_one()) {
       if (warp == kWeightProducerWarp) {
         const SharedMap<kSwap> map(args, plan);
         WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));

@@ -42,28 +42,22 @@ class WeightProducer {
   // fewer.
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
-    const Problem& p = args_.problem;
     uint32_t ticket = blockIdx.x;
     if constexpr (kSwap) few_units_ = schedule.num_gate_up() <= 2 * gridDim.x;
     while (ticket < schedule.size()) {
       const Unit u = schedule.unit(ticket);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
-      const int k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
-      const int expert = first_expert_ + u.expert;
+      Stream s = stream(u);
       const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
       if constexpr (kSwap) yields_ = u.down && few_units_;
-      for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
+      for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-        if (block + O::kStageBlocks >= k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
+        if (block + O::kStageBlocks >= s.k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
         // The ring is full for the first time.
-        if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(expert, u.tile, block, k_blocks);
+        if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
         claim(schedule);
         if (block == 0) map_.header().note[cursor_.stage] = note;
-        if (note.down()) {
-          load_down(expert, note.tile, block, k_blocks);
-        } else {
-          load_gate_up(expert, note.tile, block, k_blocks);
-        }
+        load_stage(s, block);
         announce();
       }
     }
@@ -74,6 +68,41 @@ class WeightProducer {
   }
 
  private:
+  // What a unit's weights look like to the copies: tiles of two planes' rows, and what the next K blocks are away. Worked out once
+  // for each unit: the thread that asks for the weights is on the critical path of every stage.
+  struct Stream {
+    const uint8_t* weights;  // the next K blocks of the first tile
+    const float* scales;
+    int k_blocks;
+    bool down;
+    size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
+    int scale_distance;  // floats, likewise
+  };
+
+  __device__ __forceinline__ Stream stream(const Unit& u) const {
+    const Problem& p = args_.problem;
+    Stream s;
+    s.down = u.down;
+    s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
+    s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
+    const size_t expert = first_expert_ + u.expert;
+    if (u.down) {
+      const int pairs = p.hidden_size / kDownUnitColumns;
+      const int vectors = ceil_div(s.k_blocks, 2);
+      const size_t pair = expert * pairs + u.tile * O::kUnitTiles;
+      s.weights = args_.down + pair * s.tile_bytes;
+      s.scales = args_.down_scale + 2 * pair * vectors * kScaleVectorFloats;
+      s.scale_distance = 2 * vectors * kScaleVectorFloats;
+      // An odd last pair comes twice: its copy is multiplied and dropped.
+      if ((u.tile + 1) * O::kUnitTiles > pairs) s.tile_bytes = s.scale_distance = 0;
+    } else {
+      const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * O::kUnitTiles;
+      s.weights = args_.gate_up + tile * s.tile_bytes;
+      s.scales = args_.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
+    }
+    return s;
+  }
+
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
   // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
@@ -105,19 +134,17 @@ class WeightProducer {
 
   // While the first tokens are on their way and no stage gets free, the memory would have nothing to do: weights that come
   // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
-  __device__ __forceinline__ void prefetch_until_free(size_t expert, int tile, int block, int k_blocks) {
+  __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
     constexpr int kPieceBytes = O::kStageWeightBytes;
     constexpr int kPieceCycles = 1800;
     constexpr int kMostBytes = 192 * 1024;
-    const size_t unit = (expert * args_.constants.gate_up_units.value() + tile) * k_blocks;
-    const uint8_t* source = args_.gate_up + (unit + block) * kBlockWeightBytes;
-    const int bytes = min((k_blocks - block) * kBlockWeightBytes, kMostBytes);
+    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytes);
     for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
       const int64_t begin = clock64();
       while (clock64() - begin < kPieceCycles) {
         if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
       }
-      ptx::bulk_prefetch(source + asked, kPieceBytes);
+      ptx::bulk_prefetch(s.weights + asked, kPieceBytes);
     }
   }
 
@@ -135,56 +162,50 @@ class WeightProducer {
     }
   }
 
-  // Loads K blocks [block, block + kStageBlocks) of `block_bytes` each, which follow each other in memory and in the stage. A
-  // block past the end is the last one again, so that the consumers multiply numbers.
-  __device__ __forceinline__ void load_blocks(uint8_t* stage, const uint8_t* blocks, int block, int k_blocks,
-                                              int block_bytes) {
-    uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    const int whole = min(O::kStageBlocks, k_blocks - block);
-    load(stage, blocks, whole * block_bytes, full);
-    for (int i = whole; i < O::kStageBlocks; ++i) {
-      load(stage + i * block_bytes, blocks + (whole - 1) * block_bytes, block_bytes, full);
+  // `whole` K blocks of `kBytes` each, which follow each other in memory and in the stage. What the stage has room for beyond them
+  // is the last one again, so that the consumers multiply numbers.
+  template <int kBytes>
+  __device__ __forceinline__ static void load_blocks(uint8_t* stage, const uint8_t* blocks, int whole, uint64_t* full) {
+    if constexpr (O::kStageBlocks == 1) {
+      load(stage, blocks, kBytes, full);
+    } else {
+      static_assert(O::kStageBlocks == 2);
+      load(stage, blocks, whole * kBytes, full);
+      if (whole == 1) load(stage + kBytes, blocks, kBytes, full);
     }
   }
 
-  // The tiles of a unit share their scales.
-  __device__ __forceinline__ void load_gate_up(size_t expert, int unit, int block, int k_blocks) {
-    const size_t index = (expert * args_.constants.gate_up_units.value() + unit) * O::kUnitTiles * k_blocks + block;
-    const int scale_bytes = min(O::kStageBlocks, k_blocks - block) * kScaleVectorBytes;
+  // K blocks [block, block + kStageBlocks) of the unit, whose stage is claimed.
+  __device__ __forceinline__ void load_stage(Stream& s, int block) {
+    const int whole = min(O::kStageBlocks, s.k_blocks - block);
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
-#pragma unroll 1
-    for (int t = 0; t < O::kUnitTiles; ++t) {
-      load_blocks(map_.weights(cursor_.stage) + t * O::kStageBlocks * kBlockWeightBytes,
-                  args_.gate_up + (index + t * k_blocks) * kBlockWeightBytes, block, k_blocks, kBlockWeightBytes);
-    }
-    ptx::bulk_copy_global_to_shared(map_.header().weight_scale[cursor_.stage],
-                                    args_.gate_up_scale + index * kScaleVectorFloats, scale_bytes, full);
-  }
-
-  // Pairs of neighbouring 64-column tiles, which share their scales. An odd last pair comes twice: its copy is multiplied and
-  // dropped.
-  __device__ __forceinline__ void load_down(size_t expert, int unit, int block, int k_blocks) {
-    uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + O::kUnitTiles * kScaleVectorBytes);
-#pragma unroll 1
-    for (int t = 0; t < O::kUnitTiles; ++t) {
-      const size_t tile = 2 * down_pair(expert, unit, t);
-#pragma unroll(kSwap ? 2 : 1)
-      for (int half = 0; half < 2; ++half) {
-        load_blocks(map_.weights(cursor_.stage) + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
-                    args_.down + ((tile + half) * k_blocks + block) * kPlaneBytes, block, k_blocks, kPlaneBytes);
+    uint8_t* stage = map_.weights(cursor_.stage);
+    float* scales = map_.header().weight_scale[cursor_.stage];
+    if (s.down) {
+      ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + O::kUnitTiles * kScaleVectorBytes);
+#pragma unroll
+      for (int t = 0; t < O::kUnitTiles; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          load_blocks<kPlaneBytes>(stage + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
+                                   s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full);
+        }
+        ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
+                                        s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
+                                        kScaleVectorBytes, full);
       }
-      ptx::bulk_copy_global_to_shared(
-          map_.header().weight_scale[cursor_.stage] + t * kScaleVectorFloats,
-          args_.down_scale + (tile * ceil_div(k_blocks, 2) + block / 2) * kScaleVectorFloats, kScaleVectorBytes, full);
+      s.weights += O::kStageBlocks * kPlaneBytes;
+    } else {
+      const int scale_bytes = whole * kScaleVectorBytes;
+      ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
+#pragma unroll
+      for (int t = 0; t < O::kUnitTiles; ++t) {
+        load_blocks<kBlockWeightBytes>(stage + t * O::kStageBlocks * kBlockWeightBytes, s.weights + t * s.tile_bytes,
+                                       whole, full);
+      }
+      ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
+      s.weights += O::kStageBlocks * kBlockWeightBytes;
     }
-  }
-
-  __device__ __forceinline__ size_t down_pair(size_t expert, int unit, int t) const {
-    if constexpr (O::kUnitTiles == 1) return expert * args_.constants.down_units.value() + unit;
-    const int pairs = args_.problem.hidden_size / kDownUnitColumns;
-    return expert * pairs + min(unit * O::kUnitTiles + t, pairs - 1);
   }
 
   const MoeArguments& args_;
@@ -233,25 +254,23 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
     const uint8_t* scales = reinterpret_cast<const uint8_t*>(
         (note.down() ? args.workspace.activation_scales : args.workspace.token_scales) +
         static_cast<size_t>(note.row_base) * k_blocks * scales_per_block);
+    const int plane_bytes = rows * kBlockK;
+    const int scale_bytes = scales_per_block * rows * static_cast<int>(sizeof(float));
     for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
       if (block != 0) ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
-      const int whole = min(O::kStageBlocks, k_blocks - block);
-      const int plane_bytes = rows * kBlockK;
-      const int scale_bytes = scales_per_block * rows * static_cast<int>(sizeof(float));
+      const int whole = O::kStageBlocks == 1 ? 1 : min(O::kStageBlocks, k_blocks - block);
       uint8_t* stage_planes = map.tokens(cursor.stage);
       uint8_t* stage_scales = reinterpret_cast<uint8_t*>(map.token_scales(cursor.stage));
-      const uint8_t* block_planes = planes + static_cast<size_t>(block) * plane_bytes;
-      const uint8_t* block_scales = scales + static_cast<size_t>(block) * scale_bytes;
       uint64_t* full = &header.tokens_full[cursor.stage];
       ptx::mbarrier_arrive_expect_tx(full, O::kStageBlocks * (plane_bytes + scale_bytes));
-      ptx::bulk_copy_global_to_shared(stage_planes, block_planes, whole * plane_bytes, full);
-      ptx::bulk_copy_global_to_shared(stage_scales, block_scales, whole * scale_bytes, full);
-      for (int i = whole; i < O::kStageBlocks; ++i) {  // as the weights do
-        ptx::bulk_copy_global_to_shared(stage_planes + i * plane_bytes, block_planes + (whole - 1) * plane_bytes,
-                                        plane_bytes, full);
-        ptx::bulk_copy_global_to_shared(stage_scales + i * scale_bytes, block_scales + (whole - 1) * scale_bytes,
-                                        scale_bytes, full);
+      ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full);
+      ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full);
+      if (whole < O::kStageBlocks) {  // as the weights do
+        ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full);
+        ptx::bulk_copy_global_to_shared(stage_scales + scale_bytes, scales, scale_bytes, full);
       }
+      planes += O::kStageBlocks * plane_bytes;
+      scales += O::kStageBlocks * scale_bytes;
       cursor.advance(map.num_stages);
     }
   }
