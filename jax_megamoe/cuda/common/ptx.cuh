@@ -115,6 +115,40 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   }
 }
 
+// ---- thread block clusters ----------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Where `pointer`, which is this CTA's, lies in another CTA of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(const void* pointer, uint32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(pointer)), "r"(rank));
+  return address;
+}
+
+// On the barrier at the same place in the CTA `rank`. Orders what the tensor cores and loads that have returned have read before
+// what the copy engine writes thereafter; no fence, which would cost a round through the L2.
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint64_t* barrier, uint32_t rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
+}
+
+// Stores a word in the CTA `rank` and counts its four bytes on a barrier there.
+__device__ __forceinline__ void store_in_cluster(uint32_t* word, uint32_t value, uint64_t* barrier, uint32_t rank) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   cluster_address(word, rank)),
+               "r"(value), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
+// Whole warps. The first orders nothing but what a fence before it does (mbarrier_init_fence).
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // ---- bulk copy (the copy engine, no tensor map) -------------------------------------------------------------------
 // Addresses and size are multiples of 16 bytes; completion is counted in bytes on the barrier.
 __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
@@ -135,6 +169,16 @@ __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, 
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(smem_address(destination)),
       "l"(source), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// The same bytes into the same place of every CTA of the cluster whose rank's bit is set, each told on its own barrier.
+__device__ __forceinline__ void bulk_copy_global_to_cluster(void* destination, const void* source, uint32_t bytes,
+                                                            uint64_t* barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(smem_address(destination)),
+      "l"(source), "r"(bytes), "r"(smem_address(barrier)), "h"(ranks)
       : "memory");
 }
 

@@ -16,6 +16,9 @@ struct LaunchConstants {
   Divisor gather_blocks;  // items per token
   Divisor gate_up_units;  // per chunk
   Divisor down_units;
+  int cluster_ctas;         // 1, or 2 that share weights (kernels/cta_pair.cuh)
+  Divisor gate_up_tickets;  // per chunk: units, or pairs of them
+  Divisor down_tickets;
   int stages_in_flight;                  // at most, of weights
   uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
 };

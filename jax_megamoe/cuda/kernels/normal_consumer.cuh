@@ -91,6 +91,7 @@ class NormalConsumer {
 
   // This warpgroup's share of the unit is stored.
   __device__ __forceinline__ void announce(uint32_t* counter) {
+    if (note_.rows() == 0) return;  // the other CTA of the pair has a tile, and this one has none
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
   }
@@ -130,7 +131,7 @@ class NormalConsumer {
         const float odd = kDown ? even : weight_scales[1];
         wgmma::wait<0>();
         wgmma::pin(partial);
-        if (t == kTiles - 1) release_stage(map_.header(), stage);
+        if (t == kTiles - 1) release_stage<false>(args_, map_.header(), stage);
         promote(acc[t], partial, token_scale, even, odd);
       }
       cursor.advance(map_.num_stages);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/ptx.cuh"
+#include "kernels/cta_pair.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
 
@@ -112,13 +113,13 @@ struct StageCursor {
   }
 };
 
-// One thread.
-__device__ __forceinline__ void init_pipeline(SharedHeader& header) {
+// One thread. A stage is shared by `ctas` CTAs, whose consumers all leave it before it is free.
+__device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t ctas) {
 #pragma unroll
   for (int stage = 0; stage < kMaxStages; ++stage) {
     ptx::mbarrier_init(&header.weights_full[stage], 1);
     ptx::mbarrier_init(&header.tokens_full[stage], 1);
-    ptx::mbarrier_init(&header.empty[stage], kEveryLaneArrives ? kConsumerThreads : kConsumerWarps);
+    ptx::mbarrier_init(&header.empty[stage], ctas * (kEveryLaneArrives ? kConsumerThreads : kConsumerWarps));
     ptx::mbarrier_init(&header.claimed[stage], 1);
   }
 #pragma unroll
@@ -129,6 +130,8 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header) {
       ptx::mbarrier_init(&queue.empty[slot], 1);
     }
   }
+#pragma unroll
+  for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
   ptx::mbarrier_init(&header.planned, 32);
   ptx::mbarrier_init_fence();
 }
@@ -138,10 +141,20 @@ __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCurs
   ptx::mbarrier_wait(&header.tokens_full[cursor.stage], cursor.parity);
 }
 
-// One arrival per consumer warp: the warp has no more use of the stage.
-__device__ __forceinline__ void release_stage(SharedHeader& header, int stage) {
+// One arrival per consumer warp, in every CTA that shares the stage: the warp has no more use of it.
+template <bool kSwap>
+__device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHeader& header, int stage) {
   __syncwarp();
-  if (kEveryLaneArrives || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&header.empty[stage]);
+  const uint32_t lane = threadIdx.x % 32;
+  if constexpr (kSwap) {
+    if (kEveryLaneArrives || lane == 0) ptx::mbarrier_arrive(&header.empty[stage]);
+  } else if constexpr (kEveryLaneArrives) {
+    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+      ptx::mbarrier_arrive_in_cluster(&header.empty[stage], rank);
+    }
+  } else {
+    if (lane < CtaPair<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
+  }
 }
 
 // Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or two

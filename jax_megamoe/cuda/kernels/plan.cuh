@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/arguments.h"
+#include "kernels/cta_pair.cuh"
 #include "kernels/group.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
@@ -18,7 +19,8 @@ struct Unit {
   int tile;
   int chunk;     // global chunk number, names the activation counter
   int row_base;  // first gathered row of the chunk
-  int rows;      // tokens in the chunk
+  int rows;      // tokens in the chunk; none: nothing to do for this CTA of a pair
+  bool shared;   // the other CTA of the pair has the same tile, for another chunk
 };
 
 // Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
@@ -155,39 +157,71 @@ __device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ra
 }
 
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
-// weights are neighbours, so that only the first of them reads device memory.
+// weights are neighbours, so that only the first of them reads device memory. A ticket is a unit, or one for each CTA of a pair.
 template <bool kSwap>
 class UnitSchedule {
  public:
-  __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
-      : plan_(plan), gate_up_units_(args.constants.gate_up_units), down_units_(args.constants.down_units) {}
+  __device__ UnitSchedule(const MoeArguments& args, const Plan& plan) : constants_(args.constants), pair_(args), plan_(plan) {}
 
   __device__ int num_chunks() const { return plan_.num_chunks(); }
-  __device__ uint32_t num_gate_up() const { return static_cast<uint32_t>(num_chunks()) * gate_up_units_.value(); }
+  __device__ uint32_t num_gate_up() const {
+    return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
+  }
   __device__ uint32_t size() const {
-    return static_cast<uint32_t>(num_chunks()) * (gate_up_units_.value() + down_units_.value());
+    return static_cast<uint32_t>(num_chunks()) *
+           (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
   }
 
-  __device__ Unit unit(uint32_t ticket) const {
+  // Of CTA `rank` of a pair.
+  __device__ Unit unit(uint32_t ticket, int rank) const {
     Unit u;
     const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
     const int index = ticket - (u.down ? first_down : 0);
-    const Divisor& units = u.down ? down_units_ : gate_up_units_;
-    u.expert = expert_of_chunk(units.divide(index));
+    const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
+    u.expert = expert_of_chunk(tickets.divide(index));
     const int first_chunk = plan_.chunk_base(u.expert);
     const int chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-    const int within = index - first_chunk * static_cast<int>(units.value());
-    u.tile = chunks == 1 ? within : within / chunks;
-    const int chunk = within - u.tile * chunks;
+    const int count = plan_.count(plan_.first_expert() + u.expert);
+    const int within = index - first_chunk * static_cast<int>(tickets.value());
+    const int group = chunks == 1 ? within : within / chunks;
+    const int member = within - group * chunks;
+    int chunk = member;
+    u.tile = group;
+    u.shared = false;
+    if (pair_.exists()) place_in_pair(u, chunk, group, member, count, rank);
     u.chunk = first_chunk + chunk;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
-    u.rows = min(kTile, plan_.count(plan_.first_expert() + u.expert) - chunk * kTile);
+    u.rows = min(kTile, count - chunk * kTile);
+    if (pair_.exists()) leave_out_missing(u);
     return u;
   }
 
  private:
   static constexpr int kTile = Orientation<kSwap>::kTokenTile;
+
+  // A group is two tiles times the expert's chunks, as many tickets as chunks: first, tile by tile, two chunks a ticket, while there
+  // are full ones (those of more than a warpgroup's tokens; a small one would wait for its neighbour in every stage); then the
+  // other chunks, two tiles a ticket.
+  __device__ __forceinline__ void place_in_pair(Unit& u, int& chunk, int group, int member, int count, int rank) const {
+    const int pairs = (count + kTile - kWarpgroupTokens - 1) / kTile / 2;
+    u.shared = member < 2 * pairs;
+    if (u.shared) {
+      const bool second_tile = member >= pairs;
+      u.tile = 2 * group + (second_tile ? 1 : 0);
+      chunk = 2 * (member - (second_tile ? pairs : 0)) + rank;
+    } else {
+      u.tile = 2 * group + rank;
+    }
+  }
+
+  // An odd number of tiles: the last group has only one.
+  __device__ __forceinline__ void leave_out_missing(Unit& u) const {
+    const int tiles = (u.down ? constants_.down_units : constants_.gate_up_units).value();
+    if (u.tile < tiles) return;
+    u.tile = tiles - 1;
+    u.rows = 0;
+  }
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {
@@ -203,9 +237,9 @@ class UnitSchedule {
     return low;
   }
 
+  const LaunchConstants& constants_;
+  CtaPair<kSwap> pair_;
   Plan plan_;
-  const Divisor& gate_up_units_;
-  const Divisor& down_units_;
 };
 
 }  // namespace megamoe

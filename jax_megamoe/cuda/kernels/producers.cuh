@@ -36,35 +36,38 @@ class WeightProducer {
 
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
-      : args_(args), map_(map), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
+      : args_(args), map_(map), pair_(args), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
 
-  // One thread. The first unit is the CTA's own, the others go by ticket, so that a CTA that is slow for whatever reason takes
-  // fewer.
+  // One thread. The first unit is the CTA's own, or the pair's; the others go by ticket, so that a CTA that is slow for whatever
+  // reason takes fewer.
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
-    uint32_t ticket = blockIdx.x;
+    const uint32_t rank = pair_.rank();
+    uint32_t ticket = pair_.index();
     if constexpr (kSwap) few_units_ = schedule.num_gate_up() <= 2 * gridDim.x;
-    while (ticket < schedule.size()) {
-      const Unit u = schedule.unit(ticket);
+    for (uint32_t number = 0; ticket < schedule.size(); ++number) {
+      const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       Stream s = stream(u);
       const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
       if constexpr (kSwap) yields_ = u.down && few_units_;
       for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-        if (block + O::kStageBlocks >= s.k_blocks) ticket = gridDim.x + atomicAdd(map_.counters(args_).next_unit(), 1);
+        if (block + O::kStageBlocks >= s.k_blocks) ticket = next_ticket(number, rank);
         // The ring is full for the first time.
         if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
         claim(schedule);
         if (block == 0) map_.header().note[cursor_.stage] = note;
-        load_stage(s, block);
+        load_stage(s, block, rank);
         announce();
       }
+      if (rank != 0) ticket = pair_.await_ticket(map_.header(), number);
     }
     claim(schedule);
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
+    if (pair_.exists()) await_last_releases();
   }
 
  private:
@@ -75,6 +78,7 @@ class WeightProducer {
     const float* scales;
     int k_blocks;
     bool down;
+    bool shared;         // with the other CTA of the pair: each brings a tile to both
     size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
     int scale_distance;  // floats, likewise
   };
@@ -83,6 +87,7 @@ class WeightProducer {
     const Problem& p = args_.problem;
     Stream s;
     s.down = u.down;
+    s.shared = u.shared;
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;
@@ -101,6 +106,14 @@ class WeightProducer {
       s.scales = args_.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
     }
     return s;
+  }
+
+  // Rank 1 of a pair hears of it later.
+  __device__ __forceinline__ uint32_t next_ticket(uint32_t number, uint32_t rank) const {
+    if (rank != 0) return 0;
+    const uint32_t ticket = pair_.count() + atomicAdd(map_.counters(args_).next_unit(), 1);
+    if (pair_.exists()) pair_.tell_ticket(map_.header(), number, ticket);
+    return ticket;
   }
 
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
@@ -132,6 +145,13 @@ class WeightProducer {
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
+  // Nobody leaves the stage that says so, and everybody the other ones.
+  __device__ __forceinline__ void await_last_releases() {
+    for (int i = 1; i < map_.num_stages; ++i, cursor_.advance(map_.num_stages)) {
+      ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+    }
+  }
+
   // While the first tokens are on their way and no stage gets free, the memory would have nothing to do: weights that come
   // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
@@ -154,9 +174,13 @@ class WeightProducer {
   }
 
   // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
-  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full) {
+  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full,
+                                              bool shared) {
+    constexpr uint16_t kBoth = 3;
     if constexpr (kSwap) {
       ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
+    } else if (shared) {
+      ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBoth);
     } else {
       ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
     }
@@ -165,18 +189,20 @@ class WeightProducer {
   // `whole` K blocks of `kBytes` each, which follow each other in memory and in the stage. What the stage has room for beyond them
   // is the last one again, so that the consumers multiply numbers.
   template <int kBytes>
-  __device__ __forceinline__ static void load_blocks(uint8_t* stage, const uint8_t* blocks, int whole, uint64_t* full) {
+  __device__ __forceinline__ static void load_blocks(uint8_t* stage, const uint8_t* blocks, int whole, uint64_t* full,
+                                                     bool shared) {
     if constexpr (O::kStageBlocks == 1) {
-      load(stage, blocks, kBytes, full);
+      load(stage, blocks, kBytes, full, shared);
     } else {
       static_assert(O::kStageBlocks == 2);
-      load(stage, blocks, whole * kBytes, full);
-      if (whole == 1) load(stage + kBytes, blocks, kBytes, full);
+      load(stage, blocks, whole * kBytes, full, shared);
+      if (whole == 1) load(stage + kBytes, blocks, kBytes, full, shared);
     }
   }
 
   // K blocks [block, block + kStageBlocks) of the unit, whose stage is claimed.
-  __device__ __forceinline__ void load_stage(Stream& s, int block) {
+  __device__ __forceinline__ void load_stage(Stream& s, int block, uint32_t rank) {
+    const auto brings = [&](int tile) { return !s.shared || static_cast<int>(rank) == tile; };
     const int whole = min(O::kStageBlocks, s.k_blocks - block);
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     uint8_t* stage = map_.weights(cursor_.stage);
@@ -187,8 +213,10 @@ class WeightProducer {
       for (int t = 0; t < O::kUnitTiles; ++t) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          if (!brings(t)) continue;
           load_blocks<kPlaneBytes>(stage + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
-                                   s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full);
+                                   s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full,
+                                   s.shared);
         }
         ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
                                         s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
@@ -200,8 +228,9 @@ class WeightProducer {
       ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
 #pragma unroll
       for (int t = 0; t < O::kUnitTiles; ++t) {
+        if (!brings(t)) continue;
         load_blocks<kBlockWeightBytes>(stage + t * O::kStageBlocks * kBlockWeightBytes, s.weights + t * s.tile_bytes,
-                                       whole, full);
+                                       whole, full, s.shared);
       }
       ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
       s.weights += O::kStageBlocks * kBlockWeightBytes;
@@ -210,6 +239,7 @@ class WeightProducer {
 
   const MoeArguments& args_;
   const SharedMap<kSwap>& map_;
+  CtaPair<kSwap> pair_;
   int first_expert_;
   bool few_units_ = false;
   StageCursor cursor_;
@@ -236,7 +266,9 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       ptx::mbarrier_arrive(&header.tokens_full[cursor.stage]);
       return;
     }
-    if (!note.down()) {
+    if (note.rows() == 0) {
+      // Nothing to wait for.
+    } else if (!note.down()) {
       if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
       tokens_ready = true;
     } else {
@@ -262,6 +294,11 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
       uint8_t* stage_planes = map.tokens(cursor.stage);
       uint8_t* stage_scales = reinterpret_cast<uint8_t*>(map.token_scales(cursor.stage));
       uint64_t* full = &header.tokens_full[cursor.stage];
+      if (rows == 0) {
+        ptx::mbarrier_arrive(full);
+        cursor.advance(map.num_stages);
+        continue;
+      }
       ptx::mbarrier_arrive_expect_tx(full, O::kStageBlocks * (plane_bytes + scale_bytes));
       ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full);
       ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full);

@@ -35,6 +35,8 @@ constexpr bool kEveryLaneArrives = false;
 
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
+// Units that the first CTA of a pair may be ahead of the other: of one stage each, a ring of them and the next.
+constexpr int kTicketSlots = 2 * kMaxStages;
 
 // Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
 // atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight"). The least: faster

@@ -38,6 +38,8 @@ struct SharedHeader {
   uint64_t planned;                   // the plan is complete
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
+  uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
+  uint32_t ticket[kTicketSlots];
   uint32_t launch;                                                     // its number at this call site
   uint64_t epoch;                                                      // ... and in the group, if there is one
   alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies

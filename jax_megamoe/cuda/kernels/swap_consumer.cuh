@@ -144,7 +144,7 @@ class SwapConsumer {
       wait_stage(map_.header(), cursor);
       start<kDown>(next, 0, token_plane_bytes, first);
       finish<kDown, 1>(stage, kSteps - 1, whole, second, acc);
-      release_stage(map_.header(), stage.index);
+      release_stage<true>(args_, map_.header(), stage.index);
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);

@@ -40,6 +40,9 @@ constexpr int kMaxSwapPairsPerExpert = 36;
 constexpr int kMaxSwapPairsPerExpertOfFew = 48;
 constexpr int kFewNormalUnits = 264;  // two for each of the 132 SMs of an H100 or H200
 
+// Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
+constexpr int kLeastPairsPerExpertOfTwoCtas = 192;
+
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxTokens = 1 << 20;  // keeps pair numbers within 32 bits

@@ -1,0 +1,55 @@
+// Two CTAs, a cluster, that take the same tickets and go through the same stages, each with a chunk of its own of one expert: one
+// brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full chunks left, each has
+// a tile of its own of the same chunk, and brings its weights alone.
+//
+// What a pair must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the tickets and
+// tells the other one; neither ends before the last arrival from the other one is here (WeightProducer::await_last_releases).
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+#include "kernels/arguments.h"
+#include "kernels/roles.h"
+#include "kernels/shared_header.cuh"
+
+namespace megamoe {
+
+// swapAB is bound by the memory and has one chunk per expert: its CTAs are alone, and the compiler knows.
+template <bool kSwap>
+class CtaPair {
+ public:
+  __device__ explicit CtaPair(const MoeArguments& args) : ctas_(args.constants.cluster_ctas) {}
+
+  __device__ bool exists() const { return !kSwap && ctas_ == 2; }
+  __device__ uint32_t ctas() const { return kSwap ? 1 : ctas_; }
+  __device__ uint32_t rank() const { return exists() ? ptx::cluster_rank() : 0; }
+  // Of the grid's pairs, or single CTAs.
+  __device__ uint32_t index() const { return blockIdx.x / ctas(); }
+  __device__ uint32_t count() const { return gridDim.x / ctas(); }
+
+  // All threads; between the two, the barriers of both CTAs' shared memory come to exist.
+  __device__ static void announce_barriers() {
+    if constexpr (!kSwap) ptx::cluster_arrive_relaxed();
+  }
+  __device__ static void await_barriers() {
+    if constexpr (!kSwap) ptx::cluster_wait();
+  }
+
+  // One thread of rank 0 tells the ticket of the unit number `unit`; the weight producer of rank 1 waits for it.
+  __device__ __forceinline__ void tell_ticket(SharedHeader& header, uint32_t unit, uint32_t ticket) const {
+    const uint32_t slot = unit % kTicketSlots;
+    ptx::store_in_cluster(&header.ticket[slot], ticket, &header.ticket_told[slot], 1);
+  }
+  __device__ __forceinline__ uint32_t await_ticket(SharedHeader& header, uint32_t unit) const {
+    const uint32_t slot = unit % kTicketSlots;
+    ptx::mbarrier_arrive_expect_tx(&header.ticket_told[slot], sizeof(uint32_t));
+    ptx::mbarrier_wait(&header.ticket_told[slot], unit / kTicketSlots % 2);
+    return header.ticket[slot];
+  }
+
+ private:
+  int ctas_;
+};
+
+}  // namespace megamoe
