@@ -187,6 +187,21 @@ __device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
+// ---- asynchronous copies of a thread's own ------------------------------------------------------------------------
+// 16 bytes through the L2; zeros instead where `exists` is false.
+__device__ __forceinline__ void copy_async_16(void* destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(destination)), "l"(source),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than the last `kGroups` groups of this thread's copies are on their way.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 // ---- fences -------------------------------------------------------------------------------------------------------
 // Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -52,42 +52,18 @@ __device__ __forceinline__ void store_sum(const MoeArguments& args, const float 
   }
 }
 
-template <int kSlotsInFlight>
-__device__ __forceinline__ void combine_columns(const MoeArguments& args, const int (&tokens)[2],
-                                                const uint32_t (&used)[2], int column) {
+// sum += eight bf16 columns.
+__device__ __forceinline__ void add_columns(float (&sum)[8], const uint4& row) {
+  const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    sum[c] += __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ const uint16_t* slot_columns(const MoeArguments& args, int token, int slot, int column) {
   const Problem& p = args.problem;
-  float sum[2][8] = {};
-  // The loads of a few slots are independent of each other; only the additions are in order.
-#pragma unroll 1
-  for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
-    uint4 rows[2][kSlotsInFlight];
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const uint16_t* row =
-          args.workspace.slot_outputs + (static_cast<size_t>(tokens[t]) * p.top_k + base) * p.hidden_size + column;
-#pragma unroll
-      for (int i = 0; i < kSlotsInFlight; ++i, row += p.hidden_size) {
-        // An unused slot adds zero, which changes no sum that began with +0.
-        rows[t][i] = make_uint4(0, 0, 0, 0);
-        if (used[t] >> (base + i) & 1) rows[t][i] = __ldcg(reinterpret_cast<const uint4*>(row));
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-#pragma unroll
-      for (int i = 0; i < kSlotsInFlight; ++i) {
-        const uint32_t words[4] = {rows[t][i].x, rows[t][i].y, rows[t][i].z, rows[t][i].w};
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          sum[t][c] += __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    if (tokens[t] < p.num_tokens) store_sum(args, sum[t], tokens[t], column);
-  }
+  return args.workspace.slot_outputs + (static_cast<size_t>(token) * p.top_k + slot) * p.hidden_size + column;
 }
 
 // Where results did not come: numbers that nobody takes for results.
@@ -115,45 +91,180 @@ __device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num
   }
 }
 
-// All consumer warps of all CTAs: items of (64 columns, 8 tokens). swapAB takes each as soon as its columns are complete, so
-// that warps go through the columns side by side. In the normal orientation units go expert by expert, and all columns are
-// complete at about the same time: each warp has neighbouring columns of the same tokens, whose slots it looks up once.
-template <bool kSwap, typename Group>
-__device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
-  using O = Orientation<kSwap>;
+// An item is 64 columns of 8 tokens, one warp's: each lane has eight columns of two tokens.
+struct CombineItem {
+  int column;
+  int tokens[2] = {-1, -1};
+  uint32_t used[2];
+
+  // The item's place among `column_tiles` * token groups; returns whether its tokens are others than before.
+  __device__ bool move_to(int column_tile, int token_group) {
+    const int first = token_group * kCombineTokens + threadIdx.x % 32 / 8;
+    const bool moved = tokens[0] != first;
+    column = column_tile * kCombineColumns + threadIdx.x % 8 * 8;
+    tokens[0] = first;
+    tokens[1] = first + kCombineTokens / 2;
+    return moved;
+  }
+};
+
+// swapAB: columns are complete one after the other; items are taken column by column, and a warp waits for each.
+template <typename Group>
+__device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& args, int num_chunks) {
+  constexpr int kSlotsInFlight = Orientation<true>::kSlotsInFlight;
   const Problem& p = args.problem;
-  const int lane = threadIdx.x % 32;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
-  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x, warps = gridDim.x * kConsumerWarps;
-  const int share = ceil_div(items, warps);
-  constexpr int kUnitColumns = O::kUnitTiles * kDownUnitColumns;
-  bool complete = true;
-  if constexpr (!kSwap) {
-    complete = wait_for_units<kSwap, Group>(args, num_chunks, 0, ceil_div(p.hidden_size, kUnitColumns));
-  }
-  const int end = kSwap ? items : min(items, (warp + 1) * share);
-  int token_group = -1;
-  int tokens[2];
-  uint32_t used[2];
+  CombineItem at;
 #pragma unroll 1
-  for (int item = kSwap ? warp : warp * share; item < end; item += kSwap ? warps : 1) {
-    const int column = item % column_tiles * kCombineColumns;
-    if (item / column_tiles != token_group) {
-      token_group = item / column_tiles;
-      tokens[0] = token_group * kCombineTokens + lane / 8;
-      tokens[1] = tokens[0] + kCombineTokens / 2;
-      find_used_slots<Group>(args, tokens, used);
+  for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
+    if (at.move_to(item % column_tiles, item / column_tiles)) find_used_slots<Group>(args, at.tokens, at.used);
+    const int unit = item % column_tiles * kCombineColumns / kDownUnitColumns;
+    if (!wait_for_units<true, Group>(args, num_chunks, unit, unit + 1)) {
+      store_nothing(args, at.tokens, at.column);
+      continue;
     }
-    if constexpr (kSwap) {
-      const int unit = column / kUnitColumns;
-      complete = wait_for_units<kSwap, Group>(args, num_chunks, unit, unit + 1);
+    float sum[2][8] = {};
+    // The loads of a few slots are independent of each other; only the additions are in order.
+#pragma unroll 1
+    for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
+      uint4 rows[2][kSlotsInFlight];
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < kSlotsInFlight; ++i) {
+          // An unused slot adds zero, which changes no sum that began with +0.
+          rows[t][i] = make_uint4(0, 0, 0, 0);
+          if (at.used[t] >> (base + i) & 1) {
+            rows[t][i] = __ldcg(reinterpret_cast<const uint4*>(slot_columns(args, at.tokens[t], base + i, at.column)));
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < kSlotsInFlight; ++i) add_columns(sum[t], rows[t][i]);
+      }
     }
-    if (complete) {
-      combine_columns<O::kSlotsInFlight>(args, tokens, used, column + lane % 8 * 8);
-    } else {
-      store_nothing(args, tokens, column + lane % 8 * 8);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      if (at.tokens[t] < p.num_tokens) store_sum(args, sum[t], at.tokens[t], at.column);
     }
+  }
+}
+
+// Normal orientation: units go expert by expert, and all columns are complete at about the same time. Each warp has neighbouring
+// columns of the same tokens and streams their slots through what was the ring, some steps of up to eight slots ahead.
+template <typename Group>
+class CombineStream {
+  using O = Orientation<false>;
+  static constexpr int kSlots = O::kSlotsInFlight, kStepsAhead = 3;
+  static constexpr int kRowBytes = 32 * 16, kStepBytes = 2 * kSlots * kRowBytes;
+
+ public:
+  __device__ __forceinline__ explicit CombineStream(const MoeArguments& args)
+      : args_(args),
+        column_tiles_(args.problem.hidden_size / kCombineColumns),
+        steps_per_item_(ceil_div(args.problem.top_k, kSlots)) {
+    constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
+    static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
+    buffer_ = shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
+  }
+
+  __device__ __forceinline__ void run(bool complete) {
+    const int items = column_tiles_ * ceil_div(args_.problem.num_tokens, kCombineTokens);
+    const int share = ceil_div(items, static_cast<int>(gridDim.x) * kConsumerWarps);
+    const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    const int first = warp * share, steps = max(0, min(items - first, share)) * steps_per_item_;
+    Position ahead(first, column_tiles_), here(first, column_tiles_);
+    CombineItem asked, at;
+    if (!complete) {
+      for (int step = 0; step < steps; ++step, here.advance(*this)) {
+        at.move_to(here.column_tile, here.token_group);
+        store_nothing(args_, at.tokens, at.column);
+      }
+      return;
+    }
+    for (int step = 0; step < kStepsAhead; ++step) ask(step, steps, step, ahead, asked);
+    float sum[2][8] = {};
+    int stage = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      ptx::wait_copies<kStepsAhead - 1>();
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) add_columns(sum[t], *reinterpret_cast<const uint4*>(row(stage, t, i)));
+      }
+      if (here.base + kSlots >= args_.problem.top_k) {
+        at.move_to(here.column_tile, here.token_group);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          if (at.tokens[t] < args_.problem.num_tokens) store_sum(args_, sum[t], at.tokens[t], at.column);
+#pragma unroll
+          for (float& value : sum[t]) value = 0.0f;
+        }
+      }
+      here.advance(*this);
+      ask(step + kStepsAhead, steps, stage, ahead, asked);
+      stage = stage + 1 == kStepsAhead ? 0 : stage + 1;
+    }
+  }
+
+ private:
+  struct Position {
+    int column_tile;
+    int token_group;
+    int base = 0;  // the step's first slot
+
+    __device__ Position(int item, int column_tiles) : column_tile(item % column_tiles), token_group(item / column_tiles) {}
+    __device__ __forceinline__ void advance(const CombineStream& stream) {
+      base += kSlots;
+      if (base < stream.args_.problem.top_k) return;
+      base = 0;
+      if (++column_tile < stream.column_tiles_) return;
+      column_tile = 0;
+      ++token_group;
+    }
+  };
+
+  __device__ __forceinline__ uint8_t* row(int stage, int t, int slot) const {
+    return buffer_ + stage * kStepBytes + (t * kSlots + slot) * kRowBytes;
+  }
+
+  // A group of copies, empty beyond the last step. A slot that is not used adds zero, which changes no sum that began with +0.
+  __device__ __forceinline__ void ask(int step, int steps, int stage, Position& ahead, CombineItem& item) {
+    if (step < steps) {
+      if (item.move_to(ahead.column_tile, ahead.token_group)) find_used_slots<Group>(args_, item.tokens, item.used);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          const bool used = item.used[t] >> (ahead.base + i) & 1;
+          const uint16_t* source = slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead.base + i : 0, item.column);
+          ptx::copy_async_16(row(stage, t, i), source, used);
+        }
+      }
+      ahead.advance(*this);
+    }
+    ptx::commit_copies();
+  }
+
+  const MoeArguments& args_;
+  int column_tiles_;
+  int steps_per_item_;
+  uint8_t* buffer_;
+};
+
+// All consumer warps of all CTAs.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
+  if constexpr (kSwap) {
+    combine_as_columns_complete<Group>(args, num_chunks);
+  } else {
+    const int units = ceil_div(args.problem.hidden_size, Orientation<false>::kUnitTiles * kDownUnitColumns);
+    const bool complete = wait_for_units<false, Group>(args, num_chunks, 0, units);
+    CombineStream<Group>(args).run(complete);
   }
 }
 

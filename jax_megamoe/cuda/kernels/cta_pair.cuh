@@ -1,6 +1,6 @@
 // Two CTAs, a cluster, that take the same tickets and go through the same stages, each with a chunk of its own of one expert: one
 // brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full chunks left, each has
-// a tile of its own of the same chunk, and brings its weights alone.
+// a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
 //
 // What a pair must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the tickets and
 // tells the other one; neither ends before the last arrival from the other one is here (WeightProducer::await_last_releases).
@@ -14,6 +14,8 @@
 #include "kernels/shared_header.cuh"
 
 namespace megamoe {
+
+constexpr uint16_t kBothCtas = 3;  // of a pair, a bit for each rank
 
 // swapAB is bound by the memory and has one chunk per expert: its CTAs are alone, and the compiler knows.
 template <bool kSwap>

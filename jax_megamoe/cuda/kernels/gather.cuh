@@ -39,9 +39,12 @@ __device__ __forceinline__ uint4 load_item(const MoeArguments& args, const Gathe
   return __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token) * args.problem.hidden_size + column));
 }
 
-// Offset of byte `column % 128` of image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
+// Where byte `column % 128` lies in image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
+__device__ __forceinline__ int swizzled_column(int row, int column) {
+  return ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
+}
 __device__ __forceinline__ int swizzled_offset(int row, int column) {
-  return row * kBlockK + ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
+  return row * kBlockK + swizzled_column(row, column);
 }
 
 // Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
@@ -54,10 +57,14 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   const int top_k = args.problem.top_k;
   const int first_pair = token_begin * top_k;
   const int end_pair = token_end * top_k;
+  int next_expert = first_pair + lane < end_pair ? __ldg(args.topk_ids + first_pair + lane) : -1;
+  float next_weight = first_pair + lane < end_pair ? __ldg(args.topk_weights + first_pair + lane) : 0.0f;
   for (int base = first_pair; base < end_pair; base += 32) {
     const int pair = base + lane;
-    int expert = pair < end_pair ? __ldg(args.topk_ids + pair) : -1;
-    const float weight = pair < end_pair ? __ldg(args.topk_weights + pair) : 0.0f;
+    int expert = next_expert;
+    const float weight = next_weight;
+    next_expert = pair + 32 < end_pair ? __ldg(args.topk_ids + pair + 32) : -1;
+    next_weight = pair + 32 < end_pair ? __ldg(args.topk_weights + pair + 32) : 0.0f;
     if (expert < 0 || expert >= plan.group_experts()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -111,20 +118,29 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
     for (int j = 0; j < 4; ++j) q[j] = fp8::quotient(values[4 * i + j], scale, reciprocal);
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
-  const int k_block = column / kBlockK;
+  const int k_block = column / kBlockK, k_blocks = p.hidden_size / kBlockK;
+  // Some slots at a time, without branches, so that the ways to their addresses overlap.
+  constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
-  for (int slot = 0; slot < p.top_k; ++slot) {
-    const PairTarget target = token_targets[slot];
-    if (target.chunk_row_base < 0) continue;
-    const int row = target.row();
-    const size_t rows_before = static_cast<size_t>(k_block) * target.padded_rows();
-    uint8_t* plane = Group::on(args, target.rank(), args.workspace.token_planes) +
-                     static_cast<size_t>(target.chunk_row_base) * p.hidden_size + rows_before * kBlockK;
-    *reinterpret_cast<uint2*>(plane + swizzled_offset(row, column % kBlockK)) = make_uint2(bytes[0], bytes[1]);
-    if (lane % 16 == 0) {
-      float* scales = Group::on(args, target.rank(), args.workspace.token_scales) +
-                      static_cast<size_t>(target.chunk_row_base) * (p.hidden_size / kBlockK);
-      scales[rows_before + row] = scale;
+  for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
+    PairTarget target[kSlotsAtOnce];
+    uint8_t* plane[kSlotsAtOnce];
+    float* scales[kSlotsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
+#pragma unroll
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      // Image rows of 128 bytes before this one, of all chunks and K blocks: no more than scratch memory has (launch.cc).
+      const uint32_t row = target[i].chunk_row_base * k_blocks + k_block * target[i].padded_rows() + target[i].row();
+      plane[i] = Group::on(args, target[i].rank(), args.workspace.token_planes) + static_cast<size_t>(row) * kBlockK +
+                 swizzled_column(target[i].row(), column);
+      scales[i] = Group::on(args, target[i].rank(), args.workspace.token_scales) + row;
+    }
+#pragma unroll
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      const bool used = slot + i < p.top_k && target[i].chunk_row_base >= 0;
+      if (used) *reinterpret_cast<uint2*>(plane[i]) = make_uint2(bytes[0], bytes[1]);
+      if (used && lane % 16 == 0) *scales[i] = scale;
     }
   }
 }

@@ -12,17 +12,6 @@
 
 namespace megamoe {
 
-// One unit of GEMM work: a row tile of one expert's projection times one chunk of its tokens.
-struct Unit {
-  int down;  // 0: gate/up, 1: down
-  int expert;
-  int tile;
-  int chunk;     // global chunk number, names the activation counter
-  int row_base;  // first gathered row of the chunk
-  int rows;      // tokens in the chunk; none: nothing to do for this CTA of a pair
-  bool shared;   // the other CTA of the pair has the same tile, for another chunk
-};
-
 // Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
 class Plan {
  public:
@@ -188,12 +177,12 @@ class UnitSchedule {
     const int member = within - group * chunks;
     int chunk = member;
     u.tile = group;
-    u.shared = false;
+    u.shares_weights = u.shares_tokens = 0;
     if (pair_.exists()) place_in_pair(u, chunk, group, member, count, rank);
     u.chunk = first_chunk + chunk;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
     u.rows = min(kTile, count - chunk * kTile);
-    if (pair_.exists()) leave_out_missing(u);
+    if (pair_.exists()) leave_out_missing(u, group);
     return u;
   }
 
@@ -205,8 +194,9 @@ class UnitSchedule {
   // other chunks, two tiles a ticket.
   __device__ __forceinline__ void place_in_pair(Unit& u, int& chunk, int group, int member, int count, int rank) const {
     const int pairs = (count + kTile - kWarpgroupTokens - 1) / kTile / 2;
-    u.shared = member < 2 * pairs;
-    if (u.shared) {
+    u.shares_weights = member < 2 * pairs;
+    u.shares_tokens = !u.shares_weights;
+    if (u.shares_weights) {
       const bool second_tile = member >= pairs;
       u.tile = 2 * group + (second_tile ? 1 : 0);
       chunk = 2 * (member - (second_tile ? pairs : 0)) + rank;
@@ -216,8 +206,10 @@ class UnitSchedule {
   }
 
   // An odd number of tiles: the last group has only one.
-  __device__ __forceinline__ void leave_out_missing(Unit& u) const {
+  __device__ __forceinline__ void leave_out_missing(Unit& u, int group) const {
     const int tiles = (u.down ? constants_.down_units : constants_.gate_up_units).value();
+    if (2 * group + 1 < tiles) return;
+    u.shares_tokens = 0;
     if (u.tile < tiles) return;
     u.tile = tiles - 1;
     u.rows = 0;

@@ -49,7 +49,7 @@ class WeightProducer {
       const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       Stream s = stream(u);
-      const UnitNote note{u.tile, u.chunk, u.row_base, u.rows * 2 + u.down};
+      const UnitNote note(u);
       if constexpr (kSwap) yields_ = u.down && few_units_;
       for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
@@ -87,7 +87,7 @@ class WeightProducer {
     const Problem& p = args_.problem;
     Stream s;
     s.down = u.down;
-    s.shared = u.shared;
+    s.shared = u.shares_weights;
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;
@@ -176,11 +176,10 @@ class WeightProducer {
   // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
   __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full,
                                               bool shared) {
-    constexpr uint16_t kBoth = 3;
     if constexpr (kSwap) {
       ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
     } else if (shared) {
-      ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBoth);
+      ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBothCtas);
     } else {
       ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
     }
@@ -258,6 +257,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
   SharedHeader& header = map.header();
   const uint32_t gate_up_signals = args.constants.gate_up_units.value() * O::kGateUpSignals;
   Tracer tracer(args, TraceRole::kTokenProducer);
+  const uint32_t rank = CtaPair<kSwap>(args).rank();
   StageCursor cursor;
   while (true) {
     ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
@@ -300,7 +300,12 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
         continue;
       }
       ptx::mbarrier_arrive_expect_tx(full, O::kStageBlocks * (plane_bytes + scale_bytes));
-      ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full);
+      if (!kSwap && note.shares_tokens()) {
+        const int half = plane_bytes / 2, offset = rank * half;
+        ptx::bulk_copy_global_to_cluster(stage_planes + offset, planes + offset, half, full, kBothCtas);
+      } else {
+        ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full);
+      }
       ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full);
       if (whole < O::kStageBlocks) {  // as the weights do
         ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full);
