@@ -3,9 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 
+#include "host/per_device.h"
 #include "kernels/roles.h"
 
 namespace megamoe {
@@ -33,13 +32,8 @@ int ask(int device) {
 }  // namespace
 
 int weight_bytes_in_flight() {
-  constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> known{};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kMaxDevices) return kWeightBytesInFlight;
-  int bytes = known[device].load(std::memory_order_relaxed);
-  if (bytes == 0) known[device].store(bytes = ask(device), std::memory_order_relaxed);
-  return bytes;
+  static PerDevice known;
+  return known.get(ask, kWeightBytesInFlight);
 }
 
 }  // namespace megamoe

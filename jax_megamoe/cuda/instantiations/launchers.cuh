@@ -4,39 +4,56 @@
 
 #include "host/launchers.h"
 #include "host/memory.h"
+#include "host/per_device.h"
 #include "kernels/moe_sm90.cuh"
 
 namespace megamoe {
 
-// Pairs of CTAs share the weights of experts that have several chunks of tokens.
-template <bool kSwap>
-int cluster_ctas(const Problem& p, int num_ctas) {
-#ifdef MEGAMOE_PAIRS
-  return kSwap ? 1 : MEGAMOE_PAIRS;
-#else
-  return !kSwap && num_ctas % 2 == 0 && p.num_pairs() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts ? 2 : 1;
-#endif
+// One launch, as clusters of `cluster` CTAs.
+class ClusterLaunch {
+ public:
+  ClusterLaunch(dim3 ctas, int cluster, cudaStream_t stream) {
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config_.gridDim = ctas;
+    config_.blockDim = dim3(kCtaThreads);
+    config_.dynamicSmemBytes = kSharedBytes;
+    config_.stream = stream;
+    config_.attrs = &attribute_;
+    config_.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+  const cudaLaunchConfig_t& config() const { return config_; }
+
+ private:
+  cudaLaunchAttribute attribute_ = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
+// Whether `ctas` CTAs run at the same time as pairs, as their waits for each other need.
+template <auto kKernel>
+bool pairs_run_together(int ctas) {
+  static PerDevice pairs_and_one_more;
+  const auto ask = [](int) {
+    const ClusterLaunch launch(dim3(2), 2, nullptr);
+    int pairs = 0;
+    if (cudaOccupancyMaxActiveClusters(&pairs, kKernel, &launch.config()) == cudaSuccess) return pairs + 1;
+    cudaGetLastError();  // a device without clusters is no error of the launch that follows
+    return 1;
+  };
+  return ctas <= 2 * (pairs_and_one_more.get(ask, 1) - 1);
 }
 
-// Of `cluster` CTAs each.
-template <typename Arguments>
-cudaError_t launch_clusters(void (*kernel)(Arguments), const Arguments& arguments, dim3 ctas, int cluster,
-                            cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = ctas;
-  config.blockDim = dim3(kCtaThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+// Pairs of CTAs share the weights of experts that have several chunks of tokens. `rows`: of CTAs, in one launch.
+template <bool kSwap, auto kKernel>
+int cluster_ctas(const Problem& p, int num_ctas, int rows) {
+  const bool wanted = !kSwap && p.num_pairs() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts;
+  return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
 template <bool kSwap>
-LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
+LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, int cluster_ctas) {
   const Problem& p = arguments.problem;
   LaunchConstants c;
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
@@ -44,9 +61,9 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas) {
   c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
   c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation<kSwap>::kUnitTiles));
   c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation<kSwap>::kUnitTiles));
-  c.cluster_ctas = cluster_ctas<kSwap>(p, num_ctas);
-  c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), c.cluster_ctas));
-  c.down_tickets = Divisor(ceil_div(c.down_units.value(), c.cluster_ctas));
+  c.cluster_ctas = cluster_ctas;
+  c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), cluster_ctas));
+  c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
   const Plan plan(p.num_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
@@ -63,9 +80,11 @@ cudaError_t Launcher<kSwap, Group>::prepare() {
 
 template <bool kSwap, typename Group>
 cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
+  constexpr auto kKernel = moe_sm90<kSwap, Group>;
+  const int cluster = cluster_ctas<kSwap, kKernel>(arguments.problem, num_ctas, 1);
   MoeArguments complete = arguments;
-  complete.constants = launch_constants<kSwap>(arguments, num_ctas);
-  return launch_clusters(moe_sm90<kSwap, Group>, complete, dim3(num_ctas), complete.constants.cluster_ctas, stream);
+  complete.constants = launch_constants<kSwap>(arguments, num_ctas, cluster);
+  return cudaLaunchKernelEx(&ClusterLaunch(dim3(num_ctas), cluster, stream).config(), kKernel, complete);
 }
 
 template <bool kSwap>
@@ -76,13 +95,15 @@ cudaError_t VirtualRanksLauncher<kSwap>::prepare() {
 template <bool kSwap>
 cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arguments, int num_ranks,
                                                 int ctas_per_rank, cudaStream_t stream) {
+  constexpr auto kKernel = moe_virtual_ranks<kSwap>;
+  const int cluster = cluster_ctas<kSwap, kKernel>(arguments.of_rank[0].problem, ctas_per_rank, num_ranks);
   VirtualRanksArguments complete = arguments;
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
-    one.constants = launch_constants<kSwap>(one, ctas_per_rank);
+    one.constants = launch_constants<kSwap>(one, ctas_per_rank, cluster);
   }
-  return launch_clusters(moe_virtual_ranks<kSwap>, complete, dim3(ctas_per_rank, num_ranks),
-                         complete.of_rank[0].constants.cluster_ctas, stream);
+  const ClusterLaunch launch(dim3(ctas_per_rank, num_ranks), cluster, stream);
+  return cudaLaunchKernelEx(&launch.config(), kKernel, complete);
 }
 
 }  // namespace megamoe
