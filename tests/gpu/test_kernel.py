@@ -60,6 +60,14 @@ def test_routings(routing, tokens):
     check(*_call(tokens, 512, 256, 8, 4, routing))
 
 
+@pytest.mark.parametrize("routing", ["uniform", "one", "masked"])
+@pytest.mark.parametrize(("hidden", "inter"), [(640, 384), (512, 256)])
+@pytest.mark.parametrize("tokens", [192, 260, 390, 700])
+def test_experts_of_several_chunks(tokens, hidden, inter, routing):
+    """From 192 pairs per expert on, pairs of thread blocks share weights; an odd number of tiles leaves one without work."""
+    check(*_call(tokens, hidden, inter, 4, 4, routing))
+
+
 @pytest.mark.parametrize("num_experts", [1, 3, 256, 1024])
 def test_numbers_of_experts(num_experts):
     check(*_call(100, 128, 128, num_experts, 4))
@@ -103,7 +111,7 @@ def test_repeated_launches_give_the_same_bits(tokens):
 
 @pytest.mark.parametrize(
     ("tokens", "least"),
-    [(72, 1), (300, 97)],  # up to 36 pairs per expert, and more than 48
+    [(72, 1), (300, 97), (900, 300)],  # up to 36 pairs per expert, more than 48, and more than 192 against less
 )
 def test_token_does_not_depend_on_its_batch(tokens, least):
     x, weights, ids, routing = _call(tokens, 1024, 512, 8, 4)

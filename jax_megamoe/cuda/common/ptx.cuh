@@ -137,15 +137,24 @@ __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint64_t* barrier, ui
 
 // Stores a word in the CTA `rank` and counts its four bytes on a barrier there.
 __device__ __forceinline__ void store_in_cluster(uint32_t* word, uint32_t value, uint64_t* barrier, uint32_t rank) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
-                   cluster_address(word, rank)),
-               "r"(value), "r"(cluster_address(barrier, rank))
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(cluster_address(word, rank)),
+      "r"(value), "r"(cluster_address(barrier, rank))
+      : "memory");
 }
 
-// Whole warps. The first orders nothing but what a fence before it does (mbarrier_init_fence).
+__device__ __forceinline__ void store_in_cluster(uint32_t* word, uint32_t value, uint32_t rank) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(word, rank)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
+
+// Whole warps. The first orders nothing but what a fence before it does.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -176,8 +185,8 @@ __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, 
 __device__ __forceinline__ void bulk_copy_global_to_cluster(void* destination, const void* source, uint32_t bytes,
                                                             uint64_t* barrier, uint16_t ranks) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(smem_address(destination)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(smem_address(destination)),
       "l"(source), "r"(bytes), "r"(smem_address(barrier)), "h"(ranks)
       : "memory");
 }

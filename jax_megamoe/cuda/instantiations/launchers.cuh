@@ -26,6 +26,13 @@ class ClusterLaunch {
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
   const cudaLaunchConfig_t& config() const { return config_; }
 
+  template <typename Arguments>
+  cudaError_t run(void (*kernel)(Arguments), const Arguments& arguments) const {
+    const cudaError_t error = cudaLaunchKernelEx(&config_, kernel, arguments);
+    cudaGetLastError();  // the caller has it now; nobody else finds it
+    return error;
+  }
+
  private:
   cudaLaunchAttribute attribute_ = {};
   cudaLaunchConfig_t config_ = {};
@@ -84,7 +91,7 @@ cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int nu
   const int cluster = cluster_ctas<kSwap, kKernel>(arguments.problem, num_ctas, 1);
   MoeArguments complete = arguments;
   complete.constants = launch_constants<kSwap>(arguments, num_ctas, cluster);
-  return cudaLaunchKernelEx(&ClusterLaunch(dim3(num_ctas), cluster, stream).config(), kKernel, complete);
+  return ClusterLaunch(dim3(num_ctas), cluster, stream).run(kKernel, complete);
 }
 
 template <bool kSwap>
@@ -102,8 +109,7 @@ cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arg
     MoeArguments& one = complete.of_rank[r];
     one.constants = launch_constants<kSwap>(one, ctas_per_rank, cluster);
   }
-  const ClusterLaunch launch(dim3(ctas_per_rank, num_ranks), cluster, stream);
-  return cudaLaunchKernelEx(&launch.config(), kKernel, complete);
+  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(kKernel, complete);
 }
 
 }  // namespace megamoe

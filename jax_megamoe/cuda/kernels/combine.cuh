@@ -168,7 +168,8 @@ class CombineStream {
         steps_per_item_(ceil_div(args.problem.top_k, kSlots)) {
     constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
     static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
-    buffer_ = shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
+    buffer_ =
+        shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
   }
 
   __device__ __forceinline__ void run(bool complete) {
@@ -217,7 +218,8 @@ class CombineStream {
     int token_group;
     int base = 0;  // the step's first slot
 
-    __device__ Position(int item, int column_tiles) : column_tile(item % column_tiles), token_group(item / column_tiles) {}
+    __device__ Position(int item, int column_tiles)
+        : column_tile(item % column_tiles), token_group(item / column_tiles) {}
     __device__ __forceinline__ void advance(const CombineStream& stream) {
       base += kSlots;
       if (base < stream.args_.problem.top_k) return;
@@ -241,7 +243,8 @@ class CombineStream {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) {
           const bool used = item.used[t] >> (ahead.base + i) & 1;
-          const uint16_t* source = slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead.base + i : 0, item.column);
+          const uint16_t* source =
+              slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead.base + i : 0, item.column);
           ptx::copy_async_16(row(stage, t, i), source, used);
         }
       }

@@ -4,6 +4,7 @@
 //
 // What a pair must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the tickets and
 // tells the other one; neither ends before the last arrival from the other one is here (WeightProducer::await_last_releases).
+// Waits for the other CTA need no limit: the two start together, and whatever else they wait for has one.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,16 @@ class CtaPair {
   }
   __device__ static void await_barriers() {
     if constexpr (!kSwap) ptx::cluster_wait();
+  }
+
+  // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its ids and others
+  // not, and the two of a pair would make different plans and wait for each other's stages: then both have no units.
+  __device__ __forceinline__ void agree_on_missing_ids(SharedHeader& header) const {
+    if (!exists()) return;
+    if (threadIdx.x == 0 && header.ids_missing != 0) ptx::store_in_cluster(&header.ids_missing, 1, rank() ^ 1);
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 
   // One thread of rank 0 tells the ticket of the unit number `unit`; the weight producer of rank 1 waits for it.

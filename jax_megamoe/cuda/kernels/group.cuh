@@ -143,7 +143,10 @@ struct PeerRanks {
     if (word >> 32 != tag) {
       PeerWait wait(args.peers);
       do {
-        if (!wait.again(PeerFailure::kIds, pair / args.problem.num_pairs())) return -1;
+        if (!wait.again(PeerFailure::kIds, pair / args.problem.num_pairs())) {
+          shared_header().ids_missing = 1;
+          return -1;
+        }
         word = ptx::load_relaxed_system(args.peers.ids[epoch % 2] + pair);
       } while (word >> 32 != tag);
     }

@@ -95,7 +95,10 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   }
   uint4 first_item = make_uint4(0, 0, 0, 0);
   if (warp < kConsumerWarps) first_item = load_item(args, share, share.first_item + warp);
-  if (threadIdx.x == kTokenProducerWarp * 32) init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas());
+  if (threadIdx.x == kTokenProducerWarp * 32) {
+    init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas());
+    if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
+  }
   __syncwarp();
   CtaPair<kSwap>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) {
@@ -113,6 +116,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
   count_pairs<kSwap, Group>(args, plan, first_pair, first_expert);
   CtaPair<kSwap>::await_barriers();
+  if constexpr (Group::kHasPeers) CtaPair<kSwap>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {

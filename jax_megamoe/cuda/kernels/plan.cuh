@@ -150,15 +150,15 @@ __device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ra
 template <bool kSwap>
 class UnitSchedule {
  public:
-  __device__ UnitSchedule(const MoeArguments& args, const Plan& plan) : constants_(args.constants), pair_(args), plan_(plan) {}
+  __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
+      : constants_(args.constants), pair_(args), plan_(plan) {}
 
   __device__ int num_chunks() const { return plan_.num_chunks(); }
   __device__ uint32_t num_gate_up() const {
     return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
   }
   __device__ uint32_t size() const {
-    return static_cast<uint32_t>(num_chunks()) *
-           (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
+    return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
   }
 
   // Of CTA `rank` of a pair.

@@ -43,9 +43,10 @@ class WeightProducer {
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const uint32_t rank = pair_.rank();
+    const uint32_t size = pair_.exists() && map_.header().ids_missing != 0 ? 0 : schedule.size();
     uint32_t ticket = pair_.index();
     if constexpr (kSwap) few_units_ = schedule.num_gate_up() <= 2 * gridDim.x;
-    for (uint32_t number = 0; ticket < schedule.size(); ++number) {
+    for (uint32_t number = 0; ticket < size; ++number) {
       const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       Stream s = stream(u);

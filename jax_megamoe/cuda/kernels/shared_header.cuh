@@ -32,7 +32,10 @@ struct UnitNote {
 
   UnitNote() = default;
   __device__ UnitNote(const Unit& u)
-      : tile(u.tile), chunk(u.chunk), row_base(u.row_base), rows_and_flags(u.rows << 2 | u.shares_tokens << 1 | u.down) {}
+      : tile(u.tile),
+        chunk(u.chunk),
+        row_base(u.row_base),
+        rows_and_flags(u.rows << 2 | u.shares_tokens << 1 | u.down) {}
 
   __device__ bool end() const { return tile < 0; }
   __device__ bool down() const { return (rows_and_flags & 1) != 0; }
@@ -58,8 +61,9 @@ struct SharedHeader {
   SignalQueue signals[kConsumerWarpgroups];
   uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
   uint32_t ticket[kTicketSlots];
-  uint32_t launch;                                                     // its number at this call site
-  uint64_t epoch;                                                      // ... and in the group, if there is one
+  uint32_t ids_missing;  // in a group: some did not come in time, to this CTA or to the other one of its pair
+  uint32_t launch;       // its number at this call site
+  uint64_t epoch;        // ... and in the group, if there is one
   alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
   alignas(16) UnitNote note[kMaxStages];
 };
