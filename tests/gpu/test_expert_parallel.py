@@ -110,7 +110,7 @@ def check(result: Any, problem: tuple[Any, ...]) -> None:
 
 
 @all_ranks
-@pytest.mark.parametrize("tokens", [1, 3, 8, 40, 128, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 40, 128, 200, 1000])
 def test_token_counts(num_ranks, tokens):
     mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
     arguments = place_all(mesh, *problem)
@@ -120,7 +120,7 @@ def test_token_counts(num_ranks, tokens):
 
 @all_ranks
 @pytest.mark.parametrize("routing", ["one", "masked", "none"])
-@pytest.mark.parametrize("tokens", [1, 8, 40, 200])
+@pytest.mark.parametrize("tokens", [1, 8, 40, 200, 1000])
 def test_routings(num_ranks, tokens, routing):
     mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks, routing)
     y, load = moe(*place_all(mesh, *problem))
@@ -198,7 +198,7 @@ def test_no_tokens(num_ranks):
 
 
 @all_ranks
-@pytest.mark.parametrize("tokens", [2, 128])
+@pytest.mark.parametrize("tokens", [2, 128, 1000])
 def test_repeated_launches_give_the_same_bits(num_ranks, tokens):
     mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
     arguments = place_all(mesh, *problem)
