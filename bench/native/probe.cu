@@ -2,6 +2,7 @@
 // device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing]     routing: uniform, one (all on one expert), masked, none
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
+//   probe crossover H I E k T...        both orientations, whichever the rule would choose
 //   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
 #include <cuda_runtime.h>
 
@@ -55,22 +56,32 @@ int check(const Problem& p, const std::string& routing) {
   return good ? 0 : 1;
 }
 
+// Per call in a graph of calls with different inputs. `touched`: experts that a call reads, on average.
+double call_microseconds(const Problem& p, const Weights& w, double* touched) {
+  void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
+  megamoe::Control* control = make_control(p);
+  std::vector<Call> calls;
+  *touched = 0;
+  for (int n = 0; n < kInputs; ++n) {
+    calls.emplace_back(p, w, "uniform", 100 + n);
+    calls.back().share(workspace, control);
+    *touched += calls.back().touched() / static_cast<double>(kInputs);
+  }
+  const double us = graph_microseconds([&](int n, cudaStream_t stream) {
+    CHECK(megamoe::launch_moe(calls[n].args, calls[n].args.problem.num_tokens, num_sms(), stream));
+  });
+  for (auto& c : calls) {
+    for (void* q : {(void*)c.args.x, (void*)c.args.topk_ids, (void*)c.args.topk_weights, c.args.y}) cudaFree(q);
+  }
+  cudaFree(workspace), cudaFree(control);
+  return us;
+}
+
 void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts) {
   const Weights w(h, i, e);
   for (int tokens : token_counts) {
-    const Problem p{tokens, k, h, i, e};
-    void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
-    megamoe::Control* control = make_control(p);
-    std::vector<Call> calls;
-    double touched = 0;
-    for (int n = 0; n < kInputs; ++n) {
-      calls.emplace_back(p, w, "uniform", 100 + n);
-      calls.back().share(workspace, control);
-      touched += calls.back().touched() / static_cast<double>(kInputs);
-    }
-    const double us = graph_microseconds([&](int n, cudaStream_t stream) {
-      CHECK(megamoe::launch_moe(calls[n].args, calls[n].args.problem.num_tokens, num_sms(), stream));
-    });
+    double touched;
+    const double us = call_microseconds({tokens, k, h, i, e}, w, &touched);
     const double expert_bytes = 3.0 * h * i;
     const size_t bytes = static_cast<size_t>(touched * expert_bytes) / 4096 * 4096;
     const size_t total = static_cast<size_t>(e) * 2 * h * i;
@@ -85,10 +96,25 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
         h, i, e, k, tokens, touched, us, ceiling, bytes / ceiling / 1000, us / ceiling,
         6.0 * h * i * k * tokens / us / 1e6);
     std::fflush(stdout);
-    for (auto& c : calls) {
-      for (void* q : {(void*)c.args.x, (void*)c.args.topk_ids, (void*)c.args.topk_weights, c.args.y}) cudaFree(q);
+    cudaFree(sink);
+  }
+  w.release();
+}
+
+// Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/tiles.h).
+void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
+  const Weights w(h, i, e);
+  for (int tokens : token_counts) {
+    double us[4], touched;
+    for (int n = 0; n < 4; ++n) {
+      Problem p{tokens, k, h, i, e};
+      p.orient = n % 2 == 0 ? megamoe::Orient::kSwapped : megamoe::Orient::kNormal;
+      us[n] = call_microseconds(p, w, &touched);
     }
-    cudaFree(workspace), cudaFree(control), cudaFree(sink);
+    std::printf("H %d I %d E %d k %d T %4d, %5.1f pairs per expert: swapAB %.1f, %.1f us, normal %.1f, %.1f us%s\n", h,
+                i, e, k, tokens, static_cast<double>(tokens) * k / e, us[0], us[2], us[1], us[3],
+                Problem{tokens, k, h, i, e}.swap_operands() ? ", swapAB by rule" : ", normal by rule");
+    std::fflush(stdout);
   }
   w.release();
 }
@@ -131,7 +157,7 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
 
 int main(int argc, char** argv) {
   if (argc < 7) {
-    std::fprintf(stderr, "usage: probe check H I E k T [routing] | probe time H I E k T...\n");
+    std::fprintf(stderr, "usage: probe check H I E k T [routing] | probe (time | crossover) H I E k T...\n");
     return 2;
   }
   CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
@@ -147,6 +173,7 @@ int main(int argc, char** argv) {
 #endif
   std::vector<int> tokens;
   for (int i = 6; i < argc; ++i) tokens.push_back(number(i));
-  time_shape(number(2), number(3), number(4), number(5), tokens);
+  auto* run = std::string(argv[1]) == "crossover" ? time_orientations : time_shape;
+  run(number(2), number(3), number(4), number(5), tokens);
   return 0;
 }

@@ -267,6 +267,9 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   } else {
     const int units = ceil_div(args.problem.hidden_size, Orientation<false>::kUnitTiles * kDownUnitColumns);
     const bool complete = wait_for_units<false, Group>(args, num_chunks, 0, units);
+    // The units' signals have said so already, but on a way that nobody sees who looks at shared memory: both warpgroups have left
+    // the ring.
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     CombineStream<Group>(args).run(complete);
   }
 }

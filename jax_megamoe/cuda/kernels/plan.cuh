@@ -9,6 +9,7 @@
 #include "kernels/group.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
+#include "layout/pair_share.h"
 
 namespace megamoe {
 
@@ -175,45 +176,22 @@ class UnitSchedule {
     const int within = index - first_chunk * static_cast<int>(tickets.value());
     const int group = chunks == 1 ? within : within / chunks;
     const int member = within - group * chunks;
-    int chunk = member;
-    u.tile = group;
-    u.shares_weights = u.shares_tokens = 0;
-    if (pair_.exists()) place_in_pair(u, chunk, group, member, count, rank);
-    u.chunk = first_chunk + chunk;
-    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + chunk * kTile;
-    u.rows = min(kTile, count - chunk * kTile);
-    if (pair_.exists()) leave_out_missing(u, group);
+    PairShare share{group, member};
+    if (pair_.exists()) {
+      const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
+      share = pair_share(count, tiles.value(), group, member, rank);
+    }
+    u.tile = share.tile;
+    u.chunk = first_chunk + share.chunk;
+    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + share.chunk * kTile;
+    u.rows = share.idle ? 0 : min(kTile, count - share.chunk * kTile);
+    u.shares_weights = share.shares_weights;
+    u.shares_tokens = share.shares_tokens;
     return u;
   }
 
  private:
   static constexpr int kTile = Orientation<kSwap>::kTokenTile;
-
-  // A group is two tiles times the expert's chunks, as many tickets as chunks: first, tile by tile, two chunks a ticket, while there
-  // are full ones (those of more than a warpgroup's tokens; a small one would wait for its neighbour in every stage); then the
-  // other chunks, two tiles a ticket.
-  __device__ __forceinline__ void place_in_pair(Unit& u, int& chunk, int group, int member, int count, int rank) const {
-    const int pairs = (count + kTile - kWarpgroupTokens - 1) / kTile / 2;
-    u.shares_weights = member < 2 * pairs;
-    u.shares_tokens = !u.shares_weights;
-    if (u.shares_weights) {
-      const bool second_tile = member >= pairs;
-      u.tile = 2 * group + (second_tile ? 1 : 0);
-      chunk = 2 * (member - (second_tile ? pairs : 0)) + rank;
-    } else {
-      u.tile = 2 * group + rank;
-    }
-  }
-
-  // An odd number of tiles: the last group has only one.
-  __device__ __forceinline__ void leave_out_missing(Unit& u, int group) const {
-    const int tiles = (u.down ? constants_.down_units : constants_.gate_up_units).value();
-    if (2 * group + 1 < tiles) return;
-    u.shares_tokens = 0;
-    if (u.tile < tiles) return;
-    u.tile = tiles - 1;
-    u.rows = 0;
-  }
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {

@@ -13,7 +13,6 @@ constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kConsumerWarpgroups = kConsumerThreads / kWarpgroupThreads;
-constexpr int kWarpgroupTokens = 64;  // in the normal orientation: WGMMA's M
 constexpr int kCtaThreads = kConsumerThreads + kWarpgroupThreads;
 constexpr int kRegistersAtStart = 65536 / kCtaThreads / 8 * 8;  // of a thread; warpgroups pass them on to each other
 constexpr int kWeightProducerWarp = kConsumerWarps;

@@ -33,6 +33,7 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 // on M.
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
+constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 // swapAB serves calls of up to so many (token, slot) pairs per expert, on average: beyond, experts need a second chunk of
 // kSwapTokenTile, and 128 tokens on M are less of a waste. More where the normal orientation, whose units are twice as large,
 // would have few of them. Measured (docs/performance-log.md, "Where swapAB ends").

@@ -8,6 +8,9 @@
 
 namespace megamoe {
 
+// Which operand the tokens are in the multiply. Only measurements say so themselves (`probe crossover`).
+enum class Orient : int { kByRule, kSwapped, kNormal };
+
 // Sizes of one call on one device; `num_tokens` and `num_experts` are what this device holds.
 struct Problem {
   int num_tokens;
@@ -16,9 +19,11 @@ struct Problem {
   int intermediate_size;
   int num_experts;
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
+  Orient orient = Orient::kByRule;
 
   // By pairs per expert, of which one rank has as many as several that share the experts.
   __host__ __device__ bool swap_operands() const {
+    if (orient != Orient::kByRule) return orient == Orient::kSwapped;
     const int normal_units = num_experts * (intermediate_size / (2 * kGateUpTileColumns));  // with a chunk per expert
     const int most = normal_units < kFewNormalUnits ? kMaxSwapPairsPerExpertOfFew : kMaxSwapPairsPerExpert;
     return num_pairs() <= most * num_experts;

@@ -1,0 +1,34 @@
+// How two CTAs share an expert's units in the normal orientation (kernels/cta_pair.cuh).
+#pragma once
+
+#include "layout/tiles.h"
+
+namespace megamoe {
+
+// What one CTA of a pair has of a ticket.
+struct PairShare {
+  int tile;
+  int chunk;  // of the expert
+  bool idle;  // the other one has a tile and this one has none
+  // With the other one, which has another chunk, or another tile.
+  bool shares_weights;
+  bool shares_tokens;
+};
+
+// An expert with `tokens` tokens has a group of tickets for every two of its `tiles`, as many as it has chunks. The first are, tile by
+// tile, for two full chunks each: those of more tokens than a warpgroup multiplies, since a smaller one would wait for its neighbour
+// in every stage. The others are for two tiles of one chunk, full ones first.
+__host__ __device__ inline PairShare pair_share(int tokens, int tiles, int group, int member, int rank) {
+  const int pairs = (tokens + kNormalTokenTile - kWarpgroupTokens - 1) / kNormalTokenTile / 2;
+  const bool two_tiles = 2 * group + 1 < tiles;  // the last group has only one of an odd number
+  PairShare share;
+  share.shares_weights = member < 2 * pairs;
+  share.shares_tokens = !share.shares_weights && two_tiles;
+  const bool second_tile = share.shares_weights ? member >= pairs : rank == 1;
+  share.idle = second_tile && !two_tiles;
+  share.tile = 2 * group + (second_tile && two_tiles ? 1 : 0);
+  share.chunk = share.shares_weights ? 2 * (member - (second_tile ? pairs : 0)) + rank : member;
+  return share;
+}
+
+}  // namespace megamoe
