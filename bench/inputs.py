@@ -67,13 +67,13 @@ def make_float_weights(shape: Shape) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def make_inputs(shape: Shape, num_tokens: int, routing: str, seed: int) -> Inputs:
+def make_inputs(shape: Shape, num_tokens: int, routing: str, seed: int, num_calls: int = NUM_CALLS) -> Inputs:
     """Inputs for each call of a program, their ids drawn as `presets.ROUTINGS` says."""
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}, wanted one of {', '.join(ROUTINGS)}")
     random = np.random.default_rng(seed)
     inputs = Inputs([], [], [])
-    for _ in range(NUM_CALLS):
+    for _ in range(num_calls):
         size = (num_tokens, shape.num_experts)
         popularity = np.zeros(shape.num_experts)
         if routing == "zipf":
