@@ -2,12 +2,13 @@
 
 Most of their time is XLA's, on one core for each process: tests that need one GPU are dealt out to several processes
 for each GPU, those that need several GPUs run after them in one. Exits with 1 where a test failed, and with 2 where a
-process did not end within the limit; what it had done until then is printed.
+process did not end within the limit; what it had done until then is printed, also where the script itself is ended.
 """
 
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds for each of the two rounds")
     parser.add_argument("--processes-per-gpu", type=int, default=4)
     options, pytest_options = parser.parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     gpus = visible_gpus()
     if not gpus:
         print("There is no GPU: these tests would all be skipped.", file=sys.stderr)
@@ -94,13 +96,20 @@ def run(jobs: list[tuple[str, str, str, list[str]]], pytest_options: list[str], 
                     [*command, *pytest_options, *tests], cwd=ROOT, env=environment, stdout=output, stderr=output
                 )
             running.append((title, process, log))
-        return [finish(title, process, log, deadline) for title, process, log in running]
+        statuses: list[int] = []
+        try:
+            while len(statuses) < len(running):
+                statuses.append(finish(*running[len(statuses)], deadline))
+        finally:
+            for job in running[len(statuses) :]:  # somebody ends this script: what they did until then is not lost
+                finish(*job, deadline=0.0)
+        return statuses
 
 
 def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: float) -> int:
     """Waits for a process until the deadline, prints what it wrote; its status: 0, 1, or 2 where it had to be ended."""
     try:
-        status = min(process.wait(max(0.0, deadline - time.monotonic())), 1)
+        status = int(process.wait(max(0.0, deadline - time.monotonic())) != 0)  # a signal is a negative number
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +54,32 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch, capsys, tmp_path):
     assert "did not end in time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("body", "status"), [("pass", 0), ("assert False", 1)])
+def test_ended_from_outside_it_ends_its_processes_and_says_what_they_did(tmp_path):
+    slow, begun = tmp_path / "test_slow.py", tmp_path / "begun"
+    slow.write_text(
+        "import pathlib, time, pytest\n@pytest.mark.gpu\ndef test_slow():\n"
+        f"    print('at work', flush=True); pathlib.Path({os.fspath(begun)!r}).touch(); time.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {os.fspath(SCRIPT.parent)!r}); import gpu_tests, signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+        f"options = ['-s', '-c', {os.fspath(SCRIPT.parent.parent / 'pyproject.toml')!r}]\n"
+        f"gpu_tests.run([('GPU 0', '', '0.1', [{os.fspath(slow)!r}])], options, limit=60.0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 3
+    assert "at work" in output
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [("pass", 0), ("assert False", 1), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1)],
+)
 def test_status_is_that_of_the_tests(body, status, tmp_path, capsys):
     (tmp_path / "test_one.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one(): {body}\n")
     jobs = [("GPU 0", "", "0.1", [os.fspath(tmp_path / "test_one.py")])]

@@ -9,7 +9,8 @@
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_done[tile]`; then combine
 //
-// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on.
+// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many tokens for each
+// expert CTAs work in pairs, which share tickets and weights (cta_pair.cuh).
 #pragma once
 
 #include <cstdint>
