@@ -84,26 +84,28 @@ def run(jobs: list[tuple[str, str, str, list[str]]], pytest_options: list[str], 
     """Runs (title, GPUs, share of their memory, tests) side by side; prints the end of each one's output."""
     deadline = time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for number, (title, gpus, share, tests) in enumerate(jobs):
-            log = Path(folder) / str(number)
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
-            # Processes of a test with one process per GPU find the package here too.
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-            with log.open("w") as output:
-                process = subprocess.Popen(
-                    [*command, *pytest_options, *tests], cwd=ROOT, env=environment, stdout=output, stderr=output
-                )
-            running.append((title, process, log))
+        running: list[tuple[str, subprocess.Popen[bytes], Path]] = []
         statuses: list[int] = []
         try:
-            while len(statuses) < len(running):
-                statuses.append(finish(*running[len(statuses)], deadline))
+            for number, (title, gpus, share, tests) in enumerate(jobs):
+                log = Path(folder) / str(number)
+                running.append((title, start([*pytest_options, *tests], gpus, share, log), log))
+            for job in running:
+                statuses.append(finish(*job, deadline))
         finally:
             for job in running[len(statuses) :]:  # somebody ends this script: what they did until then is not lost
                 finish(*job, deadline=0.0)
         return statuses
+
+
+def start(pytest_arguments: list[str], gpus: str, share: str, log: Path) -> "subprocess.Popen[bytes]":
+    """A process of tests that sees these GPUs, takes so much of their memory and writes to `log`."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+    # Processes of a test with one process per GPU find the package here too.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *pytest_arguments]
+    with log.open("w") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
 def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: float) -> int:

@@ -1,34 +1,23 @@
 """How pairs of thread blocks share an expert's units, compiled for the host."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_program import compile_program
 
-ROOT = Path(__file__).parent.parent
 CHUNK, WARPGROUP = 128, 64
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    source, program = ROOT / "tests" / "native" / "pair_share_test.cc", tmp_path_factory.mktemp("native") / "pair_share"
-    command = [compiler, "-std=c++17", "-O1", f"-I{ROOT / 'jax_megamoe' / 'cuda'}", source, "-o", program]
-    subprocess.run(command, check=True, timeout=120)
-    return program
+    return compile_program(tmp_path_factory.mktemp("native"), "pair_share_test")
 
 
 @settings(deadline=None, max_examples=100)
 @given(experts=st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 29)), min_size=1, max_size=20))
 def test_every_unit_is_one_block_s_and_both_agree_on_what_they_share(program, experts):
     text = "\n".join(f"{tokens} {tiles}" for tokens, tiles in experts)
-    done = subprocess.run([program], input=text, capture_output=True, text=True, check=True, timeout=60)
-    for (tokens, tiles), block in zip(experts, done.stdout.strip().split("\n\n"), strict=True):
+    for (tokens, tiles), block in zip(experts, program(text).strip().split("\n\n"), strict=True):
         chunks = -(-tokens // CHUNK)
         sizes = [min(CHUNK, tokens - CHUNK * chunk) for chunk in range(chunks)]
         units = []

@@ -1,14 +1,9 @@
 """Where things lie in the buffers that the ranks of a group share, compiled for the host."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
+from native_program import CUDA, compile_program
 
-ROOT = Path(__file__).parent.parent
-CUDA = ROOT / "jax_megamoe" / "cuda"
 MOST_SCRATCH = 4_000_000_000
 # T, k, H, I, E of a rank, ranks
 MODELS = [
@@ -21,18 +16,11 @@ MODELS = [
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, workspace, sizes) twice."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    program = tmp_path_factory.mktemp("native") / "peer_buffer_test"
-    sources = [ROOT / "tests" / "native" / "peer_buffer_test.cc", CUDA / "host" / "problem.cc"]
-    command = [compiler, "-std=c++17", "-O1", f"-I{CUDA}", *sources, "-o", program]
-    subprocess.run(command, check=True, timeout=120)
+    program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "problem.cc")
 
     def run(problems):
         text = "\n".join(" ".join(map(str, problem)) for problem in problems)
-        done = subprocess.run([program], input=text, capture_output=True, text=True, check=True, timeout=60)
-        return [line.split() for line in done.stdout.splitlines()]
+        return [line.split() for line in program(text).splitlines()]
 
     return run
 

@@ -7,10 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-NATIVE = ROOT / "tests" / "native"
-CUDA = ROOT / "jax_megamoe" / "cuda"
+from native_program import CUDA, NATIVE, host_compiler
 
 
 def cuda_include() -> Path:
@@ -25,9 +22,7 @@ def cuda_include() -> Path:
 
 
 def test_transport(tmp_path):
-    include, compiler = cuda_include(), shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    include, compiler = cuda_include(), host_compiler()
     flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", f"-I{CUDA}", f"-I{NATIVE}", "-isystem", str(include)]
     nccl, program = tmp_path / "libnccl.so.2", tmp_path / "transport_test"
     library = [compiler, *flags, "-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", NATIVE / "fake_nccl.cc", "-o", nccl]

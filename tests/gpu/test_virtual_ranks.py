@@ -102,7 +102,7 @@ def test_model_shapes(hidden, inter):
 
 @pytest.mark.parametrize(("tokens", "repeats"), [(7, 50), (200, 3)])  # single thread blocks, and pairs of them
 def test_stress(tokens, repeats):
-    """Thousands of launches of one program with pauses of random length, and another routing each time."""
+    """Many launches of one program with pauses of random length, and another routing each time."""
     num_ranks, num_experts, top_k, rounds = 4, 16, 4, 64
     weights = make_weights(num_experts, 512, 384)
     calls = [make_inputs(tokens * num_ranks, 512, num_experts, top_k, seed=seed) for seed in range(rounds)]

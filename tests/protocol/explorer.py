@@ -2,17 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from protocol.model import Protocol, Sends, Step, Store, all_send, threads_of
-
-
-class Outcome(NamedTuple):
-    """What was found: no error, or one with the steps that lead to it."""
-
-    error: str | None
-    trace: list[str]
-    num_states: int
+from protocol.search import Outcome, Wrong, search
 
 
 class _Rank(NamedTuple):
@@ -24,10 +17,6 @@ class _Rank(NamedTuple):
 class _State(NamedTuple):
     ranks: tuple[_Rank, ...]
     memory: tuple[int, ...]
-
-
-class _WrongRead(Exception):
-    pass
 
 
 def explore(
@@ -101,23 +90,11 @@ class _Explorer:
 
     def run(self) -> Outcome:
         start = _State(tuple(self._begin(rank, 1) for rank in range(self.num_ranks)), (0,) * len(self.cells))
-        parents: dict[_State, tuple[_State, str] | None] = {start: None}
-        stack = [start]
-        while stack:
-            state = stack.pop()
-            moved = False
-            try:
-                for label, following in self._moves(state):
-                    moved = True
-                    following = self._canonical(following)
-                    if following not in parents:
-                        parents[following] = (state, label)
-                        stack.append(following)
-            except _WrongRead as wrong:
-                return Outcome(str(wrong), [*_trace(parents, state), str(wrong)], len(parents))
-            if not moved and any(rank.launch <= self.num_launches for rank in state.ranks):
-                return Outcome("nobody can go on", _trace(parents, state), len(parents))
-        return Outcome(None, [], len(parents))
+        return search(
+            start,
+            lambda state: ((label, self._canonical(following)) for label, following in self._moves(state)),
+            lambda state: all(rank.launch > self.num_launches for rank in state.ranks),
+        )
 
     def _begin(self, rank: int, launch: int, pending: tuple[tuple[int, Store], ...] = ()) -> _Rank:
         while launch <= self.num_launches and not any(self.programs[rank, launch]):
@@ -143,7 +120,7 @@ class _Explorer:
         for cell, wanted in step.reads:
             found = state.memory[self.cells[cell]]
             if found != wanted:
-                raise _WrongRead(f"{where}: {cell} is {found}, wanted {wanted}")
+                raise Wrong(f"{where}: {cell} is {found}, wanted {wanted}")
         memory, pending = state.memory, rank.pending
         for store in step.stores:
             if self.delayed:
@@ -190,11 +167,3 @@ def _text(step: Step) -> str:
     parts = [f"reads {cell}" for cell, _ in step.reads]
     parts += [f"{'adds to' if store.is_addition else 'stores'} {store.cell}" for store in step.stores]
     return ", ".join(parts) or "starts"
-
-
-def _trace(parents: dict[_State, Any], state: _State) -> list[str]:
-    labels: list[str] = []
-    while (origin := parents[state]) is not None:
-        state, label = origin
-        labels.append(label)
-    return labels[::-1]

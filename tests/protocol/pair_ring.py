@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from protocol.search import Outcome, Wrong, search
+
 BOTH = (0, 1)
 
 
@@ -41,28 +43,10 @@ class _State(NamedTuple):
     here: frozenset[tuple[str, int, int, int]]
 
 
-class _Error(Exception):
-    pass
-
-
-def explore(ring: Ring, plans: tuple[list[Unit], list[Unit]]) -> str | None:
-    """The first error that some order of events leads to. `plans` has each block's units, which ought to be the same."""
-    walk = _Walk(ring, plans)
+def explore(ring: Ring, plans: tuple[list[Unit], list[Unit]]) -> Outcome:
+    """Walks through all orders of events. `plans` has each block's units, which ought to be the same."""
     start = _State((_Block(), _Block()), 1, frozenset(), frozenset())
-    seen, stack = {start}, [start]
-    while stack:
-        state = stack.pop()
-        try:
-            following = list(walk.moves(state))
-        except _Error as error:
-            return str(error)
-        if not following and not all(block.ended for block in state.blocks):
-            return "nobody can go on"
-        for one in following:
-            if one not in seen:
-                seen.add(one)
-                stack.append(one)
-    return None
+    return search(start, _Walk(ring, plans).moves, lambda state: all(block.ended for block in state.blocks))
 
 
 class _Walk:
@@ -71,24 +55,25 @@ class _Walk:
         # By block: for each stage, the number of its unit, and the unit.
         self.stages = [[(n, unit) for n, unit in enumerate(plan) for _ in range(unit.stages)] for plan in plans]
 
-    def moves(self, state: _State) -> Iterator[_State]:
+    def moves(self, state: _State) -> Iterator[tuple[str, _State]]:
         for event in state.flying:
-            yield self._arrive(state, event)
+            yield f"arrives: {event}", self._arrive(state, event)
         for block in BOTH:
             if not state.blocks[block].ended:
-                yield from self._block_moves(state, block)
+                for following in self._block_moves(state, block):
+                    yield f"block {block} is at {following.blocks[block]}", following
 
     def _arrive(self, state: _State, event: tuple[str, int, int, int]) -> _State:
         kind, to, source, number = event
         receiver = state.blocks[to]
         if receiver.ended:
-            raise _Error(f"{kind} arrives at a block that has ended")
+            raise Wrong(f"{kind} arrives at a block that has ended")
         if kind in ("weights", "tokens") and receiver.consumed <= number - self.ring.stages:
-            raise _Error(f"{kind} overwrite a stage")
+            raise Wrong(f"{kind} overwrite a stage")
         if kind == "ticket":
             slot = number % self.ring.ticket_slots
             if any(k == "ticket" and n % self.ring.ticket_slots == slot for k, _, _, n in state.here):
-                raise _Error("a ticket overwrites another")
+                raise Wrong("a ticket overwrites another")
         return state._replace(flying=state.flying - {event}, here=state.here | {event})
 
     def _block_moves(self, state: _State, me: int) -> Iterator[_State]:
