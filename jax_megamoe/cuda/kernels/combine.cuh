@@ -163,9 +163,7 @@ class CombineStream {
 
  public:
   __device__ __forceinline__ explicit CombineStream(const MoeArguments& args)
-      : args_(args),
-        column_tiles_(args.problem.hidden_size / kCombineColumns),
-        steps_per_item_(ceil_div(args.problem.top_k, kSlots)) {
+      : args_(args), column_tiles_(args.problem.hidden_size / kCombineColumns) {
     constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
     static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
     buffer_ =
@@ -176,7 +174,8 @@ class CombineStream {
     const int items = column_tiles_ * ceil_div(args_.problem.num_tokens, kCombineTokens);
     const int share = ceil_div(items, static_cast<int>(gridDim.x) * kConsumerWarps);
     const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-    const int first = warp * share, steps = max(0, min(items - first, share)) * steps_per_item_;
+    const int first = warp * share;
+    const int steps = max(0, min(items - first, share)) * ceil_div(args_.problem.top_k, kSlots);
     Position ahead(first, column_tiles_), here(first, column_tiles_);
     CombineItem asked, at;
     if (!complete) {
@@ -255,7 +254,6 @@ class CombineStream {
 
   const MoeArguments& args_;
   int column_tiles_;
-  int steps_per_item_;
   uint8_t* buffer_;
 };
 

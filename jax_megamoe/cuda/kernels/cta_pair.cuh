@@ -31,7 +31,7 @@ class CtaPair {
   __device__ uint32_t index() const { return blockIdx.x / ctas(); }
   __device__ uint32_t count() const { return gridDim.x / ctas(); }
 
-  // All threads; between the two, the barriers of both CTAs' shared memory come to exist.
+  // All threads; between the two, the barriers of both CTAs' shared memory come to exist. A CTA that is alone is a cluster too.
   __device__ static void announce_barriers() {
     if constexpr (!kSwap) ptx::cluster_arrive_relaxed();
   }

@@ -130,7 +130,8 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
     for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      // Image rows of 128 bytes before this one, of all chunks and K blocks: fewer than 2^32, as scratch memory has a limit (host/problem.h).
+      // Image rows of 128 bytes before this one, of all chunks and K blocks: fewer than 2^32, as scratch memory has a limit
+      // (host/problem.h).
       const uint32_t row = target[i].chunk_row_base * k_blocks + k_block * target[i].padded_rows() + target[i].row();
       plane[i] = Group::on(args, target[i].rank(), args.workspace.token_planes) + static_cast<size_t>(row) * kBlockK +
                  swizzled_column(target[i].row(), column);

@@ -13,6 +13,19 @@
 
 namespace megamoe {
 
+// One unit of GEMM work: a row tile of one expert's projection times one chunk of its tokens.
+struct Unit {
+  int down;  // 0: gate/up, 1: down
+  int expert;
+  int tile;
+  int chunk;     // global chunk number, names the activation counter
+  int row_base;  // first gathered row of the chunk
+  int rows;      // tokens in the chunk; none: nothing to do for this CTA of a pair
+  // With the other CTA of the pair, which has another chunk, or another tile.
+  int shares_weights;
+  int shares_tokens;
+};
+
 // Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
 class Plan {
  public:

@@ -50,7 +50,7 @@ class WeightProducer {
       const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       Stream s = stream(u);
-      const UnitNote note(u);
+      const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
       if constexpr (kSwap) yields_ = u.down && few_units_;
       for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
         // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.

@@ -8,19 +8,6 @@
 
 namespace megamoe {
 
-// One unit of GEMM work: a row tile of one expert's projection times one chunk of its tokens.
-struct Unit {
-  int down;  // 0: gate/up, 1: down
-  int expert;
-  int tile;
-  int chunk;     // global chunk number, names the activation counter
-  int row_base;  // first gathered row of the chunk
-  int rows;      // tokens in the chunk; none: nothing to do for this CTA of a pair
-  // With the other CTA of the pair, which has another chunk, or another tile.
-  int shares_weights;
-  int shares_tokens;
-};
-
 // Told by the weight producer in the first stage of every unit.
 struct UnitNote {
   int tile;  // negative: no more units
@@ -29,13 +16,6 @@ struct UnitNote {
   int rows_and_flags;
 
   static constexpr int kEnd = -1;
-
-  UnitNote() = default;
-  __device__ UnitNote(const Unit& u)
-      : tile(u.tile),
-        chunk(u.chunk),
-        row_base(u.row_base),
-        rows_and_flags(u.rows << 2 | u.shares_tokens << 1 | u.down) {}
 
   __device__ bool end() const { return tile < 0; }
   __device__ bool down() const { return (rows_and_flags & 1) != 0; }
