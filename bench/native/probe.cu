@@ -108,7 +108,7 @@ void time_orientations(int h, int i, int e, int k, const std::vector<int>& token
     double us[4], touched;
     for (int n = 0; n < 4; ++n) {
       Problem p{tokens, k, h, i, e};
-      p.orient = n % 2 == 0 ? megamoe::Orient::kSwapped : megamoe::Orient::kNormal;
+      p.order = n % 2 == 0 ? megamoe::OperandOrder::kSwapped : megamoe::OperandOrder::kNormal;
       us[n] = call_microseconds(p, w, &touched);
     }
     std::printf("H %d I %d E %d k %d T %4d, %5.1f pairs per expert: swapAB %.1f, %.1f us, normal %.1f, %.1f us%s\n", h,

@@ -13,14 +13,23 @@ __device__ __forceinline__ uint16_t pack2(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }
 
-// Tokens: one FP32 scale per token and 128 hidden columns.
-__device__ __forceinline__ float token_scale(float amax) { return __fdiv_rn(fmaxf(amax, 1e-4f), kMaxE4m3); }
-
-// x / scale, correctly rounded (Markstein: a correctly rounded reciprocal, a quotient from it, and one correction by the
-// exact remainder). `scale` is one of token_scale's, so that only quotients far below FP8's least number could differ.
-__device__ __forceinline__ float quotient(float x, float scale, float reciprocal) {
+// x / divisor, correctly rounded (Markstein: a correctly rounded reciprocal, a quotient from it, and one correction by the
+// exact remainder), but for quotients far below FP8's least number.
+__device__ __forceinline__ float quotient(float x, float divisor, float reciprocal) {
   const float estimate = x * reciprocal;
-  return fmaf(fmaf(-estimate, scale, x), reciprocal, estimate);
+  return fmaf(fmaf(-estimate, divisor, x), reciprocal, estimate);
+}
+
+// 1 / x, correctly rounded, without the branches that __frcp_rn has for numbers beyond 2^-126 to 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(x));
+  return fmaf(estimate, -fmaf(estimate, x, -1.0f), estimate);
+}
+
+// Tokens: one FP32 scale per token and 128 hidden columns. An infinite amax gives NaN.
+__device__ __forceinline__ float token_scale(float amax) {
+  return quotient(fmaxf(amax, 1e-4f), kMaxE4m3, 1.0f / kMaxE4m3);
 }
 
 // Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 or 128

@@ -196,6 +196,14 @@ __device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
+// ... of bytes that are read once.
+__device__ __forceinline__ void bulk_prefetch_stream(const void* source, uint32_t bytes) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(source), "r"(bytes), "l"(policy)
+               : "memory");
+}
+
 // ---- asynchronous copies of a thread's own ------------------------------------------------------------------------
 // 16 bytes through the L2; zeros instead where `exists` is false.
 __device__ __forceinline__ void copy_async_16(void* destination, const void* source, bool exists) {
@@ -214,6 +222,11 @@ __device__ __forceinline__ void wait_copies() {
 // ---- fences -------------------------------------------------------------------------------------------------------
 // Orders this thread's ordinary global accesses with the copy engine's (the async proxy), in both directions.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ... and its accesses of the CTA's shared memory.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // ---- named barriers -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {

@@ -11,8 +11,7 @@
 
 namespace megamoe {
 
-// Work is cut into (token, 256 hidden columns) items, one warp each, in contiguous shares per CTA.
-constexpr int kGatherColumns = 256;
+// Work is cut into (token, 256 or 512 hidden columns) items, one warp each, in contiguous shares per CTA.
 
 struct GatherShare {
   Divisor blocks;  // items per token
@@ -31,21 +30,108 @@ struct GatherShare {
   __device__ int end_token() const { return token_of(end_item + blocks.value() - 1); }
 };
 
-// A lane's eight columns of an item, as the caller has them; zeros where there are none.
-__device__ __forceinline__ uint4 load_item(const MoeArguments& args, const GatherShare& share, int item) {
-  const int token = share.token_of(item);
-  const int column = (item - share.first_item_of(token)) * kGatherColumns + threadIdx.x % 32 * 8;
-  if (item >= share.end_item || column >= args.problem.hidden_size) return make_uint4(0, 0, 0, 0);
-  return __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token) * args.problem.hidden_size + column));
+// A warp's place among the items of its CTA's share.
+struct GatherCursor {
+  int item;
+  int token;
+  int block;  // of the token's columns
+
+  __device__ GatherCursor(const GatherShare& share, int first)
+      : item(first), token(share.token_of(first)), block(first - share.first_item_of(token)) {}
+  __device__ __forceinline__ void advance(const GatherShare& share) {
+    item += kConsumerWarps;
+    for (block += kConsumerWarps; block >= share.blocks.value(); block -= share.blocks.value()) ++token;
+  }
+};
+
+// Piece by piece of eight columns: lane l has pieces l, and l + 32 where an item is 512 columns.
+template <bool kSwap>
+struct ItemPieces {
+  static constexpr int kPieces = Orientation<kSwap>::kGatherColumns / 8 / 32;
+  uint4 piece[kPieces];
+};
+
+// Where a piece of an item is, as the caller has it; null where there is none.
+template <bool kSwap>
+__device__ __forceinline__ const uint16_t* piece_of_item(const MoeArguments& args, const GatherShare& share,
+                                                         const GatherCursor& at, int piece) {
+  const int column = at.block * Orientation<kSwap>::kGatherColumns + piece * 8;
+  if (at.item >= share.end_item || column >= args.problem.hidden_size) return nullptr;
+  return args.x + static_cast<size_t>(at.token) * args.problem.hidden_size + column;
 }
 
-// Where byte `column % 128` lies in image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
-__device__ __forceinline__ int swizzled_column(int row, int column) {
-  return ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
+// A warp's first item, asked for before anything else.
+template <bool kSwap>
+__device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments& args, const GatherShare& share) {
+  const GatherCursor at(share, share.first_item + threadIdx.x / 32);
+  ItemPieces<kSwap> item;
+#pragma unroll
+  for (int i = 0; i < ItemPieces<kSwap>::kPieces; ++i) {
+    const uint16_t* source = piece_of_item<kSwap>(args, share, at, threadIdx.x % 32 + 32 * i);
+    item.piece[i] = source == nullptr ? make_uint4(0, 0, 0, 0) : __ldg(reinterpret_cast<const uint4*>(source));
+  }
+  return item;
 }
-__device__ __forceinline__ int swizzled_offset(int row, int column) {
-  return row * kBlockK + swizzled_column(row, column);
-}
+
+// A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The memory is
+// the token parts of the ring, which are empty until all tokens are gathered.
+template <bool kSwap>
+class ItemStream {
+  static constexpr int kItems = Orientation<kSwap>::kItemsInFlight;
+  static constexpr int kPieces = ItemPieces<kSwap>::kPieces;
+  static constexpr int kItemBytes = kPieces * 32 * static_cast<int>(sizeof(uint4));
+
+ public:
+  // `first` has come already.
+  __device__ __forceinline__ ItemStream(const MoeArguments& args, const GatherShare& share, const SharedMap<kSwap>& map,
+                                        const GatherCursor& at, const ItemPieces<kSwap>& first)
+      : args_(args), share_(share), ahead_(at) {
+    const int warp = threadIdx.x / 32;
+    const int warps_per_stage = ceil_div(kConsumerWarps, map.num_stages);
+    buffer_ = map.tokens(warp / warps_per_stage) + warp % warps_per_stage * kItems * kItemBytes;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) *place(0, threadIdx.x % 32 + 32 * i) = first.piece[i];
+    ptx::commit_copies();
+    ahead_.advance(share);
+    for (slot_ = 1; slot_ < kItems; ++slot_) ask();
+    slot_ = 0;
+  }
+
+  // The next item: a lane's 8 or 16 columns in a row.
+  __device__ __forceinline__ ItemPieces<kSwap> next() {
+    ptx::wait_copies<kItems - 1>();
+    __syncwarp();
+    ItemPieces<kSwap> item;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) item.piece[i] = *place(slot_, threadIdx.x % 32 * kPieces + i);
+    __syncwarp();
+    ask();
+    slot_ = slot_ + 1 == kItems ? 0 : slot_ + 1;
+    return item;
+  }
+
+ private:
+  __device__ __forceinline__ uint4* place(int slot, int piece) const {
+    return reinterpret_cast<uint4*>(buffer_ + slot * kItemBytes) + piece;
+  }
+
+  __device__ __forceinline__ void ask() {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int piece = threadIdx.x % 32 + 32 * i;
+      const uint16_t* source = piece_of_item<kSwap>(args_, share_, ahead_, piece);
+      if (source != nullptr) ptx::copy_async_16(place(slot_, piece), source, true);
+    }
+    ptx::commit_copies();
+    ahead_.advance(share_);
+  }
+
+  const MoeArguments& args_;
+  const GatherShare& share_;
+  GatherCursor ahead_;
+  uint8_t* buffer_;
+  int slot_;
+};
 
 // Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
 // warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing.
@@ -57,6 +143,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   const int top_k = args.problem.top_k;
   const int first_pair = token_begin * top_k;
   const int end_pair = token_end * top_k;
+  const int k_blocks = args.problem.hidden_size / kBlockK;
   int next_expert = first_pair + lane < end_pair ? __ldg(args.topk_ids + first_pair + lane) : -1;
   float next_weight = first_pair + lane < end_pair ? __ldg(args.topk_weights + first_pair + lane) : 0.0f;
   for (int base = first_pair; base < end_pair; base += 32) {
@@ -68,7 +155,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
     if (expert < 0 || expert >= plan.group_experts()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
-    PairTarget target{-1, 0};
+    PairTarget target = PairTarget::unused();
     int position = 0;
     if (expert >= 0) position = plan.before(expert) + earlier;
     __syncwarp();
@@ -78,11 +165,13 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int row = position - chunk * kTile;
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
       const int rank = Group::rank_of_expert(args, expert);
-      target = {plan.row_base(expert) + chunk * kTile, row | padded << 8 | rank << 16};
+      const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
+      // Image rows of all chunks and K blocks are fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
+      target = PairTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(pair / top_k) >= share.first_item) {
-        Group::on(args, rank, args.workspace.row_sources)[target.chunk_row_base + row] = {
-            Group::pair_of_group(args, pair), weight * args.routed_scaling_factor};
+        Group::on(args, rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::pair_of_group(args, pair),
+                                                                                   weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
@@ -90,35 +179,43 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   }
 }
 
-// Quantises one item (lane: eight columns, half a warp: one scale) and stores it for each of the token's used slots.
-template <typename Group>
-__device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const uint4& packed,
+// Quantises one item (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the token's
+// used slots.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const ItemPieces<kSwap>& item,
                                             const PairTarget* token_targets) {
+  constexpr int kPieces = ItemPieces<kSwap>::kPieces;
+  constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column = block * kGatherColumns + lane * 8;
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-  float values[8];
+  const int column = block * Orientation<kSwap>::kGatherColumns + lane * 8 * kPieces;
+  float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    values[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-    amax = fmaxf(amax, fabsf(values[i]));
+  for (int i = 0; i < kPieces; ++i) {
+    const uint32_t words[4] = {item.piece[i].x, item.piece[i].y, item.piece[i].z, item.piece[i].w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      values[8 * i + j] = __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
+      amax = fmaxf(amax, fabsf(values[8 * i + j]));
+    }
   }
 #pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+  for (int offset = kLanesPerScale / 2; offset > 0; offset /= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+  }
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
-  const float reciprocal = __frcp_rn(scale);
-  uint32_t bytes[2];
+  const float reciprocal = fp8::reciprocal(scale);
+  uint32_t bytes[2 * kPieces];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 2 * kPieces; ++i) {
     float q[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) q[j] = fp8::quotient(values[4 * i + j], scale, reciprocal);
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
-  const int k_block = column / kBlockK, k_blocks = p.hidden_size / kBlockK;
+  const uint32_t k_block = column / kBlockK;
   // Some slots at a time, without branches, so that the ways to their addresses overlap.
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
@@ -130,18 +227,22 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
     for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      // Image rows of 128 bytes before this one, of all chunks and K blocks: fewer than 2^32, as scratch memory has a limit
-      // (host/problem.h).
-      const uint32_t row = target[i].chunk_row_base * k_blocks + k_block * target[i].padded_rows() + target[i].row();
-      plane[i] = Group::on(args, target[i].rank(), args.workspace.token_planes) + static_cast<size_t>(row) * kBlockK +
-                 swizzled_column(target[i].row(), column);
+      const uint32_t row = target[i].image_row + k_block * target[i].padded_rows();
+      const uint32_t byte = row * kBlockK + (column % kBlockK ^ target[i].swizzle());
+      plane[i] = Group::on(args, target[i].rank(), args.workspace.token_planes) + byte;
       scales[i] = Group::on(args, target[i].rank(), args.workspace.token_scales) + row;
     }
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      const bool used = slot + i < p.top_k && target[i].chunk_row_base >= 0;
-      if (used) *reinterpret_cast<uint2*>(plane[i]) = make_uint2(bytes[0], bytes[1]);
-      if (used && lane % 16 == 0) *scales[i] = scale;
+      const bool used = slot + i < p.top_k && target[i].used();
+      if (used) {
+        if constexpr (kPieces == 1) {
+          *reinterpret_cast<uint2*>(plane[i]) = make_uint2(bytes[0], bytes[1]);
+        } else {
+          *reinterpret_cast<uint4*>(plane[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+        }
+      }
+      if (used && lane % kLanesPerScale == 0) *scales[i] = scale;
     }
   }
 }
@@ -150,34 +251,30 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
 // the memory queues. Ends by counting the share as done, for all CTAs to know.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              uint4 packed, PairTarget* targets, Signaller& signaller, Tracer& tracer) {
+                                              const ItemPieces<kSwap>& first, const SharedMap<kSwap>& map,
+                                              Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
   const int end_token = share.end_token();
-  int item = share.first_item + warp;
-  constexpr int kItemsInFlight = Orientation<kSwap>::kItemsInFlight;
-  uint4 items[kItemsInFlight] = {packed};
-#pragma unroll
-  for (int i = 1; i < kItemsInFlight; ++i) items[i] = load_item(args, share, item + i * kConsumerWarps);
+  PairTarget* targets = map.pair_targets();
+  GatherCursor at(share, share.first_item + warp);
+  ItemStream<kSwap> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
-    for (; item < min(share.end_item, share.first_item_of(token_end)); item += kConsumerWarps) {
-      const uint4 next = load_item(args, share, item + kItemsInFlight * kConsumerWarps);
-      const int token = share.token_of(item);
-      gather_item<Group>(args, item - share.first_item_of(token), items[0], targets + (token - token_begin) * top_k);
-#pragma unroll
-      for (int i = 1; i < kItemsInFlight; ++i) items[i - 1] = items[i];
-      items[kItemsInFlight - 1] = next;
+    const int end_item = min(share.end_item, share.first_item_of(token_end));
+    for (; at.item < end_item; at.advance(share)) {
+      gather_item<kSwap, Group>(args, at.block, items.next(), targets + (at.token - token_begin) * top_k);
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStored);
-  // The images are read by the copy engine of every SM.
+  // The images are read by the copy engine of every SM, the items' memory is written by it.
   ptx::fence_proxy_async_global();
+  ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
     uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_ctas();

@@ -94,8 +94,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   } else {
     if (threadIdx.x < p.num_pairs()) first_expert = __ldg(args.topk_ids + threadIdx.x);
   }
-  uint4 first_item = make_uint4(0, 0, 0, 0);
-  if (warp < kConsumerWarps) first_item = load_item(args, share, share.first_item + warp);
+  ItemPieces<kSwap> first_item;
+  if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
   if (threadIdx.x == kTokenProducerWarp * 32) {
     init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas());
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
@@ -123,7 +123,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if (warp >= kConsumerWarps) {
     ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
-      lay_out_chunks<kSwap>(plan, plan.first_expert());
+      lay_out_chunks<kSwap>(args, plan, plan.first_expert());
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
       __syncwarp();
     } else {
@@ -152,13 +152,13 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     }
   } else {
     ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
-    if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(plan, Group::num_ranks(args));
+    if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(args, plan, Group::num_ranks(args));
     ptx::mbarrier_wait(&shared_header().planned, 0);
     const SharedMap<kSwap> map(args, plan);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
-    gather_tokens<kSwap, Group>(args, plan, share, first_item, map.pair_targets(), signaller, tracer);
+    gather_tokens<kSwap, Group>(args, plan, share, first_item, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {

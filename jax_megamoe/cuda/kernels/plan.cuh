@@ -7,6 +7,7 @@
 #include "kernels/arguments.h"
 #include "kernels/cta_pair.cuh"
 #include "kernels/group.cuh"
+#include "kernels/prefetch.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
 #include "layout/pair_share.h"
@@ -122,7 +123,7 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 
 // Prefix sums over the experts of a rank, this one's if `kOwn`: then chunks too. One warp.
 template <bool kSwap, bool kOwn = true>
-__device__ __forceinline__ void lay_out_chunks(const Plan& plan, int first_expert) {
+__device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const Plan& plan, int first_expert) {
   const int num_experts = plan.num_experts();
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
@@ -137,7 +138,9 @@ __device__ __forceinline__ void lay_out_chunks(const Plan& plan, int first_exper
     if constexpr (kOwn) {
       const int chunks = ceil_div(count, kTile);
       const int chunks_end = warp_inclusive_sum(chunks);
-      if (e < num_experts) plan.chunk_base(e) = chunks_so_far + chunks_end - chunks;
+      const int first_chunk = chunks_so_far + chunks_end - chunks;
+      if (e < num_experts) plan.chunk_base(e) = first_chunk;
+      if constexpr (kSwap) prefetch_first_unit(args, e, first_chunk, chunks);
       chunks_so_far += __shfl_sync(~0u, chunks_end, 31);
       max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
     }
@@ -150,11 +153,11 @@ __device__ __forceinline__ void lay_out_chunks(const Plan& plan, int first_exper
 
 // Where the rows of other ranks' experts lie. All consumers.
 template <bool kSwap>
-__device__ __forceinline__ void lay_out_other_ranks(const Plan& plan, int num_ranks) {
+__device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, const Plan& plan, int num_ranks) {
 #pragma unroll 1
   for (int rank = threadIdx.x / 32; rank < num_ranks; rank += kConsumerWarps) {
     const int first_expert = rank * plan.num_experts();
-    if (first_expert != plan.first_expert()) lay_out_chunks<kSwap, false>(plan, first_expert);
+    if (first_expert != plan.first_expert()) lay_out_chunks<kSwap, false>(args, plan, first_expert);
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 }

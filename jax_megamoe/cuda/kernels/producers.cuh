@@ -5,30 +5,10 @@
 #include <cstdint>
 
 #include "kernels/pipeline.cuh"
+#include "kernels/prefetch.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
-
-__device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
-  return args.num_layers == 1 ? 0 : min(max(__ldg(args.layer), 0), args.num_layers - 1);
-}
-
-// Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be
-// read: the CTAs ask for a part of their weights, as much as may be in flight. One warp.
-__device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
-  const Problem& p = args.problem;
-  const int lane = threadIdx.x % 32;
-  const int expert = lane < p.num_pairs() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
-  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_experts);
-  if (own == 0) return;
-  const int count = __popc(own);
-  const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
-  const size_t begin = static_cast<size_t>(blockIdx.x / count) * kWeightBytesInFlight;
-  if (!(own >> lane & 1) || __popc(own & ((1u << lane) - 1)) != blockIdx.x % count || begin >= expert_bytes) return;
-  const size_t index = static_cast<size_t>(clamped_layer(args)) * p.num_experts + expert;
-  ptx::bulk_prefetch(args.gate_up + index * expert_bytes + begin,
-                     static_cast<uint32_t>(min(expert_bytes - begin, static_cast<size_t>(kWeightBytesInFlight))));
-}
 
 template <bool kSwap>
 class WeightProducer {

@@ -59,10 +59,12 @@ struct Orientation {
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
+  // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
+  static constexpr int kGatherColumns = kSwap ? 256 : 512;
   // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
-  static constexpr int kItemsInFlight = kSwap ? 1 : 4;
+  static constexpr int kItemsInFlight = kSwap ? 2 : 4;
   static constexpr int kSlotsInFlight = kSwap ? 4 : 8;
   // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
   static constexpr int kProducerRegisters = kSwap ? 72 : 56;

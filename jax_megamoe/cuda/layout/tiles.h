@@ -34,12 +34,13 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
-// swapAB serves calls of up to so many (token, slot) pairs per expert, on average: beyond, experts need a second chunk of
-// kSwapTokenTile, and 128 tokens on M are less of a waste. More where the normal orientation, whose units are twice as large,
-// would have few of them. Measured (docs/performance-log.md, "Where swapAB ends").
-constexpr int kMaxSwapPairsPerExpert = 36;
-constexpr int kMaxSwapPairsPerExpertOfFew = 48;
-constexpr int kFewNormalUnits = 264;  // two for each of the 132 SMs of an H100 or H200
+// swapAB serves calls of up to so many (token, slot) pairs per expert, on average: beyond, the memory does not hide that 56 tokens
+// take longer than 128 on M do. The normal orientation starts and ends with units twice as large, which matters the more the fewer
+// gate/up units it has: an H100 or H200 has 132 SMs. Measured (docs/performance-log.md, "Where swapAB ends").
+__host__ __device__ constexpr int most_swap_pairs_per_expert(int normal_units) {
+  constexpr int kSms = 132;
+  return normal_units < 2 * kSms ? 48 : normal_units < 8 * kSms ? 32 : 20;
+}
 
 // Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
 constexpr int kLeastPairsPerExpertOfTwoCtas = 192;

@@ -8,8 +8,8 @@
 
 namespace megamoe {
 
-// Which operand the tokens are in the multiply. Only measurements say so themselves (`probe crossover`).
-enum class Orient : int { kByRule, kSwapped, kNormal };
+// Whether tokens and weights change places in the multiply. Only measurements say so themselves (`probe crossover`).
+enum class OperandOrder : int { kByRule, kSwapped, kNormal };
 
 // Sizes of one call on one device; `num_tokens` and `num_experts` are what this device holds.
 struct Problem {
@@ -19,14 +19,13 @@ struct Problem {
   int intermediate_size;
   int num_experts;
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
-  Orient orient = Orient::kByRule;
+  OperandOrder order = OperandOrder::kByRule;
 
   // By pairs per expert, of which one rank has as many as several that share the experts.
   __host__ __device__ bool swap_operands() const {
-    if (orient != Orient::kByRule) return orient == Orient::kSwapped;
+    if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
     const int normal_units = num_experts * (intermediate_size / (2 * kGateUpTileColumns));  // with a chunk per expert
-    const int most = normal_units < kFewNormalUnits ? kMaxSwapPairsPerExpertOfFew : kMaxSwapPairsPerExpert;
-    return num_pairs() <= most * num_experts;
+    return num_pairs() <= most_swap_pairs_per_expert(normal_units) * num_experts;
   }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
   __host__ __device__ int num_pairs() const { return num_tokens * top_k; }

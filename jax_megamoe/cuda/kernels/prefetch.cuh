@@ -1,0 +1,53 @@
+// Weights that are certain to be read, asked for before there is a place for them: the L2 has them by then.
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+#include "kernels/arguments.h"
+#include "kernels/roles.h"
+
+namespace megamoe {
+
+__device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
+  return args.num_layers == 1 ? 0 : min(max(__ldg(args.layer), 0), args.num_layers - 1);
+}
+
+// Of an expert of this rank.
+__device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& args, int expert) {
+  const Problem& p = args.problem;
+  const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
+  return args.gate_up + (static_cast<size_t>(clamped_layer(args)) * p.num_experts + expert) * expert_bytes;
+}
+
+// Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be
+// read: the CTAs ask for a part of their weights, as much as may be in flight. One warp.
+__device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
+  const Problem& p = args.problem;
+  const int lane = threadIdx.x % 32;
+  const int expert = lane < p.num_pairs() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
+  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_experts);
+  if (own == 0) return;
+  const int count = __popc(own);
+  const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
+  const size_t begin = static_cast<size_t>(blockIdx.x / count) * kWeightBytesInFlight;
+  if (!(own >> lane & 1) || __popc(own & ((1u << lane) - 1)) != blockIdx.x % count || begin >= expert_bytes) return;
+  ptx::bulk_prefetch(gate_up_weights(args, expert) + begin,
+                     static_cast<uint32_t>(min(expert_bytes - begin, static_cast<size_t>(kWeightBytesInFlight))));
+}
+
+// The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
+// before the weight producer comes to it. Not where warps have tokens to gather one after the other: those are waited for longer.
+__device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
+  constexpr int kMostItems = kConsumerWarps / 4;
+  using O = Orientation<true>;
+  const int tiles = args.constants.gate_up_units.value();
+  const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
+  if (args.constants.gather_items_per_cta > kMostItems || within < 0 || within >= chunks * tiles) return;
+  const int tile = chunks == 1 ? within : within / chunks;
+  const int k_blocks = args.problem.hidden_size / kBlockK;
+  ptx::bulk_prefetch_stream(gate_up_weights(args, expert) + static_cast<size_t>(tile) * k_blocks * kBlockWeightBytes,
+                            min(k_blocks, O::kStageBlocks) * kBlockWeightBytes);
+}
+
+}  // namespace megamoe
