@@ -111,7 +111,11 @@ def test_repeated_launches_give_the_same_bits(tokens):
 
 @pytest.mark.parametrize(
     ("tokens", "least"),
-    [(96, 1), (300, 97), (900, 300)],  # swapAB (48 pairs per expert), normal, and pairs of CTAs (from 192) against single ones
+    [
+        (96, 1),
+        (300, 97),
+        (900, 300),
+    ],  # swapAB (48 pairs per expert), normal, and pairs of CTAs (from 192) against single ones
 )
 def test_token_does_not_depend_on_its_batch(tokens, least):
     x, weights, ids, routing = _call(tokens, 1024, 512, 8, 4)

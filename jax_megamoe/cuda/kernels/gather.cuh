@@ -275,6 +275,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   // The images are read by the copy engine of every SM, the items' memory is written by it.
   ptx::fence_proxy_async_global();
   ptx::fence_proxy_async_shared();
+  ptx::mbarrier_arrive(&map.header().gathered);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
     uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_ctas();

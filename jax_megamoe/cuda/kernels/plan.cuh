@@ -19,9 +19,10 @@ struct Unit {
   int down;  // 0: gate/up, 1: down
   int expert;
   int tile;
-  int chunk;     // global chunk number, names the activation counter
-  int row_base;  // first gathered row of the chunk
-  int rows;      // tokens in the chunk; none: nothing to do for this CTA of a pair
+  int chunk;       // global chunk number, names the activation counter
+  int row_base;    // first gathered row of the chunk
+  int rows;        // tokens in the chunk; none: nothing to do for this CTA of a pair
+  int only_chunk;  // of the expert: nobody else reads the weights
   // With the other CTA of the pair, which has another chunk, or another tile.
   int shares_weights;
   int shares_tokens;
@@ -198,6 +199,7 @@ class UnitSchedule {
       share = pair_share(count, tiles.value(), group, member, rank);
     }
     u.tile = share.tile;
+    u.only_chunk = chunks == 1;
     u.chunk = first_chunk + share.chunk;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + share.chunk * kTile;
     u.rows = share.idle ? 0 : min(kTile, count - share.chunk * kTile);

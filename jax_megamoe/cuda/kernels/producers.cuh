@@ -59,6 +59,7 @@ class WeightProducer {
     const float* scales;
     int k_blocks;
     bool down;
+    bool once;           // leaves the L2 first
     bool shared;         // with the other CTA of the pair: each brings a tile to both
     size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
     int scale_distance;  // floats, likewise
@@ -69,6 +70,8 @@ class WeightProducer {
     Stream s;
     s.down = u.down;
     s.shared = u.shares_weights;
+    // Slots and activations stay in the L2 instead. Not so for gate/up in the normal orientation, which got slower by it.
+    s.once = kSwap || (u.down && u.only_chunk);
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;
@@ -154,12 +157,11 @@ class WeightProducer {
     cursor_.advance(map_.num_stages);
   }
 
-  // With few tokens nearly every weight is read once. With many, the chunks of an expert share theirs through the L2.
-  __device__ __forceinline__ static void load(uint8_t* destination, const uint8_t* source, int bytes, uint64_t* full,
-                                              bool shared) {
-    if constexpr (kSwap) {
+  __device__ __forceinline__ static void load(const Stream& s, uint8_t* destination, const uint8_t* source, int bytes,
+                                              uint64_t* full) {
+    if (s.once) {
       ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
-    } else if (shared) {
+    } else if (!kSwap && s.shared) {
       ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBothCtas);
     } else {
       ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
@@ -169,14 +171,14 @@ class WeightProducer {
   // `whole` K blocks of `kBytes` each, which follow each other in memory and in the stage. What the stage has room for beyond them
   // is the last one again, so that the consumers multiply numbers.
   template <int kBytes>
-  __device__ __forceinline__ static void load_blocks(uint8_t* stage, const uint8_t* blocks, int whole, uint64_t* full,
-                                                     bool shared) {
+  __device__ __forceinline__ static void load_blocks(const Stream& s, uint8_t* stage, const uint8_t* blocks, int whole,
+                                                     uint64_t* full) {
     if constexpr (O::kStageBlocks == 1) {
-      load(stage, blocks, kBytes, full, shared);
+      load(s, stage, blocks, kBytes, full);
     } else {
       static_assert(O::kStageBlocks == 2);
-      load(stage, blocks, whole * kBytes, full, shared);
-      if (whole == 1) load(stage + kBytes, blocks, kBytes, full, shared);
+      load(s, stage, blocks, whole * kBytes, full);
+      if (whole == 1) load(s, stage + kBytes, blocks, kBytes, full);
     }
   }
 
@@ -194,9 +196,8 @@ class WeightProducer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (!brings(t)) continue;
-          load_blocks<kPlaneBytes>(stage + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
-                                   s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full,
-                                   s.shared);
+          load_blocks<kPlaneBytes>(s, stage + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
+                                   s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full);
         }
         ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
                                         s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
@@ -209,8 +210,8 @@ class WeightProducer {
 #pragma unroll
       for (int t = 0; t < O::kUnitTiles; ++t) {
         if (!brings(t)) continue;
-        load_blocks<kBlockWeightBytes>(stage + t * O::kStageBlocks * kBlockWeightBytes, s.weights + t * s.tile_bytes,
-                                       whole, full, s.shared);
+        load_blocks<kBlockWeightBytes>(s, stage + t * O::kStageBlocks * kBlockWeightBytes, s.weights + t * s.tile_bytes,
+                                       whole, full);
       }
       ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
       s.weights += O::kStageBlocks * kBlockWeightBytes;
@@ -240,6 +241,7 @@ __device__ __forceinline__ void produce_tokens(const MoeArguments& args, const S
   Tracer tracer(args, TraceRole::kTokenProducer);
   const uint32_t rank = CtaPair<kSwap>(args).rank();
   StageCursor cursor;
+  ptx::mbarrier_wait(&header.gathered, 0);
   while (true) {
     ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
     const UnitNote note = header.note[cursor.stage];
