@@ -12,7 +12,6 @@
 namespace megamoe {
 
 // Work is cut into (token, 256 or 512 hidden columns) items, one warp each, in contiguous shares per CTA.
-
 struct GatherShare {
   Divisor blocks;  // items per token
   int first_item;
@@ -74,7 +73,8 @@ __device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments&
 }
 
 // A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The memory is
-// the token parts of the ring, which are empty until all tokens are gathered.
+// the token parts of the ring, which are empty until all tokens are gathered. Two warps share a stage, which has 2 KB for swapAB's
+// two items each and 8 KB for the normal orientation's four, or three warps one of 16 KB.
 template <bool kSwap>
 class ItemStream {
   static constexpr int kItems = Orientation<kSwap>::kItemsInFlight;
