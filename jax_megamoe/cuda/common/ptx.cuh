@@ -168,12 +168,18 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
+// What is loaded with it leaves the L2 first.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
 // stay in it.
 __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
                                                              uint64_t* barrier) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const uint64_t policy = evict_first_policy();
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(smem_address(destination)),
@@ -198,8 +204,7 @@ __device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes
 
 // ... of bytes that are read once.
 __device__ __forceinline__ void bulk_prefetch_stream(const void* source, uint32_t bytes) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const uint64_t policy = evict_first_policy();
   asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(source), "r"(bytes), "l"(policy)
                : "memory");
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/bf16.cuh"
 #include "kernels/pipeline.cuh"
 
 namespace megamoe {
@@ -54,11 +55,8 @@ __device__ __forceinline__ void store_sum(const MoeArguments& args, const float 
 
 // sum += eight bf16 columns.
 __device__ __forceinline__ void add_columns(float (&sum)[8], const uint4& row) {
-  const uint32_t words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    sum[c] += __uint_as_float(c % 2 == 0 ? words[c / 2] << 16 : words[c / 2] & 0xffff0000u);
-  }
+  for (int c = 0; c < 8; ++c) sum[c] += bf16::value(row, c);
 }
 
 __device__ __forceinline__ const uint16_t* slot_columns(const MoeArguments& args, int token, int slot, int column) {

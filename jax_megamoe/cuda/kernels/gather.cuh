@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/bf16.cuh"
 #include "common/fp8.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/trace.cuh"
@@ -166,7 +167,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
-      // Image rows of all chunks and K blocks are fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
+      // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
       target = PairTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(pair / top_k) >= share.first_item) {
@@ -193,10 +194,9 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
   float amax = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const uint32_t words[4] = {item.piece[i].x, item.piece[i].y, item.piece[i].z, item.piece[i].w};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      values[8 * i + j] = __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
+      values[8 * i + j] = bf16::value(item.piece[i], j);
       amax = fmaxf(amax, fabsf(values[8 * i + j]));
     }
   }

@@ -37,7 +37,7 @@ __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& arg
 }
 
 // The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
-// before the weight producer comes to it. Not where warps have tokens to gather one after the other: those are waited for longer.
+// before the weight producer comes to it. Only where CTAs have next to nothing to gather: else that is waited for longer.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
   constexpr int kMostItems = kConsumerWarps / 4;
   using O = Orientation<true>;

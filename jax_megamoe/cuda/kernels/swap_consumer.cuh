@@ -14,7 +14,6 @@
 
 #include "common/fp8.cuh"
 #include "common/wgmma.cuh"
-#include "kernels/gather.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
