@@ -2,6 +2,7 @@
 // device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing]     routing: uniform, one (all on one expert), masked, none
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
+//   probe turns H I E k T...            the same with the weights of two layers in turn
 //   probe crossover H I E k T...        both orientations, whichever the rule would choose
 //   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
 #include <cuda_runtime.h>
@@ -56,14 +57,15 @@ int check(const Problem& p, const std::string& routing) {
   return good ? 0 : 1;
 }
 
-// Per call in a graph of calls with different inputs. `touched`: experts that a call reads, on average.
-double call_microseconds(const Problem& p, const Weights& w, double* touched) {
+// Per call in a graph of calls with different inputs. Layers take turns, as in a model: what one call leaves in the L2 is of no use to
+// the next. `touched`: experts that a call reads, on average.
+double call_microseconds(const Problem& p, const std::vector<Weights>& layers, double* touched) {
   void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
   megamoe::Control* control = make_control(p);
   std::vector<Call> calls;
   *touched = 0;
   for (int n = 0; n < kInputs; ++n) {
-    calls.emplace_back(p, w, "uniform", 100 + n);
+    calls.emplace_back(p, layers[n % layers.size()], "uniform", 100 + n);
     calls.back().share(workspace, control);
     *touched += calls.back().touched() / static_cast<double>(kInputs);
   }
@@ -77,11 +79,13 @@ double call_microseconds(const Problem& p, const Weights& w, double* touched) {
   return us;
 }
 
-void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts) {
-  const Weights w(h, i, e);
+void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts, int num_layers) {
+  std::vector<Weights> layers;
+  for (int n = 0; n < num_layers; ++n) layers.emplace_back(h, i, e);
+  const Weights& w = layers[0];
   for (int tokens : token_counts) {
     double touched;
-    const double us = call_microseconds({tokens, k, h, i, e}, w, &touched);
+    const double us = call_microseconds({tokens, k, h, i, e}, layers, &touched);
     const double expert_bytes = 3.0 * h * i;
     const size_t bytes = static_cast<size_t>(touched * expert_bytes) / 4096 * 4096;
     const size_t total = static_cast<size_t>(e) * 2 * h * i;
@@ -98,12 +102,12 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
     std::fflush(stdout);
     cudaFree(sink);
   }
-  w.release();
+  for (const Weights& layer : layers) layer.release();
 }
 
 // Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/tiles.h).
 void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
-  const Weights w(h, i, e);
+  const std::vector<Weights> w(1, Weights(h, i, e));
   for (int tokens : token_counts) {
     double us[4], touched;
     for (int n = 0; n < 4; ++n) {
@@ -116,7 +120,7 @@ void time_orientations(int h, int i, int e, int k, const std::vector<int>& token
                 Problem{tokens, k, h, i, e}.swap_operands() ? ", swapAB by rule" : ", normal by rule");
     std::fflush(stdout);
   }
-  w.release();
+  w[0].release();
 }
 
 #ifdef MEGAMOE_TRACE
@@ -157,7 +161,7 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
 
 int main(int argc, char** argv) {
   if (argc < 7) {
-    std::fprintf(stderr, "usage: probe check H I E k T [routing] | probe (time | crossover) H I E k T...\n");
+    std::fprintf(stderr, "usage: probe check H I E k T [routing] | probe (time | turns | crossover) H I E k T...\n");
     return 2;
   }
   CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
@@ -173,7 +177,11 @@ int main(int argc, char** argv) {
 #endif
   std::vector<int> tokens;
   for (int i = 6; i < argc; ++i) tokens.push_back(number(i));
-  auto* run = std::string(argv[1]) == "crossover" ? time_orientations : time_shape;
-  run(number(2), number(3), number(4), number(5), tokens);
+  const std::string what = argv[1];
+  if (what == "crossover") {
+    time_orientations(number(2), number(3), number(4), number(5), tokens);
+  } else {
+    time_shape(number(2), number(3), number(4), number(5), tokens, what == "turns" ? 2 : 1);
+  }
   return 0;
 }

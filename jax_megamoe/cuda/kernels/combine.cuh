@@ -64,6 +64,19 @@ __device__ __forceinline__ const uint16_t* slot_columns(const MoeArguments& args
   return args.workspace.slot_outputs + (static_cast<size_t>(token) * p.top_k + slot) * p.hidden_size + column;
 }
 
+// Drops up to eight slots from `base` on of the columns that eight neighbouring lanes have, all of which have read them: a line each.
+__device__ __forceinline__ void discard_slots(const MoeArguments& args, const int (&tokens)[2], int base, int column) {
+  static_assert(kCombineColumns * sizeof(uint16_t) == ptx::kLineBytes);
+  __syncwarp();
+  const int lane = threadIdx.x % 8;
+#pragma unroll
+  for (int token : tokens) {
+    if (token < args.problem.num_tokens && base + lane < args.problem.top_k) {
+      ptx::discard_line(slot_columns(args, token, base + lane, column - 8 * lane));
+    }
+  }
+}
+
 // Where results did not come: numbers that nobody takes for results.
 __device__ __forceinline__ void store_nothing(const MoeArguments& args, const int (&tokens)[2], int column) {
   float nan[8];
@@ -144,6 +157,8 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
         for (int i = 0; i < kSlotsInFlight; ++i) add_columns(sum[t], rows[t][i]);
       }
     }
+#pragma unroll 1
+    for (int base = 0; base < p.top_k; base += 8) discard_slots(args, at.tokens, base, at.column);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (at.tokens[t] < p.num_tokens) store_sum(args, sum[t], at.tokens[t], at.column);
@@ -194,8 +209,10 @@ class CombineStream {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) add_columns(sum[t], *reinterpret_cast<const uint4*>(row(stage, t, i)));
       }
+      static_assert(kSlots == 8);
+      at.move_to(here.column_tile, here.token_group);
+      discard_slots(args_, at.tokens, here.base, at.column);
       if (here.base + kSlots >= args_.problem.top_k) {
-        at.move_to(here.column_tile, here.token_group);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           if (at.tokens[t] < args_.problem.num_tokens) store_sum(args_, sum[t], at.tokens[t], at.column);

@@ -275,8 +275,13 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   // The images are read by the copy engine of every SM, the items' memory is written by it.
   ptx::fence_proxy_async_global();
   ptx::fence_proxy_async_shared();
-  ptx::mbarrier_arrive(&map.header().gathered);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  if (kEveryLaneArrives || threadIdx.x == 0) {
+    // Stages may be filled with tokens, by either CTA of a pair.
+    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+      ptx::mbarrier_arrive_in_cluster(&map.header().gathered, rank);
+    }
+  }
   if (threadIdx.x == 0) {
     uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_ctas();
     if constexpr (Group::kHasPeers) {

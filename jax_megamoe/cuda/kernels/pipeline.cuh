@@ -150,7 +150,7 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
 #pragma unroll
   for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
   ptx::mbarrier_init(&header.planned, 32);
-  ptx::mbarrier_init(&header.gathered, kConsumerThreads);
+  ptx::mbarrier_init(&header.gathered, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
   header.ids_missing = 0;
   ptx::mbarrier_init_fence();
 }

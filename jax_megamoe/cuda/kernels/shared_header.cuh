@@ -37,7 +37,7 @@ struct SharedHeader {
   uint64_t tokens_full[kMaxStages];   // ... its tokens
   uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
   uint64_t planned;                   // the plan is complete
-  uint64_t gathered;             // this CTA's share of the tokens is, which went through the token parts of the stages
+  uint64_t gathered;             // this CTA's and its partner's shares of the tokens, through the stages' token parts
   uint64_t claimed[kMaxStages];  // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
   uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
