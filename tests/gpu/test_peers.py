@@ -58,6 +58,13 @@ def run(mesh: Mesh, probe: Probe, launches: int = 1, axes: tuple[str, ...] = EXP
     return rows
 
 
+def start(mesh: Mesh, probe: Probe, launches: int = 1) -> Any:
+    """Runs a program and returns it: while it lives, so does its executable, and the memory with it."""
+    program = peer_probe.program(mesh, EXPERT, probe, launches)
+    peer_probe.check_rows(peer_probe.gather_rows(program()), mesh, EXPERT)
+    return program
+
+
 @pytest.mark.parametrize("num_bytes", [16, 4096, 1 << 20])
 def test_pushes_arrive(num_bytes):
     rows = run(make_mesh(), Probe(bytes=num_bytes), launches=3)
@@ -102,15 +109,18 @@ def test_modes_that_measure(mode):
 def test_programs_of_one_size_share_the_memory():
     mesh = make_mesh()
     probe = Probe(bytes=(1 << 20) + 16)
-    run(mesh, probe)
+    program = start(mesh, probe)
     before = len(_library.symmetric_memories())
-    run(mesh, probe, launches=2)  # another executable
+    assert before > 0
+    other = start(mesh, probe, launches=2)
     assert len(_library.symmetric_memories()) == before
+    assert program is not other  # both are alive
 
 
 def test_memory_is_given_back_with_the_executables():
-    run(make_mesh(), Probe(bytes=3 << 20))
+    program = start(make_mesh(), Probe(bytes=3 << 20))
     assert _library.symmetric_memories()
+    del program
     jax.clear_caches()
     assert [m for m in _library.symmetric_memories() if not m["spans_processes"]] == []
 

@@ -39,7 +39,7 @@ constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 // gate/up units it has: an H100 or H200 has 132 SMs. Measured (docs/performance-log.md, "Where swapAB ends").
 __host__ __device__ constexpr int most_swap_pairs_per_expert(int normal_units) {
   constexpr int kSms = 132;
-  return normal_units < kSms ? 56 : normal_units < 2 * kSms ? 48 : normal_units < 8 * kSms ? 32 : 20;
+  return normal_units < kSms ? 53 : normal_units < 2 * kSms ? 48 : normal_units < 8 * kSms ? 32 : 20;
 }
 
 // Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
