@@ -57,8 +57,8 @@ int check(const Problem& p, const std::string& routing) {
   return good ? 0 : 1;
 }
 
-// Per call in a graph of calls with different inputs. Layers take turns, as in a model: what one call leaves in the L2 is of no use to
-// the next. `touched`: experts that a call reads, on average.
+// Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in the L2 of its
+// weights is of no use to the next. `touched`: experts that a call reads, on average.
 double call_microseconds(const Problem& p, const std::vector<Weights>& layers, double* touched) {
   void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
   megamoe::Control* control = make_control(p);
@@ -107,20 +107,20 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
 
 // Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/tiles.h).
 void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
-  const std::vector<Weights> w(1, Weights(h, i, e));
+  const Weights w(h, i, e);
   for (int tokens : token_counts) {
     double us[4], touched;
     for (int n = 0; n < 4; ++n) {
       Problem p{tokens, k, h, i, e};
       p.order = n % 2 == 0 ? megamoe::OperandOrder::kSwapped : megamoe::OperandOrder::kNormal;
-      us[n] = call_microseconds(p, w, &touched);
+      us[n] = call_microseconds(p, {w}, &touched);
     }
     std::printf("H %d I %d E %d k %d T %4d, %5.1f pairs per expert: swapAB %.1f, %.1f us, normal %.1f, %.1f us%s\n", h,
                 i, e, k, tokens, static_cast<double>(tokens) * k / e, us[0], us[2], us[1], us[3],
                 Problem{tokens, k, h, i, e}.swap_operands() ? ", swapAB by rule" : ", normal by rule");
     std::fflush(stdout);
   }
-  w[0].release();
+  w.release();
 }
 
 #ifdef MEGAMOE_TRACE
