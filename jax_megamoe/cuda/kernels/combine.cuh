@@ -166,8 +166,44 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   }
 }
 
-// Normal orientation: units go expert by expert, and all columns are complete at about the same time. Each warp has neighbouring
-// columns of the same tokens and streams their slots through what was the ring, some steps of up to eight slots ahead.
+// Which of the down units are complete, as one warp knows: the first so many.
+template <typename Group>
+class CompleteUnits {
+ public:
+  __device__ CompleteUnits(const MoeArguments& args, int num_chunks) : args_(args), num_chunks_(num_chunks) {}
+
+  // Waits for units [0, unit]; returns whether they are.
+  __device__ __forceinline__ bool await(int unit) {
+    if (unit < complete_) return true;
+    if constexpr (Group::kHasPeers) {
+      if (!wait_for_units<false, Group>(args_, num_chunks_, complete_, unit + 1)) return false;
+      complete_ = unit + 1;
+    } else {
+      // Looks at as many as there are lanes: what is complete already is not asked for again.
+      const uint32_t signals = num_chunks_ * Orientation<false>::kDownSignals;
+      const int units = args_.constants.down_units.value();
+      ptx::WaitLimit limit;
+      while (true) {
+        const int mine = complete_ + static_cast<int>(threadIdx.x % 32);
+        const bool done =
+            mine < units && ptx::load_acquire(SharedMap<false>::counters(args_).down_done(mine)) >= signals;
+        complete_ += __ffs(~__ballot_sync(~0u, done)) - 1;
+        if (unit < complete_) break;
+        limit.check();
+      }
+      __syncwarp();  // a vote orders no memory
+    }
+    return true;
+  }
+
+ private:
+  const MoeArguments& args_;
+  int num_chunks_;
+  int complete_ = 0;
+};
+
+// Normal orientation: each warp streams the slots of its items through what was the ring, some steps of up to eight slots ahead, and
+// waits for the columns of each.
 template <typename Group>
 class CombineStream {
   using O = Orientation<false>;
@@ -175,34 +211,41 @@ class CombineStream {
   static constexpr int kRowBytes = 32 * 16, kStepBytes = 2 * kSlots * kRowBytes;
 
  public:
-  __device__ __forceinline__ explicit CombineStream(const MoeArguments& args)
-      : args_(args), column_tiles_(args.problem.hidden_size / kCombineColumns) {
+  __device__ __forceinline__ CombineStream(const MoeArguments& args, int num_chunks)
+      : args_(args), units_(args, num_chunks), column_tiles_(args.problem.hidden_size / kCombineColumns) {
     constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
     static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
     buffer_ =
         shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
+    const int warps = static_cast<int>(gridDim.x) * kConsumerWarps;
+    const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    const int groups = ceil_div(args.problem.num_tokens, kCombineTokens);
+    const int warps_per_group = warps / groups;
+    int items;
+    if (warps_per_group >= kLeastWarpsPerGroup) {
+      // Columns that are complete early go to all warps, the tokens stay the same.
+      columns_apart_ = warps_per_group;
+      ahead_ = {warp / groups, warp % groups};
+      items = warp < groups * warps_per_group ? ceil_div(column_tiles_ - ahead_.column_tile, columns_apart_) : 0;
+    } else {
+      // Most of the sum comes after the last unit anyway: neighbouring columns.
+      columns_apart_ = 1;
+      const int all = column_tiles_ * groups, share = ceil_div(all, warps), first = warp * share;
+      ahead_ = {first % column_tiles_, first / column_tiles_};
+      items = min(all - first, share);
+    }
+    here_ = ahead_;
+    steps_ = max(0, items) * ceil_div(args.problem.top_k, kSlots);
   }
 
-  __device__ __forceinline__ void run(bool complete) {
-    const int items = column_tiles_ * ceil_div(args_.problem.num_tokens, kCombineTokens);
-    const int share = ceil_div(items, static_cast<int>(gridDim.x) * kConsumerWarps);
-    const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-    const int first = warp * share;
-    const int steps = max(0, min(items - first, share)) * ceil_div(args_.problem.top_k, kSlots);
-    Position ahead(first, column_tiles_), here(first, column_tiles_);
+  __device__ __forceinline__ void run() {
     CombineItem asked, at;
-    if (!complete) {
-      for (int step = 0; step < steps; ++step, here.advance(*this)) {
-        at.move_to(here.column_tile, here.token_group);
-        store_nothing(args_, at.tokens, at.column);
-      }
-      return;
-    }
-    for (int step = 0; step < kStepsAhead; ++step) ask(step, steps, step, ahead, asked);
+    int complete_steps = steps_;
+    for (int step = 0; step < kStepsAhead; ++step) ask(step, step, asked, complete_steps);
     float sum[2][8] = {};
     int stage = 0;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps_; ++step) {
       ptx::wait_copies<kStepsAhead - 1>();
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
@@ -210,65 +253,79 @@ class CombineStream {
         for (int i = 0; i < kSlots; ++i) add_columns(sum[t], *reinterpret_cast<const uint4*>(row(stage, t, i)));
       }
       static_assert(kSlots == 8);
-      at.move_to(here.column_tile, here.token_group);
-      discard_slots(args_, at.tokens, here.base, at.column);
-      if (here.base + kSlots >= args_.problem.top_k) {
+      at.move_to(here_.column_tile, here_.token_group);
+      if (step >= complete_steps) {
+        store_nothing(args_, at.tokens, at.column);
+      } else {
+        discard_slots(args_, at.tokens, here_.base, at.column);
+        if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          if (at.tokens[t] < args_.problem.num_tokens) store_sum(args_, sum[t], at.tokens[t], at.column);
+          for (int t = 0; t < 2; ++t) {
+            if (at.tokens[t] < args_.problem.num_tokens) store_sum(args_, sum[t], at.tokens[t], at.column);
 #pragma unroll
-          for (float& value : sum[t]) value = 0.0f;
+            for (float& value : sum[t]) value = 0.0f;
+          }
         }
       }
-      here.advance(*this);
-      ask(step + kStepsAhead, steps, stage, ahead, asked);
+      advance(here_);
+      ask(step + kStepsAhead, stage, asked, complete_steps);
       stage = stage + 1 == kStepsAhead ? 0 : stage + 1;
     }
   }
 
  private:
+  static constexpr int kLeastWarpsPerGroup = 4;
+
   struct Position {
     int column_tile;
     int token_group;
     int base = 0;  // the step's first slot
-
-    __device__ Position(int item, int column_tiles)
-        : column_tile(item % column_tiles), token_group(item / column_tiles) {}
-    __device__ __forceinline__ void advance(const CombineStream& stream) {
-      base += kSlots;
-      if (base < stream.args_.problem.top_k) return;
-      base = 0;
-      if (++column_tile < stream.column_tiles_) return;
-      column_tile = 0;
-      ++token_group;
-    }
   };
+
+  __device__ __forceinline__ void advance(Position& at) const {
+    at.base += kSlots;
+    if (at.base < args_.problem.top_k) return;
+    at.base = 0;
+    at.column_tile += columns_apart_;
+    if (at.column_tile < column_tiles_) return;
+    at.column_tile = 0;
+    ++at.token_group;
+  }
 
   __device__ __forceinline__ uint8_t* row(int stage, int t, int slot) const {
     return buffer_ + stage * kStepBytes + (t * kSlots + slot) * kRowBytes;
   }
 
   // A group of copies, empty beyond the last step. A slot that is not used adds zero, which changes no sum that began with +0.
-  __device__ __forceinline__ void ask(int step, int steps, int stage, Position& ahead, CombineItem& item) {
-    if (step < steps) {
-      if (item.move_to(ahead.column_tile, ahead.token_group)) find_used_slots<Group>(args_, item.tokens, item.used);
+  __device__ __forceinline__ void ask(int step, int stage, CombineItem& item, int& complete_steps) {
+    if (step < complete_steps) {
+      const int unit = ahead_.column_tile * kCombineColumns / (O::kUnitTiles * kDownUnitColumns);
+      if (units_.await(unit)) {
+        if (item.move_to(ahead_.column_tile, ahead_.token_group)) find_used_slots<Group>(args_, item.tokens, item.used);
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
+        for (int t = 0; t < 2; ++t) {
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          const bool used = item.used[t] >> (ahead.base + i) & 1;
-          const uint16_t* source =
-              slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead.base + i : 0, item.column);
-          ptx::copy_async_16(row(stage, t, i), source, used);
+          for (int i = 0; i < kSlots; ++i) {
+            const bool used = item.used[t] >> (ahead_.base + i) & 1;
+            const uint16_t* source =
+                slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead_.base + i : 0, item.column);
+            ptx::copy_async_16(row(stage, t, i), source, used);
+          }
         }
+        advance(ahead_);
+      } else {
+        complete_steps = step;
       }
-      ahead.advance(*this);
     }
     ptx::commit_copies();
   }
 
   const MoeArguments& args_;
+  CompleteUnits<Group> units_;
   int column_tiles_;
+  int columns_apart_;
+  int steps_;
+  Position ahead_, here_;
   uint8_t* buffer_;
 };
 
@@ -278,12 +335,8 @@ __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num
   if constexpr (kSwap) {
     combine_as_columns_complete<Group>(args, num_chunks);
   } else {
-    const int units = ceil_div(args.problem.hidden_size, Orientation<false>::kUnitTiles * kDownUnitColumns);
-    const bool complete = wait_for_units<false, Group>(args, num_chunks, 0, units);
-    // The units' signals have said so already, but on a way that nobody sees who looks at shared memory: both warpgroups have left
-    // the ring.
-    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    CombineStream<Group>(args).run(complete);
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // both warpgroups have left the ring
+    CombineStream<Group>(args, num_chunks).run();
   }
 }
 

@@ -134,25 +134,36 @@ class ItemStream {
   int slot_;
 };
 
+// Ids and weights of the next 32 pairs that are to be placed, asked for before they are needed.
+struct PairsAhead {
+  int expert = -1;
+  float weight = 0.0f;
+
+  // A warp, of pairs [first, end).
+  __device__ __forceinline__ void ask(const MoeArguments& args, int first, int end) {
+    const int pair = first + static_cast<int>(threadIdx.x % 32);
+    expert = pair < end ? __ldg(args.topk_ids + pair) : -1;
+    weight = pair < end ? __ldg(args.topk_weights + pair) : 0.0f;
+  }
+};
+
 // Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
-// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing.
+// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` are the first pairs,
+// and afterwards the first ones after these tokens.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                            int token_begin, int token_end, PairTarget* targets) {
+                                            int token_begin, int token_end, PairsAhead& ahead, PairTarget* targets) {
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
   const int top_k = args.problem.top_k;
   const int first_pair = token_begin * top_k;
   const int end_pair = token_end * top_k;
   const int k_blocks = args.problem.hidden_size / kBlockK;
-  int next_expert = first_pair + lane < end_pair ? __ldg(args.topk_ids + first_pair + lane) : -1;
-  float next_weight = first_pair + lane < end_pair ? __ldg(args.topk_weights + first_pair + lane) : 0.0f;
   for (int base = first_pair; base < end_pair; base += 32) {
     const int pair = base + lane;
-    int expert = next_expert;
-    const float weight = next_weight;
-    next_expert = pair + 32 < end_pair ? __ldg(args.topk_ids + pair + 32) : -1;
-    next_weight = pair + 32 < end_pair ? __ldg(args.topk_weights + pair + 32) : 0.0f;
+    int expert = pair < end_pair ? ahead.expert : -1;
+    const float weight = ahead.weight;
+    ahead.ask(args, min(base + 32, end_pair), share.end_token() * top_k);
     if (expert < 0 || expert >= plan.group_experts()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -247,12 +258,12 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
   }
 }
 
-// This CTA's share of the tokens; all consumer threads. `packed` is the warp's first item, asked for before the weights flood
-// the memory queues. Ends by counting the share as done, for all CTAs to know.
+// This CTA's share of the tokens; all consumer threads. `first` is the warp's first item and `pairs` warp 0's first pairs, asked for
+// before the weights flood the memory queues. Ends by counting the share as done, for all CTAs to know.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              const ItemPieces<kSwap>& first, const SharedMap<kSwap>& map,
-                                              Signaller& signaller, Tracer& tracer) {
+                                              const ItemPieces<kSwap>& first, PairsAhead& pairs,
+                                              const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
@@ -262,7 +273,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   ItemStream<kSwap> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
-    if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, targets);
+    if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, pairs, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));

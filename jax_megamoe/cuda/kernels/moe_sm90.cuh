@@ -96,6 +96,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   }
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
+  PairsAhead first_pairs;
+  if (warp == 0) first_pairs.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if (threadIdx.x == kTokenProducerWarp * 32) {
     init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas());
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
@@ -158,7 +160,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
-    gather_tokens<kSwap, Group>(args, plan, share, first_item, map, signaller, tracer);
+    gather_tokens<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {

@@ -164,12 +164,18 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 }
 
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
-// weights are neighbours, so that only the first of them reads device memory. A ticket is a unit, or one for each CTA of a pair.
+// weights are neighbours, so that only the first of them reads device memory. The down units of the last experts go tile by tile
+// over all these experts, so that columns are complete one after the other and are summed meanwhile. A ticket is a unit, or one for
+// each CTA of a pair.
 template <bool kSwap>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
-      : constants_(args.constants), pair_(args), plan_(plan) {}
+      : constants_(args.constants), pair_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
+    if (pair_.exists()) return;  // which share an expert's chunks in an order of their own
+    const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
+    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(max(0, num_chunks() - chunks)));
+  }
 
   __device__ int num_chunks() const { return plan_.num_chunks(); }
   __device__ uint32_t num_gate_up() const {
@@ -186,20 +192,28 @@ class UnitSchedule {
     u.down = ticket >= first_down;
     const int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
-    u.expert = expert_of_chunk(tickets.divide(index));
-    const int first_chunk = plan_.chunk_base(u.expert);
-    const int chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-    const int count = plan_.count(plan_.first_expert() + u.expert);
-    const int within = index - first_chunk * static_cast<int>(tickets.value());
+    const int chunk = tickets.divide(index);
+    const bool tail = u.down && chunk >= first_tail_chunk_;
+    u.expert = expert_of_chunk(chunk);
+    // The chunks that take turns.
+    const int first = tail ? first_tail_chunk_ : plan_.chunk_base(u.expert);
+    const int chunks = (tail ? num_chunks() : plan_.chunk_base(u.expert + 1)) - first;
+    const int within = index - first * static_cast<int>(tickets.value());
     const int group = chunks == 1 ? within : within / chunks;
-    const int member = within - group * chunks;
+    int member = within - group * chunks;
+    if (tail) {
+      u.expert = expert_of_chunk(first + member);
+      member += first - plan_.chunk_base(u.expert);
+    }
+    const int first_chunk = plan_.chunk_base(u.expert);
+    const int count = plan_.count(plan_.first_expert() + u.expert);
     PairShare share{group, member};
     if (pair_.exists()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
       share = pair_share(count, tiles.value(), group, member, rank);
     }
     u.tile = share.tile;
-    u.only_chunk = chunks == 1;
+    u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
     u.chunk = first_chunk + share.chunk;
     u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + share.chunk * kTile;
     u.rows = share.idle ? 0 : min(kTile, count - share.chunk * kTile);
@@ -210,6 +224,7 @@ class UnitSchedule {
 
  private:
   static constexpr int kTile = Orientation<kSwap>::kTokenTile;
+  static constexpr int kTailUnitsPerCta = 2;
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {
@@ -228,6 +243,7 @@ class UnitSchedule {
   const LaunchConstants& constants_;
   CtaPair<kSwap> pair_;
   Plan plan_;
+  int first_tail_chunk_;  // from which on chunks take turns
 };
 
 }  // namespace megamoe
