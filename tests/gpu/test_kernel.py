@@ -68,6 +68,15 @@ def test_experts_of_several_chunks(tokens, hidden, inter, routing):
     check(*_call(tokens, hidden, inter, 4, 4, routing))
 
 
+@pytest.mark.parametrize("routing", ["uniform", "one", "masked", "none"])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inter", "experts", "top_k"), [(640, 512, 384, 48, 4), (430, 384, 128, 133, 32)]
+)
+def test_tokens_that_are_gathered_by_row(tokens, hidden, inter, experts, top_k, routing):
+    """The normal orientation with up to 112 pairs per expert and a gate/up unit for each SM."""
+    check(*_call(tokens, hidden, inter, experts, top_k, routing))
+
+
 @pytest.mark.parametrize("num_experts", [1, 3, 256, 1024])
 def test_numbers_of_experts(num_experts):
     check(*_call(100, 128, 128, num_experts, 4))
@@ -109,10 +118,10 @@ def test_repeated_launches_give_the_same_bits(tokens):
         np.testing.assert_array_equal(np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16)), first)
 
 
-# swapAB (53 pairs per expert), the normal orientation, and pairs of CTAs (from 192) against single ones.
-@pytest.mark.parametrize(("tokens", "least"), [(106, 1), (300, 107), (900, 300)])
-def test_token_does_not_depend_on_its_batch(tokens, least):
-    x, weights, ids, routing = _call(tokens, 1024, 512, 8, 4)
+# swapAB (53 pairs per expert), the normal orientation, pairs of CTAs (from 192) against single ones, images against rows.
+@pytest.mark.parametrize(("tokens", "least", "experts"), [(106, 1, 8), (300, 107, 8), (900, 300, 8), (1300, 600, 40)])
+def test_token_does_not_depend_on_its_batch(tokens, least, experts):
+    x, weights, ids, routing = _call(tokens, 1024, 512, experts, 4)
     together = np.asarray(moe(x, weights, ids, routing)[0].view(jnp.uint16))
     for token in (0, 31, tokens - least):
         part = slice(token, token + least)

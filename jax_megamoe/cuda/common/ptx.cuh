@@ -69,13 +69,25 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
                : "memory");
+}
+
+// Of the barrier's current phase, besides what it expects already; no arrival.
+__device__ __forceinline__ void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// One of the arrivals that the barrier was made for, as soon as all of this thread's asynchronous copies so far have landed. Whoever
+// waits for it and multiplies what they brought needs fence_proxy_async_shared in between.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
@@ -181,6 +193,19 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+// What is loaded or stored with it leaves the L2 last.
+__device__ __forceinline__ uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void store_16_keep(void* destination, const uint4& value) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(destination), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w), "l"(keep_policy())
+               : "memory");
+}
+
 // The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
 // stay in it.
 __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
@@ -234,6 +259,12 @@ __device__ __forceinline__ void copy_async_16(void* destination, const void* sou
 #endif
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(destination)), "l"(source),
                "r"(exists ? 16 : 0)
+               : "memory");
+}
+// ... of 16 bytes that the L2 keeps longest (keep_policy), to an address in shared memory.
+__device__ __forceinline__ void copy_async_16_keep(uint32_t destination, const void* source, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "l"(policy)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -59,7 +59,7 @@ int cluster_ctas(const Problem& p, int num_ctas, int rows) {
   return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
-template <bool kSwap>
+template <bool kSwap, typename Group>
 LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, int cluster_ctas) {
   const Problem& p = arguments.problem;
   LaunchConstants c;
@@ -71,6 +71,7 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, in
   c.cluster_ctas = cluster_ctas;
   c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), cluster_ctas));
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
+  c.gathers_rows = kMayGatherRows<kSwap, Group> && cluster_ctas == 1 && p.prefers_rows();
   const Plan plan(p.num_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
@@ -90,7 +91,7 @@ cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int nu
   constexpr auto kKernel = moe_sm90<kSwap, Group>;
   const int cluster = cluster_ctas<kSwap, kKernel>(arguments.problem, num_ctas, 1);
   MoeArguments complete = arguments;
-  complete.constants = launch_constants<kSwap>(arguments, num_ctas, cluster);
+  complete.constants = launch_constants<kSwap, Group>(arguments, num_ctas, cluster);
   return ClusterLaunch(dim3(num_ctas), cluster, stream).run(kKernel, complete);
 }
 
@@ -107,7 +108,7 @@ cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arg
   VirtualRanksArguments complete = arguments;
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
-    one.constants = launch_constants<kSwap>(one, ctas_per_rank, cluster);
+    one.constants = launch_constants<kSwap, VirtualRanks>(one, ctas_per_rank, cluster);
   }
   return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(kKernel, complete);
 }

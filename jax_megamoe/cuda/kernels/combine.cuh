@@ -7,6 +7,7 @@
 
 #include "common/bf16.cuh"
 #include "kernels/pipeline.cuh"
+#include "kernels/row_gather.cuh"
 
 namespace megamoe {
 
@@ -74,6 +75,16 @@ __device__ __forceinline__ void discard_slots(const MoeArguments& args, const in
     if (token < args.problem.num_tokens && base + lane < args.problem.top_k) {
       ptx::discard_line(slot_columns(args, token, base + lane, column - 8 * lane));
     }
+  }
+}
+
+// The same for quantised rows (row_gather.cuh), which have done their service when a column of all down units is complete. A line is
+// as long as two items are wide.
+__device__ __forceinline__ void discard_rows(const MoeArguments& args, const int (&tokens)[2], int column) {
+  if (column % ptx::kLineBytes != 0) return;
+#pragma unroll
+  for (int token : tokens) {
+    if (token < args.problem.num_tokens) ptx::discard_line(token_row(args, token) + column);
   }
 }
 
@@ -258,6 +269,7 @@ class CombineStream {
         store_nothing(args_, at.tokens, at.column);
       } else {
         discard_slots(args_, at.tokens, here_.base, at.column);
+        if (here_.base == 0 && gathers_rows<false, Group>(args_)) discard_rows(args_, at.tokens, at.column);
         if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {

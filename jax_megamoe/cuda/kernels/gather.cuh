@@ -8,6 +8,7 @@
 #include "common/bf16.cuh"
 #include "common/fp8.cuh"
 #include "kernels/pipeline.cuh"
+#include "kernels/row_gather.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -191,16 +192,16 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
   }
 }
 
-// Quantises one item (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the token's
-// used slots.
+// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the
+// token's used slots; where rows are gathered, once, and for the slots its scales.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void gather_item(const MoeArguments& args, int block, const ItemPieces<kSwap>& item,
-                                            const PairTarget* token_targets) {
+__device__ __forceinline__ void gather_item(const MoeArguments& args, const GatherCursor& at,
+                                            const ItemPieces<kSwap>& item, const PairTarget* token_targets) {
   constexpr int kPieces = ItemPieces<kSwap>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column = block * Orientation<kSwap>::kGatherColumns + lane * 8 * kPieces;
+  const int column = at.block * Orientation<kSwap>::kGatherColumns + lane * 8 * kPieces;
   float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
@@ -227,6 +228,11 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
   const uint32_t k_block = column / kBlockK;
+  const bool rows = gathers_rows<kSwap, Group>(args);
+  if constexpr (kPieces == 2) {
+    if (rows)
+      ptx::store_16_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
+  }
   // Some slots at a time, without branches, so that the ways to their addresses overlap.
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
@@ -246,7 +252,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, int block,
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
       const bool used = slot + i < p.top_k && target[i].used();
-      if (used) {
+      if (used && !rows) {
         if constexpr (kPieces == 1) {
           *reinterpret_cast<uint2*>(plane[i]) = make_uint2(bytes[0], bytes[1]);
         } else {
@@ -278,7 +284,7 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));
     for (; at.item < end_item; at.advance(share)) {
-      gather_item<kSwap, Group>(args, at.block, items.next(), targets + (at.token - token_begin) * top_k);
+      gather_item<kSwap, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }

@@ -23,9 +23,10 @@
 #include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"
-#include "kernels/producers.cuh"
 #include "kernels/swap_consumer.cuh"
+#include "kernels/token_producer.cuh"
 #include "kernels/trace.cuh"
+#include "kernels/weight_producer.cuh"
 
 namespace megamoe {
 
@@ -78,6 +79,44 @@ __device__ __forceinline__ void pass_turn(const MoeArguments& args, const Shared
   if constexpr (Group::kHasPeers) args.peers.header->epoch = header.epoch;
 }
 
+// One thread, for one consumer warpgroup or for both.
+template <bool kSwap, typename Group, int kQueues>
+__device__ __forceinline__ void signal(const MoeArguments& args, const Plan& plan) {
+  const CounterAdvance<kSwap, Group> advance(args, plan);
+  const int first = threadIdx.x / 32 - kFirstSignalWarp;
+  if (first == 0) {
+    pass_turn<Group>(args, shared_header());
+    if constexpr (Group::kHasPeers) {
+      if (blockIdx.x == 0) advance.announce_if_idle();
+    }
+  }
+  serve_signals<kQueues>(shared_header().signals + first, advance);
+}
+
+// The producer warps, once the plan is complete.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
+  const int warp = threadIdx.x / 32;
+  if constexpr (kMayGatherRows<kSwap, Group>) {
+    if (args.constants.gathers_rows && (warp == kTokenProducerWarp || warp == kSecondRowWarp)) {
+      const SharedMap<kSwap> map(args, plan);
+      return TokenProducer<kSwap, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
+    }
+  }
+  if (!ptx::elect_one()) return;
+  if (warp == kWeightProducerWarp) {
+    const SharedMap<kSwap> map(args, plan);
+    WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
+  } else if (warp == kTokenProducerWarp) {
+    const SharedMap<kSwap> map(args, plan);
+    TokenProducer<kSwap, Group, false>(args, map, 0).run();
+  } else if (gathers_rows<kSwap, Group>(args)) {
+    signal<kSwap, Group, kConsumerWarpgroups>(args, plan);
+  } else {
+    signal<kSwap, Group, 1>(args, plan);
+  }
+}
+
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
@@ -99,7 +138,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   PairsAhead first_pairs;
   if (warp == 0) first_pairs.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if (threadIdx.x == kTokenProducerWarp * 32) {
-    init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas());
+    init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
   }
   __syncwarp();
@@ -135,23 +174,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       const uint64_t* sent = args.peers.header->tokens_sent;
       if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, 1, shared_header().epoch, PeerFailure::kTokens);
     }
-    if (ptx::elect_one()) {
-      if (warp == kWeightProducerWarp) {
-        const SharedMap<kSwap> map(args, plan);
-        WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
-      } else if (warp == kTokenProducerWarp) {
-        produce_tokens<kSwap, Group>(args, SharedMap<kSwap>(args, plan), Group::kHasPeers);
-      } else {
-        const CounterAdvance<kSwap, Group> advance(args, plan);
-        if (warp == kFirstSignalWarp) {
-          pass_turn<Group>(args, shared_header());
-          if constexpr (Group::kHasPeers) {
-            if (blockIdx.x == 0) advance.announce_if_idle();
-          }
-        }
-        Signaller(shared_header().signals[warp - kFirstSignalWarp]).run(advance);
-      }
-    }
+    produce<kSwap, Group>(args, plan);
   } else {
     ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
     if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(args, plan, Group::num_ranks(args));

@@ -79,6 +79,12 @@ class SharedMap {
   }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
   __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset_); }
+  // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
+  __device__ uint32_t* row_offsets() const {
+    static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
+                  kPairBatch * sizeof(PairTarget));
+    return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
+  }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
   // swapAB: [warpgroups][max_rows][kDownTileRowBytes], swizzled
@@ -130,12 +136,13 @@ struct StageCursor {
   }
 };
 
-// One thread. A stage is shared by `ctas` CTAs, whose consumers all leave it before it is free.
-__device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t ctas) {
+// One thread. A stage is shared by `ctas` CTAs, whose consumers all leave it before it is free. Its tokens come by one thread's copies,
+// or also by those of the warps that gather rows.
+__device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t ctas, bool gathers_rows) {
 #pragma unroll
   for (int stage = 0; stage < kMaxStages; ++stage) {
     ptx::mbarrier_init(&header.weights_full[stage], 1);
-    ptx::mbarrier_init(&header.tokens_full[stage], 1);
+    ptx::mbarrier_init(&header.tokens_full[stage], gathers_rows ? kRowWarps * 32 : 1);
     ptx::mbarrier_init(&header.empty[stage], ctas * (kEveryLaneArrives ? kConsumerThreads : kConsumerWarps));
     ptx::mbarrier_init(&header.claimed[stage], 1);
   }
@@ -190,22 +197,42 @@ class Signaller {
     cursor_.advance(kSignalSlots);
   }
 
-  // The signal thread: `advance(counter)` for each.
-  template <typename Advance>
-  __device__ __forceinline__ void run(const Advance& advance) {
-    while (true) {
-      ptx::mbarrier_wait(&queue_.full[cursor_.stage], cursor_.parity);
-      uint32_t* counter = queue_.counter[cursor_.stage];
-      if (counter == nullptr) return;
-      ptx::mbarrier_arrive(&queue_.empty[cursor_.stage]);
-      advance(counter);
-      cursor_.advance(kSignalSlots);
-    }
-  }
-
  private:
   SignalQueue& queue_;
   StageCursor cursor_;
 };
+
+// A signal thread: `advance(counter)` for each that is posted in one of its queues, until all of these have ended.
+template <int kQueues, typename Advance>
+__device__ __forceinline__ void serve_signals(SignalQueue* queues, const Advance& advance) {
+  StageCursor cursors[kQueues];
+  uint32_t open = (1u << kQueues) - 1;
+  ptx::WaitLimit limit;
+  while (open != 0) {
+#pragma unroll
+    for (int q = 0; q < kQueues; ++q) {
+      StageCursor& cursor = cursors[q];
+      uint64_t* full = &queues[q].full[cursor.stage];
+      if constexpr (kQueues == 1) {
+        ptx::mbarrier_wait(full, cursor.parity);
+      } else {
+        if ((open >> q & 1) == 0) continue;
+        if (!ptx::mbarrier_test_wait(full, cursor.parity)) {  // which does not keep the thread from the other queues
+          limit.check();
+          continue;
+        }
+        limit = {};
+      }
+      uint32_t* counter = queues[q].counter[cursor.stage];
+      if (counter == nullptr) {
+        open &= ~(1u << q);
+        continue;
+      }
+      ptx::mbarrier_arrive(&queues[q].empty[cursor.stage]);
+      advance(counter);
+      cursor.advance(kSignalSlots);
+    }
+  }
+}
 
 }  // namespace megamoe

@@ -8,7 +8,7 @@
 namespace megamoe {
 
 // Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and two signallers (one
-// thread each).
+// thread each), or a weight producer, two warps that gather tokens' rows and one signaller.
 constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
@@ -18,6 +18,9 @@ constexpr int kRegistersAtStart = 65536 / kCtaThreads / 8 * 8;  // of a thread; 
 constexpr int kWeightProducerWarp = kConsumerWarps;
 constexpr int kTokenProducerWarp = kConsumerWarps + 1;
 constexpr int kFirstSignalWarp = kConsumerWarps + 2;  // one for each consumer warpgroup
+// Where rows are gathered, the first signaller serves both warpgroups, and the other one's warp gathers.
+constexpr int kSecondRowWarp = kFirstSignalWarp + 1;
+constexpr int kRowWarps = 2;
 
 // Hardware barrier numbers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {

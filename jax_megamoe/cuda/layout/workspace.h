@@ -24,8 +24,13 @@ struct Problem {
   // By pairs per expert, of which one rank has as many as several that share the experts.
   __host__ __device__ bool swap_operands() const {
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    const int normal_units = num_experts * (intermediate_size / (2 * kGateUpTileColumns));  // with a chunk per expert
-    return num_pairs() <= most_swap_pairs_per_expert(normal_units) * num_experts;
+    return num_pairs() <= most_swap_pairs_per_expert(normal_units()) * num_experts;
+  }
+  // The normal orientation's gate/up units, with a chunk per expert.
+  __host__ __device__ int normal_units() const { return num_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
+  // Whether the normal orientation gathers tokens by row, on a rank that has its GPU and all its experts' tokens to itself.
+  __host__ __device__ bool prefers_rows() const {
+    return normal_units() >= kSms && num_pairs() <= kMostPairsPerExpertOfRows * num_experts;
   }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
   __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
@@ -46,7 +51,8 @@ struct RowSource {
 };
 
 // Scratch of one call. Token images are stored chunk after chunk; a chunk of n padded rows that starts at row r holds planes
-// [K/128][n][128 bytes] at r*K and scales [K/group][n] at r*K/group.
+// [K/128][n][128 bytes] at r*K and scales [K/group][n] at r*K/group. Tokens that are gathered by row have their scales there, and lie as
+// [T, H] themselves.
 struct Workspace {
   // What other ranks write: in the group's buffer, or with the rest.
   uint8_t* token_planes;   // [max_rows * H] e4m3

@@ -1,5 +1,4 @@
-// The two producers: one thread streams weights as stages become free and waits for nothing else; the other adds the token
-// images once they exist.
+// The weight producer: one thread that streams weights as stages become free, and waits for nothing else.
 #pragma once
 
 #include <cstdint>
@@ -228,77 +227,5 @@ class WeightProducer {
   int claimed_ = 0;
   int in_flight_ = 0;
 };
-
-// One thread. Gate/up units need all tokens gathered, down units need the activations of their chunk. `tokens_ready`: the
-// former has been waited for.
-template <bool kSwap, typename Group>
-__device__ __forceinline__ void produce_tokens(const MoeArguments& args, const SharedMap<kSwap>& map,
-                                               bool tokens_ready) {
-  using O = Orientation<kSwap>;
-  const Problem& p = args.problem;
-  SharedHeader& header = map.header();
-  const uint32_t gate_up_signals = args.constants.gate_up_units.value() * O::kGateUpSignals;
-  Tracer tracer(args, TraceRole::kTokenProducer);
-  const uint32_t rank = CtaPair<kSwap>(args).rank();
-  StageCursor cursor;
-  ptx::mbarrier_wait(&header.gathered, 0);
-  while (true) {
-    ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
-    const UnitNote note = header.note[cursor.stage];
-    if (note.end()) {
-      ptx::mbarrier_arrive(&header.tokens_full[cursor.stage]);
-      return;
-    }
-    if (note.rows() == 0) {
-      // Nothing to wait for.
-    } else if (!note.down()) {
-      if (!tokens_ready) ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).quantized_ctas(), gridDim.x);
-      tokens_ready = true;
-    } else {
-      Group::wait_local(args, SharedMap<kSwap>::counters(args).gate_up_done(note.chunk), gate_up_signals);
-    }
-    ptx::fence_proxy_async_global();
-    tracer.mark(TraceEvent::kTokensReady);
-
-    const int rows = note.padded_rows();
-    const int k = note.down() ? p.intermediate_size : p.hidden_size;
-    const int k_blocks = k / kBlockK;
-    const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
-    const uint8_t* planes = (note.down() ? args.workspace.activation_planes : args.workspace.token_planes) +
-                            static_cast<size_t>(note.row_base) * k;
-    const uint8_t* scales = reinterpret_cast<const uint8_t*>(
-        (note.down() ? args.workspace.activation_scales : args.workspace.token_scales) +
-        static_cast<size_t>(note.row_base) * k_blocks * scales_per_block);
-    const int plane_bytes = rows * kBlockK;
-    const int scale_bytes = scales_per_block * rows * static_cast<int>(sizeof(float));
-    for (int block = 0; block < k_blocks; block += O::kStageBlocks) {
-      if (block != 0) ptx::mbarrier_wait(&header.claimed[cursor.stage], cursor.parity);
-      const int whole = O::kStageBlocks == 1 ? 1 : min(O::kStageBlocks, k_blocks - block);
-      uint8_t* stage_planes = map.tokens(cursor.stage);
-      uint8_t* stage_scales = reinterpret_cast<uint8_t*>(map.token_scales(cursor.stage));
-      uint64_t* full = &header.tokens_full[cursor.stage];
-      if (rows == 0) {
-        ptx::mbarrier_arrive(full);
-        cursor.advance(map.num_stages);
-        continue;
-      }
-      ptx::mbarrier_arrive_expect_tx(full, O::kStageBlocks * (plane_bytes + scale_bytes));
-      if (!kSwap && note.shares_tokens()) {
-        const int half = plane_bytes / 2, offset = rank * half;
-        ptx::bulk_copy_global_to_cluster(stage_planes + offset, planes + offset, half, full, kBothCtas);
-      } else {
-        ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full);
-      }
-      ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full);
-      if (whole < O::kStageBlocks) {  // as the weights do
-        ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full);
-        ptx::bulk_copy_global_to_shared(stage_scales + scale_bytes, scales, scale_bytes, full);
-      }
-      planes += O::kStageBlocks * plane_bytes;
-      scales += O::kStageBlocks * scale_bytes;
-      cursor.advance(map.num_stages);
-    }
-  }
-}
 
 }  // namespace megamoe

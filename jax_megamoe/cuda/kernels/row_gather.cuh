@@ -1,0 +1,84 @@
+// Rows of quantised tokens, brought into the stages one by one.
+//
+// An image of a chunk of tokens comes by one copy, but a token has one in a chunk of each of its experts, and all images together
+// are written to the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2,
+// save that. The price: two warps find 64 rows each, and bring them by copies of 16 bytes a lane, so that it pays while there are
+// few tokens for each weight (`kMostPairsPerExpertOfRows`).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/pipeline.cuh"
+
+namespace megamoe {
+
+// What other ranks gather they write where it is used; swapAB's chunks are small.
+template <bool kSwap, typename Group>
+constexpr bool kMayGatherRows = !kSwap && !Group::kHasPeers;
+
+template <bool kSwap, typename Group>
+__device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {
+  return kMayGatherRows<kSwap, Group> && args.constants.gathers_rows;
+}
+
+__device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int token) {
+  return args.workspace.token_planes + static_cast<size_t>(token) * args.problem.hidden_size;
+}
+
+// One warp's half of a gate/up unit's rows: 4, 5, 6, 7 of each eight for the second one. A copy of the warp is of 16 bytes a lane, 128
+// columns of four rows. What pads the chunk is its last row again.
+class RowGather {
+  static constexpr int kLanesPerRow = kBlockK / sizeof(uint4);
+  static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
+  static constexpr int kRowStep = kRowWarps * kRowsPerCopy;  // from a lane's row to the next
+  static constexpr int kCopies = kNormalTokenTile / kRowStep;
+
+ public:
+  // All tokens are quantised, and their places known.
+  __device__ __forceinline__ RowGather(const MoeArguments& args, const SharedMap<false>& map, int row_warp,
+                                       const UnitNote& note)
+      : rows_(note.rows()), policy_(ptx::keep_policy()) {
+    const int lane = threadIdx.x % 32;
+    uint32_t* offsets = map.row_offsets() + row_warp * kNormalTokenTile / kRowWarps;
+    __syncwarp();  // the unit before has read them
+#pragma unroll
+    for (int i = lane; i < kRowsPerCopy * kCopies; i += 32) {
+      const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
+      const int pair = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].pair);
+      // Fits, as scratch memory has a limit (host/problem.h).
+      offsets[i] = pair / args.problem.top_k * args.problem.hidden_size;
+    }
+    __syncwarp();
+    offsets_ = reinterpret_cast<const uint4*>(offsets + lane / kLanesPerRow * kCopies);
+    const int column = lane % kLanesPerRow * sizeof(uint4);
+    columns_ = args.workspace.token_planes + column;
+    place_ = swizzled_offset(row_warp * kRowsPerCopy + lane / kLanesPerRow, column);
+  }
+
+  // Asks for the next 128 columns of every row, for the token part of a stage.
+  __device__ __forceinline__ void next_block(uint8_t* tokens) {
+    const uint32_t destination = ptx::smem_address(tokens) + place_;
+    constexpr int kStepBytes = kRowStep * kBlockK;  // which leaves the swizzle as it is
+    static_assert(kRowStep % 8 == 0 && kCopies % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < kCopies; i += 4) {
+      if (i * kRowStep < rows_) {
+        const uint4 offset = offsets_[i / 4];
+        ptx::copy_async_16_keep(destination + i * kStepBytes, columns_ + offset.x, policy_);
+        ptx::copy_async_16_keep(destination + (i + 1) * kStepBytes, columns_ + offset.y, policy_);
+        ptx::copy_async_16_keep(destination + (i + 2) * kStepBytes, columns_ + offset.z, policy_);
+        ptx::copy_async_16_keep(destination + (i + 3) * kStepBytes, columns_ + offset.w, policy_);
+      }
+    }
+    columns_ += kBlockK;
+  }
+
+ private:
+  int rows_;
+  uint64_t policy_;
+  const uint4* offsets_;  // from the first token's row, of this lane's rows
+  const uint8_t* columns_;
+  uint32_t place_;
+};
+
+}  // namespace megamoe

@@ -1,0 +1,167 @@
+// The token producer: adds the tokens to the stages that the weight producer has claimed, once they exist.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/pipeline.cuh"
+#include "kernels/row_gather.cuh"
+#include "kernels/trace.cuh"
+
+namespace megamoe {
+
+// Gate/up units need all tokens gathered, down units the activations of their chunk. One thread; with `kRows` the two warps that
+// gather the rows of gate/up units, of which the first brings what are images.
+template <bool kSwap, typename Group, bool kRows>
+class TokenProducer {
+  using O = Orientation<kSwap>;
+
+ public:
+  __device__ TokenProducer(const MoeArguments& args, const SharedMap<kSwap>& map, int row_warp)
+      : args_(args),
+        map_(map),
+        row_warp_(row_warp),
+        rank_(CtaPair<kSwap>(args).rank()),
+        tokens_ready_(Group::kHasPeers),  // other ranks' have been waited for
+        tracer_(args, TraceRole::kTokenProducer) {}
+
+  __device__ __forceinline__ void run() {
+    ptx::mbarrier_wait(&header().gathered, 0);
+    while (true) {
+      await_claim();
+      const UnitNote note = header().note[cursor_.stage];
+      if (note.end()) break;
+      if (note.rows() == 0) {
+        skip_unit(note);
+        continue;
+      }
+      await_tokens(note);
+      if constexpr (kRows) {
+        if (!note.down()) {
+          gather_unit(note);
+          continue;
+        }
+      }
+      copy_unit(note);
+    }
+    if (leads()) ptx::mbarrier_arrive(full(), kArrivals);
+  }
+
+ private:
+  static constexpr int kArrivals = kRows ? 32 : 1;  // at a stage, of the thread or of each warp
+
+  __device__ static SharedHeader& header() { return shared_header(); }
+  __device__ uint64_t* full() const { return &header().tokens_full[cursor_.stage]; }
+  // The thread that brings images, or arrives for its warp.
+  __device__ static bool leads() { return !kRows || ptx::elect_one(); }
+  __device__ bool brings_images() const { return !kRows || row_warp_ == 0; }
+  // Bytes of copies that come to the stage; with them, one thread arrives.
+  __device__ __forceinline__ void expect(int bytes) const {
+    if constexpr (kRows) {
+      ptx::mbarrier_expect_tx(full(), bytes);
+    } else {
+      ptx::mbarrier_arrive_expect_tx(full(), bytes);
+    }
+  }
+  __device__ int k_blocks(const UnitNote& note) const {
+    return (note.down() ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
+  }
+
+  // The stage at the cursor.
+  __device__ __forceinline__ void await_claim() {
+    ptx::mbarrier_wait(&header().claimed[cursor_.stage], cursor_.parity);
+    if constexpr (kRows) __syncwarp();
+  }
+
+  __device__ __forceinline__ void await_tokens(const UnitNote& note) {
+    const CounterSet& counters = SharedMap<kSwap>::counters(args_);
+    if (note.down()) {
+      if (brings_images()) {
+        const uint32_t signals = args_.constants.gate_up_units.value() * O::kGateUpSignals;
+        Group::wait_local(args_, counters.gate_up_done(note.chunk), signals);
+      }
+    } else if (!tokens_ready_) {
+      ptx::wait_until_at_least(counters.quantized_ctas(), gridDim.x);
+      tokens_ready_ = true;
+    }
+    ptx::fence_proxy_async_global();
+    if (brings_images() && threadIdx.x % 32 == 0) tracer_.mark(TraceEvent::kTokensReady);
+    if constexpr (kRows) __syncwarp();
+  }
+
+  __device__ __forceinline__ void skip_unit(const UnitNote& note) {
+    for (int block = 0; block < k_blocks(note); block += O::kStageBlocks, cursor_.advance(map_.num_stages)) {
+      if (block != 0) await_claim();
+      if (leads()) ptx::mbarrier_arrive(full(), kArrivals);
+    }
+  }
+
+  // The images of the unit's chunk, of tokens or of activations, and their scales.
+  __device__ __forceinline__ void copy_unit(const UnitNote& note) {
+    const int rows = note.padded_rows();
+    const int blocks = k_blocks(note);
+    const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
+    const uint8_t* planes = (note.down() ? args_.workspace.activation_planes : args_.workspace.token_planes) +
+                            static_cast<size_t>(note.row_base) * (blocks * kBlockK);
+    const float* scales = (note.down() ? args_.workspace.activation_scales : args_.workspace.token_scales) +
+                          static_cast<size_t>(note.row_base) * blocks * scales_per_block;
+    const int plane_bytes = rows * kBlockK;
+    const int block_scales = scales_per_block * rows;
+    const int scale_bytes = block_scales * static_cast<int>(sizeof(float));
+    for (int block = 0; block < blocks; block += O::kStageBlocks, cursor_.advance(map_.num_stages)) {
+      if (block != 0) await_claim();
+      if (leads()) {
+        if (brings_images()) {
+          const int whole = O::kStageBlocks == 1 ? 1 : min(O::kStageBlocks, blocks - block);
+          uint8_t* stage_planes = map_.tokens(cursor_.stage);
+          float* stage_scales = map_.token_scales(cursor_.stage);
+          expect(O::kStageBlocks * (plane_bytes + scale_bytes));
+          if (!kSwap && note.shares_tokens()) {
+            const int half = plane_bytes / 2, offset = rank_ * half;
+            ptx::bulk_copy_global_to_cluster(stage_planes + offset, planes + offset, half, full(), kBothCtas);
+          } else {
+            ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full());
+          }
+          ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full());
+          if (whole < O::kStageBlocks) {  // as the weights do
+            ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full());
+            ptx::bulk_copy_global_to_shared(stage_scales + block_scales, scales, scale_bytes, full());
+          }
+        }
+        if constexpr (kRows) ptx::mbarrier_arrive(full(), kArrivals);
+      }
+      planes += O::kStageBlocks * plane_bytes;
+      scales += O::kStageBlocks * block_scales;
+    }
+  }
+
+  // The rows of the unit's tokens by both warps; their scales are an image.
+  __device__ __forceinline__ void gather_unit(const UnitNote& note) {
+    const int rows = note.padded_rows();
+    const int blocks = k_blocks(note);
+    const float* scales = args_.workspace.token_scales + static_cast<size_t>(note.row_base) * blocks;
+    const int scale_bytes = rows * static_cast<int>(sizeof(float));
+    RowGather gather(args_, map_, row_warp_, note);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block, cursor_.advance(map_.num_stages)) {
+      if (block != 0) await_claim();
+      if (brings_images() && leads()) {
+        expect(scale_bytes);
+        ptx::bulk_copy_global_to_shared(map_.token_scales(cursor_.stage), scales, scale_bytes, full());
+      }
+      __syncwarp();
+      gather.next_block(map_.tokens(cursor_.stage));
+      ptx::mbarrier_arrive_after_copies(full());
+      scales += rows;
+    }
+  }
+
+  const MoeArguments& args_;
+  const SharedMap<kSwap>& map_;
+  int row_warp_;
+  uint32_t rank_;
+  bool tokens_ready_;
+  Tracer tracer_;
+  StageCursor cursor_;
+};
+
+}  // namespace megamoe
