@@ -70,10 +70,10 @@ def test_experts_of_several_chunks(tokens, hidden, inter, routing):
 
 @pytest.mark.parametrize("routing", ["uniform", "one", "masked", "none"])
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "inter", "experts", "top_k"), [(640, 512, 384, 48, 4), (430, 384, 128, 133, 32)]
+    ("tokens", "hidden", "inter", "experts", "top_k"), [(640, 512, 384, 48, 4), (300, 384, 128, 133, 32)]
 )
 def test_tokens_that_are_gathered_by_row(tokens, hidden, inter, experts, top_k, routing):
-    """The normal orientation with up to 112 pairs per expert and a gate/up unit for each SM."""
+    """The normal orientation with up to 112 pairs per expert (76 on an H200) and a gate/up unit for each SM."""
     check(*_call(tokens, hidden, inter, experts, top_k, routing))
 
 

@@ -23,17 +23,30 @@ double bytes_per_microsecond_and_sm(int device) {
   return kTransfersPerClock * (kilohertz * 1e-3) * (bits / 8) / sms;
 }
 
-int ask(int device) {
+int bytes_in_flight(int device) {
   constexpr double kMicrosecondsInFlight = 2.0;  // measured (docs/performance-log.md)
   const double wanted = kMicrosecondsInFlight * bytes_per_microsecond_and_sm(device);
   return std::max(kWeightBytesInFlight, static_cast<int>(wanted));
+}
+
+constexpr int kMostPairsOfRows = 112;
+
+int pairs_of_rows(int device) {
+  constexpr double kPairsTimesRate = 2850.0;  // measured: 112 pairs on an H100 (docs/performance-log.md)
+  const double rate = bytes_per_microsecond_and_sm(device) * 1e-3;
+  return rate > 0.0 ? std::min(kMostPairsOfRows, static_cast<int>(kPairsTimesRate / rate)) : kMostPairsOfRows;
 }
 
 }  // namespace
 
 int weight_bytes_in_flight() {
   static PerDevice known;
-  return known.get(ask, kWeightBytesInFlight);
+  return known.get(bytes_in_flight, kWeightBytesInFlight);
+}
+
+int most_pairs_per_expert_of_rows() {
+  static PerDevice known;
+  return known.get(pairs_of_rows, kMostPairsOfRows);
 }
 
 }  // namespace megamoe

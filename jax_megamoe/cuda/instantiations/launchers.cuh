@@ -59,6 +59,13 @@ int cluster_ctas(const Problem& p, int num_ctas, int rows) {
   return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
+// Tokens by row, where the memory leaves the time for it. With fewer units than SMs nothing hides that rows are found late.
+template <bool kSwap, typename Group>
+bool gathers_rows(const Problem& p, int cluster_ctas) {
+  return kMayGatherRows<kSwap, Group> && cluster_ctas == 1 && p.normal_units() >= kSms &&
+         p.num_pairs() <= most_pairs_per_expert_of_rows() * p.num_experts;
+}
+
 template <bool kSwap, typename Group>
 LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, int cluster_ctas) {
   const Problem& p = arguments.problem;
@@ -71,7 +78,7 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, in
   c.cluster_ctas = cluster_ctas;
   c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), cluster_ctas));
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
-  c.gathers_rows = kMayGatherRows<kSwap, Group> && cluster_ctas == 1 && p.prefers_rows();
+  c.gathers_rows = gathers_rows<kSwap, Group>(p, cluster_ctas);
   const Plan plan(p.num_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));

@@ -164,17 +164,18 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 }
 
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
-// weights are neighbours, so that only the first of them reads device memory. The down units of the last experts go tile by tile
-// over all these experts, so that columns are complete one after the other and are summed meanwhile. A ticket is a unit, or one for
-// each CTA of a pair.
+// weights are neighbours, so that only the first of them reads device memory. In the normal orientation the down units of the last
+// experts go tile by tile over all these experts, so that columns are complete one after the other and are summed meanwhile; not so
+// where that would be most of them, which would wait for the last gate/up units. A ticket is a unit, or one for each CTA of a pair.
 template <bool kSwap>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
       : constants_(args.constants), pair_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
-    if (pair_.exists()) return;  // which share an expert's chunks in an order of their own
+    if (kSwap || pair_.exists()) return;  // pairs share an expert's chunks in an order of their own
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
-    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(max(0, num_chunks() - chunks)));
+    if (2 * chunks > num_chunks()) return;
+    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(num_chunks() - chunks));
   }
 
   __device__ int num_chunks() const { return plan_.num_chunks(); }
@@ -193,7 +194,7 @@ class UnitSchedule {
     const int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
     const int chunk = tickets.divide(index);
-    const bool tail = u.down && chunk >= first_tail_chunk_;
+    const bool tail = !kSwap && u.down && chunk >= first_tail_chunk_;
     u.expert = expert_of_chunk(chunk);
     // The chunks that take turns.
     const int first = tail ? first_tail_chunk_ : plan_.chunk_base(u.expert);

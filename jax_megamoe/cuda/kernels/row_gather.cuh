@@ -3,7 +3,7 @@
 // An image of a chunk of tokens comes by one copy, but a token has one in a chunk of each of its experts, and all images together
 // are written to the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2,
 // save that. The price: two warps find 64 rows each, and bring them by copies of 16 bytes a lane, so that it pays while there are
-// few tokens for each weight (`kMostPairsPerExpertOfRows`).
+// few tokens for each weight (host/memory.h).
 #pragma once
 
 #include <cstdint>

@@ -28,10 +28,6 @@ struct Problem {
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   __host__ __device__ int normal_units() const { return num_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
-  // Whether the normal orientation gathers tokens by row, on a rank that has its GPU and all its experts' tokens to itself.
-  __host__ __device__ bool prefers_rows() const {
-    return normal_units() >= kSms && num_pairs() <= kMostPairsPerExpertOfRows * num_experts;
-  }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
   __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
   __host__ __device__ int group_pairs() const { return num_ranks * num_pairs(); }
