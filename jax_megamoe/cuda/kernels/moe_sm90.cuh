@@ -137,6 +137,9 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
   PairsAhead first_pairs;
   if (warp == 0) first_pairs.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
+  if constexpr (kSwap && !Group::kHasPeers) {
+    if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
+  }
   if (threadIdx.x == kTokenProducerWarp * 32) {
     init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set

@@ -1,4 +1,4 @@
-// Weights that are certain to be read, asked for before there is a place for them: the L2 has them by then.
+// Weights that are certain or likely to be read, asked for before there is a place for them: the L2 has them by then.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,24 @@ __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& arg
                      static_cast<uint32_t>(min(expert_bytes - begin, static_cast<size_t>(kWeightBytesInFlight))));
 }
 
+// The first K blocks of a swapAB gate/up unit.
+__device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expert, int tile, int k_blocks) {
+  const size_t tile_blocks = args.problem.hidden_size / kBlockK;
+  ptx::bulk_prefetch_stream(gate_up_weights(args, expert) + tile * tile_blocks * kBlockWeightBytes,
+                            min(k_blocks, static_cast<int>(tile_blocks)) * kBlockWeightBytes);
+}
+
+// The CTA's first unit if all experts have one chunk each, before anybody has looked at the ids: its first two stages. With as many
+// pairs as experts most experts have one, and the memory has nothing else to do. One thread.
+__device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
+  using O = Orientation<true>;
+  const Problem& p = args.problem;
+  const Divisor& tiles = args.constants.gate_up_units;
+  const int expert = tiles.divide(blockIdx.x);
+  if (p.num_pairs() < p.num_experts || expert >= p.num_experts) return;
+  prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
+}
+
 // The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
 // before the weight producer comes to it. Only where CTAs have next to nothing to gather: else that is waited for longer.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
@@ -45,9 +63,7 @@ __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, in
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
   if (args.constants.gather_items_per_cta > kMostItems || within < 0 || within >= chunks * tiles) return;
   const int tile = chunks == 1 ? within : within / chunks;
-  const int k_blocks = args.problem.hidden_size / kBlockK;
-  ptx::bulk_prefetch_stream(gate_up_weights(args, expert) + static_cast<size_t>(tile) * k_blocks * kBlockWeightBytes,
-                            min(k_blocks, O::kStageBlocks) * kBlockWeightBytes);
+  prefetch_unit(args, expert, tile, O::kStageBlocks);
 }
 
 }  // namespace megamoe
