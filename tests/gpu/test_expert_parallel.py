@@ -102,7 +102,7 @@ def check(result: Any, problem: tuple[Any, ...]) -> None:
     assert difference(y, wanted) < 1e-4
     alone, load_alone = moe(*problem)
     np.testing.assert_array_equal(load_alone, wanted_load)
-    if not 18 < ids.size / weights.num_experts <= 53:
+    if not 18 < ids.size / weights.num_experts <= 46:
         # One GPU and a group take the same orientation of the tiles, but between these pairs per expert (docs/kernel.md).
         np.testing.assert_array_equal(bits(y), bits(alone))
     else:

@@ -200,10 +200,29 @@ __device__ __forceinline__ uint64_t keep_policy() {
   return policy;
 }
 
-__device__ __forceinline__ void store_16_keep(void* destination, const uint4& value) {
+__device__ __forceinline__ void store_keep(void* destination, uint32_t value) {
+  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(destination), "r"(value), "l"(keep_policy())
+               : "memory");
+}
+__device__ __forceinline__ void store_keep(void* destination, const uint2& value) {
+  asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(destination), "r"(value.x), "r"(value.y),
+               "l"(keep_policy())
+               : "memory");
+}
+__device__ __forceinline__ void store_keep(void* destination, const uint4& value) {
   asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(destination), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w), "l"(keep_policy())
                : "memory");
+}
+
+// Either way.
+template <typename Value>
+__device__ __forceinline__ void store(void* destination, const Value& value, bool keep) {
+  if (keep) {
+    store_keep(destination, value);
+  } else {
+    *static_cast<Value*>(destination) = value;
+  }
 }
 
 // The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions

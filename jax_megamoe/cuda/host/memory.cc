@@ -29,12 +29,12 @@ int bytes_in_flight(int device) {
   return std::max(kWeightBytesInFlight, static_cast<int>(wanted));
 }
 
-constexpr int kMostPairsOfRows = 112;
+constexpr int kMostPairsWaiting = 112;
 
-int pairs_of_rows(int device) {
+int pairs_waiting(int device) {
   constexpr double kPairsTimesRate = 2850.0;  // measured: 112 pairs on an H100 (docs/performance-log.md)
   const double rate = bytes_per_microsecond_and_sm(device) * 1e-3;
-  return rate > 0.0 ? std::min(kMostPairsOfRows, static_cast<int>(kPairsTimesRate / rate)) : kMostPairsOfRows;
+  return rate > 0.0 ? std::min(kMostPairsWaiting, static_cast<int>(kPairsTimesRate / rate)) : kMostPairsWaiting;
 }
 
 }  // namespace
@@ -44,9 +44,9 @@ int weight_bytes_in_flight() {
   return known.get(bytes_in_flight, kWeightBytesInFlight);
 }
 
-int most_pairs_per_expert_of_rows() {
+int most_pairs_per_expert_waiting() {
   static PerDevice known;
-  return known.get(pairs_of_rows, kMostPairsOfRows);
+  return known.get(pairs_waiting, kMostPairsWaiting);
 }
 
 }  // namespace megamoe

@@ -7,8 +7,7 @@ namespace megamoe {
 // afterwards.
 int weight_bytes_in_flight();
 
-// Up to so many (token, slot) pairs per expert the memory takes so long for a unit's weights that tokens are gathered by row meanwhile
-// (kernels/row_gather.cuh). Likewise.
-int most_pairs_per_expert_of_rows();
+// Up to so many (token, slot) pairs per expert the normal orientation waits for its weights more than it multiplies. Likewise.
+int most_pairs_per_expert_waiting();
 
 }  // namespace megamoe

@@ -59,11 +59,21 @@ int cluster_ctas(const Problem& p, int num_ctas, int rows) {
   return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
-// Tokens by row, where the memory leaves the time for it. With fewer units than SMs nothing hides that rows are found late.
+// The normal orientation with a chunk for most experts and more time for its weights than for its multiplies.
+inline bool waits_for_memory(const Problem& p) { return p.num_pairs() <= most_pairs_per_expert_waiting() * p.num_experts; }
+
+// With fewer units than SMs nothing hides that rows are found late.
 template <bool kSwap, typename Group>
-bool gathers_rows(const Problem& p, int cluster_ctas) {
-  return kMayGatherRows<kSwap, Group> && cluster_ctas == 1 && p.normal_units() >= kSms &&
-         p.num_pairs() <= most_pairs_per_expert_of_rows() * p.num_experts;
+bool gathers_rows(const Problem& p) {
+  return kMayGatherRows<kSwap, Group> && waits_for_memory(p) && p.normal_units() >= kSms;
+}
+
+// Until down units come, what was stored has left the L2 anyway where gate/up weights are more than this; measured.
+template <bool kSwap>
+bool activations_stay(const Problem& p) {
+  constexpr size_t kMostGateUpBytes = 1 << 30;
+  const size_t bytes = size_t{2} * p.num_experts * p.intermediate_size * p.hidden_size;
+  return !kSwap && waits_for_memory(p) && bytes <= kMostGateUpBytes;
 }
 
 template <bool kSwap, typename Group>
@@ -78,7 +88,8 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, in
   c.cluster_ctas = cluster_ctas;
   c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), cluster_ctas));
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
-  c.gathers_rows = gathers_rows<kSwap, Group>(p, cluster_ctas);
+  c.gathers_rows = gathers_rows<kSwap, Group>(p);
+  c.activations_stay = activations_stay<kSwap>(p);
   const Plan plan(p.num_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));

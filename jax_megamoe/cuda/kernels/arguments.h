@@ -19,8 +19,9 @@ struct LaunchConstants {
   int cluster_ctas;         // 1, or 2 that share weights (kernels/cta_pair.cuh)
   Divisor gate_up_tickets;  // per chunk: units, or pairs of them
   Divisor down_tickets;
-  bool gathers_rows;                     // instead of images of tokens (kernels/row_gather.cuh)
-  int stages_in_flight;                  // at most, of weights
+  bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first
+  bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)
+  int stages_in_flight;   // at most, of weights
   uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
 };
 

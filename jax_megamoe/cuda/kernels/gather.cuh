@@ -230,8 +230,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
   const uint32_t k_block = column / kBlockK;
   const bool rows = gathers_rows<kSwap, Group>(args);
   if constexpr (kPieces == 2) {
-    if (rows)
-      ptx::store_16_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
+    if (rows) ptx::store_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
   }
   // Some slots at a time, without branches, so that the ways to their addresses overlap.
   constexpr int kSlotsAtOnce = 3;
@@ -254,7 +253,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
       const bool used = slot + i < p.top_k && target[i].used();
       if (used && !rows) {
         if constexpr (kPieces == 1) {
-          *reinterpret_cast<uint2*>(plane[i]) = make_uint2(bytes[0], bytes[1]);
+          ptx::store(plane[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
         } else {
           *reinterpret_cast<uint4*>(plane[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
         }

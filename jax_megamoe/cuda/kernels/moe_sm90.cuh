@@ -2,10 +2,10 @@
 //
 //   all warps          count the ids
 //   a producer warp    plan: lay out chunks and units
-//   consumers (2 WGs)  gather: quantise a share of the tokens into images -> counter `quantized_ctas`
+//   consumers (2 WGs)  gather: quantise a share of the tokens, into images or row by row -> counter `quantized_ctas`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
-//   token producer     images into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
+//   token producer     images or rows into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_done[tile]`; then combine
 //

@@ -189,9 +189,10 @@ class NormalConsumer {
         transpose_in_quad(words);
         if (!stores) continue;
         const int column = (first_tile_ + t) * kGateUpTileColumns + 16 * quad_lane();
-        *reinterpret_cast<uint4*>(plane + swizzled_offset(token(half), column)) =
-            make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
-                       __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632));
+        ptx::store(plane + swizzled_offset(token(half), column),
+                   make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
+                              __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632)),
+                   args_.constants.activations_stay);
       }
       if (stores && first_tile_ == 0 && quad_lane() == 0) scales[token(half)] = scale;
     }

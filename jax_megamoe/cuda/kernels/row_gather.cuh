@@ -1,9 +1,8 @@
 // Rows of quantised tokens, brought into the stages one by one.
 //
-// An image of a chunk of tokens comes by one copy, but a token has one in a chunk of each of its experts, and all images together
-// are written to the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2,
-// save that. The price: two warps find 64 rows each, and bring them by copies of 16 bytes a lane, so that it pays while there are
-// few tokens for each weight (host/memory.h).
+// A chunk's image comes by one copy, but a token is in the images of all its experts, and these are written to the device's memory
+// before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save that. The price: two warps find
+// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/memory.h).
 #pragma once
 
 #include <cstdint>
@@ -46,7 +45,7 @@ class RowGather {
       const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
       const int pair = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].pair);
       // Fits, as scratch memory has a limit (host/problem.h).
-      offsets[i] = pair / args.problem.top_k * args.problem.hidden_size;
+      offsets[i] = static_cast<uint32_t>(pair / args.problem.top_k) * args.problem.hidden_size;
     }
     __syncwarp();
     offsets_ = reinterpret_cast<const uint4*>(offsets + lane / kLanesPerRow * kCopies);

@@ -226,7 +226,7 @@ class SwapConsumer {
       const uint32_t word = (r & 1) == 0 ? __byte_perm(low, high, 0x5410) : __byte_perm(low, high, 0x7632);
       const int token = 8 * j + quad_token() + (r & 1);
       if (token < note_.rows()) {
-        *reinterpret_cast<uint32_t*>(plane + swizzled_offset(token, column % kBlockK + (r & 4))) = word;
+        ptx::store_keep(plane + swizzled_offset(token, column % kBlockK + (r & 4)), word);
       }
     }
   }
@@ -255,8 +255,10 @@ class SwapConsumer {
 #pragma unroll 1
     for (int token = thread_in_group() / kLanesPerRow; token < note_.rows();
          token += kWarpgroupThreads / kLanesPerRow) {
-      *reinterpret_cast<uint4*>(Group::slot_row(args_, sources()[token].pair) + column) =
-          *reinterpret_cast<const uint4*>(tile + swizzled_offset(token, piece * static_cast<int>(sizeof(uint4))));
+      ptx::store(
+          Group::slot_row(args_, sources()[token].pair) + column,
+          *reinterpret_cast<const uint4*>(tile + swizzled_offset(token, piece * static_cast<int>(sizeof(uint4)))),
+          !Group::kHasPeers);
     }
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     if (thread_in_group() == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));

@@ -69,8 +69,8 @@ class WeightProducer {
     Stream s;
     s.down = u.down;
     s.shared = u.shares_weights;
-    // Slots and activations stay in the L2 instead. Not so for gate/up in the normal orientation, which got slower by it.
-    s.once = kSwap || (u.down && u.only_chunk);
+    // Slots and activations stay in the L2 instead.
+    s.once = kSwap || (u.only_chunk && (u.down || args_.constants.activations_stay));
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;

@@ -39,7 +39,7 @@ constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 // gate/up units it has. Measured (docs/performance-log.md, "Where swapAB ends").
 constexpr int kSms = 132;  // of an H100 or H200
 __host__ __device__ constexpr int most_swap_pairs_per_expert(int normal_units) {
-  return normal_units < kSms ? 53 : normal_units < 2 * kSms ? 43 : normal_units < 8 * kSms ? 28 : 18;
+  return normal_units < kSms ? 46 : normal_units < 2 * kSms ? 34 : normal_units < 8 * kSms ? 28 : 18;
 }
 
 // Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
