@@ -60,7 +60,9 @@ int cluster_ctas(const Problem& p, int num_ctas, int rows) {
 }
 
 // The normal orientation with a chunk for most experts and more time for its weights than for its multiplies.
-inline bool waits_for_memory(const Problem& p) { return p.num_pairs() <= most_pairs_per_expert_waiting() * p.num_experts; }
+inline bool waits_for_memory(const Problem& p) {
+  return p.num_pairs() <= most_pairs_per_expert_waiting() * p.num_experts;
+}
 
 // With fewer units than SMs nothing hides that rows are found late.
 template <bool kSwap, typename Group>
