@@ -176,16 +176,7 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// ---- bulk copy (the copy engine, no tensor map) -------------------------------------------------------------------
-// Addresses and size are multiples of 16 bytes; completion is counted in bytes on the barrier.
-__device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
-                                                           uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_address(destination)),
-               "l"(source), "r"(bytes), "r"(smem_address(barrier))
-               : "memory");
-}
-
+// ---- what the L2 is to keep or to drop -----------------------------------------------------------------------------
 // What is loaded with it leaves the L2 first.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
@@ -200,6 +191,7 @@ __device__ __forceinline__ uint64_t keep_policy() {
   return policy;
 }
 
+// Stores of 4, 8 and 16 bytes that the L2 keeps longest.
 __device__ __forceinline__ void store_keep(void* destination, uint32_t value) {
   asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(destination), "r"(value), "l"(keep_policy())
                : "memory");
@@ -215,7 +207,7 @@ __device__ __forceinline__ void store_keep(void* destination, const uint4& value
                : "memory");
 }
 
-// Either way.
+// As the L2 would treat it, or kept.
 template <typename Value>
 __device__ __forceinline__ void store(void* destination, const Value& value, bool keep) {
   if (keep) {
@@ -223,6 +215,23 @@ __device__ __forceinline__ void store(void* destination, const Value& value, boo
   } else {
     *static_cast<Value*>(destination) = value;
   }
+}
+
+constexpr int kLineBytes = 128;
+
+// Nobody reads the line again before it is written anew: its bytes leave the L2 without a way to the memory. Aligned.
+__device__ __forceinline__ void discard_line(const void* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+}
+
+// ---- bulk copy (the copy engine, no tensor map) -------------------------------------------------------------------
+// Addresses and size are multiples of 16 bytes; completion is counted in bytes on the barrier.
+__device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, const void* source, uint32_t bytes,
+                                                           uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_address(destination)),
+               "l"(source), "r"(bytes), "r"(smem_address(barrier))
+               : "memory");
 }
 
 // The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
@@ -259,13 +268,6 @@ __device__ __forceinline__ void bulk_prefetch_stream(const void* source, uint32_
                : "memory");
 }
 
-constexpr int kLineBytes = 128;
-
-// Nobody reads the line again before it is written anew: its bytes leave the L2 without a way to the memory. Aligned.
-__device__ __forceinline__ void discard_line(const void* line) {
-  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
-}
-
 // ---- asynchronous copies of a thread's own ------------------------------------------------------------------------
 // 16 bytes through the L2; zeros instead where `exists` is false.
 __device__ __forceinline__ void copy_async_16(void* destination, const void* source, bool exists) {
@@ -280,12 +282,14 @@ __device__ __forceinline__ void copy_async_16(void* destination, const void* sou
                "r"(exists ? 16 : 0)
                : "memory");
 }
-// ... of 16 bytes that the L2 keeps longest (keep_policy), to an address in shared memory.
+
+// 16 bytes that the L2 keeps longest (`policy`: keep_policy), to an address in shared memory.
 __device__ __forceinline__ void copy_async_16_keep(uint32_t destination, const void* source, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
                "l"(policy)
                : "memory");
 }
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until no more than the last `kGroups` groups of this thread's copies are on their way.

@@ -70,7 +70,7 @@ bool gathers_rows(const Problem& p) {
   return kMayGatherRows<kSwap, Group> && waits_for_memory(p) && p.normal_units() >= kSms;
 }
 
-// Until down units come, what was stored has left the L2 anyway where gate/up weights are more than this; measured.
+// With more gate/up weights, activations have left the L2 before their down units come, whatever it is told; measured.
 template <bool kSwap>
 bool activations_stay(const Problem& p) {
   constexpr size_t kMostGateUpBytes = 1 << 30;

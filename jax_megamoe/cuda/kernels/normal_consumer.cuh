@@ -119,8 +119,7 @@ class NormalConsumer {
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
-      if (!kDown && gathers_rows<false, Group>(args_))
-        ptx::fence_proxy_async_shared();  // what copies of threads brought
+      if (!kDown && gathers_rows<false, Group>(args_)) ptx::fence_proxy_async_shared();  // by copies of threads
       const float token_scale[2] = {token_scales[0], token_scales[8]};
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {

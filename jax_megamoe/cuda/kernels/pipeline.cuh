@@ -184,7 +184,7 @@ __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHe
 }
 
 // Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or two
-// under load. A thread of its own does that for each consumer warpgroup, so that the consumers go on to the next unit.
+// under load. A thread of its own does that for each consumer warpgroup, or for both, so that the consumers go on to the next unit.
 class Signaller {
  public:
   __device__ explicit Signaller(SignalQueue& queue) : queue_(queue) {}
@@ -217,7 +217,7 @@ __device__ __forceinline__ void serve_signals(SignalQueue* queues, const Advance
         ptx::mbarrier_wait(full, cursor.parity);
       } else {
         if ((open >> q & 1) == 0) continue;
-        if (!ptx::mbarrier_test_wait(full, cursor.parity)) {  // which does not keep the thread from the other queues
+        if (!ptx::mbarrier_test_wait(full, cursor.parity)) {  // which never keeps the thread from the other queue
           limit.check();
           continue;
         }
