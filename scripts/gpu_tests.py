@@ -29,6 +29,7 @@ ALL_GPUS = (
     "tests/gpu/test_demo.py",
     "tests/gpu/test_peers.py",
     "tests/test_sharding.py",
+    "tests/test_manual_sharding.py",
 )
 
 

@@ -30,3 +30,24 @@ def built(monkeypatch) -> Any:
     monkeypatch.setattr(_library, "_core", core)
     monkeypatch.setattr(jax, "local_devices", cuda_lowering.no_devices)
     return core
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def each_platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forms of a test of meshes: on host devices, of which the settings above make eight, and, with the mark `gpu`, on
+    two, four or eight GPUs, where the meshes are smaller as far as needed.
+    """
+    import meshes
+
+    monkeypatch.setattr(meshes, "platform", request.param)
+    if len(meshes.find_devices()) < 2:
+        pytest.skip(f"needs 2 devices of a {request.param}; this process sees fewer")
+
+
+@pytest.fixture
+def eight_devices(each_platform: None) -> None:
+    """Sizes of axes are in messages, or a mesh of fewer devices would serve what is to be refused."""
+    import meshes
+
+    if len(meshes.find_devices()) < 8:
+        pytest.skip("needs 8 devices")

@@ -36,7 +36,10 @@ def test_every_test_is_dealt_once(tests, num_shards):
 
 def test_every_file_of_gpu_tests_is_run():
     folder = SCRIPT.parent.parent / "tests"
-    marked = {f"tests/gpu/{path.name}" for path in (folder / "gpu").glob("test_*.py")} | {"tests/test_sharding.py"}
+    marked = {f"tests/gpu/{path.name}" for path in (folder / "gpu").glob("test_*.py")} | {
+        "tests/test_sharding.py",
+        "tests/test_manual_sharding.py",
+    }
     assert {*script.ONE_GPU, *script.ALL_GPUS} == marked
 
 

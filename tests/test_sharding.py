@@ -1,8 +1,4 @@
-"""The layer on meshes: automatic, explicit and manual sharding, alone and mixed.
-
-Every test has two forms: on host devices, of which the settings of the tests make eight, and, with the mark `gpu`, on
-two, four or eight GPUs, where the meshes are smaller as far as needed.
-"""
+"""The layer on meshes whose axes are automatic or explicit, and many layers; test_manual_sharding.py has the manual axes."""
 
 import contextlib
 from typing import Any
@@ -32,19 +28,7 @@ from meshes import (
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError, ShardingError
 
-
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def platform(request, monkeypatch):
-    monkeypatch.setattr(meshes, "platform", request.param)
-    if len(meshes.find_devices()) < 2:
-        pytest.skip(f"needs 2 devices of a {request.param}; this process sees fewer")
-
-
-@pytest.fixture
-def eight_devices():
-    """Sizes of axes are in messages, or a mesh of fewer devices would serve what is to be refused."""
-    if len(meshes.find_devices()) < 8:
-        pytest.skip("needs 8 devices")
+pytestmark = pytest.mark.usefixtures("each_platform")
 
 
 # Automatic and explicit: the global view.
@@ -221,119 +205,6 @@ def test_experts_have_to_divide(kind):
     mesh, layer = make_mesh({"expert": 3}, kind), make_layer(3)
     with pytest.raises(ShapeError, match="weights have 8 experts, wanted a multiple of the 3 ranks"):
         jax.jit(mm.moe)(place(mesh, layer.x, "expert"), layer.weights, layer.ids, layer.probs)
-
-
-# Manual: inside shard_map.
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_manual(sizes, kind, check_vma):
-    mesh, layer = make_mesh(sizes, kind), make_layer()
-    tokens = tuple(axis for axis in ("data", "expert") if axis in sizes)
-    experts = "expert" if "expert" in sizes else None
-    f = jax.shard_map(
-        moe_and_load,
-        mesh=mesh,
-        in_specs=(P(tokens), P(experts), P(tokens), P(tokens)),
-        out_specs=(P(tokens), P(experts)),
-        check_vma=check_vma,
-    )
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
-
-
-def test_manual_eager():
-    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    tokens = P(("data", "expert"))
-    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("expert"), tokens, tokens), out_specs=tokens)
-    check(f(*place_all(mesh, layer)), layer)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_manual_reference(check_vma):
-    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    tokens = P(("data", "expert"))
-    f = jax.shard_map(
-        lambda *a: mm.reference.moe(*a, return_expert_load=True),
-        mesh=mesh,
-        in_specs=(tokens, P("expert"), tokens, tokens),
-        out_specs=(tokens, P("expert")),
-        check_vma=check_vma,
-    )
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
-
-
-@pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
-    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    axes = tuple(axis for axis in ("data",) if tokens)
-    f = jax.shard_map(
-        lambda *a: mm.moe(*a, return_expert_load=True, token_axes=axes),
-        mesh=mesh,
-        in_specs=(tokens, P("expert"), tokens, tokens),
-        out_specs=(tokens, P("expert")),
-        check_vma=check_vma,
-    )
-    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=None)), layer)
-
-
-def test_manual_with_replicated_weights():
-    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
-    spec = P("expert")
-    f = jax.shard_map(moe_and_load, mesh=mesh, in_specs=(spec, P(), spec, spec), out_specs=(spec, P()))
-    check_both(jax.jit(f)(*place_all(mesh, layer, experts=None)), layer)
-
-
-def test_wrong_out_specs_are_refused():
-    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
-    spec = P("expert")
-    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=P())
-    with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(f)(*place_all(mesh, layer))
-
-
-@pytest.mark.parametrize("manual", [{"data"}, {"expert"}], ids=str)
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_some_axes_manual(manual, kind, check_vma):
-    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
-    (axis,) = manual
-    experts = P("expert") if axis == "expert" else P()
-    f = jax.shard_map(
-        moe_and_load,
-        mesh=mesh,
-        in_specs=(P(axis), experts, P(axis), P(axis)),
-        out_specs=(P(axis), experts),
-        axis_names=manual,
-        check_vma=check_vma,
-    )
-    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
-
-
-def test_vmap_inside_and_outside_of_shard_map():
-    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
-    spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
-    inside = jax.shard_map(
-        jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), mesh=mesh, in_specs=(spec, P("expert"), spec, spec), out_specs=spec
-    )
-    check(jax.jit(inside)(x, weights, ids, probs), layer)
-    spec = P("expert")
-    outside = jax.vmap(
-        jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=spec), in_axes=(0, None, 0, 0)
-    )
-    check(jax.jit(outside)(x, weights, ids, probs), layer)
-
-
-@pytest.mark.usefixtures("eight_devices")
-def test_wrong_share_of_the_experts_in_shard_map():
-    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    tokens = P(("data", "expert"))
-    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P(("data", "expert")), tokens, tokens), out_specs=tokens)
-    with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 8 / 4"):
-        jax.jit(f)(*place_all(mesh, layer, experts=("data", "expert")))
 
 
 # Many layers.

@@ -1,6 +1,6 @@
 """The fused kernel over the ranks of an expert axis: `python -m pytest -m gpu tests/gpu/test_expert_parallel.py`.
 
-Wanted is what one of the GPUs makes of all tokens by itself. tests/test_sharding.py has the ways to shard a program, on
+Wanted is what one of the GPUs makes of all tokens by itself. The two files of sharding tests have the ways to shard a program, on
 GPUs too; here are the sizes, loads and orders of calls that a group of GPUs has to stand.
 """
 

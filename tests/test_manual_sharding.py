@@ -1,0 +1,122 @@
+"""The layer inside shard_map: manual axes, alone and beside automatic and explicit ones."""
+
+import jax
+import pytest
+from expert_layer import check, make_layer
+from jax.sharding import PartitionSpec as P
+from meshes import AUTO, EXPLICIT, MESHES, check_both, make_mesh, moe_and_load, place, place_all
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError
+
+pytestmark = pytest.mark.usefixtures("each_platform")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_manual(sizes, kind, check_vma):
+    mesh, layer = make_mesh(sizes, kind), make_layer()
+    tokens = tuple(axis for axis in ("data", "expert") if axis in sizes)
+    experts = "expert" if "expert" in sizes else None
+    f = jax.shard_map(
+        moe_and_load,
+        mesh=mesh,
+        in_specs=(P(tokens), P(experts), P(tokens), P(tokens)),
+        out_specs=(P(tokens), P(experts)),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+
+
+def test_manual_eager():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("expert"), tokens, tokens), out_specs=tokens)
+    check(f(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_manual_reference(check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(
+        lambda *a: mm.reference.moe(*a, return_expert_load=True),
+        mesh=mesh,
+        in_specs=(tokens, P("expert"), tokens, tokens),
+        out_specs=(tokens, P("expert")),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    axes = tuple(axis for axis in ("data",) if tokens)
+    f = jax.shard_map(
+        lambda *a: mm.moe(*a, return_expert_load=True, token_axes=axes),
+        mesh=mesh,
+        in_specs=(tokens, P("expert"), tokens, tokens),
+        out_specs=(tokens, P("expert")),
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=None)), layer)
+
+
+def test_manual_with_replicated_weights():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    spec = P("expert")
+    f = jax.shard_map(moe_and_load, mesh=mesh, in_specs=(spec, P(), spec, spec), out_specs=(spec, P()))
+    check_both(jax.jit(f)(*place_all(mesh, layer, experts=None)), layer)
+
+
+def test_wrong_out_specs_are_refused():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    spec = P("expert")
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(f)(*place_all(mesh, layer))
+
+
+@pytest.mark.parametrize("manual", [{"data"}, {"expert"}], ids=str)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_some_axes_manual(manual, kind, check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    (axis,) = manual
+    experts = P("expert") if axis == "expert" else P()
+    f = jax.shard_map(
+        moe_and_load,
+        mesh=mesh,
+        in_specs=(P(axis), experts, P(axis), P(axis)),
+        out_specs=(P(axis), experts),
+        axis_names=manual,
+        check_vma=check_vma,
+    )
+    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
+
+
+def test_vmap_inside_and_outside_of_shard_map():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
+    spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")
+    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    inside = jax.shard_map(
+        jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), mesh=mesh, in_specs=(spec, P("expert"), spec, spec), out_specs=spec
+    )
+    check(jax.jit(inside)(x, weights, ids, probs), layer)
+    spec = P("expert")
+    outside = jax.vmap(
+        jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=spec), in_axes=(0, None, 0, 0)
+    )
+    check(jax.jit(outside)(x, weights, ids, probs), layer)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_wrong_share_of_the_experts_in_shard_map():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    tokens = P(("data", "expert"))
+    f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P(("data", "expert")), tokens, tokens), out_specs=tokens)
+    with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 8 / 4"):
+        jax.jit(f)(*place_all(mesh, layer, experts=("data", "expert")))
