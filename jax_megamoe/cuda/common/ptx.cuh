@@ -119,12 +119,16 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
   return done != 0;
 }
 
-// Bounded by a number of tries instead of a time: the main loops have this inlined many times, and a try takes at least some
-// 20 ns, much longer where the hardware suspends the thread.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  for (uint32_t tries = 0; !mbarrier_try_wait(barrier, parity);) {
+// After `done`, what an earlier question said. Bounded by a number of tries instead of a time: the main loops have this inlined many
+// times, and a try takes at least some 20 ns, much longer where the hardware suspends the thread.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity, bool done) {
+  for (uint32_t tries = 0; !done; done = mbarrier_try_wait(barrier, parity)) {
     if (++tries == 1u << 31) fail();
   }
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity, mbarrier_try_wait(barrier, parity));
 }
 
 // ---- thread block clusters ----------------------------------------------------------------------------------------

@@ -167,6 +167,29 @@ __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCurs
   ptx::mbarrier_wait(&header.tokens_full[cursor.stage], cursor.parity);
 }
 
+// The same in two parts: the answer to a first question takes as long as some multiplies, and is known to be there later.
+class StageQuery {
+ public:
+  __device__ __forceinline__ StageQuery(SharedHeader& header, const StageCursor& cursor)
+      : weights_full_(&header.weights_full[cursor.stage]),
+        tokens_full_(&header.tokens_full[cursor.stage]),
+        parity_(cursor.parity),
+        weights_landed_(ptx::mbarrier_test_wait(weights_full_, parity_)),
+        tokens_landed_(ptx::mbarrier_test_wait(tokens_full_, parity_)) {}
+
+  __device__ __forceinline__ void wait() const {
+    ptx::mbarrier_wait(weights_full_, parity_, weights_landed_);
+    ptx::mbarrier_wait(tokens_full_, parity_, tokens_landed_);
+  }
+
+ private:
+  uint64_t* weights_full_;
+  uint64_t* tokens_full_;
+  uint32_t parity_;
+  bool weights_landed_;
+  bool tokens_landed_;
+};
+
 // One arrival per consumer warp, in every CTA that shares the stage: the warp has no more use of it.
 template <bool kSwap>
 __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHeader& header, int stage) {

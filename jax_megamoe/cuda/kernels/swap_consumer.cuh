@@ -26,12 +26,7 @@ class SwapConsumer {
   __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
                                           Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
-    // Needed by the epilogue only: the load is on its way while the main loop runs. L2 only: another SM wrote it.
-    if (thread_in_group() < note.rows()) {
-      const int2 raw =
-          __ldcg(reinterpret_cast<const int2*>(args.workspace.row_sources + note.row_base + thread_in_group()));
-      source_ = {raw.x, __int_as_float(raw.y)};
-    }
+    fetch_sources();
   }
 
   __device__ __forceinline__ void run(StageCursor& cursor) {
@@ -61,6 +56,17 @@ class SwapConsumer {
   __device__ static int quad_token() { return threadIdx.x % 4 * 2; }  // 2*(l%4)
   __device__ RowSource* sources() const { return map_.sources() + warpgroup() * map_.max_rows; }
 
+  // Only the epilogue needs them: they are on their way to shared memory while the unit is multiplied. Not to registers: before its
+  // first multiply a warp waits for every load that is to write one, for a microsecond where the memory is busy.
+  __device__ __forceinline__ void fetch_sources() const {
+    static_assert(2 * sizeof(RowSource) == 16);
+    const int row = 2 * thread_in_group();
+    if (row < note_.rows()) {
+      ptx::copy_async_16(sources() + row, args_.workspace.row_sources + note_.row_base + row, true);
+    }
+    ptx::commit_copies();
+  }
+
   // A stage as the multiplies need it. Descriptors take a while to get to uniform registers: they are made before the stage
   // has landed.
   struct Stage {
@@ -72,78 +78,126 @@ class SwapConsumer {
         : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
   };
 
-  // A step is what one partial sum covers: a K block (gate/up), or half of one (down), since the activations have a scale for
-  // each half. `start` only enqueues the multiplies.
+  // The activations have a scale for each half of a K block, so that down units have a partial sum for each half. A step, what is
+  // multiplied and promoted at a time, is a K block, or with more tokens half of one: measured, and from 40 tokens on a matter of
+  // registers.
+  static constexpr int kMostTokensOfWholeSteps = 16;
+  template <bool kDown>
+  static constexpr int kStepParts = kDown && kN <= kMostTokensOfWholeSteps ? kActivationScalesPerBlock : 1;
+  template <bool kDown>
+  static constexpr int kStepsPerBlock = kDown ? kActivationScalesPerBlock / kStepParts<true> : 1;
+  template <bool kDown>
+  using Step = Partial[kStepParts<kDown>];
+
+  // Only enqueues the multiplies.
   template <bool kDown>
   __device__ __forceinline__ void start(const Stage& stage, int step, uint32_t token_plane_bytes,
-                                        Partial& partial) const {
-    constexpr int kHalves = kDown ? kActivationScalesPerBlock : 1;
+                                        Step<kDown>& partial) const {
     // Gate/up stages hold block after block, each with the planes of both warpgroups; down stages the other way round.
     constexpr int kPlanesPerBlock = kDown ? 1 : 2;
-    const int block = step / kHalves, k_begin = step % kHalves * kActivationScaleColumns;
-    wgmma::pin(partial);
+    constexpr int kPartsPerBlock = kStepsPerBlock<kDown> * kStepParts<kDown>;
+    constexpr int kPartColumns = kBlockK / kPartsPerBlock;
+    const int block = step / kStepsPerBlock<kDown>;
+#pragma unroll
+    for (Partial& part : partial) wgmma::pin(part);
     wgmma::fence();
-    wgmma::multiply_block<kN, 4 / kHalves>(partial, stage.weights, block * kPlanesPerBlock * kPlaneBytes + k_begin,
-                                           stage.tokens, block * token_plane_bytes + k_begin);
+#pragma unroll
+    for (int part = 0; part < kStepParts<kDown>; ++part) {
+      const int k_begin = (step * kStepParts<kDown> + part) % kPartsPerBlock * kPartColumns;
+      wgmma::multiply_block<kN, kPartColumns / wgmma::kInstructionK>(partial[part], stage.weights,
+                                                                     block * kPlanesPerBlock * kPlaneBytes + k_begin,
+                                                                     stage.tokens, block * token_plane_bytes + k_begin);
+    }
     wgmma::commit();
   }
 
-  // Waits until all but the latest `kPending` steps are multiplied and adds this one: acc += (token scale * weight scale) *
-  // partial. The low rows and the high rows of a fragment may have weight scales of their own.
-  template <bool kDown, int kPending>
-  __device__ __forceinline__ void finish(const Stage& stage, int step, bool valid, Partial& partial,
-                                         Partial& acc) const {
-    float2 token[kTokenGroups];
-    const float* token_scales = map_.token_scales(stage.index) + step * note_.padded_rows() + quad_token();
+  // Of a step: of the tokens, and of the low and the high rows of a fragment's weights.
+  template <bool kDown>
+  struct Scales {
+    float2 token[kStepParts<kDown>][kTokenGroups];
+    float2 weight;
+  };
+
+  template <bool kDown>
+  __device__ __forceinline__ Scales<kDown> load_scales(const Stage& stage, int step) const {
+    Scales<kDown> scales;
+    const int padded = note_.padded_rows();
+    const float* token_scales = map_.token_scales(stage.index) + step * kStepParts<kDown> * padded + quad_token();
 #pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) token[j] = *reinterpret_cast<const float2*>(token_scales + 8 * j);
+    for (int part = 0; part < kStepParts<kDown>; ++part) {
+#pragma unroll
+      for (int j = 0; j < kTokenGroups; ++j) {
+        scales.token[part][j] = *reinterpret_cast<const float2*>(token_scales + part * padded + 8 * j);
+      }
+    }
+    const int block = step / kStepsPerBlock<kDown>;
     const float* weight_scales = map_.header().weight_scale[stage.index];
-    float2 weight = kDown ? make_float2(weight_scales[step / 2], weight_scales[step / 2])
-                          : *reinterpret_cast<const float2*>(weight_scales + step * kScaleVectorFloats);
-    if (!valid) weight = make_float2(0.0f, 0.0f);
-    wgmma::wait<kPending>();
-    wgmma::pin(partial);
+    scales.weight = kDown ? make_float2(weight_scales[block], weight_scales[block])
+                          : *reinterpret_cast<const float2*>(weight_scales + block * kScaleVectorFloats);
+    return scales;
+  }
+
+  // Waits until all but the latest step are multiplied and adds this one: acc += (token scale * weight scale) * partial.
+  template <bool kDown>
+  __device__ __forceinline__ static void finish(const Scales<kDown>& scales, bool valid, Step<kDown>& partial,
+                                                Partial& acc) {
+    const float2 weight = valid ? scales.weight : make_float2(0.0f, 0.0f);
+    wgmma::wait<1>();
 #pragma unroll
-    for (int j = 0; j < kTokenGroups; ++j) {
-      acc[4 * j + 0] = fmaf(token[j].x * weight.x, partial[4 * j + 0], acc[4 * j + 0]);
-      acc[4 * j + 1] = fmaf(token[j].y * weight.x, partial[4 * j + 1], acc[4 * j + 1]);
-      acc[4 * j + 2] = fmaf(token[j].x * weight.y, partial[4 * j + 2], acc[4 * j + 2]);
-      acc[4 * j + 3] = fmaf(token[j].y * weight.y, partial[4 * j + 3], acc[4 * j + 3]);
+    for (int part = 0; part < kStepParts<kDown>; ++part) {
+      wgmma::pin(partial[part]);
+#pragma unroll
+      for (int j = 0; j < kTokenGroups; ++j) {
+        const float2 token = scales.token[part][j];
+        const float* sum = partial[part] + 4 * j;
+        acc[4 * j + 0] = fmaf(token.x * weight.x, sum[0], acc[4 * j + 0]);
+        acc[4 * j + 1] = fmaf(token.y * weight.x, sum[1], acc[4 * j + 1]);
+        acc[4 * j + 2] = fmaf(token.x * weight.y, sum[2], acc[4 * j + 2]);
+        acc[4 * j + 3] = fmaf(token.y * weight.y, sum[3], acc[4 * j + 3]);
+      }
     }
   }
 
-  // Two partial sums take turns: while one is promoted, the tensor core fills the other, across stages too. The last stage is
-  // followed by a step that nobody reads: its own loop iteration would double the code. Where the number of K blocks is odd,
+  // Two steps' partial sums take turns: while one is promoted, the tensor core fills the other, across stages too. The last stage
+  // is followed by a step that nobody reads: its own loop iteration would double the code. Where the number of K blocks is odd,
   // the last stage has its block twice, and the copy counts for nothing.
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) const {
-    constexpr int kStepsPerBlock = kDown ? kActivationScalesPerBlock : 1;
-    constexpr int kSteps = kStageBlocks * kStepsPerBlock;
+    constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
     static_assert(kSteps % 2 == 0, "a stage begins with `first` and ends with `second`");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation<true>::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
     const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
-    Partial first, second;
+    Step<kDown> sums[2];
+    Scales<kDown> scales[2];
 #pragma unroll
     for (float& value : acc) value = 0.0f;
+    Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    start<kDown>(Stage(map_, cursor.stage, first_plane), 0, token_plane_bytes, first);
+    start<kDown>(stage, 0, token_plane_bytes, sums[0]);
+    scales[0] = load_scales<kDown>(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
-      const Stage stage(map_, cursor.stage, first_plane);
-      if (i < num_stages - 1) cursor.advance(map_.num_stages);
-      const Stage next(map_, cursor.stage, first_plane);
+      const Stage here = stage;
 #pragma unroll
-      for (int step = 1; step < kSteps; ++step) {
-        start<kDown>(stage, step, token_plane_bytes, step % 2 != 0 ? second : first);
-        finish<kDown, 1>(stage, step - 1, step - 1 < kStepsPerBlock || whole, step % 2 != 0 ? first : second, acc);
+      for (int step = 1; step < kSteps - 1; ++step) {
+        start<kDown>(here, step, token_plane_bytes, sums[step % 2]);
+        scales[step % 2] = load_scales<kDown>(here, step);
+        finish<kDown>(scales[1 - step % 2], step - 1 < kStepsPerBlock<kDown> || whole, sums[1 - step % 2], acc);
       }
-      wait_stage(map_.header(), cursor);
-      start<kDown>(next, 0, token_plane_bytes, first);
-      finish<kDown, 1>(stage, kSteps - 1, whole, second, acc);
-      release_stage<true>(args_, map_.header(), stage.index);
+      start<kDown>(here, kSteps - 1, token_plane_bytes, sums[1]);
+      scales[1] = load_scales<kDown>(here, kSteps - 1);
+      if (i < num_stages - 1) cursor.advance(map_.num_stages);
+      stage = Stage(map_, cursor.stage, first_plane);
+      const StageQuery next(map_.header(), cursor);
+      finish<kDown>(scales[0], kSteps - 2 < kStepsPerBlock<kDown> || whole, sums[0], acc);
+      next.wait();
+      start<kDown>(stage, 0, token_plane_bytes, sums[0]);
+      scales[0] = load_scales<kDown>(stage, 0);
+      finish<kDown>(scales[1], whole, sums[1], acc);
+      release_stage<true>(args_, map_.header(), here.index);
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);
@@ -163,8 +217,7 @@ class SwapConsumer {
   __device__ __forceinline__ void finish_gate_up(Partial& acc) {
     const int consumer_warp = threadIdx.x / 32;
     const int padded = note_.padded_rows();
-    if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
-
+    ptx::wait_copies<0>();  // the sources
 #pragma unroll 1
     for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
@@ -237,7 +290,7 @@ class SwapConsumer {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     const int padded = note_.padded_rows();
     uint8_t* tile = map_.down_tile(warpgroup());
-    if (thread_in_group() < note_.rows()) sources()[thread_in_group()] = source_;
+    ptx::wait_copies<0>();  // the sources
     const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
 #pragma unroll 1
     for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
@@ -269,7 +322,6 @@ class SwapConsumer {
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;
-  RowSource source_{0, 0.0f};
 };
 
 }  // namespace megamoe

@@ -24,26 +24,21 @@ class WeightProducer {
     const uint32_t rank = pair_.rank();
     const uint32_t size = pair_.exists() && map_.header().ids_missing != 0 ? 0 : schedule.size();
     uint32_t ticket = pair_.index();
-    if constexpr (kSwap) few_units_ = schedule.num_gate_up() <= 2 * gridDim.x;
+    // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
+    const bool few_units = kSwap && schedule.num_gate_up() <= 2 * gridDim.x;
+    most_in_flight_ = few_units ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
     for (uint32_t number = 0; ticket < size; ++number) {
       const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
-      Stream s = stream(u);
-      const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
-      if constexpr (kSwap) yields_ = u.down && few_units_;
-      for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
-        // Asked for early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-        if (block + O::kStageBlocks >= s.k_blocks) ticket = next_ticket(number, rank);
-        // The ring is full for the first time.
-        if (kSwap && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
-        claim(schedule);
-        if (block == 0) map_.header().note[cursor_.stage] = note;
-        load_stage(s, block, rank);
-        announce();
+      uint32_t drawn;
+      if (kSwap && u.down && few_units) {
+        drawn = load_unit<kSwap>(schedule, u, number);
+      } else {
+        drawn = load_unit<false>(schedule, u, number);
       }
-      if (rank != 0) ticket = pair_.await_ticket(map_.header(), number);
+      ticket = rank == 0 ? pair_.count() + drawn : pair_.await_ticket(map_.header(), number);
     }
-    claim(schedule);
+    claim();
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
@@ -63,6 +58,32 @@ class WeightProducer {
     size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
     int scale_distance;  // floats, likewise
   };
+
+  // Unit number `number` of this CTA; returns what it draws for the next one. With `kYields` copies come one by one while gate/up
+  // units want the memory for themselves.
+  template <bool kYields>
+  __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<kSwap>& schedule, const Unit& u, uint32_t number) {
+    const uint32_t rank = pair_.rank();
+    Stream s = stream(u);
+    const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
+    bool yields = kYields;
+    uint32_t drawn = 0;
+    for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
+      // Early enough to be here at the unit's end, and late enough not to reserve a unit for long.
+      if (block + O::kStageBlocks >= s.k_blocks) drawn = draw(number, rank);
+      // The ring is full for the first time.
+      if (kSwap && !kYields && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
+      if constexpr (kYields) {
+        if (yields) yields = !gate_up_complete(schedule);
+        while (yields && in_flight_ > 0) await_oldest();
+      }
+      claim();
+      if (block == 0) map_.header().note[cursor_.stage] = note;
+      load_stage(s, block, rank);
+      announce();
+    }
+    return drawn;
+  }
 
   __device__ __forceinline__ Stream stream(const Unit& u) const {
     const Problem& p = args_.problem;
@@ -91,12 +112,12 @@ class WeightProducer {
     return s;
   }
 
-  // Rank 1 of a pair hears of it later.
-  __device__ __forceinline__ uint32_t next_ticket(uint32_t number, uint32_t rank) const {
+  // The answer is waited for where it is used: only a pair, whose rank 1 hears of it, does so at once.
+  __device__ __forceinline__ uint32_t draw(uint32_t number, uint32_t rank) const {
     if (rank != 0) return 0;
-    const uint32_t ticket = pair_.count() + atomicAdd(map_.counters(args_).next_unit(), 1);
-    if (pair_.exists()) pair_.tell_ticket(map_.header(), number, ticket);
-    return ticket;
+    const uint32_t drawn = atomicAdd(map_.counters(args_).next_unit(), 1);
+    if (pair_.exists()) pair_.tell_ticket(map_.header(), number, pair_.count() + drawn);
+    return drawn;
   }
 
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
@@ -106,24 +127,16 @@ class WeightProducer {
            args_.constants.gate_up_units.value() * O::kGateUpSignals;
   }
 
-  // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
-  __device__ __forceinline__ int most_in_flight() const {
-    return kSwap && few_units_ ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
+  // The oldest copies on their way.
+  __device__ __forceinline__ void await_oldest() {
+    ptx::mbarrier_wait(&map_.header().weights_full[oldest_.stage], oldest_.parity);
+    oldest_.advance(map_.num_stages);
+    --in_flight_;
   }
 
-  __device__ __forceinline__ void claim(const UnitSchedule<kSwap>& schedule) {
-    if constexpr (kSwap) {
-      if (yields_) yields_ = !gate_up_complete(schedule);
-    }
-    const int most = claimed_ < O::kStagesAtStart || yields_ ? 1 : most_in_flight();
+  __device__ __forceinline__ void claim() {
+    if (in_flight_ >= (claimed_ < O::kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
-    for (; in_flight_ >= most; --in_flight_) {
-      // The oldest of them.
-      const int stage = cursor_.stage - in_flight_;
-      const bool wrapped = stage < 0;
-      ptx::mbarrier_wait(&map_.header().weights_full[wrapped ? stage + map_.num_stages : stage],
-                         cursor_.parity ^ (wrapped ? 1 : 0));
-    }
     ++in_flight_;
     ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
@@ -221,9 +234,9 @@ class WeightProducer {
   const SharedMap<kSwap>& map_;
   CtaPair<kSwap> pair_;
   int first_expert_;
-  bool few_units_ = false;
+  int most_in_flight_ = 1;
   StageCursor cursor_;
-  bool yields_ = false;
+  StageCursor oldest_;  // whose copies are on their way
   int claimed_ = 0;
   int in_flight_ = 0;
 };
