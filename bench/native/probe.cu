@@ -3,6 +3,7 @@
 //   probe check H I E k T [routing]     routing: uniform, one (all on one expert), masked, none
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
+//   probe apart H I E k T...            ... and scratch of its own for each call, as a compiler may place it
 //   probe crossover H I E k T...        both orientations, whichever the rule would choose
 //   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
 #include <cuda_runtime.h>
@@ -59,14 +60,15 @@ int check(const Problem& p, const std::string& routing) {
 
 // Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in the L2 of its
 // weights is of no use to the next. `touched`: experts that a call reads, on average.
-double call_microseconds(const Problem& p, const std::vector<Weights>& layers, double* touched) {
-  void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
+double call_microseconds(const Problem& p, const std::vector<Weights>& layers, bool apart, double* touched) {
+  std::vector<void*> scratch(apart ? kInputs : 1);
+  for (void*& one : scratch) one = device_array<uint8_t>(megamoe::Workspace::bytes(p));
   megamoe::Control* control = make_control(p);
   std::vector<Call> calls;
   *touched = 0;
   for (int n = 0; n < kInputs; ++n) {
     calls.emplace_back(p, layers[n % layers.size()], "uniform", 100 + n);
-    calls.back().share(workspace, control);
+    calls.back().share(scratch[n % scratch.size()], control);
     *touched += calls.back().touched() / static_cast<double>(kInputs);
   }
   const double us = graph_microseconds([&](int n, cudaStream_t stream) {
@@ -75,17 +77,18 @@ double call_microseconds(const Problem& p, const std::vector<Weights>& layers, d
   for (auto& c : calls) {
     for (void* q : {(void*)c.args.x, (void*)c.args.topk_ids, (void*)c.args.topk_weights, c.args.y}) cudaFree(q);
   }
-  cudaFree(workspace), cudaFree(control);
+  for (void* one : scratch) cudaFree(one);
+  cudaFree(control);
   return us;
 }
 
-void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts, int num_layers) {
+void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts, int num_layers, bool apart) {
   std::vector<Weights> layers;
   for (int n = 0; n < num_layers; ++n) layers.emplace_back(h, i, e);
   const Weights& w = layers[0];
   for (int tokens : token_counts) {
     double touched;
-    const double us = call_microseconds({tokens, k, h, i, e}, layers, &touched);
+    const double us = call_microseconds({tokens, k, h, i, e}, layers, apart, &touched);
     const double expert_bytes = 3.0 * h * i;
     const size_t bytes = static_cast<size_t>(touched * expert_bytes) / 4096 * 4096;
     const size_t total = static_cast<size_t>(e) * 2 * h * i;
@@ -113,7 +116,7 @@ void time_orientations(int h, int i, int e, int k, const std::vector<int>& token
     for (int n = 0; n < 4; ++n) {
       Problem p{tokens, k, h, i, e};
       p.order = n % 2 == 0 ? megamoe::OperandOrder::kSwapped : megamoe::OperandOrder::kNormal;
-      us[n] = call_microseconds(p, {w}, &touched);
+      us[n] = call_microseconds(p, {w}, false, &touched);
     }
     std::printf("H %d I %d E %d k %d T %4d, %5.1f pairs per expert: swapAB %.1f, %.1f us, normal %.1f, %.1f us%s\n", h,
                 i, e, k, tokens, static_cast<double>(tokens) * k / e, us[0], us[2], us[1], us[3],
@@ -161,7 +164,8 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
 
 int main(int argc, char** argv) {
   if (argc < 7) {
-    std::fprintf(stderr, "usage: probe check H I E k T [routing] | probe (time | turns | crossover) H I E k T...\n");
+    std::fprintf(stderr,
+                 "usage: probe check H I E k T [routing] | probe (time | turns | apart | crossover) H I E k T...\n");
     return 2;
   }
   CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
@@ -181,7 +185,7 @@ int main(int argc, char** argv) {
   if (what == "crossover") {
     time_orientations(number(2), number(3), number(4), number(5), tokens);
   } else {
-    time_shape(number(2), number(3), number(4), number(5), tokens, what == "turns" ? 2 : 1);
+    time_shape(number(2), number(3), number(4), number(5), tokens, what == "time" ? 1 : 2, what == "apart");
   }
   return 0;
 }

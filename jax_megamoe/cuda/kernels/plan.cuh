@@ -35,7 +35,7 @@ class Plan {
       : group_experts_(num_ranks * num_experts), num_experts_(num_experts), first_expert_(rank * num_experts) {}
 
   __host__ __device__ int bytes() const {
-    return (3 * group_experts_ + num_experts_ + 2) * static_cast<int>(sizeof(int));
+    return (3 * group_experts_ + num_experts_ + 3) * static_cast<int>(sizeof(int));
   }
 
   __device__ int group_experts() const { return group_experts_; }
@@ -53,6 +53,8 @@ class Plan {
   __device__ int num_chunks() const { return chunk_base(num_experts_); }
   // Rows of the largest padded chunk.
   __device__ int& max_rows() const { return storage()[3 * group_experts_ + num_experts_ + 1]; }
+  // swapAB: the chunk with the fewest tokens, of an expert that has no other one; beyond all where there is none.
+  __device__ int& smallest_chunk() const { return storage()[3 * group_experts_ + num_experts_ + 2]; }
 
  private:
   __device__ static int* storage() { return reinterpret_cast<int*>(shared_memory() + kSharedHeaderBytes); }
@@ -126,9 +128,10 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 template <bool kSwap, bool kOwn = true>
 __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const Plan& plan, int first_expert) {
   const int num_experts = plan.num_experts();
-  constexpr int kTile = Orientation<kSwap>::kTokenTile;
+  constexpr int kTile = Orientation<kSwap>::kTokenTile, kChunkBits = 24;
   const int lane = threadIdx.x % 32;
   int rows_so_far = 0, chunks_so_far = 0, max_rows = 8;
+  uint32_t smallest = ~0u;  // tokens << kChunkBits | chunk
   for (int first = 0; first < num_experts; first += 32) {
     const int e = first + lane;
     const int count = e < num_experts ? plan.count(first_expert + e) : 0;
@@ -141,14 +144,19 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
       const int chunks_end = warp_inclusive_sum(chunks);
       const int first_chunk = chunks_so_far + chunks_end - chunks;
       if (e < num_experts) plan.chunk_base(e) = first_chunk;
-      if constexpr (kSwap) prefetch_first_unit(args, e, first_chunk, chunks);
+      if constexpr (kSwap) {
+        prefetch_first_unit(args, e, first_chunk, chunks);
+        if (chunks == 1) smallest = min(smallest, static_cast<uint32_t>(count) << kChunkBits | first_chunk);
+      }
       chunks_so_far += __shfl_sync(~0u, chunks_end, 31);
       max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
     }
   }
+  if constexpr (kOwn && kSwap) smallest = __reduce_min_sync(~0u, smallest);
   if (kOwn && lane == 0) {
     plan.chunk_base(num_experts) = chunks_so_far;
     plan.max_rows() = max_rows;
+    plan.smallest_chunk() = smallest & ((1u << kChunkBits) - 1);
   }
 }
 
@@ -166,7 +174,9 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 // All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
 // weights are neighbours, so that only the first of them reads device memory. In the normal orientation the down units of the last
 // experts go tile by tile over all these experts, so that columns are complete one after the other and are summed meanwhile; not so
-// where that would be most of them, which would wait for the last gate/up units. A ticket is a unit, or one for each CTA of a pair.
+// where that would be most of them, which would wait for the last gate/up units. In swapAB the chunk with the fewest tokens has the last
+// down units: nothing else is left to do by then, and they take the less time the fewer tokens they have. A ticket is a unit, or
+// one for each CTA of a pair.
 template <bool kSwap>
 class UnitSchedule {
  public:
@@ -191,9 +201,14 @@ class UnitSchedule {
     Unit u;
     const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
-    const int index = ticket - (u.down ? first_down : 0);
+    int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
-    const int chunk = tickets.divide(index);
+    int chunk = tickets.divide(index);
+    if (kSwap && u.down) {
+      const int place = chunk, smallest = plan_.smallest_chunk();
+      if (place >= smallest) chunk = place == num_chunks() - 1 ? smallest : place + 1;
+      index += (chunk - place) * static_cast<int>(tickets.value());
+    }
     const bool tail = !kSwap && u.down && chunk >= first_tail_chunk_;
     u.expert = expert_of_chunk(chunk);
     // The chunks that take turns.
