@@ -167,7 +167,8 @@ __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCurs
   ptx::mbarrier_wait(&header.tokens_full[cursor.stage], cursor.parity);
 }
 
-// The same in two parts: the answer to a first question takes as long as some multiplies, and is known to be there later.
+// The same in two parts: a question, whose answer takes as long as some multiplies, and later the wait, if one is left. It begins with
+// the answer: a branch around the wait would make ptxas serialise the multiplies.
 class StageQuery {
  public:
   __device__ __forceinline__ StageQuery(SharedHeader& header, const StageCursor& cursor)
