@@ -59,7 +59,7 @@ int check(const Problem& p, const std::string& routing) {
 }
 
 // Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in the L2 of its
-// weights is of no use to the next. `touched`: experts that a call reads, on average.
+// weights is of no use to the next. `apart`: each call has scratch of its own. `touched`: experts that a call reads, on average.
 double call_microseconds(const Problem& p, const std::vector<Weights>& layers, bool apart, double* touched) {
   std::vector<void*> scratch(apart ? kInputs : 1);
   for (void*& one : scratch) one = device_array<uint8_t>(megamoe::Workspace::bytes(p));

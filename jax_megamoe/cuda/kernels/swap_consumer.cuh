@@ -164,7 +164,7 @@ class SwapConsumer {
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) const {
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
-    static_assert(kSteps % 2 == 0, "a stage begins with `first` and ends with `second`");
+    static_assert(kSteps % 2 == 0, "a stage begins with the first of two sums and ends with the second");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation<true>::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
@@ -173,30 +173,33 @@ class SwapConsumer {
     Scales<kDown> scales[2];
 #pragma unroll
     for (float& value : acc) value = 0.0f;
+    const auto ask = [&](const Stage& from, int step) {
+      start<kDown>(from, step, token_plane_bytes, sums[step % 2]);
+      scales[step % 2] = load_scales<kDown>(from, step);
+    };
     Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    start<kDown>(stage, 0, token_plane_bytes, sums[0]);
-    scales[0] = load_scales<kDown>(stage, 0);
+    ask(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
+      const auto add = [&](int step) {
+        finish<kDown>(scales[step % 2], step < kStepsPerBlock<kDown> || whole, sums[step % 2], acc);
+      };
       const Stage here = stage;
 #pragma unroll
       for (int step = 1; step < kSteps - 1; ++step) {
-        start<kDown>(here, step, token_plane_bytes, sums[step % 2]);
-        scales[step % 2] = load_scales<kDown>(here, step);
-        finish<kDown>(scales[1 - step % 2], step - 1 < kStepsPerBlock<kDown> || whole, sums[1 - step % 2], acc);
+        ask(here, step);
+        add(step - 1);
       }
-      start<kDown>(here, kSteps - 1, token_plane_bytes, sums[1]);
-      scales[1] = load_scales<kDown>(here, kSteps - 1);
+      ask(here, kSteps - 1);
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       stage = Stage(map_, cursor.stage, first_plane);
       const StageQuery next(map_.header(), cursor);
-      finish<kDown>(scales[0], kSteps - 2 < kStepsPerBlock<kDown> || whole, sums[0], acc);
+      add(kSteps - 2);
       next.wait();
-      start<kDown>(stage, 0, token_plane_bytes, sums[0]);
-      scales[0] = load_scales<kDown>(stage, 0);
-      finish<kDown>(scales[1], whole, sums[1], acc);
+      ask(stage, 0);
+      add(kSteps - 1);
       release_stage<true>(args_, map_.header(), here.index);
     }
     wgmma::wait<0>();
