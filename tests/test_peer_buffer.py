@@ -15,7 +15,7 @@ MODELS = [
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, workspace, sizes) twice."""
+    """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, header, workspace, sizes) twice."""
     program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "problem.cc")
 
     def run(problems):
@@ -39,17 +39,18 @@ def test_parts_fit_and_do_not_overlap(layouts):
     problems = [*MODELS, *random_problems(300)]
     for problem, line in zip(problems, layouts(problems), strict=True):
         numbers = list(map(int, line))
-        for size, fits, first, second, workspace, ids_bytes, shared_bytes in (numbers[2:9], numbers[9:16]):
+        for size, fits, *offsets, ids_bytes, header_bytes, shared_bytes in (numbers[2:11], numbers[11:20]):
             assert fits, problem
-            assert 0 < first <= first + ids_bytes <= second <= second + ids_bytes <= workspace, problem
-            assert workspace + shared_bytes <= size, problem
-            assert not any(offset % 1024 for offset in (first, second, workspace))
+            first, second, header, workspace = offsets
+            assert 0 <= first <= first + ids_bytes <= second <= second + ids_bytes <= header, problem
+            assert header + header_bytes <= workspace and workspace + shared_bytes <= size, problem
+            assert not any(offset % 1024 for offset in offsets)
 
 
 def test_ids_lie_where_the_size_of_the_buffer_says(layouts):
     """And nothing else of the problem: programs of different shapes share a buffer."""
     (wide,), (narrow,) = layouts([(64, 6, 4096, 2048, 32, 8)]), layouts([(64, 6, 4096, 128, 32, 8)])
-    assert wide[2] == narrow[2] and wide[4:7] == narrow[4:7]
+    assert wide[2] == narrow[2] and wide[4:8] == narrow[4:8]
 
 
 def test_scratch_is_bounded_and_launches_are_as_few_as_can_be(layouts):

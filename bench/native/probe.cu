@@ -1,6 +1,6 @@
 // Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph beside the
 // device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
-//   probe check H I E k T [routing]     routing: uniform, one (all on one expert), masked, none
+//   probe check H I E k T [routing [ctas]]  routing: uniform, one (all on one expert), masked, none; more CTAs than SMs start late
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
 //   probe apart H I E k T...            ... and scratch of its own for each call, as a compiler may place it
@@ -31,7 +31,7 @@ using probe::num_sms;
 using probe::Problem;
 using probe::Weights;
 
-int check(const Problem& p, const std::string& routing) {
+int check(const Problem& p, const std::string& routing, int ctas) {
   const Weights w(p.hidden_size, p.intermediate_size, p.num_experts);
   Call call(p, w, routing, 11);
   const size_t bytes = megamoe::Workspace::bytes(p);
@@ -42,7 +42,7 @@ int check(const Problem& p, const std::string& routing) {
   for (int launch = 0; launch < 3; ++launch) {
     CHECK(cudaMemset(workspace, 0xff, bytes));  // NaN everywhere that is not written
     CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
-    CHECK(megamoe::launch_moe(call.args, call.args.problem.num_tokens, num_sms(), nullptr));
+    CHECK(megamoe::launch_moe(call.args, call.args.problem.num_tokens, ctas, nullptr));
     CHECK(cudaDeviceSynchronize());
     const auto y = call.result();
     if (launch == 0) first = y;
@@ -171,7 +171,8 @@ int main(int argc, char** argv) {
   CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
   auto number = [&](int i) { return std::atoi(argv[i]); };
   if (std::string(argv[1]) == "check") {
-    return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform");
+    return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform",
+                 argc > 8 ? number(8) : num_sms());
   }
 #ifdef MEGAMOE_TRACE
   if (std::string(argv[1]) == "trace") {

@@ -1,6 +1,6 @@
 // Development program for the fused kernel among ranks, without JAX.
-//   ranks check H I E k T R [routing [launches [seed [ctas]]]]   R ranks share this GPU (virtual ranks), T tokens each, against
-//                                                                one rank with all of them, bit by bit; a seed adds delays
+//   ranks check H I E k T R [routing [launches [seed [ctas [late]]]]]  R ranks share this GPU (virtual ranks), T tokens each, against
+//                                  one rank with all of them, bit by bit; a seed adds delays, `late` CTAs of each begin last
 //   ranks missing H I E k T R      one of R virtual ranks stays away: the others have to end, and to say why
 //   ranks time H I E k R T...      R GPUs of this host, in a graph of 12 calls each; R = 1: alone, through the same code
 //   ranks virtual H I E k R T...   the same time with R virtual ranks
@@ -18,9 +18,9 @@ namespace {
 using namespace probe;
 using megamoe::GroupKind;
 using megamoe::PeerBuffer;
-using megamoe::PeerFailure;
+using megamoe::PeerView;
 
-constexpr uint64_t kLimitMicroseconds = 20 * 1000 * 1000;
+constexpr uint64_t kLimitMicroseconds = 5 * 1000 * 1000;
 
 // The buffers and counters of R ranks, on one GPU or on one each.
 struct Ranks {
@@ -28,12 +28,13 @@ struct Ranks {
   std::vector<int> devices;
   std::vector<void*> buffers, scratch;
   std::vector<megamoe::Control*> controls;
-  PeerFailure* failures;
+  std::vector<PeerView*> views;
+  uint64_t* notes;
   size_t bytes;
 
   Ranks(const Problem& p, bool one_gpu) : problem(p), bytes(PeerBuffer::bytes_for(p)) {
-    CHECK(cudaHostAlloc(reinterpret_cast<void**>(&failures), p.num_ranks * sizeof(PeerFailure), cudaHostAllocPortable));
-    std::memset(failures, 0, p.num_ranks * sizeof(PeerFailure));
+    CHECK(cudaHostAlloc(reinterpret_cast<void**>(&notes), p.num_ranks * sizeof(uint64_t), cudaHostAllocPortable));
+    std::memset(notes, 0, p.num_ranks * sizeof(uint64_t));
     for (int r = 0; r < p.num_ranks; ++r) {
       devices.push_back(one_gpu ? 0 : r);
       CHECK(cudaSetDevice(devices[r]));
@@ -46,19 +47,25 @@ struct Ranks {
       controls.push_back(make_control(p));
       CHECK(cudaDeviceSynchronize());
     }
+    const PeerView view = PeerBuffer::view(buffers.data(), p.num_ranks, bytes);
+    for (int r = 0; r < p.num_ranks; ++r) {
+      CHECK(cudaSetDevice(devices[r]));
+      views.push_back(device_array<PeerView>(1));
+      CHECK(cudaMemcpy(views[r], &view, sizeof(view), cudaMemcpyHostToDevice));
+    }
     CHECK(cudaSetDevice(0));
   }
 
   ~Ranks() {
     for (size_t r = 0; r < buffers.size(); ++r) {
       cudaSetDevice(devices[r]);
-      cudaFree(buffers[r]), cudaFree(scratch[r]), cudaFree(controls[r]);
+      cudaFree(buffers[r]), cudaFree(scratch[r]), cudaFree(controls[r]), cudaFree(views[r]);
       for (int other = 0; devices.back() != 0 && other < static_cast<int>(buffers.size()); ++other) {
         if (other != devices[r]) cudaDeviceDisablePeerAccess(other);
       }
     }
     cudaSetDevice(0);
-    cudaFreeHost(failures);
+    cudaFreeHost(notes);
   }
 
   // Rank r's part of a call over all tokens and experts, or of one that has its tokens only.
@@ -75,17 +82,14 @@ struct Ranks {
     a.workspace.carve_local(p, scratch[r]);
     a.control = controls[r];
     a.counter_words = megamoe::CounterSet::words(p);
-    if (!megamoe::join_peers(&a, p, r, buffers.data(), bytes, failures + r, limit)) {
-      std::fprintf(stderr, "the buffer is too small\n");
-      std::exit(1);
-    }
+    megamoe::join_peers(&a, p, r, views[r], notes + r, {limit, limit}, 0);
     return a;
   }
 
   bool failed() const {
     bool any = false;
     for (int r = 0; r < problem.num_ranks; ++r) {
-      const std::string text = megamoe::failure_text(failures[r], r);
+      const std::string text = megamoe::failure_text(notes[r], r);
       if (!text.empty()) std::printf("%s\n", text.c_str());
       any = any || !text.empty();
     }
@@ -94,16 +98,17 @@ struct Ranks {
 };
 
 megamoe::VirtualRanksArguments virtual_arguments(Ranks& ranks, const MoeArguments& call, const Weights& w,
-                                                 uint32_t seed, uint64_t limit = kLimitMicroseconds) {
+                                                 uint32_t seed, uint64_t limit = kLimitMicroseconds, int late = 0) {
   megamoe::VirtualRanksArguments all;
   for (int r = 0; r < ranks.problem.num_ranks; ++r) {
     all.of_rank[r] = ranks.arguments(r, call, w, limit);
     all.of_rank[r].peers.delay_seed = seed;
+    all.of_rank[r].peers.late_ctas = late;
   }
   return all;
 }
 
-int check(const Problem& p, const std::string& routing, int launches, uint32_t seed, int ctas) {
+int check(const Problem& p, const std::string& routing, int launches, uint32_t seed, int ctas, int late) {
   const Problem whole{p.num_tokens * p.num_ranks, p.top_k, p.hidden_size, p.intermediate_size,
                       p.num_experts * p.num_ranks};
   const Weights w(p.hidden_size, p.intermediate_size, whole.num_experts);
@@ -127,7 +132,7 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
   for (int launch = 0; launch < launches; ++launch) {
     Call& call = calls[launch % kCalls];
     if (launch % 16 == 0) CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
-    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch);
+    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch, kLimitMicroseconds, late);
     CHECK(megamoe::launch_virtual_ranks(all, p.num_ranks, ctas, nullptr));
     if (launch % 4 != 3 && launch != launches - 1) continue;
     CHECK(cudaDeviceSynchronize());
@@ -284,5 +289,6 @@ int main(int argc, char** argv) {
   CHECK(megamoe::prepare_kernels(GroupKind::kVirtualRanks));
   const Problem p{number(6), k, h, inter, experts / number(7), number(7)};
   if (what == "missing") return missing(p);
-  return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks));
+  return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks),
+               number(12));
 }

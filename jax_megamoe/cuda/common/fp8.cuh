@@ -42,10 +42,10 @@ __device__ __forceinline__ float activation_scale(float amax) {
   return __uint_as_float(bits < 0x7f800000u ? scale : 0x7f800000u);
 }
 
-// 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite.
-// An overflow to infinity upstream stays visible: its scale is infinite.
+// 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite. An overflow to infinity
+// upstream stays visible: its scale is infinite and has zero here, which makes NaN of infinity and zeros of the rest.
 __device__ __forceinline__ float reciprocal_of_power_of_two(float scale) {
-  return __uint_as_float(0x7f000000u - __float_as_uint(scale));
+  return __int_as_float(max(0x7f000000 - __float_as_int(scale), 0));
 }
 
 }  // namespace megamoe::fp8

@@ -26,15 +26,18 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// ---- bounded waiting ----------------------------------------------------------------------------------------------
-// Every spin is bounded: a partner that never arrives ends the launch with an error instead of a hang. The limit is far
-// above any legitimate wait, tools that slow kernels down a hundredfold included.
-constexpr uint64_t kWaitLimitNanoseconds = 120ull * 1000 * 1000 * 1000;
-
+// ---- time, and the end of a launch that cannot go on -----------------------------------------------------------------
 __device__ __forceinline__ uint64_t global_nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
   return time;
+}
+
+// Of this SM.
+__device__ __forceinline__ int64_t cycles() {
+  int64_t count;
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(count));
+  return count;
 }
 
 // Ends the launch with an error. Where a kernel has a trap of its own anywhere, ptxas 13.0 gives no thread more registers than
@@ -45,20 +48,6 @@ static __device__ __noinline__ void fail() { __trap(); }
 #else
 __device__ __forceinline__ void fail() { __trap(); }
 #endif
-
-class WaitLimit {
- public:
-  __device__ __forceinline__ void check() {
-    if ((++spins_ & 0xffff) != 0) return;  // reading the timer on every spin would slow the wait itself
-    const uint64_t now = global_nanoseconds();
-    if (start_ == 0) start_ = now;
-    if (now - start_ > kWaitLimitNanoseconds) fail();
-  }
-
- private:
-  uint32_t spins_ = 0;
-  uint64_t start_ = 0;
-};
 
 // ---- mbarrier -----------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -119,16 +108,11 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
   return done != 0;
 }
 
-// After `done`, what an earlier question said. Bounded by a number of tries instead of a time: the main loops have this inlined many
-// times, and a try takes at least some 20 ns, much longer where the hardware suspends the thread.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity, bool done) {
-  for (uint32_t tries = 0; !done; done = mbarrier_try_wait(barrier, parity)) {
+// For what is certain to come soon, such as bytes that have been asked for: bounded by a number of tries, of some 20 ns or more.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  for (uint32_t tries = 0; !mbarrier_try_wait(barrier, parity);) {
     if (++tries == 1u << 31) fail();
   }
-}
-
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  mbarrier_wait(barrier, parity, mbarrier_try_wait(barrier, parity));
 }
 
 // ---- thread block clusters ----------------------------------------------------------------------------------------
@@ -338,11 +322,6 @@ __device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value)
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
-}
-
-__device__ __forceinline__ void wait_until_at_least(const uint32_t* counter, uint32_t target) {
-  WaitLimit limit;
-  while (load_acquire(counter) < target) limit.check();
 }
 
 // ---- register reallocation between warpgroups ---------------------------------------------------------------------

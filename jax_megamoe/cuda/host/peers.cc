@@ -1,13 +1,17 @@
 #include "host/peers.h"
 
+#include <algorithm>
+
 namespace megamoe {
 
 namespace {
 
-uint32_t shape_tag(const Problem& p) {
+uint32_t call_tag(const Problem& p, uint32_t call_id) {
   uint32_t hash = 2166136261u;
-  for (int value : {p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_experts, p.num_ranks}) {
-    hash = (hash ^ static_cast<uint32_t>(value)) * 16777619u;
+  for (uint32_t value : {static_cast<uint32_t>(p.num_tokens), static_cast<uint32_t>(p.top_k),
+                         static_cast<uint32_t>(p.hidden_size), static_cast<uint32_t>(p.intermediate_size),
+                         static_cast<uint32_t>(p.num_experts), static_cast<uint32_t>(p.num_ranks), call_id}) {
+    hash = (hash ^ value) * 16777619u;
     hash ^= hash >> 15;
   }
   return hash;
@@ -48,36 +52,34 @@ void take_experts_of_rank(MoeArguments* arguments, int rank) {
   arguments->down_scale += first * down_tiles * ((down_blocks + 1) / 2) * kScaleVectorFloats;
 }
 
-bool join_peers(MoeArguments* arguments, const Problem& part, int rank, void* const* mapped, size_t bytes,
-                PeerFailure* failure, uint64_t limit_microseconds) {
-  const Problem& p = arguments->problem;
-  const PeerBuffer buffer(bytes, mapped[rank]);
-  if (!buffer.holds(part)) return false;
+void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,
+                const PeerLimits& limits, uint32_t call_id) {
   Peers& peers = arguments->peers;
   peers = {};
+  peers.view = view;
   peers.rank = rank;
-  peers.num_ranks = p.num_ranks;
-  for (int r = 0; r < p.num_ranks; ++r) {
-    peers.offset[r] =
-        static_cast<int64_t>(reinterpret_cast<uintptr_t>(mapped[r]) - reinterpret_cast<uintptr_t>(mapped[rank]));
-  }
-  peers.header = buffer.header();
-  for (int parity = 0; parity < 2; ++parity) peers.ids[parity] = buffer.ids(parity);
-  peers.limit_nanoseconds = limit_microseconds * 1000;
-  peers.failure = failure;
-  peers.shape_tag = shape_tag(p);
-  arguments->workspace.carve_shared(part, buffer.workspace());
-  return true;
+  peers.num_ranks = arguments->problem.num_ranks;
+  peers.note = note;
+  peers.limit_nanoseconds = limits.microseconds * 1000;
+  peers.first_limit_nanoseconds = std::max(limits.microseconds, limits.first_microseconds) * 1000;
+  peers.call_tag = call_tag(arguments->problem, call_id);
+  arguments->workspace.carve_shared(part, nullptr);
 }
 
-std::string failure_text(const PeerFailure& failure, int rank) {
-  // Written by the device while this process runs.
-  const uint32_t phase = *const_cast<const volatile uint32_t*>(&failure.phase);
-  if (phase == PeerFailure::kNone) return {};
-  return "rank " + std::to_string(rank) + " waited in vain for rank " + std::to_string(failure.peer) + ", phase " +
-         phase_name(phase) + ", epoch " + std::to_string(failure.epoch) +
-         ": results since then are NaN; see whether that rank is alive and runs the same program with the same shapes, "
-         "and start all processes of the group anew.";
+std::string failure_text(uint64_t failure, int rank) {
+  const PeerFailure f = PeerFailure::of(failure);
+  if (f.phase == PeerFailure::kNone) return {};
+  const std::string told = f.rank == rank ? "" : "rank " + std::to_string(rank) + " was told that ";
+  const std::string epoch = ", epoch " + std::to_string(f.epoch);
+  if (f.phase == PeerFailure::kRankOrder) {
+    return told + "rank " + std::to_string(f.rank) + " of XLA's communicator is rank " + std::to_string(f.peer) +
+           " of the mesh" + epoch + ": results since then are NaN; pass implementation=\"collective\" for this mesh.";
+  }
+  return told + "rank " + std::to_string(f.rank) + " waited in vain for rank " + std::to_string(f.peer) + ", phase " +
+         phase_name(f.phase) + epoch +
+         ": results since then are NaN; see whether that rank is alive and makes the same calls in the same order. The "
+         "next "
+         "run sets the group up anew.";
 }
 
 }  // namespace megamoe

@@ -13,12 +13,19 @@ namespace megamoe {
 void take_tokens_of_rank(MoeArguments* arguments, int rank);
 void take_experts_of_rank(MoeArguments* arguments, int rank);
 
-// Sets `peers` and the shared part of the workspace of one rank. `mapped[r]` is rank r's buffer of `bytes` as this rank's device
-// sees it, `part` the problem of the largest launch. False if that does not fit into the buffer.
-bool join_peers(MoeArguments* arguments, const Problem& part, int rank, void* const* mapped, size_t bytes,
-                PeerFailure* failure, uint64_t limit_microseconds);
+// What a call over a group waits for, and how long.
+struct PeerLimits {
+  uint64_t microseconds;        // of each wait
+  uint64_t first_microseconds;  // ... in the first launch of a call site, if that is longer
+};
 
-// Empty as long as no wait of the rank has failed, else a sentence that names rank, phase and epoch.
-std::string failure_text(const PeerFailure& failure, int rank);
+// Sets `peers` and the shared part of the workspace of one rank, as places in it. `part` is the problem of the largest launch, `view`
+// in the memory of the rank's device, `note` in memory that the host sees, too. `call_id` is the same on all ranks for the same
+// call, and for no other one that might take its place.
+void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,
+                const PeerLimits& limits, uint32_t call_id);
+
+// A sentence that says of a PeerFailure what rank `rank` has to do with it; nothing for zero.
+std::string failure_text(uint64_t failure, int rank);
 
 }  // namespace megamoe

@@ -9,6 +9,9 @@ std::string unsupported_reason(const Problem& p) {
   if (p.hidden_size <= 0 || p.hidden_size % kBlockK != 0) {
     return "hidden_size is " + text(p.hidden_size) + "; it has to be a positive multiple of 128.";
   }
+  if (p.hidden_size > kMaxColumnTiles * kDownUnitColumns) {
+    return "hidden_size is " + text(p.hidden_size) + "; it has to be at most 65536.";
+  }
   if (p.intermediate_size <= 0 || p.intermediate_size % kBlockK != 0) {
     return "intermediate_size is " + text(p.intermediate_size) + "; it has to be a positive multiple of 128.";
   }
@@ -22,9 +25,6 @@ std::string unsupported_reason(const Problem& p) {
   if (p.num_ranks > 1) {
     if (p.group_experts() > kMaxExperts) {
       return "the expert group has " + text(p.group_experts()) + " experts; the kernel serves 1 to 1024.";
-    }
-    if (p.hidden_size > kMaxColumnTiles * kDownUnitColumns) {
-      return "hidden_size is " + text(p.hidden_size) + "; it has to be at most 65536 where ranks share the experts.";
     }
     if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupPairs) {
       return "the ranks have " + text(p.num_tokens) + " tokens each; pass at most 2^30 (token, slot) pairs in all.";

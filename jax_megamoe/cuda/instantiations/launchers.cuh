@@ -28,6 +28,7 @@ class ClusterLaunch {
 
   template <typename Arguments>
   cudaError_t run(void (*kernel)(Arguments), const Arguments& arguments) const {
+    if (config_.gridDim.x > kMaxCtas) return cudaErrorInvalidConfiguration;
     const cudaError_t error = cudaLaunchKernelEx(&config_, kernel, arguments);
     cudaGetLastError();  // the caller has it now; nobody else finds it
     return error;
@@ -129,6 +130,7 @@ cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arg
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
     one.constants = launch_constants<kSwap, VirtualRanks>(one, ctas_per_rank, cluster);
+    one.peers.late_ctas = std::min(round_up(one.peers.late_ctas, cluster), ctas_per_rank - cluster);  // both of a pair
   }
   return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(kKernel, complete);
 }

@@ -17,7 +17,7 @@ class CounterAdvance {
   __device__ void operator()(uint32_t* counter) const {
     if constexpr (Group::kHasPeers) {
       const CounterSet& counters = SharedMap<kSwap>::counters(args_);
-      if (counter == counters.quantized_ctas()) {
+      if (counter == counters.quantized_shares()) {
         if (is_last(counter, gridDim.x)) announce_tokens();
         return;
       }
@@ -30,9 +30,11 @@ class CounterAdvance {
     ptx::add_release(counter, 1);
   }
 
-  // One thread of the rank: a rank whose experts have no tokens has nobody who would finish last.
+  // One thread of every CTA: a rank whose experts have no tokens has nobody who would finish last, so that the first one to come
+  // announces.
   __device__ void announce_if_idle() const {
     if (plan_.num_chunks() != 0) return;
+    if (ptx::fetch_add(SharedMap<kSwap>::counters(args_).idle_ctas(), 1) != 0) return;
     for (int tile = 0; tile < column_tiles(); ++tile) announce_columns(tile);
   }
 
@@ -42,11 +44,11 @@ class CounterAdvance {
   __device__ int column_tiles() const { return args_.constants.down_units.value(); }
   __device__ void announce_tokens() const {
     Group::dawdle(args_, 2);
-    Group::announce(args_, &args_.peers.header->tokens_sent[args_.peers.rank], shared_header().epoch);
+    Group::announce(args_, [](PeerHeader* header) { return header->tokens_sent; }, shared_header().epoch);
   }
   __device__ void announce_columns(int tile) const {
     Group::dawdle(args_, 3);
-    Group::announce(args_, &args_.peers.header->columns_done[tile][args_.peers.rank], shared_header().epoch);
+    Group::announce(args_, [tile](PeerHeader* header) { return header->columns_done[tile]; }, shared_header().epoch);
   }
 
   const MoeArguments& args_;

@@ -60,12 +60,15 @@ __device__ __forceinline__ void add_columns(float (&sum)[8], const uint4& row) {
   for (int c = 0; c < 8; ++c) sum[c] += bf16::value(row, c);
 }
 
+template <typename Group>
 __device__ __forceinline__ const uint16_t* slot_columns(const MoeArguments& args, int token, int slot, int column) {
   const Problem& p = args.problem;
-  return args.workspace.slot_outputs + (static_cast<size_t>(token) * p.top_k + slot) * p.hidden_size + column;
+  return Group::own(args.workspace.slot_outputs) + (static_cast<size_t>(token) * p.top_k + slot) * p.hidden_size +
+         column;
 }
 
 // Drops up to eight slots from `base` on of the columns that eight neighbouring lanes have, all of which have read them: a line each.
+template <typename Group>
 __device__ __forceinline__ void discard_slots(const MoeArguments& args, const int (&tokens)[2], int base, int column) {
   static_assert(kCombineColumns * sizeof(uint16_t) == ptx::kLineBytes);
   __syncwarp();
@@ -73,7 +76,7 @@ __device__ __forceinline__ void discard_slots(const MoeArguments& args, const in
 #pragma unroll
   for (int token : tokens) {
     if (token < args.problem.num_tokens && base + lane < args.problem.top_k) {
-      ptx::discard_line(slot_columns(args, token, base + lane, column - 8 * lane));
+      ptx::discard_line(slot_columns<Group>(args, token, base + lane, column - 8 * lane));
     }
   }
 }
@@ -101,12 +104,12 @@ __device__ __forceinline__ void store_nothing(const MoeArguments& args, const in
 template <bool kSwap, typename Group>
 __device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num_chunks, int first, int end) {
   if constexpr (Group::kHasPeers) {
-    return Group::wait_for_ranks(args, args.peers.header->columns_done[first], end - first, shared_header().epoch,
-                                 PeerFailure::kColumns);
+    return Group::wait_for_ranks(args, own_peer_header()->columns_done[first], end - first, shared_header().epoch,
+                                 PeerFailure::kColumns, [](int) {});
   } else {
     const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
     for (int unit = first + threadIdx.x % 32; unit < end; unit += 32) {
-      ptx::wait_until_at_least(SharedMap<kSwap>::counters(args).down_done(unit), signals);
+      await_at_least(SharedMap<kSwap>::counters(args).down_done(unit), signals);
     }
     __syncwarp();
     return true;
@@ -158,7 +161,8 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
           // An unused slot adds zero, which changes no sum that began with +0.
           rows[t][i] = make_uint4(0, 0, 0, 0);
           if (at.used[t] >> (base + i) & 1) {
-            rows[t][i] = __ldcg(reinterpret_cast<const uint4*>(slot_columns(args, at.tokens[t], base + i, at.column)));
+            rows[t][i] =
+                __ldcg(reinterpret_cast<const uint4*>(slot_columns<Group>(args, at.tokens[t], base + i, at.column)));
           }
         }
       }
@@ -169,7 +173,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
       }
     }
 #pragma unroll 1
-    for (int base = 0; base < p.top_k; base += 8) discard_slots(args, at.tokens, base, at.column);
+    for (int base = 0; base < p.top_k; base += 8) discard_slots<Group>(args, at.tokens, base, at.column);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (at.tokens[t] < p.num_tokens) store_sum(args, sum[t], at.tokens[t], at.column);
@@ -193,7 +197,7 @@ class CompleteUnits {
       // Looks at as many as there are lanes: what is complete already is not asked for again.
       const uint32_t signals = num_chunks_ * Orientation<false>::kDownSignals;
       const int units = args_.constants.down_units.value();
-      ptx::WaitLimit limit;
+      WaitLimit limit;
       while (true) {
         const int mine = complete_ + static_cast<int>(threadIdx.x % 32);
         const bool done =
@@ -268,7 +272,7 @@ class CombineStream {
       if (step >= complete_steps) {
         store_nothing(args_, at.tokens, at.column);
       } else {
-        discard_slots(args_, at.tokens, here_.base, at.column);
+        discard_slots<Group>(args_, at.tokens, here_.base, at.column);
         if (here_.base == 0 && gathers_rows<false, Group>(args_)) discard_rows(args_, at.tokens, at.column);
         if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
@@ -320,7 +324,7 @@ class CombineStream {
           for (int i = 0; i < kSlots; ++i) {
             const bool used = item.used[t] >> (ahead_.base + i) & 1;
             const uint16_t* source =
-                slot_columns(args_, used ? item.tokens[t] : 0, used ? ahead_.base + i : 0, item.column);
+                slot_columns<Group>(args_, used ? item.tokens[t] : 0, used ? ahead_.base + i : 0, item.column);
             ptx::copy_async_16(row(stage, t, i), source, used);
           }
         }

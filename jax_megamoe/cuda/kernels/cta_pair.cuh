@@ -13,6 +13,7 @@
 #include "kernels/arguments.h"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
+#include "kernels/waiting.cuh"
 
 namespace megamoe {
 
@@ -57,7 +58,7 @@ class CtaPair {
   __device__ __forceinline__ uint32_t await_ticket(SharedHeader& header, uint32_t unit) const {
     const uint32_t slot = unit % kTicketSlots;
     ptx::mbarrier_arrive_expect_tx(&header.ticket_told[slot], sizeof(uint32_t));
-    ptx::mbarrier_wait(&header.ticket_told[slot], unit / kTicketSlots % 2);
+    await(&header.ticket_told[slot], unit / kTicketSlots % 2);
     return header.ticket[slot];
   }
 

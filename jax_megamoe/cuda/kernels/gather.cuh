@@ -8,6 +8,7 @@
 #include "common/bf16.cuh"
 #include "common/fp8.cuh"
 #include "kernels/pipeline.cuh"
+#include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"
 #include "kernels/trace.cuh"
 
@@ -19,9 +20,10 @@ struct GatherShare {
   int first_item;
   int end_item;
 
-  __device__ explicit GatherShare(const MoeArguments& args) : blocks(args.constants.gather_blocks) {
+  // Of the CTA at `place`.
+  __device__ GatherShare(const MoeArguments& args, int place) : blocks(args.constants.gather_blocks) {
     const int items = args.problem.num_tokens * blocks.value();  // x would need a terabyte to overflow this
-    first_item = min(items, static_cast<int>(blockIdx.x) * args.constants.gather_items_per_cta);
+    first_item = min(items, place * args.constants.gather_items_per_cta);
     end_item = min(items, first_item + args.constants.gather_items_per_cta);
   }
 
@@ -165,7 +167,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
     int expert = pair < end_pair ? ahead.expert : -1;
     const float weight = ahead.weight;
     ahead.ask(args, min(base + 32, end_pair), share.end_token() * top_k);
-    if (expert < 0 || expert >= plan.group_experts()) expert = -1;
+    if (expert < 0 || expert >= plan.group_experts() || !Group::places_pairs()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
     PairTarget target = PairTarget::unused();
@@ -183,8 +185,8 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       target = PairTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(pair / top_k) >= share.first_item) {
-        Group::on(args, rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::pair_of_group(args, pair),
-                                                                                   weight * args.routed_scaling_factor};
+        Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::pair_of_group(args, pair),
+                                                                             weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
@@ -245,8 +247,8 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
     for (int i = 0; i < kSlotsAtOnce; ++i) {
       const uint32_t row = target[i].image_row + k_block * target[i].padded_rows();
       const uint32_t byte = row * kBlockK + (column % kBlockK ^ target[i].swizzle());
-      plane[i] = Group::on(args, target[i].rank(), args.workspace.token_planes) + byte;
-      scales[i] = Group::on(args, target[i].rank(), args.workspace.token_scales) + row;
+      plane[i] = Group::on(target[i].rank(), args.workspace.token_planes) + byte;
+      scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + row;
     }
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
@@ -263,12 +265,12 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
   }
 }
 
-// This CTA's share of the tokens; all consumer threads. `first` is the warp's first item and `pairs` warp 0's first pairs, asked for
-// before the weights flood the memory queues. Ends by counting the share as done, for all CTAs to know.
+// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `pairs` warp 0's first pairs,
+// asked for before. Ends by counting the share as done, for all CTAs to know.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                              const ItemPieces<kSwap>& first, PairsAhead& pairs,
-                                              const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
+__device__ __forceinline__ void gather_share(const MoeArguments& args, const Plan& plan, const GatherShare& share,
+                                             const ItemPieces<kSwap>& first, PairsAhead& pairs,
+                                             const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kPairBatch / top_k;
@@ -292,20 +294,70 @@ __device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Pl
   ptx::fence_proxy_async_global();
   ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-  if (kEveryLaneArrives || threadIdx.x == 0) {
-    // Stages may be filled with tokens, by either CTA of a pair.
-    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
-      ptx::mbarrier_arrive_in_cluster(&map.header().gathered, rank);
-    }
-  }
   if (threadIdx.x == 0) {
-    uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_ctas();
+    uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_shares();
     if constexpr (Group::kHasPeers) {
       signaller.post(counter);
     } else {
       ptx::add_release(counter, 1);
     }
   }
+}
+
+// The next share of a CTA that has not started, from `place` on; none: past the last place. All consumers.
+template <bool kSwap>
+__device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<kSwap>& map, int place) {
+  int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are gathered
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  if (threadIdx.x == 0) {
+    while (place < static_cast<int>(gridDim.x) && !take_over(args.control->share_claims + place)) ++place;
+    *taken = place;
+  }
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  place = *taken;
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+  return place;
+}
+
+// This CTA's share of the tokens, if it is in time for it; then, where the tokens of the first stage don't come, the shares of CTAs
+// that have not started. No stage of any CTA is filled with tokens before all shares are gathered, so that the items' memory is free
+// until then. All consumers; `first` and `pairs` have been asked for before the weights flood the memory queues. `meanwhile` is done
+// before the wait.
+template <bool kSwap, typename Group, typename Meanwhile>
+__device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, GatherShare share,
+                                              ItemPieces<kSwap> first, PairsAhead& pairs, const SharedMap<kSwap>& map,
+                                              Signaller& signaller, Tracer& tracer, const Meanwhile& meanwhile) {
+  SharedHeader& header = map.header();
+  bool has_share = header.has_share;
+  int next_place = -1;
+#pragma unroll 1
+  while (true) {
+    if (has_share) gather_share<kSwap, Group>(args, plan, share, first, pairs, map, signaller, tracer);
+    if (next_place < 0) {
+      if (kEveryLaneArrives || threadIdx.x == 0) {
+        // Stages may be filled with tokens, by either CTA of a pair.
+        for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+          ptx::mbarrier_arrive_in_cluster(&header.gathered, rank);
+        }
+      }
+      meanwhile();
+      // The producer fills no stage from when it has asked until it has its answer: all threads see the same.
+      while (!vacant_shares_wanted()) {
+        if (ptx::mbarrier_try_wait(&header.tokens_full[0], 0)) return;
+      }
+      next_place = 0;
+    }
+    const int place = take_vacant_share(args, map, next_place);
+    if (place == static_cast<int>(gridDim.x)) break;
+    next_place = place + 1;
+    has_share = true;
+    share = GatherShare(args, place);
+    const int first_pair = share.first_token() * args.problem.top_k;
+    recount_before<Group>(args, plan, Group::pair_number(args, first_pair));
+    if (threadIdx.x / 32 == 0) pairs.ask(args, first_pair, share.end_token() * args.problem.top_k);
+    first = load_first_item<kSwap>(args, share);
+  }
+  if (threadIdx.x == 0) ptx::mbarrier_arrive(&header.vacant_shares_done);
 }
 
 }  // namespace megamoe

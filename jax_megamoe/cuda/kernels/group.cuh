@@ -6,9 +6,17 @@
 
 #include "common/system_flags.cuh"
 #include "kernels/arguments.h"
+#include "kernels/places.cuh"
 #include "kernels/shared_header.cuh"
+#include "kernels/waiting.cuh"
 
 namespace megamoe {
+
+// What the ranks tell each other, in the buffer of another rank and in the own one.
+__device__ __forceinline__ PeerHeader* peer_header(int rank) {
+  return PeerBuffer::header(shared_header().workspace[rank]);
+}
+__device__ __forceinline__ PeerHeader* own_peer_header() { return PeerBuffer::header(shared_header().own_workspace); }
 
 // Bounded waiting in a group: until it has come, or the time is over, or somebody's time is. After a failure, every wait ends,
 // whatever it waited for: the launch comes to its end, with results that say so.
@@ -16,34 +24,42 @@ class PeerWait {
  public:
   __device__ explicit PeerWait(const Peers& peers) : peers_(peers) {}
 
-  // Whether to look again. `limits`: how many times the limit this wait may take.
-  __device__ bool again(PeerFailure::Phase phase, int peer, int limits = 1) {
+  // Whether to look again. Own work may have to wait for other ranks first, several times: these are named, and not this one.
+  __device__ bool again(PeerFailure::Phase phase, int peer) {
     if ((++spins_ & 0x3ff) != 0) return true;  // reading the timer on every spin would slow the wait itself
     if (has_failed(peers_)) return false;
     const uint64_t now = ptx::global_nanoseconds();
     if (start_ == 0) start_ = now;
-    if (now - start_ <= limits * peers_.limit_nanoseconds) return true;
-    fail(phase, peer);
+    constexpr int kOwnLimits = 4;
+    const bool own = peer == peers_.rank;
+    if (now - start_ <= (own ? kOwnLimits : 1) * shared_header().limit_nanoseconds) return true;
+    fail(peers_, own ? PeerFailure::kOwn : phase, peer);
     return false;
   }
 
-  __device__ static bool has_failed(const Peers& peers) { return ptx::load_relaxed(&peers.header->failed) != 0; }
-
- private:
-  // The first one leaves word for the host, and tells the other ranks, which would wait in vain.
-  __device__ void fail(PeerFailure::Phase phase, int peer) {
-    if (atomicExch(&peers_.header->failed, 1) != 0) return;
-    PeerFailure* failure = peers_.failure;
-    failure->peer = peer;
-    failure->epoch = shared_header().epoch;
-    __threadfence_system();
-    *const_cast<volatile uint32_t*>(&failure->phase) = phase;
-    for (int r = 0; r < peers_.num_ranks; ++r) {
-      PeerHeader* there = reinterpret_cast<PeerHeader*>(reinterpret_cast<char*>(peers_.header) + peers_.offset[r]);
-      *const_cast<volatile uint32_t*>(&there->failed) = 1;
-    }
+  // Whoever notices tells the host: also a rank that was told, whose waits all end in vain from now on.
+  __device__ static bool has_failed(const Peers& peers) {
+    PeerHeader* header = own_peer_header();
+    const uint64_t word = ptx::load_relaxed_system(&header->failed);
+    if (word == 0) return false;
+    if (atomicExch(&header->noted, 1) == 0) *const_cast<volatile uint64_t*>(peers.note) = word;
+    return true;
   }
 
+  // The first one leaves word, and tells the other ranks, which would wait in vain.
+  __device__ static void fail(const Peers& peers, PeerFailure::Phase phase, int peer) {
+    const uint64_t word = PeerFailure{phase, peers.rank, peer, shared_header().epoch}.word();
+    auto* failed = reinterpret_cast<unsigned long long*>(&own_peer_header()->failed);
+    if (atomicCAS(failed, 0, word) == 0) {
+#pragma unroll 1
+      for (int r = 0; r < peers.num_ranks; ++r) {
+        if (r != peers.rank) ptx::store_relaxed_system(&peer_header(r)->failed, word);
+      }
+    }
+    has_failed(peers);
+  }
+
+ private:
   const Peers& peers_;
   uint32_t spins_ = 0;
   uint64_t start_ = 0;
@@ -60,13 +76,23 @@ struct OneRank {
     return args.workspace.slot_outputs + static_cast<size_t>(pair) * args.problem.hidden_size;
   }
   __device__ static int pair_of_group(const MoeArguments&, int pair) { return pair; }
+  __device__ static int pair_number(const MoeArguments&, int pair) { return pair; }
+  __device__ static int id_of_pair(const MoeArguments& args, int pair) { return __ldg(args.topk_ids + pair); }
+  __device__ static bool places_pairs() { return true; }
+  __device__ static bool has_tokens() { return true; }
   template <typename T>
-  __device__ static T* on(const MoeArguments&, int, T* pointer) {
+  __device__ static T* on(int, T* pointer) {
     return pointer;
   }
+  template <typename T>
+  __device__ static T* own(T* pointer) {
+    return pointer;
+  }
+  __device__ static void come_late(const MoeArguments&) {}
+  __device__ static void go(const MoeArguments&) {}
   __device__ static void dawdle(const MoeArguments&, int) {}
   __device__ static void wait_local(const MoeArguments&, const uint32_t* counter, uint32_t target) {
-    ptx::wait_until_at_least(counter, target);
+    await_at_least(counter, target);
   }
 };
 
@@ -79,100 +105,201 @@ struct PeerRanks {
     return expert / args.problem.num_experts;
   }
 
-  // The same place in another rank's buffer.
+  // Of the workspace that ranks share: `offset` is a place in it, as arguments have it.
   template <typename T>
-  __device__ static T* on(const MoeArguments& args, int rank, T* own) {
-    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(own) + args.peers.offset[rank]);
+  __device__ static T* on(int rank, T* offset) {
+    return reinterpret_cast<T*>(shared_header().workspace[rank] + reinterpret_cast<uintptr_t>(offset));
+  }
+  template <typename T>
+  __device__ static T* own(T* offset) {
+    return reinterpret_cast<T*>(shared_header().own_workspace + reinterpret_cast<uintptr_t>(offset));
   }
 
   __device__ static int pair_of_group(const MoeArguments& args, int pair) {
     return args.peers.rank << kPairRankShift | pair;
   }
-  // Where the result of a pair goes: to the rank whose token it is.
+  // Counted over the group.
+  __device__ static int pair_number(const MoeArguments& args, int pair) {
+    return args.peers.rank * args.problem.num_pairs() + pair;
+  }
+  // Where the result of a pair goes: to the rank whose token it is. Of what is no pair: nowhere, but some rank has to be named.
   __device__ static uint16_t* slot_row(const MoeArguments& args, int pair) {
     const size_t own = pair & ((1 << kPairRankShift) - 1);
-    return on(args, pair >> kPairRankShift, args.workspace.slot_outputs) + own * args.problem.hidden_size;
+    return on(pair >> kPairRankShift & (kMaxRanks - 1), args.workspace.slot_outputs) + own * args.problem.hidden_size;
   }
 
   // Work of this rank, which may have to wait for others first.
   __device__ static void wait_local(const MoeArguments& args, const uint32_t* counter, uint32_t target) {
     PeerWait wait(args.peers);
-    while (ptx::load_acquire(counter) < target && wait.again(PeerFailure::kOwn, args.peers.rank, 3)) {
+    while (ptx::load_acquire(counter) < target && wait.again(PeerFailure::kOwn, args.peers.rank)) {
     }
   }
 
-  // One warp: waits for flags [rows][kMaxRanks], of the ranks that there are. Returns whether they came.
+  // One warp: waits for flags [rows][kMaxRanks], of the ranks that there are. Returns whether they came. `meanwhile(rank)` is called
+  // again and again until they do.
+  template <typename Meanwhile>
   __device__ static bool wait_for_ranks(const MoeArguments& args, const uint64_t* flags, int rows, uint64_t epoch,
-                                        PeerFailure::Phase phase) {
+                                        PeerFailure::Phase phase, Meanwhile&& meanwhile) {
     const int num_ranks = args.peers.num_ranks;
     bool came = true;
     for (int i = threadIdx.x % 32; i < rows * num_ranks; i += 32) {
       const int row = i / num_ranks, rank = i - row * num_ranks;
       PeerWait wait(args.peers);
-      while (ptx::load_acquire_system(flags + row * kMaxRanks + rank) < epoch && came) came = wait.again(phase, rank);
+      while (ptx::load_acquire_system(flags + row * kMaxRanks + rank) < epoch && came) {
+        meanwhile(rank);
+        came = wait.again(phase, rank);
+      }
     }
     came = __all_sync(~0u, came);
     __syncwarp();  // a vote orders no memory: what one lane has observed, the others may read now
     return came;
   }
 
-  // One thread, which has observed what the flag announces: sets `flag` in the header of every rank. A rank that has failed
+  // One warp, the token producer's: waits for the tokens of all ranks. Own ones that don't come may wait for CTAs that have not
+  // started; those that do come find no stage that is still needed to gather.
+  __device__ static void await_tokens(const MoeArguments& args) {
+    await(&shared_header().gathered, 0);
+    SharePatience patience(args);
+    const bool came = wait_for_ranks(args, own_peer_header()->tokens_sent, 1, shared_header().epoch,
+                                     PeerFailure::kTokens, [&](int rank) {
+                                       if (rank == args.peers.rank) patience.check();
+                                     });
+    if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
+    __syncwarp();  // before a thread of the warp tells the consumers of the first tokens
+  }
+
+  // One thread, which has observed what is announced: sets this rank's place of `flags(header)` on every rank. A rank that has failed
   // announces nothing, since its data are of no use.
-  __device__ static void announce(const MoeArguments& args, uint64_t* flag, uint64_t epoch) {
+  template <typename Flags>
+  __device__ static void announce(const MoeArguments& args, const Flags& flags, uint64_t epoch) {
     if (PeerWait::has_failed(args.peers)) return;
-    __threadfence_system();
-    for (int r = 0; r < args.peers.num_ranks; ++r) ptx::store_relaxed_system(on(args, r, flag), epoch);
-  }
-
-  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All threads of all CTAs.
-  __device__ static void send_ids(const MoeArguments& args, uint64_t epoch) {
-    const int own = args.problem.num_pairs();
-    const int words = args.problem.group_pairs();
-    const uint64_t tag = word_tag(args, epoch);
-    uint64_t* inbox = args.peers.ids[epoch % 2] + static_cast<size_t>(args.peers.rank) * own;
-    for (int i = blockIdx.x * kCtaThreads + threadIdx.x; i < words; i += gridDim.x * kCtaThreads) {
-      const int rank = i / own, pair = i - rank * own;
-      const uint64_t id = static_cast<uint32_t>(__ldg(args.topk_ids + pair));
-      ptx::store_relaxed_system(on(args, rank, inbox) + pair, tag << 32 | id);
+    ptx::fence_system();
+    for (int r = 0; r < args.peers.num_ranks; ++r) {
+      ptx::store_relaxed_system(flags(peer_header(r)) + args.peers.rank, epoch);
     }
   }
 
-  // The id that a word holds as soon as it is there; -1 if it does not come. `pair` is counted over the group.
-  __device__ static int received_id(const MoeArguments& args, uint64_t epoch, int pair, uint64_t word) {
-    const uint32_t tag = word_tag(args, epoch);
-    if (word >> 32 != tag) {
-      PeerWait wait(args.peers);
-      do {
-        if (!wait.again(PeerFailure::kIds, pair / args.problem.num_pairs())) {
-          shared_header().ids_missing = 1;
-          return -1;
-        }
-        word = ptx::load_relaxed_system(args.peers.ids[epoch % 2] + pair);
-      } while (word >> 32 != tag);
-    }
-    return static_cast<int>(static_cast<uint32_t>(word));
+  // Whether this rank is where the program takes it to be: else it would multiply other tokens by its weights than it should.
+  __device__ static bool in_order(const MoeArguments& args) {
+    const int mesh_rank = args.peers.mesh_rank == nullptr ? -1 : __ldg(args.peers.mesh_rank);
+    return mesh_rank < 0 || mesh_rank == args.peers.rank;
   }
 
+  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs; lane r knows
+  // rank r's `workspace`. A lane sends its pair's word to all ranks, last to its own: who finds it there knows that it is under way.
+  __device__ static void send_ids(const MoeArguments& args, uint64_t epoch, uint64_t ids_bytes, uint8_t* workspace) {
+    if (!in_order(args)) return;
+    const int pairs = args.problem.num_pairs(), num_ranks = args.peers.num_ranks;
+    const int step = gridDim.x * kCtaThreads;
+    for (int first = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; first < pairs; first += step) {
+      const int pair = first + static_cast<int>(threadIdx.x % 32);
+      const uint64_t word = pair < pairs ? word_of_pair(args, epoch, pair) : 0;
+      for (int i = 1; i <= num_ranks; ++i) {
+        const int rank = (args.peers.rank + i) % num_ranks;
+        uint8_t* there = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(workspace), rank));
+        if (pair < pairs) store_word(args, there, ids_bytes, epoch, pair, word);
+      }
+    }
+  }
+
+  // Ids of all ranks, in this rank's buffer.
+  __device__ static const uint64_t* words(uint64_t epoch) {
+    return PeerBuffer::ids(shared_header().own_workspace, shared_header().ids_bytes, epoch % 2);
+  }
+
+  // Whether a word holds an id of this launch, and which.
+  __device__ static bool is_there(const MoeArguments& args, uint64_t epoch, uint64_t word) {
+    return word >> 32 == word_tag(args, epoch);
+  }
+  __device__ static int id_of_word(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
+
+  static constexpr int kIdsPatience =
+      64;  // reads of a word, of a microsecond at most, before it is asked why it does not come
+
+  // The id of a pair, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not come was to be
+  // sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
+  __device__ static int await_id(const MoeArguments& args, uint64_t epoch, int pair) {
+    const int rank = pair / args.problem.num_pairs();
+    PeerWait wait(args.peers);
+    for (bool is_first = true;; is_first = false) {
+      const uint64_t word = ptx::load_relaxed_system(words(epoch) + pair);
+      if (is_there(args, epoch, word)) return id_of_word(word);
+      if (shared_header().ids_missing || !wait.again(PeerFailure::kIds, rank)) {
+        shared_header().ids_missing = 1;
+        return -1;
+      }
+      if (!is_first || rank != args.peers.rank) continue;
+      if (in_order(args)) {
+        send_id(args, epoch, pair - rank * args.problem.num_pairs());
+      } else {
+        PeerWait::fail(args.peers, PeerFailure::kRankOrder, __ldg(args.peers.mesh_rank));
+      }
+    }
+  }
+
+  // The same once all are there.
+  __device__ static int id_of_pair(const MoeArguments& args, int pair) {
+    return id_of_word(ptx::load_relaxed_system(words(shared_header().epoch) + pair));
+  }
+  // Without all ids, nobody knows where a pair's token goes.
+  __device__ static bool places_pairs() { return shared_header().ids_missing == 0; }
+  // Whether all tokens have come. Without them, nobody knows whose tokens a unit's rows are: the memory may hold another call's.
+  // For consumers that have had a stage.
+  __device__ static bool has_tokens() { return shared_header().tokens_missing == 0; }
+
+  __device__ static void come_late(const MoeArguments&) {}
+  __device__ static void go(const MoeArguments&) {}
   // Called at the points of the protocol where a rank may be slow.
   __device__ static void dawdle(const MoeArguments&, int) {}
 
  private:
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
-    return static_cast<uint32_t>(epoch) ^ args.peers.shape_tag;
+    return static_cast<uint32_t>(epoch) ^ args.peers.call_tag;
+  }
+  // Of an own pair.
+  __device__ static uint64_t word_of_pair(const MoeArguments& args, uint64_t epoch, int pair) {
+    return static_cast<uint64_t>(word_tag(args, epoch)) << 32 | static_cast<uint32_t>(__ldg(args.topk_ids + pair));
+  }
+  __device__ static void store_word(const MoeArguments& args, uint8_t* workspace, uint64_t ids_bytes, uint64_t epoch,
+                                    int pair, uint64_t word) {
+    const size_t place = static_cast<size_t>(args.peers.rank) * args.problem.num_pairs() + pair;
+    ptx::store_relaxed_system(PeerBuffer::ids(workspace, ids_bytes, epoch % 2) + place, word);
+  }
+  __device__ static void send_id(const MoeArguments& args, uint64_t epoch, int pair) {
+    const SharedHeader& header = shared_header();
+    const uint64_t word = word_of_pair(args, epoch, pair);
+#pragma unroll 1
+    for (int r = 0; r < args.peers.num_ranks; ++r) {
+      store_word(args, header.workspace[r], header.ids_bytes, epoch, pair, word);
+    }
   }
 };
 
-// Ranks that share one GPU, in tests: the same, with pauses of random length to shuffle the order of events.
+// Ranks that share one GPU, in tests: the same, with pauses of random length to shuffle the order of events, and CTAs that begin only
+// when all others of their rank are through.
 struct VirtualRanks : PeerRanks {
   __device__ static void dawdle(const MoeArguments& args, int point) {
     if (args.peers.delay_seed == 0) return;
-    const uint64_t epoch = args.peers.header->epoch;
-    uint32_t v = args.peers.delay_seed ^ (static_cast<uint32_t>(epoch) * 2654435761u) ^
+    uint32_t v = args.peers.delay_seed ^ (__ldcg(&args.control->launch) * 2654435761u) ^
                  (args.peers.rank * 97u + blockIdx.x % 4 * 1009u + point) * 2246822519u;
     v ^= v >> 15, v *= 0x2c1b3c6du, v ^= v >> 12;
     if (v % 4 != 0) return;
     const uint64_t end = ptx::global_nanoseconds() + v / 4 % 20000;
     while (ptx::global_nanoseconds() < end) __nanosleep(200);
+  }
+
+  // All threads of a CTA, before it takes part in anything: late ones follow each other, from one that the seed chooses.
+  __device__ static void come_late(const MoeArguments& args) {
+    const uint32_t ctas = gridDim.x, late = args.peers.late_ctas, first = args.peers.delay_seed * 2u % ctas;
+    if ((blockIdx.x + ctas - first) % ctas >= late) return;
+    const uint32_t target = __ldcg(&args.control->launch) * ctas + ctas - late;
+    while (static_cast<int32_t>(ptx::load_acquire(&args.control->finished) - target) < 0) __nanosleep(200);
+    __syncthreads();
+  }
+  // All consumers of a CTA that is through.
+  __device__ static void go(const MoeArguments& args) {
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+    if (threadIdx.x == 0) ptx::add_release(&args.control->finished, 1);
   }
 };
 

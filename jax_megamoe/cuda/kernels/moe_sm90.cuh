@@ -2,7 +2,7 @@
 //
 //   all warps          count the ids
 //   a producer warp    plan: lay out chunks and units
-//   consumers (2 WGs)  gather: quantise a share of the tokens, into images or row by row -> counter `quantized_ctas`
+//   consumers (2 WGs)  gather: quantise a share of the tokens, into images or row by row -> counter `quantized_shares`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
 //   token producer     images or rows into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
@@ -22,6 +22,7 @@
 #include "kernels/group.cuh"
 #include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
+#include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/swap_consumer.cuh"
 #include "kernels/token_producer.cuh"
@@ -70,25 +71,14 @@ __device__ __forceinline__ void clear_counters(const MoeArguments& args, uint32_
   }
 }
 
-// One thread of every CTA, once the CTA has read `launch` and the epoch: the last one sets them for the next launch. `readers`
-// wraps to zero.
-template <typename Group>
-__device__ __forceinline__ void pass_turn(const MoeArguments& args, const SharedHeader& header) {
-  if (atomicInc(&args.control->readers, gridDim.x - 1) != gridDim.x - 1) return;
-  args.control->launch = header.launch + 1;
-  if constexpr (Group::kHasPeers) args.peers.header->epoch = header.epoch;
-}
-
 // One thread, for one consumer warpgroup or for both.
 template <bool kSwap, typename Group, int kQueues>
 __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& plan) {
   const CounterAdvance<kSwap, Group> advance(args, plan);
   const int first = threadIdx.x / 32 - kFirstSignalWarp;
   if (first == 0) {
-    pass_turn<Group>(args, shared_header());
-    if constexpr (Group::kHasPeers) {
-      if (blockIdx.x == 0) advance.announce_if_idle();
-    }
+    pass_turn<Group>(args);
+    if constexpr (Group::kHasPeers) advance.announce_if_idle();
   }
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }
@@ -120,16 +110,27 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Group::come_late(args);
   Tracer tracer(args, TraceRole::kConsumer);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   // What comes from memory is asked for first, before the weights flood its queues.
-  const GatherShare share(args);
+  OwnClaim share_claim, unit_claim;
+  const bool claims = warp == kWeightProducerWarp && ptx::elect_one();
+  if (claims) {
+    share_claim.make(args.control->share_claims + blockIdx.x);
+    unit_claim.make(args.control->unit_claims + blockIdx.x);  // of a pair, the first CTA's counts for both
+  }
+  const GatherShare share(args, blockIdx.x);
   int first_expert = -1;
-  uint64_t epoch = 0;
+  uint64_t epoch = 0, ids_bytes = 0;
+  uint8_t* workspace = nullptr;  // of the rank of the lane's number
   if constexpr (Group::kHasPeers) {
-    epoch = __ldcg(&args.peers.header->epoch) + 1;
+    const PeerView* view = args.peers.view;
+    epoch = __ldcg(&view->epoch) + 1;
+    ids_bytes = __ldcg(&view->ids_bytes);
+    if (lane < args.peers.num_ranks) workspace = reinterpret_cast<uint8_t*>(__ldcg(&view->workspace[lane]));
   } else {
     if (threadIdx.x < p.num_pairs()) first_expert = __ldg(args.topk_ids + threadIdx.x);
   }
@@ -147,13 +148,23 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   __syncwarp();
   CtaPair<kSwap>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) {
-    shared_header().launch = __ldcg(&args.control->launch);
-    shared_header().epoch = epoch;
+    SharedHeader& header = shared_header();
+    header.launch = __ldcg(&args.control->launch);
+    if constexpr (Group::kHasPeers) {
+      header.epoch = epoch;
+      header.ids_bytes = ids_bytes;
+      const Peers& peers = args.peers;
+      header.limit_nanoseconds = header.launch == 0 ? peers.first_limit_nanoseconds : peers.limit_nanoseconds;
+    }
   }
   int first_pair = share.first_token() * p.top_k;
   if constexpr (Group::kHasPeers) {
+    if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
+      shared_header().workspace[lane] = workspace;
+      if (lane == args.peers.rank) shared_header().own_workspace = workspace;
+    }
     Group::dawdle(args, 0);
-    Group::send_ids(args, epoch);
+    Group::send_ids(args, epoch, ids_bytes, workspace);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
     first_pair += Group::rank(args) * p.num_pairs();
   }
@@ -168,37 +179,43 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(args, plan, plan.first_expert());
+      if (claims) {
+        shared_header().has_share = share_claim.stands(args.control->share_claims + blockIdx.x);
+        shared_header().has_unit = unit_claim.stands(args.control->unit_claims + blockIdx.x);
+      }
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
       __syncwarp();
     } else {
-      ptx::mbarrier_wait(&shared_header().planned, 0);
+      await(&shared_header().planned, 0);
     }
     if constexpr (Group::kHasPeers) {
-      const uint64_t* sent = args.peers.header->tokens_sent;
-      if (warp == kTokenProducerWarp) Group::wait_for_ranks(args, sent, 1, shared_header().epoch, PeerFailure::kTokens);
+      if (warp == kTokenProducerWarp) Group::await_tokens(args);
     }
     produce<kSwap, Group>(args, plan);
   } else {
     ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
     if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(args, plan, Group::num_ranks(args));
-    ptx::mbarrier_wait(&shared_header().planned, 0);
+    await(&shared_header().planned, 0);
     const SharedMap<kSwap> map(args, plan);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
-    gather_tokens<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
-    clear_counters(args, (map.launch() + 1) % 2);
-    if (blockIdx.x == 0) {
-      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
-        args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
+    const auto meanwhile = [&] {
+      if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
+      clear_counters(args, (map.launch() + 1) % 2);
+      if (blockIdx.x == 0) {
+        for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
+          args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
+        }
       }
-    }
+    };
+    gather_tokens<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer, meanwhile);
     consume<kSwap, Group>(args, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     Group::dawdle(args, 4);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
+    Group::go(args);
   }
 }
 

@@ -39,7 +39,7 @@ class NormalConsumer {
     for (int half = 0; half < 2; ++half) {
       if (token(half) < note.rows()) {
         const int2 raw =
-            __ldcg(reinterpret_cast<const int2*>(args.workspace.row_sources + note.row_base + token(half)));
+            __ldcg(reinterpret_cast<const int2*>(Group::own(args.workspace.row_sources) + note.row_base + token(half)));
         source_[half] = {raw.x, __int_as_float(raw.y)};
       }
     }
@@ -173,7 +173,7 @@ class NormalConsumer {
     for (int half = 0; half < 2; ++half) {
       const float scale = fp8::activation_scale(amax[half]);
       const float inverse = fp8::reciprocal_of_power_of_two(scale);
-      const bool stores = token(half) < note_.rows();
+      const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a row.
@@ -234,7 +234,7 @@ class NormalConsumer {
     for (int half = 0; half < 2; ++half) {
       uint16_t* row = Group::slot_row(args_, source_[half].pair) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
                       8 * (quad_lane() / 2);
-      const bool stores = token(half) < note_.rows();
+      const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll
       for (int g = 0; g < 8; g += 2) {
         // A lane has four columns of each sixteen; of two sixteens in turn, even lanes store the first, odd ones the second.

@@ -7,6 +7,7 @@
 #include "kernels/cta_pair.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
+#include "kernels/waiting.cuh"
 
 namespace megamoe {
 
@@ -55,7 +56,7 @@ class SharedMap {
   __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
     // The normal path reads 64 or 128 rows, the padding ones included.
     max_rows = kSwap ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
-    scratch_offset_ = scratch_begin(plan);
+    scratch_offset_ = plan.end();
     ring_offset_ = ring_begin(plan, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];
   }
@@ -74,11 +75,9 @@ class SharedMap {
   }
 
   // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
-  __device__ PairTarget* pair_targets() const {
-    return reinterpret_cast<PairTarget*>(shared_memory() + scratch_offset_);
-  }
+  __device__ PairTarget* pair_targets() const { return reinterpret_cast<PairTarget*>(scratch()); }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
-  __device__ float* row_amax() const { return reinterpret_cast<float*>(shared_memory() + scratch_offset_); }
+  __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
   // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
   __device__ uint32_t* row_offsets() const {
     static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
@@ -102,15 +101,15 @@ class SharedMap {
   }
 
  private:
-  __host__ __device__ static int scratch_begin(const Plan& plan) {
-    return round_up(kSharedHeaderBytes + plan.bytes(), 16);
-  }
+  // The normal orientation's consumers have no register for it.
+  __device__ uint8_t* scratch() const { return shared_memory() + (kSwap ? scratch_offset_ : header().plan_end); }
+
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
     const int targets = kPairBatch * static_cast<int>(sizeof(PairTarget));
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     const int epilogue = kSwap ? rows * kRowBytes : 0;
-    return round_up(scratch_begin(plan) + (targets > epilogue ? targets : epilogue), 1024);
+    return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }
   __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
@@ -158,13 +157,16 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
   for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
   ptx::mbarrier_init(&header.planned, 32);
   ptx::mbarrier_init(&header.gathered, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
+  ptx::mbarrier_init(&header.vacant_shares_done, 1);
+  header.vacant_shares_wanted = 0;
   header.ids_missing = 0;
+  header.vacant_units = {};
   ptx::mbarrier_init_fence();
 }
 
 __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCursor& cursor) {
-  ptx::mbarrier_wait(&header.weights_full[cursor.stage], cursor.parity);
-  ptx::mbarrier_wait(&header.tokens_full[cursor.stage], cursor.parity);
+  await(&header.weights_full[cursor.stage], cursor.parity);
+  await(&header.tokens_full[cursor.stage], cursor.parity);
 }
 
 // The same in two parts: a question, whose answer takes as long as some multiplies, and later the wait, if one is left. It begins with
@@ -179,8 +181,8 @@ class StageQuery {
         tokens_landed_(ptx::mbarrier_test_wait(tokens_full_, parity_)) {}
 
   __device__ __forceinline__ void wait() const {
-    ptx::mbarrier_wait(weights_full_, parity_, weights_landed_);
-    ptx::mbarrier_wait(tokens_full_, parity_, tokens_landed_);
+    await(weights_full_, parity_, weights_landed_);
+    await(tokens_full_, parity_, tokens_landed_);
   }
 
  private:
@@ -215,7 +217,7 @@ class Signaller {
 
   // One consumer thread, after a barrier of the threads whose stores are announced. Null ends the signal thread.
   __device__ __forceinline__ void post(uint32_t* counter) {
-    ptx::mbarrier_wait(&queue_.empty[cursor_.stage], cursor_.parity ^ 1);
+    await(&queue_.empty[cursor_.stage], cursor_.parity ^ 1);
     queue_.counter[cursor_.stage] = counter;
     ptx::mbarrier_arrive(&queue_.full[cursor_.stage]);
     cursor_.advance(kSignalSlots);
@@ -231,14 +233,14 @@ template <int kQueues, typename Advance>
 __device__ __forceinline__ void serve_signals(SignalQueue* queues, const Advance& advance) {
   StageCursor cursors[kQueues];
   uint32_t open = (1u << kQueues) - 1;
-  ptx::WaitLimit limit;
+  WaitLimit limit;
   while (open != 0) {
 #pragma unroll
     for (int q = 0; q < kQueues; ++q) {
       StageCursor& cursor = cursors[q];
       uint64_t* full = &queues[q].full[cursor.stage];
       if constexpr (kQueues == 1) {
-        ptx::mbarrier_wait(full, cursor.parity);
+        await(full, cursor.parity);
       } else {
         if ((open >> q & 1) == 0) continue;
         if (!ptx::mbarrier_test_wait(full, cursor.parity)) {  // which never keeps the thread from the other queue

@@ -35,8 +35,11 @@ class Plan {
       : group_experts_(num_ranks * num_experts), num_experts_(num_experts), first_expert_(rank * num_experts) {}
 
   __host__ __device__ int bytes() const {
-    return (3 * group_experts_ + num_experts_ + 3) * static_cast<int>(sizeof(int));
+    return (3 * group_experts_ + num_experts_ + 1) * static_cast<int>(sizeof(int));
   }
+
+  // Where what follows in shared memory begins.
+  __host__ __device__ int end() const { return round_up(kSharedHeaderBytes + bytes(), 16); }
 
   __device__ int group_experts() const { return group_experts_; }
   __device__ int num_experts() const { return num_experts_; }    // of this rank
@@ -50,11 +53,12 @@ class Plan {
   __device__ int& before(int expert) const { return storage()[2 * group_experts_ + expert]; }
   // First chunk, by expert of this rank; one past the last: the number of chunks.
   __device__ int& chunk_base(int expert) const { return storage()[3 * group_experts_ + expert]; }
-  __device__ int num_chunks() const { return chunk_base(num_experts_); }
+  // What it amounts to lies in the header, whose addresses are constants.
+  __device__ static int& num_chunks() { return shared_header().num_chunks; }
   // Rows of the largest padded chunk.
-  __device__ int& max_rows() const { return storage()[3 * group_experts_ + num_experts_ + 1]; }
+  __device__ static int& max_rows() { return shared_header().max_rows; }
   // swapAB: the chunk with the fewest tokens, of an expert that has no other one; beyond all where there is none.
-  __device__ int& smallest_chunk() const { return storage()[3 * group_experts_ + num_experts_ + 2]; }
+  __device__ static int& smallest_chunk() { return shared_header().smallest_chunk; }
 
  private:
   __device__ static int* storage() { return reinterpret_cast<int*>(shared_memory() + kSharedHeaderBytes); }
@@ -81,20 +85,36 @@ __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan
   if constexpr (Group::kHasPeers) {
     const int num_pairs = args.problem.group_pairs();
     const uint64_t epoch = shared_header().epoch;
-    const uint64_t* ids = args.peers.ids[epoch % 2];
+    const uint64_t* ids = Group::words(epoch);
     constexpr int kWordsInFlight = 8;  // there are more of them than of one rank
 #pragma unroll 1
     for (int first = threadIdx.x; first < num_pairs; first += kWordsInFlight * kCtaThreads) {
-      uint64_t words[kWordsInFlight] = {};
+      uint64_t words[kWordsInFlight];
+      bool all_there = false;
+      for (int tries = 0; !all_there && tries < Group::kIdsPatience; ++tries) {
 #pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
-        const int pair = first + i * kCtaThreads;
-        if (pair < num_pairs) words[i] = ptx::load_relaxed_system(ids + pair);
+        for (int i = 0; i < kWordsInFlight; ++i) {
+          const int pair = first + i * kCtaThreads;
+          words[i] = pair < num_pairs ? ptx::load_relaxed_system(ids + pair) : 0;
+        }
+        all_there = true;
+#pragma unroll
+        for (int i = 0; i < kWordsInFlight; ++i) {
+          if (first + i * kCtaThreads < num_pairs) all_there = all_there && Group::is_there(args, epoch, words[i]);
+        }
       }
+      if (all_there) {
 #pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
-        const int pair = first + i * kCtaThreads;
-        if (pair < num_pairs) count_pair(plan, Group::received_id(args, epoch, pair, words[i]), pair < first_pair);
+        for (int i = 0; i < kWordsInFlight; ++i) {
+          const int pair = first + i * kCtaThreads;
+          if (pair < num_pairs) count_pair(plan, Group::id_of_word(words[i]), pair < first_pair);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kWordsInFlight; ++i) {
+          const int pair = first + i * kCtaThreads;
+          if (pair < num_pairs) count_pair(plan, Group::await_id(args, epoch, pair), pair < first_pair);
+        }
       }
     }
   } else {
@@ -112,6 +132,20 @@ __device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan
     }
   }
   __syncthreads();
+}
+
+// Counts the pairs before `first_pair` anew, of the tokens of a CTA whose place is taken over. All consumers.
+template <typename Group>
+__device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_pair) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < plan.group_experts(); e += kConsumerThreads) plan.before(e) = 0;
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
+#pragma unroll 1
+  for (int pair = threadIdx.x; pair < first_pair; pair += kConsumerThreads) {
+    const int expert = Group::id_of_pair(args, pair);
+    if (expert >= 0 && expert < plan.group_experts()) atomicAdd(&plan.before(expert), 1);
+  }
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 }
 
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
@@ -154,8 +188,9 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
   }
   if constexpr (kOwn && kSwap) smallest = __reduce_min_sync(~0u, smallest);
   if (kOwn && lane == 0) {
-    plan.chunk_base(num_experts) = chunks_so_far;
+    plan.chunk_base(num_experts) = plan.num_chunks() = chunks_so_far;
     plan.max_rows() = max_rows;
+    shared_header().plan_end = plan.end();
     plan.smallest_chunk() = smallest & ((1u << kChunkBits) - 1);
   }
 }

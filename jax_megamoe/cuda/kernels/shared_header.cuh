@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "kernels/roles.h"
-#include "layout/workspace.h"
+#include "layout/peer_buffer.h"
 
 namespace megamoe {
 
@@ -31,20 +31,41 @@ struct SignalQueue {
   uint32_t* counter[kSignalSlots];
 };
 
+// What the weight producer knows of the first units of CTAs that have not started (kernels/tickets.cuh).
+struct VacantUnits {
+  alignas(16) ControlHead control;  // as it was when the last ticket was drawn
+  uint32_t none;                    // are left
+  uint32_t looked_at;               // so many places
+  uint32_t put_off;                 // a ticket that was drawn, plus one, until a vacant unit is done
+};
+
 // Fixed part of shared memory.
 struct SharedHeader {
   uint64_t weights_full[kMaxStages];  // the stage's weights have landed
   uint64_t tokens_full[kMaxStages];   // ... its tokens
   uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
   uint64_t planned;                   // the plan is complete
-  uint64_t gathered;             // this CTA's and its partner's shares of the tokens, through the stages' token parts
-  uint64_t claimed[kMaxStages];  // the weight producer has taken the stage; the token producer may fill its part
+  uint64_t gathered;                  // this CTA and its partner need the stages' token parts no more for gathering
+  uint64_t vacant_shares_done;        // of the tokens: those of CTAs that have not started, once they were wanted
+  uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
   uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
   uint32_t ticket[kTicketSlots];
+  int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)
+  int plan_end;
   uint32_t ids_missing;  // in a group: some did not come in time, to this CTA or to the other one of its pair
   uint32_t launch;       // its number at this call site
-  uint64_t epoch;        // ... and in the group, if there is one
+  uint32_t has_share;    // of the tokens, or somebody has taken it over
+  uint32_t has_unit;     // ... the first one of this CTA
+  uint32_t vacant_shares_wanted;
+  uint32_t tokens_missing;  // in a group: some tokens, or ids, did not come; nothing made of them goes to other ranks
+  VacantUnits vacant_units;
+  // In a group: the launch's number there, how long to wait for other ranks, and their memory (PeerView).
+  uint64_t epoch;
+  uint64_t limit_nanoseconds;
+  uint64_t ids_bytes;
+  uint8_t* workspace[kMaxRanks];
+  uint8_t* own_workspace;
   alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
   alignas(16) UnitNote note[kMaxStages];
 };

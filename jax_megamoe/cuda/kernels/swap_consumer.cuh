@@ -62,7 +62,7 @@ class SwapConsumer {
     static_assert(2 * sizeof(RowSource) == 16);
     const int row = 2 * thread_in_group();
     if (row < note_.rows()) {
-      ptx::copy_async_16(sources() + row, args_.workspace.row_sources + note_.row_base + row, true);
+      ptx::copy_async_16(sources() + row, Group::own(args_.workspace.row_sources) + note_.row_base + row, true);
     }
     ptx::commit_copies();
   }
@@ -309,7 +309,7 @@ class SwapConsumer {
     const int piece = thread_in_group() % kLanesPerRow;
     const int column = note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + piece * 8;
 #pragma unroll 1
-    for (int token = thread_in_group() / kLanesPerRow; token < note_.rows();
+    for (int token = thread_in_group() / kLanesPerRow; token < note_.rows() && Group::has_tokens();
          token += kWarpgroupThreads / kLanesPerRow) {
       ptx::store(
           Group::slot_row(args_, sources()[token].pair) + column,

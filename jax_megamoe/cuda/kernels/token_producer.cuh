@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/pipeline.cuh"
+#include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"
 #include "kernels/trace.cuh"
 
@@ -25,11 +26,12 @@ class TokenProducer {
         tracer_(args, TraceRole::kTokenProducer) {}
 
   __device__ __forceinline__ void run() {
-    ptx::mbarrier_wait(&header().gathered, 0);
+    await(&header().gathered, 0);
     while (true) {
       await_claim();
       const UnitNote note = header().note[cursor_.stage];
       if (note.end()) break;
+      if (!note.down() && !tokens_ready_) await_all_shares();
       if (note.rows() == 0) {
         skip_unit(note);
         continue;
@@ -68,23 +70,30 @@ class TokenProducer {
 
   // The stage at the cursor.
   __device__ __forceinline__ void await_claim() {
-    ptx::mbarrier_wait(&header().claimed[cursor_.stage], cursor_.parity);
+    await(&header().claimed[cursor_.stage], cursor_.parity);
     if constexpr (kRows) __syncwarp();
   }
 
   __device__ __forceinline__ void await_tokens(const UnitNote& note) {
-    const CounterSet& counters = SharedMap<kSwap>::counters(args_);
-    if (note.down()) {
-      if (brings_images()) {
-        const uint32_t signals = args_.constants.gate_up_units.value() * O::kGateUpSignals;
-        Group::wait_local(args_, counters.gate_up_done(note.chunk), signals);
-      }
-    } else if (!tokens_ready_) {
-      ptx::wait_until_at_least(counters.quantized_ctas(), gridDim.x);
-      tokens_ready_ = true;
+    if (note.down() && brings_images()) {
+      const uint32_t signals = args_.constants.gate_up_units.value() * O::kGateUpSignals;
+      Group::wait_local(args_, SharedMap<kSwap>::counters(args_).gate_up_done(note.chunk), signals);
     }
     ptx::fence_proxy_async_global();
     if (brings_images() && threadIdx.x % 32 == 0) tracer_.mark(TraceEvent::kTokensReady);
+    if constexpr (kRows) __syncwarp();
+  }
+
+  // Of one rank, before the first gate/up unit. Those of CTAs that have not started are taken over after a while.
+  __device__ __forceinline__ void await_all_shares() {
+    tokens_ready_ = true;
+    const uint32_t* quantized = SharedMap<kSwap>::counters(args_).quantized_shares();
+    SharePatience patience(args_);
+    WaitLimit limit;
+    while (ptx::load_acquire(quantized) < gridDim.x) {
+      if (brings_images() && leads()) patience.check();
+      limit.check();
+    }
     if constexpr (kRows) __syncwarp();
   }
 
@@ -100,9 +109,10 @@ class TokenProducer {
     const int rows = note.padded_rows();
     const int blocks = k_blocks(note);
     const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
-    const uint8_t* planes = (note.down() ? args_.workspace.activation_planes : args_.workspace.token_planes) +
-                            static_cast<size_t>(note.row_base) * (blocks * kBlockK);
-    const float* scales = (note.down() ? args_.workspace.activation_scales : args_.workspace.token_scales) +
+    const uint8_t* planes =
+        (note.down() ? args_.workspace.activation_planes : Group::own(args_.workspace.token_planes)) +
+        static_cast<size_t>(note.row_base) * (blocks * kBlockK);
+    const float* scales = (note.down() ? args_.workspace.activation_scales : Group::own(args_.workspace.token_scales)) +
                           static_cast<size_t>(note.row_base) * blocks * scales_per_block;
     const int plane_bytes = rows * kBlockK;
     const int block_scales = scales_per_block * rows;

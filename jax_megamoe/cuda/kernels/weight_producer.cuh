@@ -5,6 +5,7 @@
 
 #include "kernels/pipeline.cuh"
 #include "kernels/prefetch.cuh"
+#include "kernels/tickets.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -17,26 +18,26 @@ class WeightProducer {
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
       : args_(args), map_(map), pair_(args), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
 
-  // One thread. The first unit is the CTA's own, or the pair's; the others go by ticket, so that a CTA that is slow for whatever
-  // reason takes fewer.
+  // One thread.
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const uint32_t rank = pair_.rank();
-    const uint32_t size = pair_.exists() && map_.header().ids_missing != 0 ? 0 : schedule.size();
-    uint32_t ticket = pair_.index();
     // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
     const bool few_units = kSwap && schedule.num_gate_up() <= 2 * gridDim.x;
     most_in_flight_ = few_units ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
-    for (uint32_t number = 0; ticket < size; ++number) {
+    UnitTickets<kSwap> tickets(args_, pair_, schedule);
+    const bool no_units = pair_.exists() && map_.header().ids_missing != 0;
+    uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
+    for (uint32_t number = 0; ticket != tickets.kEnd; ++number) {
       const Unit u = schedule.unit(ticket, rank);
       tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
       uint32_t drawn;
       if (kSwap && u.down && few_units) {
-        drawn = load_unit<kSwap>(schedule, u, number);
+        drawn = load_unit<kSwap>(schedule, u, tickets, number + 1);
       } else {
-        drawn = load_unit<false>(schedule, u, number);
+        drawn = load_unit<false>(schedule, u, tickets, number + 1);
       }
-      ticket = rank == 0 ? pair_.count() + drawn : pair_.await_ticket(map_.header(), number);
+      ticket = tickets.next(drawn, number + 1);
     }
     claim();
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
@@ -59,10 +60,11 @@ class WeightProducer {
     int scale_distance;  // floats, likewise
   };
 
-  // Unit number `number` of this CTA; returns what it draws for the next one. With `kYields` copies come one by one while gate/up
+  // Returns what it draws for the next unit, which is number `next` of this CTA. With `kYields` copies come one by one while gate/up
   // units want the memory for themselves.
   template <bool kYields>
-  __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<kSwap>& schedule, const Unit& u, uint32_t number) {
+  __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<kSwap>& schedule, const Unit& u,
+                                                UnitTickets<kSwap>& tickets, uint32_t next) {
     const uint32_t rank = pair_.rank();
     Stream s = stream(u);
     const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
@@ -70,7 +72,7 @@ class WeightProducer {
     uint32_t drawn = 0;
     for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
       // Early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-      if (block + O::kStageBlocks >= s.k_blocks) drawn = draw(number, rank);
+      if (block + O::kStageBlocks >= s.k_blocks) drawn = tickets.draw(next);
       // The ring is full for the first time.
       if (kSwap && !kYields && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
       if constexpr (kYields) {
@@ -112,14 +114,6 @@ class WeightProducer {
     return s;
   }
 
-  // The answer is waited for where it is used: only a pair, whose rank 1 hears of it, does so at once.
-  __device__ __forceinline__ uint32_t draw(uint32_t number, uint32_t rank) const {
-    if (rank != 0) return 0;
-    const uint32_t drawn = atomicAdd(map_.counters(args_).next_unit(), 1);
-    if (pair_.exists()) pair_.tell_ticket(map_.header(), number, pair_.count() + drawn);
-    return drawn;
-  }
-
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
   // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
@@ -129,7 +123,7 @@ class WeightProducer {
 
   // The oldest copies on their way.
   __device__ __forceinline__ void await_oldest() {
-    ptx::mbarrier_wait(&map_.header().weights_full[oldest_.stage], oldest_.parity);
+    await(&map_.header().weights_full[oldest_.stage], oldest_.parity);
     oldest_.advance(map_.num_stages);
     --in_flight_;
   }
@@ -138,13 +132,13 @@ class WeightProducer {
     if (in_flight_ >= (claimed_ < O::kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
     ++in_flight_;
-    ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+    await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
   // Nobody leaves the stage that says so, and everybody the other ones.
   __device__ __forceinline__ void await_last_releases() {
     for (int i = 1; i < map_.num_stages; ++i, cursor_.advance(map_.num_stages)) {
-      ptx::mbarrier_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+      await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
     }
   }
 

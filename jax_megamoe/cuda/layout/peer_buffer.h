@@ -15,22 +15,30 @@ constexpr int kMaxGroupPairs = 1 << 30;
 
 // What ranks tell each other. Flags hold epochs, which only grow.
 struct PeerHeader {
-  alignas(128) uint64_t epoch;   // launches that every CTA of this rank has begun
-  uint32_t readers;              // CTAs that have read it
-  alignas(128) uint32_t failed;  // not zero: a wait came to no end, here or on a rank that said so; for good
+  alignas(128) uint64_t failed;  // a PeerFailure: a wait came to no end, here or on a rank that said so
+  uint32_t noted;                // not zero: the host has been told
   // By rank: all its tokens for this rank's experts are in the images.
   alignas(128) uint64_t tokens_sent[kMaxRanks];
   // By tile and rank: the results of its experts are in these columns of this rank's slots.
   alignas(128) uint64_t columns_done[kMaxColumnTiles][kMaxRanks];
 };
 
-// Where things lie in a buffer of `bytes`. What is written before a rank has heard of the reader's launch - ids - lies in the
-// same place for every problem that shares the buffer.
+constexpr size_t kPeerHeaderBytes =
+    (sizeof(PeerHeader) + Workspace::kAlignment - 1) / Workspace::kAlignment * Workspace::kAlignment;
+
+// How a rank finds the buffers of its group, its own included. It lies in the rank's own memory, at a place that stays while the
+// buffers may be made anew: a captured launch finds the new ones.
+struct PeerView {
+  uint64_t epoch;                 // launches that every CTA of this rank has begun
+  uint64_t ids_bytes;             // of each half
+  uint64_t workspace[kMaxRanks];  // by rank: the address of the part of its buffer behind header and ids
+};
+
+// Where things lie in a buffer: [ids, even epochs][ids, odd epochs][header][workspace that others write]. What is written before a
+// rank has heard of the reader's launch - ids - lies in the same place for every problem that shares the buffer.
 class PeerBuffer {
  public:
-  PeerBuffer(size_t bytes, void* base) : bytes_(bytes), base_(static_cast<char*>(base)) {}
-
-  // Enough for the problem: [header][ids, even epochs][ids, odd epochs][workspace that others write].
+  // Enough for the problem.
   static size_t bytes_for(const Problem& p) {
     const size_t by_ids = ids_bytes(p) * kIdsShare;
     // Two shares leave (kIdsShare - 2) of them for the rest; rounding takes a little of each.
@@ -38,16 +46,28 @@ class PeerBuffer {
     return (by_ids > rest ? by_ids : rest) + 8 * kIdsShare * Workspace::kAlignment;
   }
 
-  PeerHeader* header() const { return reinterpret_cast<PeerHeader*>(base_); }
-  // [num_ranks][T * k] words: the epoch's low half and the shape's tag above, the id below.
-  uint64_t* ids(int parity) const {
-    return reinterpret_cast<uint64_t*>(base_ + header_bytes() + parity * half_bytes());
+  // What a rank has to know of the buffers, all of the same size; `mapped[r]` is rank r's as this rank's device sees it.
+  static PeerView view(void* const* mapped, int num_ranks, size_t bytes) {
+    PeerView view = {};
+    view.ids_bytes = half_bytes(bytes);
+    for (int r = 0; r < num_ranks; ++r) {
+      view.workspace[r] = reinterpret_cast<uint64_t>(mapped[r]) + 2 * view.ids_bytes + kPeerHeaderBytes;
+    }
+    return view;
   }
-  void* workspace() const { return base_ + header_bytes() + 2 * half_bytes(); }
 
-  bool holds(const Problem& p) const {
-    return p.hidden_size <= kMaxColumnTiles * kDownUnitColumns && ids_bytes(p) <= half_bytes() &&
-           header_bytes() + 2 * half_bytes() + Workspace::shared_bytes(p) <= bytes_;
+  static bool holds(size_t bytes, const Problem& p) {
+    return p.hidden_size <= kMaxColumnTiles * kDownUnitColumns && ids_bytes(p) <= half_bytes(bytes) &&
+           kPeerHeaderBytes + 2 * half_bytes(bytes) + Workspace::shared_bytes(p) <= bytes;
+  }
+
+  // From a rank's workspace, as a view has it. Ids are [num_ranks][T * k] words: the epoch's low half and the call's tag above, the id
+  // below.
+  __host__ __device__ static PeerHeader* header(uint8_t* workspace) {
+    return reinterpret_cast<PeerHeader*>(workspace - kPeerHeaderBytes);
+  }
+  __host__ __device__ static uint64_t* ids(uint8_t* workspace, uint64_t ids_bytes, int parity) {
+    return reinterpret_cast<uint64_t*>(workspace - kPeerHeaderBytes - (2 - parity) * ids_bytes);
   }
 
  private:
@@ -55,35 +75,45 @@ class PeerBuffer {
   static constexpr size_t kIdsShare = 128;
 
   static size_t ids_bytes(const Problem& p) { return static_cast<size_t>(p.group_pairs()) * sizeof(uint64_t); }
-  static constexpr size_t header_bytes() {
-    return (sizeof(PeerHeader) + Workspace::kAlignment - 1) / Workspace::kAlignment * Workspace::kAlignment;
-  }
-  size_t half_bytes() const { return bytes_ / kIdsShare / Workspace::kAlignment * Workspace::kAlignment; }
-
-  size_t bytes_;
-  char* base_;
+  static size_t half_bytes(size_t bytes) { return bytes / kIdsShare / Workspace::kAlignment * Workspace::kAlignment; }
 };
 
-// What stopped a wait, for the host to tell: in memory that both see. `phase` is written last.
+// What stopped a wait, in a word that a rank tells the others and the host. Zero: nothing did.
 struct PeerFailure {
-  enum Phase : uint32_t { kNone, kIds, kTokens, kColumns, kOwn };
+  enum Phase : uint32_t { kNone, kIds, kTokens, kColumns, kOwn, kRankOrder };
 
-  uint32_t phase;
-  uint32_t peer;
+  Phase phase;
+  int rank;  // that waited in vain
+  int peer;  // for this one; kRankOrder: the rank's place in the mesh
   uint64_t epoch;
+
+  static constexpr int kEpochBits = 48, kRankBits = 6;
+
+  __host__ __device__ uint64_t word() const {
+    return static_cast<uint64_t>(phase) << (kEpochBits + 2 * kRankBits) |
+           static_cast<uint64_t>(rank) << (kEpochBits + kRankBits) | static_cast<uint64_t>(peer) << kEpochBits |
+           (epoch & ((uint64_t{1} << kEpochBits) - 1));
+  }
+  static PeerFailure of(uint64_t word) {
+    constexpr uint64_t kRanks = (1 << kRankBits) - 1;
+    return {static_cast<Phase>(word >> (kEpochBits + 2 * kRankBits)),
+            static_cast<int>(word >> (kEpochBits + kRankBits) & kRanks), static_cast<int>(word >> kEpochBits & kRanks),
+            word & ((uint64_t{1} << kEpochBits) - 1)};
+  }
 };
 
 // The group as device code sees it.
 struct Peers {
+  PeerView* view;
   int rank;
   int num_ranks;
-  int64_t offset[kMaxRanks];  // from an address in the own buffer to the same place in rank r's
-  PeerHeader* header;
-  uint64_t* ids[2];
+  const int32_t* mesh_rank;  // where the program takes this rank to be; null or negative: nobody asks
+  uint64_t* note;            // for the host, in memory that both see: a PeerFailure
   uint64_t limit_nanoseconds;
-  PeerFailure* failure;
-  uint32_t shape_tag;   // ranks that run different problems don't take each other's ids
-  uint32_t delay_seed;  // virtual ranks only
+  uint64_t first_limit_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling
+  uint32_t call_tag;                 // ranks in different calls don't take each other's ids
+  uint32_t delay_seed;               // virtual ranks only
+  int late_ctas;                     // virtual ranks only: of each rank, begin when all others are through
 };
 
 }  // namespace megamoe

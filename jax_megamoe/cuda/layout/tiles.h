@@ -45,6 +45,7 @@ __host__ __device__ constexpr int most_swap_pairs_per_expert(int normal_units) {
 // Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
 constexpr int kLeastPairsPerExpertOfTwoCtas = 192;
 
+constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxTokens = 1 << 20;  // keeps pair numbers within 32 bits

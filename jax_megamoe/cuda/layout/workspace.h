@@ -112,10 +112,17 @@ struct Workspace {
 
 // Counters that outlive a launch. Two sets take turns: a launch counts in one and clears the other for its successor, so
 // nothing has to be cleaned up before or after a launch. `launch` says whose turn it is; it advances once every CTA has read it.
-struct Control {
+struct alignas(16) ControlHead {
   uint32_t readers;
   uint32_t launch;
-  uint32_t reserved[30];
+  uint32_t finished;  // virtual ranks only: CTAs of all launches that are through
+  uint32_t reserved;
+};
+struct Control : ControlHead {
+  uint32_t unused[28];
+  // By place: launches in which somebody has claimed the CTA's share of the tokens, and its first unit (kernels/places.cuh).
+  uint32_t share_claims[kMaxCtas];
+  uint32_t unit_claims[kMaxCtas];
   // followed by two CounterSets of `CounterSet::words(problem)` words each
 
   __host__ __device__ static size_t bytes(const Problem& p);
@@ -135,8 +142,10 @@ class CounterSet {
 
   // Tickets of the units after the first of each CTA. The first of `words` counters that follow each other.
   __host__ __device__ uint32_t* next_unit() const { return base_; }
-  // CTAs whose share of the tokens is in the token images.
-  __host__ __device__ uint32_t* quantized_ctas() const { return base_ + kLineWords; }
+  // Shares of the tokens that are in the token images; there is one for each CTA.
+  __host__ __device__ uint32_t* quantized_shares() const { return base_ + kLineWords; }
+  // CTAs that found nothing to multiply, where no expert of the rank has tokens.
+  __host__ __device__ uint32_t* idle_ctas() const { return base_ + kLineWords + 1; }
   // [H/128] signals of finished down units of these columns.
   __host__ __device__ uint32_t* down_done(int unit) const { return base_ + 2 * kLineWords + unit; }
   // [max_chunks] gate/up units finished for each chunk.

@@ -1,0 +1,85 @@
+// Work that is bound to a CTA, so that it is known without asking: a share of the tokens, and the first unit. It is the CTA's place in
+// the launch. Another kernel may hold the SM that a CTA is to run on for as long as it likes, and may itself wait for this launch: so
+// whoever has waited for a while takes over the places of those that have not started. A CTA that comes late finds its place taken.
+//
+// Each place has a count of the launches in which somebody has claimed it. It is never cleared: `launch` claims are those of earlier
+// launches, one more is this one's.
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+#include "kernels/arguments.h"
+#include "kernels/shared_header.cuh"
+#include "kernels/waiting.cuh"
+
+namespace megamoe {
+
+constexpr int64_t kPatienceCycles =
+    40000;  // some 20 us: far longer than CTAs that find an SM start one after the other
+
+// One thread's claim of the CTA's own place, made at the very start, and looked at when the number of the launch is known.
+class OwnClaim {
+ public:
+  // By an elected thread: of several that might be there, the compiler makes one addition for all, whose answer they wait for at once.
+  __device__ void make(uint32_t* claims) { before_ = atomicAdd(claims, 1); }
+
+  // Whether the place is this CTA's; else the claim is taken back.
+  __device__ bool stands(uint32_t* claims) const {
+    if (before_ == shared_header().launch) return true;
+    atomicSub(claims, 1);
+    return false;
+  }
+
+ private:
+  uint32_t before_ = 0;
+};
+
+// One thread: whether the place was nobody's in this launch, and is the caller's now.
+__device__ __forceinline__ bool take_over(uint32_t* claims) {
+  const uint32_t launch = shared_header().launch;
+  return ptx::load_relaxed(claims) == launch && atomicCAS(claims, launch, launch + 1) == launch;
+}
+
+// One thread of every CTA, once the CTA has read `launch` and the epoch: the last one sets them for the next launch. `readers`
+// wraps to zero.
+template <typename Group>
+__device__ __forceinline__ void pass_turn(const MoeArguments& args) {
+  if (atomicInc(&args.control->readers, gridDim.x - 1) != gridDim.x - 1) return;
+  args.control->launch = shared_header().launch + 1;
+  if constexpr (Group::kHasPeers) args.peers.view->epoch = shared_header().epoch;
+}
+
+// Whether all CTAs have started, which is when the launch's number goes on.
+__device__ __forceinline__ bool all_started(uint32_t launch_now) { return launch_now != shared_header().launch; }
+__device__ __forceinline__ uint32_t launch_now(const MoeArguments& args) {
+  return ptx::load_relaxed(&args.control->launch);
+}
+
+// The token producer and the consumers: where tokens don't come, the shares of CTAs that have not started may be what is missing. The
+// producer asks the consumers, who wait for its tokens, to take them over, and goes on waiting when they have.
+class SharePatience {
+ public:
+  __device__ explicit SharePatience(const MoeArguments& args) : args_(args), begin_(ptx::cycles()) {}
+
+  // One thread, which waits for tokens, again and again.
+  __device__ __forceinline__ void check() {
+    if (has_ended_ || ptx::cycles() - begin_ < kPatienceCycles) return;
+    has_ended_ = true;
+    if (all_started(launch_now(args_))) return;
+    SharedHeader& header = shared_header();
+    *const_cast<volatile uint32_t*>(&header.vacant_shares_wanted) = 1;
+    await(&header.vacant_shares_done, 0);
+  }
+
+ private:
+  const MoeArguments& args_;
+  int64_t begin_;
+  bool has_ended_ = false;
+};
+
+__device__ __forceinline__ bool vacant_shares_wanted() {
+  return *const_cast<volatile uint32_t*>(&shared_header().vacant_shares_wanted) != 0;
+}
+
+}  // namespace megamoe
