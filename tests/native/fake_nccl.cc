@@ -22,7 +22,9 @@ int ncclCommGetAsyncError(Comm*, int* state) { return *state = 0, 0; }
 
 int ncclAllGather(const void* sent, void* received, size_t bytes, int, Comm* comm, Stream* stream) {
   std::lock_guard<std::mutex> lock(comm->clique->mutex);
-  *stream = {comm->clique, comm->step++, static_cast<char*>(received)};
+  stream->clique = comm->clique;
+  stream->step = comm->step++;
+  stream->received = static_cast<char*>(received);
   comm->clique->contributions[stream->step][comm->rank] = std::string(static_cast<const char*>(sent), bytes);
   return 7;  // in progress, as in the non-blocking mode
 }
@@ -39,7 +41,12 @@ int ncclCommWindowRegister(Comm* comm, void* buffer, size_t, void** window, int)
   return 0;
 }
 
-int ncclCommWindowDeregister(Comm*, void*) { return 0; }
+int ncclCommWindowDeregister(Comm* comm, void*) {
+  std::lock_guard<std::mutex> lock(comm->clique->mutex);
+  (*comm->windows)[comm->rank] = nullptr;
+  return 0;
+}
+
 Team ncclTeamLsa(Comm* comm) { return {comm->clique->num_ranks, comm->rank, 1}; }
 
 int ncclGetLsaDevicePointer(void* window, size_t offset, int peer, void** result) {

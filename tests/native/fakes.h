@@ -1,12 +1,16 @@
-// Streams and communicators of the fakes: host memory for device memory, one thread for each rank.
+// A machine without GPUs for the transport's tests: host memory for device memory, one thread for each rank.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fakes {
@@ -25,9 +29,28 @@ struct Comm {
 
 // A stream runs at once, but for an all-gather, which is over when all ranks have come to it.
 struct Stream {
+  int device = 0;
   Clique* clique = nullptr;
   int step = 0;
   char* received = nullptr;
 };
+
+// What the driver knows, and what it minds.
+struct Driver {
+  std::mutex mutex;
+  std::map<void*, size_t> allocations;  // live ones
+  std::map<void*, int> mappings;        // of an allocation by CUDA IPC
+  std::set<Stream*> streams;
+  std::set<std::pair<int, int>> unreachable;  // (from, to)
+  std::map<int, size_t> limits;               // bytes of one allocation, by device
+  std::function<void(const std::string& function, int device)> on_call;
+  std::vector<std::string> faults;  // what would hang or be undefined on a real machine
+
+  int num_buffers();  // live allocations that are large
+  size_t buffer_bytes();
+};
+Driver& driver();
+
+inline thread_local int process = 0;  // that this thread plays
 
 }  // namespace fakes

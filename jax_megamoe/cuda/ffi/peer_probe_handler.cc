@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -28,7 +29,13 @@ ffi::TypeInfo PeerProbeInstance::info = ffi::MakeTypeInfo<PeerProbeInstance>();
 
 namespace {
 
-constexpr uint32_t kProbeLayout = 0x70726f62;  // "prob": the buffers of no other handler
+void fill_table(void* view, void* const* mapped, int /*rank*/, int num_ranks, uint64_t /*bytes*/) {
+  std::memcpy(view, mapped, num_ranks * sizeof(void*));
+}
+
+// "prob": the buffers of no other handler. The view is the table of peers.
+constexpr transport::Layout kProbeLayout = {0x70726f62, transport::kProbeMaxRanks * sizeof(void*), fill_table, nullptr};
+constexpr double kSetupSeconds = 120;
 
 ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.peer_probe: " + what); }
 
@@ -52,7 +59,7 @@ struct Options {
   }
 };
 
-ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t ordinal,
+ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t ordinal, ffi::RunId run,
                       ffi::AnyBuffer /*axis_index*/, ffi::Result<ffi::AnyBuffer> /*rows*/, ffi::Dictionary attributes) {
   ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
   if (groups.has_error()) return std::move(groups).error();
@@ -66,11 +73,12 @@ ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collective
   }
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
-  transport::DeviceScope scope(device.value());
+  DeviceScope scope(device.value());
   const cudaError_t error = transport::prepare_probe();
-  if (error != cudaSuccess) return failure(transport::cuda_failure("loading the kernel", error));
-  return instance->group.initialize(collectives, groups.value(), ordinal, transport::probe_bytes(num_ranks, bytes),
-                                    kProbeLayout, nullptr, static_cast<transport::Wanted>(options.value().transport));
+  if (error != cudaSuccess) return failure(cuda_failure("loading the kernel", error));
+  return instance->group.initialize(collectives, groups.value(), ordinal, run, transport::probe_bytes(num_ranks, bytes),
+                                    kProbeLayout, kSetupSeconds,
+                                    static_cast<transport::Wanted>(options.value().transport));
 }
 
 ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ordinal, ffi::AnyBuffer axis_index,
@@ -78,25 +86,25 @@ ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ord
   ffi::ErrorOr<Options> parsed = Options::parse(attributes);
   if (parsed.has_error()) return std::move(parsed).error();
   const Options& options = parsed.value();
-  const transport::SymmetricMemory* memory = instance->group.find(ordinal);
-  if (memory == nullptr) return failure("the call was not initialised on this device.");
+  const transport::Member* member = instance->group.find(ordinal);
+  if (member == nullptr) return failure("the call was not initialised on this device.");
   if (axis_index.element_type() != ffi::S32 || axis_index.element_count() != 1) {
     return failure("axis_index has another type than int32[1].");
   }
-  const size_t wanted_bytes = memory->num_ranks() * sizeof(transport::ProbeRow);
+  const size_t wanted_bytes = member->num_ranks() * sizeof(transport::ProbeRow);
   if (rows->size_bytes() != wanted_bytes) {
     return failure("the result has " + std::to_string(rows->size_bytes()) + " bytes; wanted " +
                    std::to_string(wanted_bytes) + ".");
   }
   if (options.mode < 0 || options.mode > 2 || options.iterations < 1 ||
       options.iterations >= transport::kProbeMaxIterations || options.shift < 0 ||
-      options.shift >= memory->num_ranks() || options.limit_microseconds < 1) {
+      options.shift >= member->num_ranks() || options.limit_microseconds < 1) {
     return failure("mode, iterations, shift or limit_microseconds is out of range.");
   }
   transport::ProbeArguments arguments = {};
-  arguments.peers = memory->peers();
-  arguments.rank = memory->rank();
-  arguments.num_ranks = memory->num_ranks();
+  arguments.peers = static_cast<void* const*>(member->view());
+  arguments.rank = member->rank();
+  arguments.num_ranks = member->num_ranks();
   arguments.mode = static_cast<transport::ProbeMode>(options.mode);
   arguments.bytes = options.bytes;
   arguments.iterations = static_cast<int>(options.iterations);
@@ -107,7 +115,7 @@ ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ord
   arguments.rows = static_cast<transport::ProbeRow*>(rows->untyped_data());
   cudaError_t error = cudaMemsetAsync(arguments.rows, 0, wanted_bytes, stream);
   if (error == cudaSuccess) error = transport::launch_probe(arguments, stream);
-  if (error != cudaSuccess) return failure(transport::cuda_failure("the launch", error));
+  if (error != cudaSuccess) return failure(cuda_failure("the launch", error));
   return ffi::Error::Success();
 }
 
@@ -123,6 +131,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,
                                   .Ctx<ffi::State<PeerProbeInstance>>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::RunId>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs());

@@ -53,6 +53,18 @@ const NcclApi* nccl_api(std::string* reason) {
   return nullptr;
 }
 
+std::string place_of(Communicator communicator, Place* place) {
+  std::string reason;
+  const NcclApi* nccl = nccl_api(&reason);
+  if (nccl == nullptr) return reason;
+  int result = nccl->rank(communicator, &place->rank);
+  if (result == NcclApi::kSuccess) result = nccl->num_ranks(communicator, &place->num_ranks);
+  if (result == NcclApi::kSuccess) result = nccl->device(communicator, &place->device);
+  return result == NcclApi::kSuccess
+             ? std::string()
+             : std::string("asking XLA's communicator for its ranks failed: ") + nccl->error_string(result);
+}
+
 std::string NcclApi::settle(Communicator communicator, int result, const char* what, double seconds) const {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   while (result == kInProgress) {

@@ -42,6 +42,19 @@ struct NcclApi {
   std::string settle(Communicator communicator, int result, const char* what, double seconds) const;
 };
 
+// What a communicator says of itself.
+struct Place {
+  int rank = 0, num_ranks = 0;
+  int device = 0;  // CUDA's number of it
+
+  bool operator==(const Place& other) const {
+    return rank == other.rank && num_ranks == other.num_ranks && device == other.device;
+  }
+};
+
+// Returns what is wrong, or nothing. Asks memory of the host only.
+std::string place_of(Communicator communicator, Place* place);
+
 // The library's functions, or null, with the reason, where this process has not loaded NCCL.
 const NcclApi* nccl_api(std::string* reason);
 

@@ -3,7 +3,8 @@
 #include <utility>
 #include <vector>
 
-#include "transport/symmetric_memory.h"
+#include "transport/backing.h"
+#include "common/device_scope.h"
 
 namespace megamoe::transport {
 
@@ -11,48 +12,58 @@ namespace {
 
 class PeerBacking : public Backing {
  public:
-  ~PeerBacking() override {
-    DeviceScope scope(device_);
-    for (void* mapping : mappings_) cudaIpcCloseMemHandle(mapping);
-    cudaFree(buffer_);
+  std::string allocate(const Bootstrap& bootstrap, uint64_t bytes) override {
+    device_ = bootstrap.device();
+    const cudaError_t error = cudaMalloc(&buffer_, bytes);
+    if (error == cudaSuccess) return {};
+    buffer_ = nullptr;
+    cudaGetLastError();
+    return no_memory("cudaMalloc", bytes, cudaGetErrorString(error));
   }
 
-  std::string open(Exchange& exchange, const Plan& plan, size_t bytes, std::vector<void*>* peers) override {
+  std::string map(Bootstrap& bootstrap, const Plan& plan, std::vector<void*>* mapped) override {
     struct Offer {
       uint64_t address;
       int32_t device;
       cudaIpcMemHandle_t handle;
     };
-    device_ = exchange.device();
-    DeviceScope scope(device_);
-    Offer own = {};
-    own.device = device_;
-    std::string failure = allocate(exchange, bytes, plan.spans_processes ? &own.handle : nullptr);
-    own.address = reinterpret_cast<uint64_t>(buffer_);
-    failure = exchange.agree("allocation", failure);
-    if (!failure.empty()) return failure;
+    Offer own = {reinterpret_cast<uint64_t>(buffer_), device_, {}};
+    std::string own_failure;
+    if (plan.spans_processes) {
+      const cudaError_t error = cudaIpcGetMemHandle(&own.handle, buffer_);
+      if (error != cudaSuccess) own_failure = cuda_failure("cudaIpcGetMemHandle", error);
+    }
     std::vector<Offer> offers;
-    failure = exchange.gather("handles", own, &offers);
+    const std::string failure = bootstrap.gather("handles", own, &offers);
     if (!failure.empty()) return failure;
-
-    peers->assign(offers.size(), nullptr);
-    for (size_t peer = 0; peer < offers.size() && failure.empty(); ++peer) {
+    mapped->assign(offers.size(), nullptr);
+    for (size_t peer = 0; peer < offers.size() && own_failure.empty(); ++peer) {
       const Offer& offer = offers[peer];
       void* address = reinterpret_cast<void*>(offer.address);
       switch (plan.reach[peer]) {
         case Reach::kSelf:
           break;
         case Reach::kSameProcess:
-          failure = enable_access(offer.device);
+          own_failure = enable_access(offer.device);
           uses_access_ = true;
           break;
         default:
-          failure = map_handle(static_cast<int>(peer), offer.handle, &address);
+          own_failure = map_handle(static_cast<int>(peer), offer.handle, &address);
           uses_ipc_ = true;
       }
-      (*peers)[peer] = address;
+      (*mapped)[peer] = address;
     }
-    return exchange.agree("mapping", failure);
+    return own_failure;
+  }
+
+  void unmap() override {
+    for (void* mapping : mappings_) cudaIpcCloseMemHandle(mapping);
+    mappings_.clear();
+  }
+
+  void release() override {
+    cudaFree(buffer_);
+    buffer_ = nullptr;
   }
 
   const char* name() const override {
@@ -60,41 +71,28 @@ class PeerBacking : public Backing {
     return uses_ipc_ ? "CUDA IPC" : uses_access_ ? "peer access" : "own memory";
   }
 
- private:
-  std::string allocate(const Exchange& exchange, size_t bytes, cudaIpcMemHandle_t* handle) {
-    cudaError_t error = cudaMalloc(&buffer_, bytes);
-    if (error != cudaSuccess) {
-      buffer_ = nullptr;
-      return cuda_failure(("allocating " + std::to_string(bytes) + " bytes beside JAX's own pool").c_str(), error);
-    }
-    // Zero before any other rank learns the address.
-    error = cudaMemsetAsync(buffer_, 0, bytes, exchange.stream());
-    if (error == cudaSuccess) error = cudaStreamSynchronize(exchange.stream());
-    if (error != cudaSuccess) return cuda_failure("clearing the buffer", error);
-    if (handle == nullptr) return {};
-    error = cudaIpcGetMemHandle(handle, buffer_);
-    return error == cudaSuccess ? std::string() : cuda_failure("cudaIpcGetMemHandle", error);
-  }
+  bool needs_communicator() const override { return false; }
 
+ private:
   std::string enable_access(int peer_device) {
     const std::string pair = "device " + std::to_string(device_) + " to device " + std::to_string(peer_device);
     int possible = 0;
     cudaError_t error = cudaDeviceCanAccessPeer(&possible, device_, peer_device);
-    if (error != cudaSuccess) return cuda_failure(("asking for peer access of " + pair).c_str(), error);
+    if (error != cudaSuccess) return cuda_failure("asking for peer access of " + pair, error);
     if (!possible) return "there is no peer access from " + pair;
     error = cudaDeviceEnablePeerAccess(peer_device, 0);
     if (error == cudaErrorPeerAccessAlreadyEnabled) {
       cudaGetLastError();
       error = cudaSuccess;
     }
-    return error == cudaSuccess ? std::string() : cuda_failure(("enabling peer access of " + pair).c_str(), error);
+    return error == cudaSuccess ? std::string() : cuda_failure("enabling peer access of " + pair, error);
   }
 
   std::string map_handle(int peer, cudaIpcMemHandle_t handle, void** address) {
     const cudaError_t error = cudaIpcOpenMemHandle(address, handle, cudaIpcMemLazyEnablePeerAccess);
     if (error != cudaSuccess) {
       *address = nullptr;
-      return cuda_failure(("cudaIpcOpenMemHandle of rank " + std::to_string(peer) + "'s buffer").c_str(), error);
+      return cuda_failure("cudaIpcOpenMemHandle of rank " + std::to_string(peer) + "'s buffer", error);
     }
     mappings_.push_back(*address);
     return {};
@@ -107,6 +105,11 @@ class PeerBacking : public Backing {
 };
 
 }  // namespace
+
+std::string no_memory(const std::string& what, uint64_t bytes, const std::string& reason) {
+  return what + " of " + std::to_string(bytes) + " bytes beside JAX's own pool failed: " + reason +
+         "; leave room for it with a smaller XLA_PYTHON_CLIENT_MEM_FRACTION";
+}
 
 std::unique_ptr<Backing> make_peer_backing() { return std::make_unique<PeerBacking>(); }
 

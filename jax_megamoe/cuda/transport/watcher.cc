@@ -1,12 +1,13 @@
 #include "transport/watcher.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
 
 namespace megamoe::transport {
@@ -21,12 +22,12 @@ class Watcher {
     return *watcher;
   }
 
-  void add(const void* note, int rank, ReadNote read) {
+  void add(const uint64_t* note, int rank, ReadNote read) {
     std::lock_guard<std::mutex> lock(mutex_);
-    watched_[note] = {rank, read};
+    watched_[note] = {rank, read, 0};
   }
 
-  void remove(const void* note) {
+  void remove(const uint64_t* note) {
     std::lock_guard<std::mutex> lock(mutex_);
     watched_.erase(note);
   }
@@ -35,13 +36,18 @@ class Watcher {
   struct Watched {
     int rank;
     ReadNote read;
+    uint64_t told;
   };
 
   Watcher() {
-    // The driver unmaps notes while the process exits. It was set up before any note, so that this runs before its part.
+    // The driver unmaps notes while the process exits. It was set up before any note, so that this runs before its
+    // part.
     std::atexit([] {
-      std::lock_guard<std::mutex> lock(get().mutex_);
-      get().watched_.clear();
+      Watcher& watcher = get();
+      // A child of a fork has no such thread, and may have inherited the lock from it.
+      if (getpid() != watcher.process_) return;
+      std::lock_guard<std::mutex> lock(watcher.mutex_);
+      watcher.watched_.clear();
     });
     // Detached: the end of the process waits for nobody.
     std::thread([this] {
@@ -55,27 +61,23 @@ class Watcher {
   std::vector<std::string> new_failures() {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<std::string> failures;
-    for (auto watched = watched_.begin(); watched != watched_.end();) {
-      std::string failure = watched->second.read(watched->first, watched->second.rank);
-      if (failure.empty()) {
-        ++watched;
-      } else {
-        // A note is written once.
-        failures.push_back(std::move(failure));
-        watched = watched_.erase(watched);
-      }
+    for (auto& [note, watched] : watched_) {
+      const uint64_t record = load_note(note);
+      if (record != 0 && record != watched.told) failures.push_back(watched.read(record, watched.rank));
+      watched.told = record;
     }
     return failures;
   }
 
+  const pid_t process_ = getpid();
   std::mutex mutex_;
-  std::map<const void*, Watched> watched_;
+  std::map<const uint64_t*, Watched> watched_;
 };
 
 }  // namespace
 
-void watch(const void* note, int rank, ReadNote read) { Watcher::get().add(note, rank, read); }
+void watch(const uint64_t* note, int rank, ReadNote read) { Watcher::get().add(note, rank, read); }
 
-void unwatch(const void* note) { Watcher::get().remove(note); }
+void unwatch(const uint64_t* note) { Watcher::get().remove(note); }
 
 }  // namespace megamoe::transport

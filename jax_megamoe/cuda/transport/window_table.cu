@@ -1,6 +1,6 @@
 #include "transport/window_table.h"
 
-#include "transport/exchange.h"
+#include "common/device_scope.h"
 
 #ifdef MEGAMOE_NCCL_HEADERS
 #include "nccl_device.h"
