@@ -6,11 +6,14 @@
 
 #include "host/problem.h"
 #include "layout/peer_buffer.h"
+#include "transport/identity.h"
 
 #ifdef MEGAMOE_CUDA
 #include <cuda_runtime_api.h>
 
+#include "bench/hold_sms.h"
 #include "ffi/handlers.h"
+#include "common/device_scope.h"
 #include "transport/registry.h"
 #endif
 
@@ -46,9 +49,16 @@ bool can_access_peer(int from, int to) {
   return possible != 0;
 }
 
+void hold_sms(int device, int ctas, int milliseconds) {
+  const megamoe::DeviceScope scope(device);
+  cudaError_t error = scope.status();
+  if (error == cudaSuccess) error = megamoe::hold_sms(ctas, milliseconds);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("hold_sms failed: ") + cudaGetErrorString(error));
+}
+
 py::list symmetric_memories() {
   py::list all;
-  for (const megamoe::transport::Description& memory : megamoe::transport::describe_all()) {
+  for (const megamoe::transport::Description& memory : megamoe::transport::Registry::get().describe_all()) {
     py::dict entry;
     entry["device"] = memory.device;
     entry["rank"] = memory.rank;
@@ -79,7 +89,7 @@ py::dict ffi_registrations() {
   targets["jax_megamoe.moe.v1"] = stages({{"instantiate", megamoe::MoeInstantiate},
                                           {"initialize", megamoe::MoeInitialize},
                                           {"execute", megamoe::MoeExecute}});
-  targets["jax_megamoe.moe_peers.v1"] = stages({{"instantiate", megamoe::MoePeersInstantiate},
+  targets["jax_megamoe.moe_peers.v2"] = stages({{"instantiate", megamoe::MoePeersInstantiate},
                                                 {"prepare", megamoe::MoePeersPrepare},
                                                 {"initialize", megamoe::MoePeersInitialize},
                                                 {"execute", megamoe::MoePeersExecute}});
@@ -131,6 +141,8 @@ PYBIND11_MODULE(_core, module) {
   module.attr("has_cuda") = true;
   module.def("moe_execute_count", &megamoe::moe_execute_count,
              "Times the fused kernel's handler ran in this process; replayed command buffers do not count.");
+  module.def("hold_sms", &hold_sms, py::arg("device"), py::arg("ctas"), py::arg("milliseconds"),
+             "For tests: a kernel on a stream of its own that keeps so many SMs for so long; returns at once.");
   module.def("can_access_peer", &can_access_peer, py::arg("from_device"), py::arg("to_device"),
              "Whether one device of this process can reach the memory of another.");
   module.def("symmetric_memories", &symmetric_memories, "The buffers that this process shares with other ranks.");
@@ -138,6 +150,8 @@ PYBIND11_MODULE(_core, module) {
   module.attr("has_cuda") = false;
 #endif
   module.def("ffi_registrations", &ffi_registrations, "FFI types and targets, for jax.ffi to register.");
+  module.def("host_identity", &megamoe::transport::host_identity,
+             "The same in all processes on one running kernel, in containers too.");
   module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_experts"),
              "Bytes of scratch memory one call of the fused kernel needs on a device.");

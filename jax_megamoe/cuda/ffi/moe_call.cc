@@ -2,6 +2,9 @@
 
 #include <initializer_list>
 
+#include "host/counter_arena.h"
+#include "common/device_scope.h"
+
 namespace megamoe {
 
 namespace {
@@ -57,6 +60,7 @@ ffi::Error read_problem(const MoeOperands& operands, int num_ranks, Problem* pro
   const int64_t experts = gate_up_dims[stacked];
   const int64_t tokens = x_dims[0], hidden = x_dims[1], intermediate = gate_up_dims[stacked + 1] * kGateUpTileColumns;
   constexpr int64_t kLimit = 1 << 28;
+  if (layers < 1) return moe_failure("the weights are of no layer; pass at least one.");
   if (hidden > kLimit || intermediate > kLimit || experts > kLimit || tokens > kLimit || layers > kLimit) {
     return moe_failure("a dimension exceeds 2^28; pass smaller arrays.");
   }
@@ -112,18 +116,16 @@ ffi::Error read_buffers(const MoeOperands& operands, const MoeResults& results, 
 }
 
 CallSite::~CallSite() {
-  // At process exit the driver may be gone already; the memory goes with the context then.
   for (const auto& [ordinal, state] : devices_) {
-    if (cudaSetDevice(state.first) == cudaSuccess) cudaFree(state.second.control);
+    CounterArena::of_device(state.device).give_back(state.control, state.control_bytes);
   }
 }
 
 ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem, GroupKind kind) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (devices_.count(ordinal) != 0) return ffi::Error::Success();
-  Device state;
-  cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return moe_cuda_failure("choosing the device", error);
+  const DeviceScope scope(device);
+  if (scope.status() != cudaSuccess) return moe_cuda_failure("choosing the device", scope.status());
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -131,28 +133,26 @@ ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem,
     return moe_failure("the device has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
                        "; the fused kernel needs 9.0 (Hopper): pass implementation=\"reference\".");
   }
-  error = cudaDeviceGetAttribute(&state.num_ctas, cudaDevAttrMultiProcessorCount, device);
+  Device state;
+  state.device = device;
+  cudaError_t error = cudaDeviceGetAttribute(&state.num_ctas, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return moe_cuda_failure("reading the number of SMs", error);
   error = prepare_kernels(kind);
   if (error != cudaSuccess) return moe_cuda_failure("loading the kernels", error);
-  const size_t bytes = Control::bytes(problem);
+  state.control_bytes = Control::bytes(problem);
   state.counter_words = CounterSet::words(problem);
-  error = cudaMalloc(reinterpret_cast<void**>(&state.control), bytes);
+  void* control = nullptr;
+  error = CounterArena::of_device(device).take(state.control_bytes, &control);
   if (error != cudaSuccess) return moe_cuda_failure("allocating the counters", error);
-  error = cudaMemset(state.control, 0, bytes);
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
-  if (error != cudaSuccess) {
-    cudaFree(state.control);
-    return moe_cuda_failure("clearing the counters", error);
-  }
-  devices_[ordinal] = {device, state};
+  state.control = static_cast<Control*>(control);
+  devices_[ordinal] = state;
   return ffi::Error::Success();
 }
 
 const CallSite::Device* CallSite::find(int ordinal) const {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = devices_.find(ordinal);
-  return found == devices_.end() ? nullptr : &found->second.second;
+  return found == devices_.end() ? nullptr : &found->second;
 }
 
 }  // namespace megamoe

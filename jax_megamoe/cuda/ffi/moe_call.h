@@ -27,7 +27,7 @@ struct MoeResults {
 
 // The same for every stage that sees buffers.
 template <typename Binding>
-auto bind_buffers(Binding binding) {
+auto bind_operands(Binding&& binding) {
   return std::move(binding)
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<ffi::AnyBuffer>()   // gate_up
@@ -36,10 +36,18 @@ auto bind_buffers(Binding binding) {
       .template Arg<ffi::AnyBuffer>()   // down_scale
       .template Arg<ffi::AnyBuffer>()   // topk_ids
       .template Arg<ffi::AnyBuffer>()   // topk_weights
-      .template Arg<ffi::AnyBuffer>()   // layer
+      .template Arg<ffi::AnyBuffer>();  // layer
+}
+template <typename Binding>
+auto bind_results(Binding&& binding) {
+  return std::move(binding)
       .template Ret<ffi::AnyBuffer>()   // y
       .template Ret<ffi::AnyBuffer>()   // load
       .template Ret<ffi::AnyBuffer>();  // workspace
+}
+template <typename Binding>
+auto bind_buffers(Binding&& binding) {
+  return bind_results(bind_operands(std::forward<Binding>(binding)));
 }
 
 ffi::Error moe_failure(const std::string& what);
@@ -58,7 +66,9 @@ ffi::Error read_buffers(const MoeOperands& operands, const MoeResults& results, 
 class CallSite {
  public:
   struct Device {
+    int device = 0;  // the CUDA runtime's number
     Control* control = nullptr;
+    size_t control_bytes = 0;
     int counter_words = 0;
     int num_ctas = 0;
   };
@@ -73,7 +83,7 @@ class CallSite {
 
  private:
   mutable std::mutex mutex_;
-  std::map<int, std::pair<int, Device>> devices_;  // by ordinal
+  std::map<int, Device> devices_;  // by ordinal
 };
 
 }  // namespace megamoe

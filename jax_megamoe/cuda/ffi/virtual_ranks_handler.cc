@@ -20,13 +20,14 @@ class VirtualRanksInstance {
 
   ~VirtualRanksInstance() {
     for (void* buffer : buffers) cudaFree(buffer);
-    cudaFreeHost(failures);
+    cudaFree(views);
+    cudaFreeHost(notes);
   }
 
   std::vector<std::unique_ptr<CallSite>> sites;  // by rank
   std::vector<void*> buffers;                    // by rank
-  PeerFailure* failures = nullptr;               // by rank, in host memory
-  size_t bytes = 0;
+  PeerView* views = nullptr;                     // by rank
+  uint64_t* notes = nullptr;                     // by rank, in host memory
 };
 
 ffi::TypeId VirtualRanksInstance::id = {};
@@ -36,7 +37,8 @@ namespace {
 
 struct Options {
   int64_t num_ranks, present, ctas_per_rank, delay_seed, limit_microseconds;
-  int64_t odd_rank;  // runs another shape, as far as the others can tell; -1: none does
+  int64_t odd_rank;   // is in another call, as far as the others can tell; -1: none is
+  int64_t late_ctas;  // of each rank, begin when the others are through
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
@@ -45,11 +47,13 @@ struct Options {
                                                            {"ctas_per_rank", &options.ctas_per_rank},
                                                            {"delay_seed", &options.delay_seed},
                                                            {"limit_microseconds", &options.limit_microseconds},
-                                                           {"odd_rank", &options.odd_rank}});
+                                                           {"odd_rank", &options.odd_rank},
+                                                           {"late_ctas", &options.late_ctas}});
     if (!missing.empty()) return moe_failure(missing);
     if (options.num_ranks < 1 || options.num_ranks > kMaxVirtualRanks || options.present < 1 ||
-        options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1) {
-      return moe_failure("num_ranks, present, ctas_per_rank or limit_microseconds is out of range.");
+        options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1 ||
+        options.late_ctas < 0 || options.late_ctas >= options.ctas_per_rank) {
+      return moe_failure("num_ranks, present, ctas_per_rank, late_ctas or limit_microseconds is out of range.");
     }
     return options;
   }
@@ -85,22 +89,27 @@ ffi::Error initialize(VirtualRanksInstance* instance, int32_t device, ffi::AnyBu
   const int num_ranks = static_cast<int>(options.value().num_ranks);
   error = share_of_rank(num_ranks, &problem);
   if (error.failure()) return error;
-  instance->bytes = PeerBuffer::bytes_for(problem);
-  const size_t note_bytes = num_ranks * sizeof(PeerFailure);
-  cudaError_t status = cudaHostAlloc(reinterpret_cast<void**>(&instance->failures), note_bytes, cudaHostAllocPortable);
+  const size_t bytes = PeerBuffer::bytes_for(problem);
+  cudaError_t status =
+      cudaHostAlloc(reinterpret_cast<void**>(&instance->notes), num_ranks * sizeof(uint64_t), cudaHostAllocPortable);
   if (status != cudaSuccess) return moe_cuda_failure("allocating the notes", status);
   for (int r = 0; r < num_ranks; ++r) {
-    instance->failures[r] = {};
+    instance->notes[r] = 0;
     instance->sites.push_back(std::make_unique<CallSite>());
     error = instance->sites.back()->initialize(device, device, problem, GroupKind::kVirtualRanks);
     if (error.failure()) return error;
     instance->buffers.push_back(nullptr);
-    status = cudaMalloc(&instance->buffers.back(), instance->bytes);
-    if (status == cudaSuccess) status = cudaMemset(instance->buffers.back(), 0, instance->bytes);
-    if (status == cudaSuccess) status = cudaDeviceSynchronize();
+    status = cudaMalloc(&instance->buffers.back(), bytes);
+    if (status == cudaSuccess) status = cudaMemset(instance->buffers.back(), 0, bytes);
     if (status != cudaSuccess) return moe_cuda_failure("allocating the ranks' buffers", status);
   }
-  return ffi::Error::Success();
+  const std::vector<PeerView> views(num_ranks, PeerBuffer::view(instance->buffers.data(), num_ranks, bytes));
+  status = cudaMalloc(reinterpret_cast<void**>(&instance->views), num_ranks * sizeof(PeerView));
+  if (status == cudaSuccess) {
+    status = cudaMemcpy(instance->views, views.data(), num_ranks * sizeof(PeerView), cudaMemcpyHostToDevice);
+  }
+  if (status == cudaSuccess) status = cudaDeviceSynchronize();
+  return status == cudaSuccess ? ffi::Error::Success() : moe_cuda_failure("telling the ranks of their buffers", status);
 }
 
 ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t device, ffi::AnyBuffer x,
@@ -114,7 +123,7 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
   const int num_ranks = static_cast<int>(options.num_ranks);
   if (static_cast<int>(instance->buffers.size()) != num_ranks) return moe_failure("the call was not initialised.");
   for (int r = 0; r < num_ranks; ++r) {
-    const std::string failed = failure_text(instance->failures[r], r);
+    const std::string failed = failure_text(*const_cast<const volatile uint64_t*>(instance->notes + r), r);
     if (!failed.empty()) return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, "jax_megamoe.moe: " + failed);
   }
   const MoeOperands operands{x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer};
@@ -127,9 +136,10 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
   const size_t scratch = Workspace::local_bytes(p);
   error = read_buffers(operands, {y, load, workspace}, num_ranks * scratch, &all);
   if (error.failure()) return error;
+  // Of each rank at least one CTA has to find an SM; they start rank by rank.
   if (all.num_layers != 1 || all.y_is_f32 ||
-      num_ranks * options.ctas_per_rank > instance->sites[0]->find(device)->num_ctas) {
-    return moe_failure("stacked layers, a float32 result, or more CTAs than the device has SMs.");
+      (num_ranks - 1) * options.ctas_per_rank >= instance->sites[0]->find(device)->num_ctas) {
+    return moe_failure("stacked layers, a float32 result, or more CTAs than leave an SM to the last rank.");
   }
   VirtualRanksArguments arguments = {};
   for (int r = 0; r < num_ranks; ++r) {
@@ -144,12 +154,10 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);
     one.control = instance->sites[r]->find(device)->control;
     one.counter_words = instance->sites[r]->find(device)->counter_words;
-    if (!join_peers(&one, p, r, instance->buffers.data(), instance->bytes, &instance->failures[r],
-                    options.limit_microseconds)) {
-      return moe_failure("the buffers are too small.");
-    }
+    const uint64_t limit = static_cast<uint64_t>(options.limit_microseconds);
+    join_peers(&one, p, r, instance->views + r, instance->notes + r, {limit, limit}, r == options.odd_rank ? 1 : 0);
     one.peers.delay_seed = static_cast<uint32_t>(options.delay_seed);
-    if (r == options.odd_rank) one.peers.shape_tag = ~one.peers.shape_tag;
+    one.peers.late_ctas = static_cast<int>(options.late_ctas);
   }
   const cudaError_t launched = launch_virtual_ranks(arguments, static_cast<int>(options.present),
                                                     static_cast<int>(options.ctas_per_rank), stream);
