@@ -55,7 +55,8 @@ def moe(
         code on CPUs; "cuda" the former or an error; "reference" array code anywhere, slow on a GPU. "collective" puts
         XLA's collectives around the kernel of one device. So does None, with a warning that says why, where one kernel
         can't serve all ranks: tokens that are not split over `expert_axis`, or GPUs without access to each other's
-        memory. How long the kernel waits for another rank: JAX_MEGAMOE_TIMEOUT_SECONDS in the environment, 30.
+        memory. How long the kernel waits for another rank: JAX_MEGAMOE_TIMEOUT_SECONDS in the environment, 30; when
+        ranks first meet, JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS, 120. Both are read while tracing.
 
     Returns:
       y bf16[..., H], sharded like x; a token without used slots gets zeros. With `return_expert_load` also int32[E],

@@ -14,6 +14,7 @@ from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
 MAX_TOP_K = 32
+MAX_HIDDEN_SIZE = 65536
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -85,6 +86,8 @@ def _check_weights(weights: Any) -> None:
         "down": (h // layout.PLANE_ROWS, i // block, layout.PLANE_BYTES),
         "down_scale": (h // layout.PLANE_ROWS, -(-i // (2 * block)), 4),
     }
+    if h > MAX_HIDDEN_SIZE:
+        raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
     lead = weights.gate_up.shape[:-3]
     for name, tail in tails.items():
         leaf = getattr(weights, name)
@@ -94,6 +97,8 @@ def _check_weights(weights: Any) -> None:
                 f"weights.{name} has shape {leaf.shape}, wanted {_text(('E', *tail))} or {_text(('L', 'E', *tail))} "
                 f"with L and E as in weights.gate_up: make the weights anew with pack_experts."
             )
+    if lead[:-1] == (0,):
+        raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
 
 
 def _check_layer(layer: Any, weights: ExpertWeights) -> None:

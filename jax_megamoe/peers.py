@@ -32,7 +32,7 @@ _AXES = ("expert",)
 class BufferBytes(NamedTuple):
     """Memory on each GPU of an expert group."""
 
-    symmetric: int  # shared with the other ranks; one buffer for all layers and calls of its size, made by the first
+    symmetric: int  # shared with the other ranks; a group has one buffer, as large as its largest call so far wants it
     scratch: int  # from XLA's own memory, for the time of a call
 
 
@@ -41,8 +41,11 @@ def buffer_bytes(
 ) -> BufferBytes:
     """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
 
-    `num_tokens` are those of one rank; `num_experts` those of all ranks together. The symmetric buffer may be made
-    larger by up to an eighth, so that calls of nearly the same size share one.
+    `num_tokens` are those of one rank; `num_experts` those of all ranks together. A group has one symmetric buffer,
+    which serves all layers and every smaller call: with buckets of sizes, ask for the largest. The first call of a
+    larger size makes all ranks replace the buffer by a larger one, together; run the largest size first, and it is made
+    once. It may be larger than said here by up to an eighth. Not XLA's memory: leave room for it
+    (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
     Raises:
       ShapeError: num_experts is no multiple of num_ranks.
@@ -58,11 +61,13 @@ def buffer_bytes(
 
 
 def failures() -> list[str]:
-    """What ranks of this process have waited for in vain, a sentence each; empty while all is well.
+    """What ranks of this process have waited for in vain, or were told of, a sentence each; empty while all is well.
 
-    Each names rank, peer, phase and epoch. That rank's results have been NaN since then, in replayed graphs too, which
-    raise no error. A group stays failed: its processes have to be started anew. Asks no GPU, so that it can be called
-    at any time; where the last program of a group is gone, so is its failure.
+    Each names rank, peer, phase and epoch: "rank 0 waited in vain for rank 1, phase routing, epoch 7: ..." on the rank
+    that gave up, "rank 1 was told that rank 0 waited in vain for ..." on the others. The results of that call are NaN.
+    The next run of any program of the group, in a CUDA graph too, raises the sentence as an error, and the run after
+    that sets the group up anew: no process has to be restarted. Asks no GPU, so that it can be called at any time; a
+    failure goes with the memory that it is about.
     """
     return [memory["failure"] for memory in _library.symmetric_memories() if memory["failure"]]
 

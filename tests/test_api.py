@@ -200,6 +200,10 @@ def cut_down(weights: mm.ExpertWeights) -> mm.ExpertWeights:
     return dataclasses.replace(weights, down=weights.down[:, :2])
 
 
+def very_wide(weights: mm.ExpertWeights) -> mm.ExpertWeights:
+    return dataclasses.replace(weights, hidden_size=65536 + 128)
+
+
 def first_half(weights: mm.ExpertWeights) -> mm.ExpertWeights:
     return jax.tree.map(lambda leaf: leaf[: E // 2], weights)
 
@@ -225,6 +229,7 @@ def first_half(weights: mm.ExpertWeights) -> mm.ExpertWeights:
         (replaced("weights", jax.tree.leaves), LayoutError, "weights is a list, .* quantize_experts .* pack_experts"),
         (replaced("weights", cast(jnp.bfloat16)), DTypeError, "weights.gate_up has dtype bfloat16"),
         (replaced("weights", cut_down), LayoutError, "weights.down has shape"),
+        (replaced("weights", very_wide), ShapeError, "weights have a hidden size of 65664, wanted at most 65536"),
         (replaced("weights", first_half), ShapeError, "weights hold 4 of 8 experts"),
         (option("layer", 0), ShapeError, "layer is 0, wanted None"),
         (option("activation_clamp", 0.0), MegaMoEError, "activation_clamp is 0.0, wanted a positive number"),
@@ -251,6 +256,10 @@ def test_errors_of_layers(layer, stacked):
         mm.moe(*arguments, layer=jnp.zeros(2, jnp.int32))
     with pytest.raises(DTypeError, match="layer has dtype float32"):
         mm.moe(*arguments, layer=jnp.float32(0))
+    none = jax.tree.map(lambda leaf: leaf[:0], stacked)
+    for index in (0, jnp.int32(0)):
+        with pytest.raises(ShapeError, match="weights stack 0 layers, wanted at least one"):
+            mm.moe(layer.x, none, layer.ids, layer.probs, layer=index)
 
 
 def test_errors_come_while_tracing(layer):

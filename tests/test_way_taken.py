@@ -80,7 +80,7 @@ def because_of_check_vma() -> tuple[Callable, Any, str]:
 
 
 def because_of_peers(monkeypatch) -> tuple[Callable, Any, str]:
-    monkeypatch.setattr(_peers, "reason_for_collectives", lambda sizes, axes: f"peers {dict(sizes)} {axes}")
+    monkeypatch.setattr(_peers, "reason_for_collectives", lambda devices, sizes, axes: f"peers {dict(sizes)} {axes}")
     mesh = make_mesh(MESHES["expert x model"], AUTO)
     return mm.moe, place_all(mesh, make_layer()), "peers {'expert': 4, 'model': 2} ('expert',)"
 
@@ -138,27 +138,39 @@ def test_old_builds_are_errors(built):
 # How long a rank waits.
 
 
+VARIABLES = {
+    "JAX_MEGAMOE_TIMEOUT_SECONDS": (" limit_microseconds", "30000000"),
+    "JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": ("setup_limit_microseconds", "120000000"),
+}
+
+
 @pytest.mark.usefixtures("built")
-def test_timeout_variable(monkeypatch):
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_timeout_variables(monkeypatch, variable):
     arguments = place_all(make_mesh(MESHES["expert"], AUTO), make_layer())
-    for text, wanted in (("2.5", "2500000"), ("600", "600000000"), ("", "30000000")):
-        monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
-        assert attribute(cuda_text(mm.moe, *arguments), "limit_microseconds") == wanted
+    name, default = VARIABLES[variable]
+    for text, wanted in (("2.5", "2500000"), ("600", "600000000"), ("", default)):
+        monkeypatch.setenv(variable, text)
+        lowered = cuda_text(mm.moe, *arguments)
+        assert attribute(lowered, name) == wanted
+        for other, (other_name, other_default) in VARIABLES.items():
+            assert other == variable or attribute(lowered, other_name) == other_default
 
 
+@pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e9"])
-def test_timeout_variable_is_checked(monkeypatch, text):
+def test_timeout_variables_are_checked(monkeypatch, variable, text):
     layer = make_layer()
-    monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
-    with pytest.raises(MegaMoEError, match=f"JAX_MEGAMOE_TIMEOUT_SECONDS is '{text}', wanted a number of seconds"):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(MegaMoEError, match=f"{variable} is '{text}', wanted a number of seconds"):
         mm.moe(*layer[:4])
 
 
-def test_timeout_is_part_of_what_jax_remembers(monkeypatch):
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_timeouts_are_part_of_what_jax_remembers(monkeypatch, variable):
     """Eager calls and new traces see a change, although the program is otherwise one that JAX has lowered."""
     arguments = place_all(make_mesh(MESHES["expert"], AUTO), make_layer())
-    jaxprs = []
-    for text in ("30", "7"):
-        monkeypatch.setenv(moe_peers.TIMEOUT_VARIABLE, text)
-        jaxprs.append(str(jax.make_jaxpr(lambda *a: mm.moe(*a))(*arguments)))
-    assert "limit_microseconds=30000000" in jaxprs[0] and "limit_microseconds=7000000" in jaxprs[1]
+    name = VARIABLES[variable][0]
+    for text, wanted in (("30", "30000000"), ("7", "7000000")):
+        monkeypatch.setenv(variable, text)
+        assert f"{name}={wanted}" in str(jax.make_jaxpr(lambda *a: mm.moe(*a))(*arguments))

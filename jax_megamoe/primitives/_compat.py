@@ -47,6 +47,27 @@ def without_varying(aval: Any, axes: frozenset[str]) -> Any:
     return aval.update(manual_axis_type=mat.update(varying=mat.varying - axes))
 
 
+def devices_of_program(ctx: Any) -> tuple[Any, ...] | None:
+    """The devices of the program that is lowered, inside `shard_map`, in the order of its mesh; None if JAX has no say.
+
+    It has one inside `jax.set_mesh`, or where the mesh of the innermost `shard_map` holds devices. In the global view
+    without the former, lowering is oblivious of devices by intent: JAX takes the lowering of a program again for all
+    meshes of that shape. `prim_requires_devices_during_lowering` would tell them, but refuses abstract meshes, and
+    programs with arrays on two meshes.
+    """
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    return tuple(mesh.devices.flat) if isinstance(mesh, jax.sharding.Mesh) else None
+
+
+def call_site(ctx: Any) -> str:
+    """A name for a call in the module that is lowered, another one each time, and the same in every process.
+
+    JAX counts the channels of a module, for whatever wants a number that nothing else in it has.
+    """
+    module = ctx.module_context.module.operation.attributes["sym_name"].value
+    return f"{module} {ctx.module_context.new_channel()}"
+
+
 def share_between_processes(key: str, value: str, processes: Sequence[int], timeout_seconds: float) -> list[str]:
     """What each of the processes has put under the key, in order; this one puts `value`.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import layout
+from jax_megamoe.primitives import _rules as rules
 
 
 class Sizes(NamedTuple):
@@ -21,7 +22,7 @@ class Sizes(NamedTuple):
 
 def sizes_of(*operands: Any) -> Sizes:
     """The sizes of a call with these operands, arrays or their types."""
-    x, gate_up, *_, topk_ids, _, _ = operands
+    x, gate_up, topk_ids = operands[0], operands[rules.WEIGHTS[0]], operands[rules.TOPK_IDS]
     num_local_experts, num_tiles = gate_up.shape[-4:-2]
     return Sizes(x.shape[0], topk_ids.shape[1], x.shape[1], num_tiles * layout.PLANE_ROWS, num_local_experts)
 
@@ -38,8 +39,8 @@ def call_kernel(
     """The call, for at least one token.
 
     Operands x bf16[T, H], four packed leaves of E_local experts, topk_ids int32[T, k], topk_weights f32[T, k], layer
-    int32[] -> y out_dtype[T, H], load int32[E_local]. `attributes` are what the target wants to know beside the
-    numerics.
+    int32[], for a group also mesh_rank int32[] -> y out_dtype[T, H], load int32[E_local]. `attributes` are what the
+    target wants to know beside the numerics.
     """
     sizes = sizes_of(*operands)
     results = (

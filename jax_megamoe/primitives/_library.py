@@ -1,7 +1,9 @@
 """The compiled module: registers its FFI handlers, and says what it cannot do."""
 
 import importlib
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 from jax_megamoe.errors import MegaMoEError
 
 MOE_TARGET = "jax_megamoe.moe.v1"
-MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v1"
+MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v2"
 PEER_PROBE_TARGET = "jax_megamoe.peer_probe.v1"
 _PLATFORM = "CUDA"
 
@@ -100,3 +102,12 @@ def can_access_peer(from_device: int, to_device: int) -> bool:
     """Whether a device of this process can reach the memory of another; both are local hardware ids."""
     assert _core is not None, "check_kernel_available comes first"
     return bool(_core.can_access_peer(from_device, to_device))
+
+
+def host_identity() -> str:
+    """What all processes of this host have in common, in containers too, and no others; as the set-up sees it."""
+    if _core is not None and hasattr(_core, "host_identity"):
+        return str(_core.host_identity())
+    # The same for all containers of a host, which the name is not.
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()

@@ -16,7 +16,7 @@ from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.primitives.moe_local import moe_local
-from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers
+from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
 
 moe_p = Primitive("jax_megamoe.moe")
 moe_p.multiple_results = True
@@ -42,7 +42,7 @@ def moe(
     """
     operands = (x, *leaves, topk_ids, topk_weights, layer)
     # Here, and not where it is used: that is while lowering, which JAX skips for a program that it knows.
-    params["limit_microseconds"] = limit_microseconds()
+    params["limit_microseconds"], params["setup_limit_microseconds"] = limit_microseconds(), setup_limit_microseconds()
     if not mesh.manual_axes:
         y, load = moe_p.bind(*operands, mesh=mesh, axes=axes, **params)
         return y, load
@@ -127,6 +127,7 @@ def _per_device(
     axes: Axes,
     implementation: str | None,
     limit_microseconds: int,
+    setup_limit_microseconds: int,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part, or all of it where there is no mesh."""
@@ -134,7 +135,11 @@ def _per_device(
     group_op: exchange.Op = functools.partial(exchange.through_collectives, local_op)
     if implementation in (None, "cuda"):
         group_op = functools.partial(
-            moe_peers, axis_sizes=mesh.shape, limit_microseconds=limit_microseconds, implementation=implementation
+            moe_peers,
+            axis_sizes=mesh.shape,
+            limit_microseconds=limit_microseconds,
+            setup_limit_microseconds=setup_limit_microseconds,
+            implementation=implementation,
         )
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
     tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
@@ -164,4 +169,5 @@ moe_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_p] = _batch
 ad.primitive_jvps[moe_p] = rules.refuse_differentiation
 ad.primitive_transposes[moe_p] = rules.refuse_differentiation
-mlir.register_lowering(moe_p, mlir.lower_fun(_expand, multiple_results=True))
+# Not cached: each call has an identity, moe_peers.py says what for.
+mlir.register_lowering(moe_p, mlir.lower_fun(_expand, multiple_results=True), cacheable=False)

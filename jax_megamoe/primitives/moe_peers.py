@@ -2,13 +2,15 @@
 
 What it is lowered to is chosen for each platform, and not while tracing, when nobody knows the platform: the fused
 kernel for GPUs that reach each other's memory, and XLA's collectives around the experts of one device for everything
-else. A program that is lowered for one platform has no trace of the other.
+else. A program that is lowered for one platform has no trace of the other. Each call is lowered by itself, as
+`moe_peers_call`, so that it has an identity by which ranks that are in different calls find out.
 """
 
 import functools
 import logging
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,20 +28,29 @@ from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 from jax_megamoe.primitives.moe_local import moe_local
 
-TIMEOUT_VARIABLE = "JAX_MEGAMOE_TIMEOUT_SECONDS"
-_DEFAULT_TIMEOUT_SECONDS = 30.0
+TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_SECONDS = "JAX_MEGAMOE_TIMEOUT_SECONDS", 30.0
+SETUP_TIMEOUT_VARIABLE, _DEFAULT_SETUP_TIMEOUT_SECONDS = "JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS", 120.0
 
 _log = logging.getLogger("jax_megamoe")
 
-moe_peers_p = Primitive("jax_megamoe.moe_peers")
-moe_peers_p.multiple_results = True
+moe_peers_p, moe_peers_call_p = Primitive("jax_megamoe.moe_peers"), Primitive("jax_megamoe.moe_peers_call")
+moe_peers_p.multiple_results = moe_peers_call_p.multiple_results = True
 
 
 def limit_microseconds() -> int:
     """How long the fused kernel may wait for another rank; raises `MegaMoEError` for a variable that says nonsense."""
-    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    return _microseconds_of(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_SECONDS)
+
+
+def setup_limit_microseconds() -> int:
+    """How long ranks may be apart when their group is set up, and in a call's first launch; raises like the other."""
+    return _microseconds_of(SETUP_TIMEOUT_VARIABLE, _DEFAULT_SETUP_TIMEOUT_SECONDS)
+
+
+def _microseconds_of(variable: str, default_seconds: float) -> int:
+    text = os.environ.get(variable, "")
     if not text:
-        return round(_DEFAULT_TIMEOUT_SECONDS * 1e6)
+        return round(default_seconds * 1e6)
     try:
         seconds = float(text)
     except ValueError:
@@ -47,8 +58,7 @@ def limit_microseconds() -> int:
     # More than a day is a mistake in the unit.
     if not 1e-3 <= seconds <= 86400:
         raise MegaMoEError(
-            f"{TIMEOUT_VARIABLE} is {text!r}, wanted a number of seconds from 0.001 to 86400: "
-            f"unset it for {_DEFAULT_TIMEOUT_SECONDS:g}."
+            f"{variable} is {text!r}, wanted a number of seconds from 0.001 to 86400: unset it for {default_seconds:g}."
         )
     return round(seconds * 1e6)
 
@@ -67,6 +77,7 @@ def moe_peers(
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
     limit_microseconds: int,
+    setup_limit_microseconds: int,
     activation_clamp: float = math.inf,
     routed_scaling_factor: float = 1.0,
     implementation: str | None = None,
@@ -84,6 +95,7 @@ def moe_peers(
         expert_axes=expert_axes,
         gathered_axes=gathered_axes,
         limit_microseconds=limit_microseconds,
+        setup_limit_microseconds=setup_limit_microseconds,
         activation_clamp=float(activation_clamp),
         routed_scaling_factor=float(routed_scaling_factor),
         implementation=implementation,
@@ -118,22 +130,34 @@ def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> t
     return (y.reshape(x.shape), jax.lax.dynamic_slice_in_dim(loads, first, num_local_experts, 1)), (0, 0)
 
 
-def _lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+def _lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+    """The same with a `site` of its own, which no other call has: JAX takes no lowering again for an equal call."""
+    # Not by `cacheable=False` for moe_peers_call_p: JAX fails then where platforms have different rules.
+    return mlir.lower_fun(functools.partial(moe_peers_call_p.bind, site=object()))(ctx, *operands, **params)
+
+
+def _lower_cuda(ctx: Any, *operands: Any, site: object, **params: Any) -> Any:
     _library.check_kernel_available()
-    reason = _reason_for_collectives(*ctx.avals_in, **params)
+    reason = _reason_for_collectives(_compat.devices_of_program(ctx), *ctx.avals_in, **params)
     if reason is None:
-        return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, **params)
+        call_id = zlib.crc32(_compat.call_site(ctx).encode())
+        return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, call_id=call_id, **params)
     if params["implementation"] == "cuda":
         raise MegaMoEError(
             f"implementation is 'cuda' and {reason}, wanted ranks that one kernel serves: "
             "pass None or 'collective' for XLA's collectives around the kernel of one device."
         )
     _log_once(reason)
-    return _lower_collectives(ctx, *operands, **params)
+    return _lower_collectives(ctx, *operands, site=site, **params)
 
 
 def _reason_for_collectives(
-    *avals: Any, axis_sizes: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
+    devices: tuple[Any, ...] | None,
+    *avals: Any,
+    axis_sizes: Any,
+    expert_axes: tuple[str, ...],
+    gathered_axes: tuple[str, ...],
+    **_: Any,
 ) -> str | None:
     """Why GPUs can't run the fused kernel over this group; the same in every process, as it has to be."""
     if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
@@ -144,7 +168,7 @@ def _reason_for_collectives(
         raise
     except ValueError as error:  # what the kernel does not serve: too many ranks or experts
         return str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")
-    return _peers.reason_for_collectives(dict(axis_sizes), expert_axes)
+    return _peers.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
 
 
 def _workspace_bytes(*operands: Any, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
@@ -157,12 +181,17 @@ def _log_once(reason: str) -> None:
     _log.warning("implementation='collective' is used instead of the fused kernel across ranks: %s.", reason)
 
 
-def _lower_collectives(ctx: Any, *operands: Any, **params: Any) -> Any:
+def _lower_collectives(ctx: Any, *operands: Any, site: object, **params: Any) -> Any:
     return mlir.lower_fun(_through_collectives, multiple_results=True)(ctx, *operands, **params)
 
 
 def _through_collectives(
-    *operands: jax.Array, axis_sizes: Any, limit_microseconds: int, implementation: str | None, **params: Any
+    *operands: jax.Array,
+    axis_sizes: Any,
+    limit_microseconds: int,
+    setup_limit_microseconds: int,
+    implementation: str | None,
+    **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     local_op = functools.partial(moe_local, implementation=implementation)
     return exchange.through_collectives(local_op, *operands, **params)
@@ -174,24 +203,33 @@ def _call_kernel(
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
     limit_microseconds: int,
+    setup_limit_microseconds: int,
+    call_id: int,
     implementation: str | None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    # Compared with the communicator's rank: a wrong order would give tokens to the wrong experts.
+    mesh_rank = jax.lax.axis_index(expert_axes)
     return call_kernel(
         _library.MOE_PEERS_TARGET,
         *operands,
+        mesh_rank,
         workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
         limit_microseconds=np.int64(limit_microseconds),
+        setup_limit_microseconds=np.int64(setup_limit_microseconds),
+        call_id=np.int64(call_id),
         **_groups.group_attributes(dict(axis_sizes), expert_axes),
         **params,
     )
 
 
 moe_peers_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_peers_p, *operands, **params))
-moe_peers_p.def_abstract_eval(_abstract_eval)
+for primitive in (moe_peers_p, moe_peers_call_p):
+    primitive.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_peers_p] = _batch
 ad.primitive_jvps[moe_peers_p] = rules.refuse_differentiation
 ad.primitive_transposes[moe_peers_p] = rules.refuse_differentiation
-mlir.register_lowering(moe_peers_p, _lower_collectives)
-mlir.register_lowering(moe_peers_p, _lower_cuda, platform="cuda")
+mlir.register_lowering(moe_peers_p, _lower, cacheable=False)
+mlir.register_lowering(moe_peers_call_p, _lower_collectives)
+mlir.register_lowering(moe_peers_call_p, _lower_cuda, platform="cuda")
