@@ -20,12 +20,15 @@ ROOT = Path(__file__).parent.parent
 ONE_GPU = (
     "tests/gpu/test_kernel.py",
     "tests/gpu/test_virtual_ranks.py",
+    "tests/gpu/test_residency.py",
     "tests/gpu/test_group_of_one.py",
     "tests/gpu/test_compiled_programs.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
     "tests/gpu/test_failures.py",
+    "tests/gpu/test_beside.py",
+    "tests/gpu/test_buffers.py",
     "tests/gpu/test_demo.py",
     "tests/gpu/test_peers.py",
     "tests/test_sharding.py",
@@ -102,6 +105,7 @@ def run(jobs: list[tuple[str, str, str, list[str]]], pytest_options: list[str], 
 def start(pytest_arguments: list[str], gpus: str, share: str, log: Path) -> "subprocess.Popen[bytes]":
     """A process of tests that sees these GPUs, takes so much of their memory and writes to `log`."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+    environment["MEGAMOE_FULL_SUITE"] = "1"  # tests that wait for a minute, beside others
     # Processes of a test with one process per GPU find the package here too.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *pytest_arguments]

@@ -1,26 +1,12 @@
-"""Weights and inputs for tests on a Hopper GPU, how far results are apart, and why there may be none."""
+"""Weights and inputs for tests on a Hopper GPU, and how far results are apart."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jax_megamoe as mm
-
-
-def why_not() -> str | None:
-    try:
-        devices = jax.devices("gpu")
-    except RuntimeError:
-        return "needs a GPU; this process sees none"
-    capability = str(getattr(devices[0], "compute_capability", "?"))
-    return None if capability == "9.0" else f"needs compute capability 9.0; this GPU has {capability}"
-
-
-_REASON = why_not()
-needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 
 
 @functools.cache

@@ -5,11 +5,6 @@ GPUs too; here are the sizes, loads and orders of calls that a group of GPUs has
 """
 
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import process_worker
+from gpu import process_worker, processes
 from gpu.inputs import difference, make_inputs, make_weights
 from jax_megamoe.primitives import _library, _peers
 
@@ -43,7 +38,7 @@ def _why_not() -> str | None:
         _library.check_kernel_available()
     except mm.errors.MegaMoEError as error:
         return str(error)
-    return _peers.reason_for_collectives({"expert": len(gpus())}, ("expert",))
+    return _peers.reason_for_collectives(gpus(), {"expert": len(gpus())}, ("expert",))
 
 
 _REASON = _why_not()
@@ -89,7 +84,7 @@ def bits(y: Any) -> np.ndarray:
 
 
 def is_fused(function: Any, *arguments: Any) -> bool:
-    return "jax_megamoe.moe_peers.v1" in str(function.lower(*arguments).compile().as_text())
+    return "jax_megamoe.moe_peers.v2" in str(function.lower(*arguments).compile().as_text())
 
 
 def check(result: Any, problem: tuple[Any, ...]) -> None:
@@ -143,6 +138,7 @@ def test_all_tokens_to_one_rank(num_ranks):
 
 SIZES: dict[str, dict[str, int]] = {
     "data x expert": {"data": 2, "expert": 2},
+    "expert x data": {"expert": 2, "data": 2},
     "expert x model": {"expert": 2, "model": 2},
     "data x expert of 8": {"data": 2, "expert": 4},
     "expert x model of 8": {"expert": 4, "model": 2},
@@ -259,7 +255,7 @@ def test_stacked_layers_in_a_scan(num_ranks, tokens, captured):
     options = {"xla_gpu_graph_min_graph_size": 1} if captured else None
     compiled = jax.jit(run, compiler_options=options).lower(*arguments).compile()
     text = str(compiled.as_text())
-    assert "jax_megamoe.moe_peers.v1" in text
+    assert "jax_megamoe.moe_peers.v2" in text
     # The smaller FP8 leaf of one rank, one layer: nothing of that size is copied, sliced or gathered.
     found = meshes.opcodes_of_large_results(text, layers[0].down.size // num_ranks)
     assert not any(word in opcode for opcode in found for word in ("gather", "copy", "slice", "fusion")), found
@@ -283,7 +279,7 @@ def test_sliced_operands(num_ranks):
         return [moe(x[b], pick[b], ids[b], routing[b]) for b in range(2)]
 
     compiled = jax.jit(run).lower(batches[0], stacked, *batches[1:]).compile()
-    assert str(compiled.as_text()).count('custom_call_target="jax_megamoe.moe_peers.v1"') == 2
+    assert str(compiled.as_text()).count('custom_call_target="jax_megamoe.moe_peers.v2"') == 2
     for result, weights, order in zip(compiled(batches[0], stacked, *batches[1:]), layers, (1, -1), strict=True):
         check(result, (x[::order], weights, ids[::order], routing[::order]))
 
@@ -345,9 +341,7 @@ def test_layers_share_one_buffer():
 def test_one_process_per_gpu(num_ranks, tmp_path):
     if num_ranks > len(gpus()):
         pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(gpus())}")
-    # Several processes share the GPUs with this one: no memory is set aside.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    run_processes(num_ranks, tmp_path, environment)
+    processes.check_ended(processes.run(process_worker.__name__, str(tmp_path), processes=num_ranks, limit=240))
     for tokens in process_worker.TOKENS:
         problem = make_problem(tokens * num_ranks, "masked")
         alone, load = moe(*problem)
@@ -358,20 +352,3 @@ def test_one_process_per_gpu(num_ranks, tmp_path):
                 np.concatenate([np.load(tmp_path / f"{name}.load.npy") for name in names]), load
             )
             np.testing.assert_array_equal(y, bits(alone))
-
-
-def run_processes(processes: int, folder: Path, environment: dict[str, str]) -> None:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
-    children, logs = [], [folder / f"{process}.log" for process in range(processes)]
-    for process, log in enumerate(logs):
-        command = [sys.executable, str(process_worker.__file__), str(processes), str(process), port, str(folder)]
-        with log.open("w") as output:
-            children.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        statuses = [child.wait(timeout=240) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert statuses == [0] * processes, "\n".join(log.read_text()[-2000:] for log in logs)

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights, needs_hopper
+from gpu.inputs import make_inputs, make_weights
+from gpu.needs import needs_hopper
 from jax_megamoe.primitives import _library
-from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers
+from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
 
 pytestmark = needs_hopper
 
@@ -37,6 +38,7 @@ def make_program(num_calls: int) -> Any:
                 expert_axes=("expert",),
                 gathered_axes=("expert",),
                 limit_microseconds=limit_microseconds(),
+                setup_limit_microseconds=setup_limit_microseconds(),
             )
             x, y = jax.lax.optimization_barrier((x, y))
             results.append((y, load))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from gpu.inputs import difference, make_inputs, make_weights, needs_hopper
+from gpu.inputs import difference, make_inputs, make_weights
+from gpu.needs import needs_hopper
 
 pytestmark = needs_hopper
 
@@ -136,6 +137,18 @@ def test_nan_stays_in_its_token():
     assert np.isnan(np.asarray(y[3], np.float32)).all()
     others = [t for t in range(16) if t != 3]
     np.testing.assert_array_equal(np.asarray(y, np.float32)[others], np.asarray(clean, np.float32)[others])
+
+
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_an_overflow_stays_visible_as_the_reference_has_it(tokens):
+    """Activations that overflow to infinity: their token's result is no number, with no sign of its own; the others are right."""
+    x, weights, ids, routing = _call(tokens, 512, 384, 8, 4)
+    routing = routing.at[3, 1].set(3e38)
+    y, wanted = (np.asarray(f(x * 100, weights, ids, routing)[0], np.float32) for f in (moe, reference))
+    assert not np.isfinite(wanted[3]).any()
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(wanted))
+    rest = np.arange(tokens) != 3
+    assert difference(y[rest], wanted[rest]) < 1e-4
 
 
 @pytest.mark.parametrize("tokens", [8, 200])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from gpu.inputs import difference, make_inputs, make_weights, needs_hopper
+from gpu.inputs import difference, make_inputs, make_weights
+from gpu.needs import needs_hopper
 from jax_megamoe.primitives import _library
 
 pytestmark = needs_hopper
@@ -20,11 +21,27 @@ one_rank: Any = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds", "odd_rank"))
+@functools.partial(
+    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds", "odd_rank", "late_ctas")
+)
 def on_virtual_ranks(
-    x, weights, ids, routing, *, num_ranks, present=None, ctas=None, seed=0, limit_microseconds=30_000_000, odd_rank=-1
+    x,
+    weights,
+    ids,
+    routing,
+    *,
+    num_ranks,
+    present=None,
+    ctas=None,
+    seed=0,
+    limit_microseconds=30_000_000,
+    odd_rank=-1,
+    late_ctas=0,
 ):
-    """`one_rank` with rank r having the r-th part of the tokens and of the experts."""
+    """`one_rank` with rank r having the r-th part of the tokens and of the experts.
+
+    So many late CTAs of each rank, which `seed` chooses, begin only when all others have done their part.
+    """
     core = _library._core
     assert core is not None
     scratch = core.peer_workspace_bytes(
@@ -55,6 +72,7 @@ def on_virtual_ranks(
         delay_seed=np.int64(seed),
         limit_microseconds=np.int64(limit_microseconds),
         odd_rank=np.int64(odd_rank),
+        late_ctas=np.int64(late_ctas),
     )
     return y, load
 
