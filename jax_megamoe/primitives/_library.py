@@ -106,7 +106,7 @@ def can_access_peer(from_device: int, to_device: int) -> bool:
 
 def host_identity() -> str:
     """What all processes of this host have in common, in containers too, and no others; as the set-up sees it."""
-    if _core is not None and hasattr(_core, "host_identity"):
+    if _core is not None:
         return str(_core.host_identity())
     # The same for all containers of a host, which the name is not.
     boot = Path("/proc/sys/kernel/random/boot_id")

@@ -73,7 +73,7 @@ extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = fakes::current_device, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return fakes::current_device = device, cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(fakes::last_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }
 
 cudaError_t cudaDeviceSynchronize() {
@@ -118,11 +118,13 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* result, unsigned) {
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   std::lock_guard<std::mutex> lock(driver().mutex);
-  return fakes::is_pending(*reinterpret_cast<fakes::Stream*>(handle)) ? cudaErrorNotReady : cudaSuccess;
+  if (!fakes::is_pending(*reinterpret_cast<fakes::Stream*>(handle))) return cudaSuccess;
+  return fakes::last_error = cudaErrorNotReady;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   while (cudaStreamQuery(stream) == cudaErrorNotReady) std::this_thread::yield();
+  cudaGetLastError();
   return cudaSuccess;
 }
 

@@ -52,5 +52,6 @@ struct Driver {
 Driver& driver();
 
 inline thread_local int process = 0;  // that this thread plays
+inline thread_local cudaError_t last_error = cudaSuccess;
 
 }  // namespace fakes

@@ -66,7 +66,12 @@ struct World {
 
   Result enter(int rank, Request request) {
     fakes::process = processes[rank];
-    return results[rank] = registries[processes[rank]]->enter(request, &members[rank]);
+    results[rank] = registries[processes[rank]]->enter(request, &members[rank]);
+    if (cudaGetLastError() != cudaSuccess) {
+      std::lock_guard<std::mutex> lock(fakes::driver().mutex);
+      fakes::driver().faults.push_back("an error is left behind for whoever asks for the last one");
+    }
+    return results[rank];
   }
   Request request(int rank, uint64_t bytes, double seconds = kLong) {
     return {&comms[rank], bytes, last_run, &kLayout, Wanted::kAny, seconds};

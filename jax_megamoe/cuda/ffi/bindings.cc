@@ -53,7 +53,7 @@ void hold_sms(int device, int ctas, int milliseconds) {
   const megamoe::DeviceScope scope(device);
   cudaError_t error = scope.status();
   if (error == cudaSuccess) error = megamoe::hold_sms(ctas, milliseconds);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("hold_sms failed: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(megamoe::cuda_failure("hold_sms", error));
 }
 
 py::list symmetric_memories() {

@@ -213,8 +213,8 @@ struct PeerRanks {
   }
   __device__ static int id_of_word(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
-  static constexpr int kIdsPatience =
-      64;  // reads of a word, of a microsecond at most, before it is asked why it does not come
+  // Reads of a word, of a microsecond at most, before it is asked why it does not come.
+  static constexpr int kIdsPatience = 64;
 
   // The id of a pair, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not come was to be
   // sent by a CTA that has not started: it is sent by all that miss it, which does no harm.

@@ -15,8 +15,8 @@
 
 namespace megamoe {
 
-constexpr int64_t kPatienceCycles =
-    40000;  // some 20 us: far longer than CTAs that find an SM start one after the other
+// Some 20 us: far longer than CTAs that find an SM start one after the other.
+constexpr int64_t kPatienceCycles = 40000;
 
 // One thread's claim of the CTA's own place, made at the very start, and looked at when the number of the launch is known.
 class OwnClaim {

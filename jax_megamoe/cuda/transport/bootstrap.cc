@@ -9,6 +9,17 @@
 
 namespace megamoe::transport {
 
+namespace {
+
+// As CUDA answers. That there is still work is no error: the next caller who asks for the last one would take it for its own.
+cudaError_t query(cudaStream_t stream) {
+  const cudaError_t answer = cudaStreamQuery(stream);
+  if (answer == cudaErrorNotReady) cudaGetLastError();
+  return answer;
+}
+
+}  // namespace
+
 std::string Bootstrap::run(double timeout_seconds, const std::function<std::string()>& operation) {
   timeout_seconds_ = timeout_seconds;
   DeviceScope scope(device());
@@ -75,7 +86,9 @@ std::string Bootstrap::gather_bytes(const char* phase, const void* mine, void* a
 
 bool Bootstrap::is_stuck() const {
   // The rank that was missing may have come since.
-  return is_stuck_ && cudaStreamQuery(stream_) == cudaErrorNotReady;
+  if (!is_stuck_) return false;
+  DeviceScope scope(device());
+  return query(stream_) == cudaErrorNotReady;
 }
 
 std::string Bootstrap::enqueue(const char* phase, const char* record) {
@@ -114,11 +127,8 @@ std::string Bootstrap::has_ended(bool* ended) {
   if (const int asked = nccl_->async_error(communicator_, &state); asked != NcclApi::kSuccess) state = asked;
   if (state == NcclApi::kInProgress) return {};
   if (state != NcclApi::kSuccess) return where(pending_) + ": ncclAllGather failed: " + nccl_->error_string(state);
-  cudaError_t error = cudaStreamQuery(stream_);
-  if (error == cudaErrorNotReady) {
-    cudaGetLastError();  // which is no error
-    return {};
-  }
+  cudaError_t error = query(stream_);
+  if (error == cudaErrorNotReady) return {};
   if (error == cudaSuccess) {
     error =
         cudaMemcpyAsync(received_.data(), staging_ + kRecordBytes, received_.size(), cudaMemcpyDeviceToHost, stream_);

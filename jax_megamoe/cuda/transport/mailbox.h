@@ -25,8 +25,6 @@ class Mailbox {
   std::string open(const std::string& name, int num_ranks);
   static void remove(const std::string& name);
 
-  bool is_open() const { return memory_ != nullptr; }
-
   // The own record of the next all-gather, kRecordBytes of them.
   void post(int rank, const void* record);
   // Whether all ranks have posted theirs; then `all` has them, by rank.

@@ -24,8 +24,7 @@ std::string SymmetricBuffer::replace(Bootstrap& bootstrap, const Plan& plan) {
   if (!failures.empty()) return "no rank can reach the memory of all others (" + failures + ")" + remedy;
   if (!plan.spans_hosts) return "this NCCL, or this build, does not offer windows, and nothing else was asked for";
   return "the ranks are on several hosts, whose memory only NCCL's windows could map, and this NCCL, or this build, "
-         "does "
-         "not offer them" +
+         "does not offer them" +
          remedy;
 }
 
