@@ -317,7 +317,15 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Returns the value before. What this thread wrote or observed is visible to whoever adds later.
+// Returns the value before. (Of an `atomicAdd` by a thread that may not be alone the compiler makes one addition for the warp, whose
+// answer they wait for at once.)
+__device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// The same. What this thread wrote or observed is visible to whoever adds later.
 __device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");

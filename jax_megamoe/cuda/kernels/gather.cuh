@@ -304,13 +304,27 @@ __device__ __forceinline__ void gather_share(const MoeArguments& args, const Pla
   }
 }
 
-// The next share of a CTA that has not started, from `place` on; none: past the last place. All consumers.
+// Tells the token producer, and that of the other CTA of a pair, that this CTA gathers no more: they may fill stages with tokens. All
+// consumers, once they are through with the CTA's own share.
+template <bool kSwap>
+__device__ __forceinline__ void end_gathering(const MoeArguments& args) {
+  if (kEveryLaneArrives || threadIdx.x == 0) {
+    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+      ptx::mbarrier_arrive_in_cluster(&shared_header().gathered, rank);
+    }
+  }
+}
+
+// The next share of a CTA that has not started, from `place` on; past the last one: there is none any more, and nobody wants any. All
+// consumers.
 template <bool kSwap>
 __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<kSwap>& map, int place) {
   int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are gathered
+  const int places = static_cast<int>(gridDim.x);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
-    while (place < static_cast<int>(gridDim.x) && !take_over(args.control->share_claims + place)) ++place;
+    while (place < places && !take_over(args.control->share_claims + place)) ++place;
+    if (place == places) shared_header().vacant_shares_wanted = 0;
     *taken = place;
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
@@ -319,45 +333,23 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
   return place;
 }
 
-// This CTA's share of the tokens, if it is in time for it; then, where the tokens of the first stage don't come, the shares of CTAs
-// that have not started. No stage of any CTA is filled with tokens before all shares are gathered, so that the items' memory is free
-// until then. All consumers; `first` and `pairs` have been asked for before the weights flood the memory queues. `meanwhile` is done
-// before the wait.
-template <bool kSwap, typename Group, typename Meanwhile>
-__device__ __forceinline__ void gather_tokens(const MoeArguments& args, const Plan& plan, GatherShare share,
-                                              ItemPieces<kSwap> first, PairsAhead& pairs, const SharedMap<kSwap>& map,
-                                              Signaller& signaller, Tracer& tracer, const Meanwhile& meanwhile) {
-  SharedHeader& header = map.header();
-  bool has_share = header.has_share;
-  int next_place = -1;
+// The shares of CTAs that have not started, which the token producer has asked for. It fills no stage until it has its answer, and no
+// stage of any CTA has tokens before all shares are gathered: the items' memory is free. All consumers.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void gather_vacant_shares(const MoeArguments& args, const Plan& plan,
+                                                     const SharedMap<kSwap>& map, Signaller& signaller,
+                                                     Tracer& tracer) {
+  int place = -1;
 #pragma unroll 1
-  while (true) {
-    if (has_share) gather_share<kSwap, Group>(args, plan, share, first, pairs, map, signaller, tracer);
-    if (next_place < 0) {
-      if (kEveryLaneArrives || threadIdx.x == 0) {
-        // Stages may be filled with tokens, by either CTA of a pair.
-        for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
-          ptx::mbarrier_arrive_in_cluster(&header.gathered, rank);
-        }
-      }
-      meanwhile();
-      // The producer fills no stage from when it has asked until it has its answer: all threads see the same.
-      while (!vacant_shares_wanted()) {
-        if (ptx::mbarrier_try_wait(&header.tokens_full[0], 0)) return;
-      }
-      next_place = 0;
-    }
-    const int place = take_vacant_share(args, map, next_place);
-    if (place == static_cast<int>(gridDim.x)) break;
-    next_place = place + 1;
-    has_share = true;
-    share = GatherShare(args, place);
+  while ((place = take_vacant_share(args, map, place + 1)) < static_cast<int>(gridDim.x)) {
+    const GatherShare share(args, place);
     const int first_pair = share.first_token() * args.problem.top_k;
     recount_before<Group>(args, plan, Group::pair_number(args, first_pair));
+    PairsAhead pairs;
     if (threadIdx.x / 32 == 0) pairs.ask(args, first_pair, share.end_token() * args.problem.top_k);
-    first = load_first_item<kSwap>(args, share);
+    gather_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), pairs, map, signaller, tracer);
   }
-  if (threadIdx.x == 0) ptx::mbarrier_arrive(&header.vacant_shares_done);
+  if (threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
 }
 
 }  // namespace megamoe

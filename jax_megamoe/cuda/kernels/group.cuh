@@ -38,11 +38,13 @@ class PeerWait {
   }
 
   // Whoever notices tells the host: also a rank that was told, whose waits all end in vain from now on.
-  __device__ static bool has_failed(const Peers& peers) {
-    PeerHeader* header = own_peer_header();
-    const uint64_t word = ptx::load_relaxed_system(&header->failed);
+  __device__ static bool has_failed(const Peers& peers) { return is_failure(peers, failure_word()); }
+
+  // The same in two parts, for who has something else to do until the word is here.
+  __device__ static uint64_t failure_word() { return ptx::load_relaxed_system(&own_peer_header()->failed); }
+  __device__ static bool is_failure(const Peers& peers, uint64_t word) {
     if (word == 0) return false;
-    if (atomicExch(&header->noted, 1) == 0) *const_cast<volatile uint64_t*>(peers.note) = word;
+    if (atomicExch(&own_peer_header()->noted, 1) == 0) *const_cast<volatile uint64_t*>(peers.note) = word;
     return true;
   }
 
@@ -68,6 +70,13 @@ class PeerWait {
 // All experts on one device.
 struct OneRank {
   static constexpr bool kHasPeers = false;
+
+  // What a launch asks for before anything else: the id of the thread's first pair.
+  struct Opening {
+    int id;
+    __device__ explicit Opening(const MoeArguments& args)
+        : id(threadIdx.x < args.problem.num_pairs() ? __ldg(args.topk_ids + threadIdx.x) : -1) {}
+  };
 
   __device__ static int num_ranks(const MoeArguments&) { return 1; }
   __device__ static int rank(const MoeArguments&) { return 0; }
@@ -172,33 +181,60 @@ struct PeerRanks {
   // announces nothing, since its data are of no use.
   template <typename Flags>
   __device__ static void announce(const MoeArguments& args, const Flags& flags, uint64_t epoch) {
-    if (PeerWait::has_failed(args.peers)) return;
+    const uint64_t word = PeerWait::failure_word();
     ptx::fence_system();
+    if (PeerWait::is_failure(args.peers, word)) return;
     for (int r = 0; r < args.peers.num_ranks; ++r) {
       ptx::store_relaxed_system(flags(peer_header(r)) + args.peers.rank, epoch);
     }
   }
 
+  // What a launch asks for before anything else, all at once: which one it is in the group, where the group's memory is, and what the
+  // warp sends first.
+  struct Opening {
+    uint64_t epoch;
+    uint64_t ids_bytes;
+    uint8_t* workspace = nullptr;  // of the rank of the lane's number
+    int mesh_rank = -1;
+    int id = -1;  // of the lane's first pair
+
+    __device__ explicit Opening(const MoeArguments& args) {
+      const PeerView* view = args.peers.view;
+      epoch = __ldcg(&view->epoch) + 1;
+      ids_bytes = __ldcg(&view->ids_bytes);
+      const int lane = threadIdx.x % 32;
+      if (lane < args.peers.num_ranks) workspace = reinterpret_cast<uint8_t*>(__ldcg(&view->workspace[lane]));
+      if (args.peers.mesh_rank != nullptr) mesh_rank = __ldg(args.peers.mesh_rank);
+      const int pair = first_pair_to_send() + lane;
+      if (pair < args.problem.num_pairs()) id = __ldg(args.topk_ids + pair);
+    }
+  };
+
   // Whether this rank is where the program takes it to be: else it would multiply other tokens by its weights than it should.
-  __device__ static bool in_order(const MoeArguments& args) {
-    const int mesh_rank = args.peers.mesh_rank == nullptr ? -1 : __ldg(args.peers.mesh_rank);
+  __device__ static bool in_order(const MoeArguments& args, int mesh_rank) {
     return mesh_rank < 0 || mesh_rank == args.peers.rank;
   }
 
-  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs; lane r knows
-  // rank r's `workspace`. A lane sends its pair's word to all ranks, last to its own: who finds it there knows that it is under way.
-  __device__ static void send_ids(const MoeArguments& args, uint64_t epoch, uint64_t ids_bytes, uint8_t* workspace) {
-    if (!in_order(args)) return;
+  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs. A lane sends its
+  // pair's word to all ranks, last to its own: who finds it there knows that it is under way.
+  __device__ static void send_ids(const MoeArguments& args, const Opening& opening) {
+    if (!in_order(args, opening.mesh_rank)) return;
     const int pairs = args.problem.num_pairs(), num_ranks = args.peers.num_ranks;
-    const int step = gridDim.x * kCtaThreads;
-    for (int first = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; first < pairs; first += step) {
+    int id = opening.id;
+#pragma unroll 1
+    for (int first = first_pair_to_send(); first < pairs; first += gridDim.x * kCtaThreads) {
       const int pair = first + static_cast<int>(threadIdx.x % 32);
-      const uint64_t word = pair < pairs ? word_of_pair(args, epoch, pair) : 0;
-      for (int i = 1; i <= num_ranks; ++i) {
-        const int rank = (args.peers.rank + i) % num_ranks;
-        uint8_t* there = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(workspace), rank));
-        if (pair < pairs) store_word(args, there, ids_bytes, epoch, pair, word);
-      }
+      if (first != first_pair_to_send() && pair < pairs) id = __ldg(args.topk_ids + pair);
+      const uint64_t word = word_of_id(args, opening.epoch, id);
+      int rank = args.peers.rank;
+#pragma unroll 1
+      do {
+        rank = rank + 1 == num_ranks ? 0 : rank + 1;
+        const uint64_t workspace = __shfl_sync(~0u, reinterpret_cast<uint64_t>(opening.workspace), rank);
+        if (pair < pairs) {
+          store_word(args, reinterpret_cast<uint8_t*>(workspace), opening.ids_bytes, opening.epoch, pair, word);
+        }
+      } while (rank != args.peers.rank);
     }
   }
 
@@ -229,10 +265,11 @@ struct PeerRanks {
         return -1;
       }
       if (!is_first || rank != args.peers.rank) continue;
-      if (in_order(args)) {
+      const int mesh_rank = args.peers.mesh_rank == nullptr ? -1 : __ldg(args.peers.mesh_rank);
+      if (in_order(args, mesh_rank)) {
         send_id(args, epoch, pair - rank * args.problem.num_pairs());
       } else {
-        PeerWait::fail(args.peers, PeerFailure::kRankOrder, __ldg(args.peers.mesh_rank));
+        PeerWait::fail(args.peers, PeerFailure::kRankOrder, mesh_rank);
       }
     }
   }
@@ -256,9 +293,10 @@ struct PeerRanks {
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
     return static_cast<uint32_t>(epoch) ^ args.peers.call_tag;
   }
-  // Of an own pair.
-  __device__ static uint64_t word_of_pair(const MoeArguments& args, uint64_t epoch, int pair) {
-    return static_cast<uint64_t>(word_tag(args, epoch)) << 32 | static_cast<uint32_t>(__ldg(args.topk_ids + pair));
+  // Of the own pairs, each warp has 32 and then others: neighbours in different CTAs.
+  __device__ static int first_pair_to_send() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; }
+  __device__ static uint64_t word_of_id(const MoeArguments& args, uint64_t epoch, int id) {
+    return static_cast<uint64_t>(word_tag(args, epoch)) << 32 | static_cast<uint32_t>(id);
   }
   __device__ static void store_word(const MoeArguments& args, uint8_t* workspace, uint64_t ids_bytes, uint64_t epoch,
                                     int pair, uint64_t word) {
@@ -267,7 +305,7 @@ struct PeerRanks {
   }
   __device__ static void send_id(const MoeArguments& args, uint64_t epoch, int pair) {
     const SharedHeader& header = shared_header();
-    const uint64_t word = word_of_pair(args, epoch, pair);
+    const uint64_t word = word_of_id(args, epoch, __ldg(args.topk_ids + pair));
 #pragma unroll 1
     for (int r = 0; r < args.peers.num_ranks; ++r) {
       store_word(args, header.workspace[r], header.ids_bytes, epoch, pair, word);

@@ -46,14 +46,16 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
   }
 }
 
-// Unit after unit, until the weight producer says that there are no more.
+// Unit after unit, until the weight producer says that there are no more. Returns false, before the first one, where tokens don't come
+// and the token producer wants the shares of CTAs that have not started.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
+__device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
                                         Tracer& tracer) {
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
-    wait_stage(map.header(), cursor);
+    await(&map.header().weights_full[cursor.stage], cursor.parity);
+    if (!await_unless(&map.header().tokens_full[cursor.stage], cursor.parity, vacant_shares_wanted)) return false;
     const UnitNote note = map.header().note[cursor.stage];
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
     if (note.end()) break;
@@ -61,6 +63,7 @@ __device__ __forceinline__ void consume(const MoeArguments& args, const SharedMa
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
+  return true;
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
@@ -116,24 +119,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   // What comes from memory is asked for first, before the weights flood its queues.
-  OwnClaim share_claim, unit_claim;
-  const bool claims = warp == kWeightProducerWarp && ptx::elect_one();
-  if (claims) {
-    share_claim.make(args.control->share_claims + blockIdx.x);
-    unit_claim.make(args.control->unit_claims + blockIdx.x);  // of a pair, the first CTA's counts for both
-  }
   const GatherShare share(args, blockIdx.x);
-  int first_expert = -1;
-  uint64_t epoch = 0, ids_bytes = 0;
-  uint8_t* workspace = nullptr;  // of the rank of the lane's number
-  if constexpr (Group::kHasPeers) {
-    const PeerView* view = args.peers.view;
-    epoch = __ldcg(&view->epoch) + 1;
-    ids_bytes = __ldcg(&view->ids_bytes);
-    if (lane < args.peers.num_ranks) workspace = reinterpret_cast<uint8_t*>(__ldcg(&view->workspace[lane]));
-  } else {
-    if (threadIdx.x < p.num_pairs()) first_expert = __ldg(args.topk_ids + threadIdx.x);
-  }
+  const typename Group::Opening opening(args);
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
   PairsAhead first_pairs;
@@ -141,6 +128,9 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if constexpr (kSwap && !Group::kHasPeers) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
   }
+  OwnPlace place;
+  const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
+  if (claims) place.claim(args.control);
   if (threadIdx.x == kTokenProducerWarp * 32) {
     init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
@@ -151,8 +141,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     SharedHeader& header = shared_header();
     header.launch = __ldcg(&args.control->launch);
     if constexpr (Group::kHasPeers) {
-      header.epoch = epoch;
-      header.ids_bytes = ids_bytes;
+      header.epoch = opening.epoch;
+      header.ids_bytes = opening.ids_bytes;
       const Peers& peers = args.peers;
       header.limit_nanoseconds = header.launch == 0 ? peers.first_limit_nanoseconds : peers.limit_nanoseconds;
     }
@@ -160,17 +150,17 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   int first_pair = share.first_token() * p.top_k;
   if constexpr (Group::kHasPeers) {
     if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
-      shared_header().workspace[lane] = workspace;
-      if (lane == args.peers.rank) shared_header().own_workspace = workspace;
+      shared_header().workspace[lane] = opening.workspace;
+      if (lane == args.peers.rank) shared_header().own_workspace = opening.workspace;
     }
     Group::dawdle(args, 0);
-    Group::send_ids(args, epoch, ids_bytes, workspace);
+    Group::send_ids(args, opening);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
     first_pair += Group::rank(args) * p.num_pairs();
   }
 
   const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
-  count_pairs<kSwap, Group>(args, plan, first_pair, first_expert);
+  count_pairs<kSwap, Group>(args, plan, first_pair, opening.id);
   CtaPair<kSwap>::await_barriers();
   if constexpr (Group::kHasPeers) CtaPair<kSwap>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
@@ -179,13 +169,14 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(args, plan, plan.first_expert());
-      if (claims) {
-        shared_header().has_share = share_claim.stands(args.control->share_claims + blockIdx.x);
-        shared_header().has_unit = unit_claim.stands(args.control->unit_claims + blockIdx.x);
-      }
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
       __syncwarp();
     } else {
+      if (claims) {
+        place.settle(args.control);
+        ptx::mbarrier_arrive(&shared_header().planned);
+      }
+      __syncwarp();
       await(&shared_header().planned, 0);
     }
     if constexpr (Group::kHasPeers) {
@@ -200,17 +191,21 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
-    const auto meanwhile = [&] {
-      if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
-      clear_counters(args, (map.launch() + 1) % 2);
-      if (blockIdx.x == 0) {
-        for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
-          args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
-        }
+    if (expected(shared_header().has_share != 0)) {
+      gather_share<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
+    }
+    end_gathering<kSwap>(args);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
+    clear_counters(args, (map.launch() + 1) % 2);
+    if (blockIdx.x == 0) {
+      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
+        args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
-    };
-    gather_tokens<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer, meanwhile);
-    consume<kSwap, Group>(args, map, signaller, tracer);
+    }
+#pragma unroll 1
+    while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
+      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+    }
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     Group::dawdle(args, 4);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());

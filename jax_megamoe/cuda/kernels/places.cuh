@@ -18,21 +18,29 @@ namespace megamoe {
 // Some 20 us: far longer than CTAs that find an SM start one after the other.
 constexpr int64_t kPatienceCycles = 40000;
 
-// One thread's claim of the CTA's own place, made at the very start, and looked at when the number of the launch is known.
-class OwnClaim {
+// The CTA's claim of its own place; one thread. It is made at the very start, and looked at when the number of the launch is known.
+class OwnPlace {
  public:
-  // By an elected thread: of several that might be there, the compiler makes one addition for all, whose answer they wait for at once.
-  __device__ void make(uint32_t* claims) { before_ = atomicAdd(claims, 1); }
+  __device__ void claim(Control* control) {
+    shares_before_ = ptx::fetch_add_relaxed(control->share_claims + blockIdx.x, 1);
+    units_before_ = ptx::fetch_add_relaxed(control->unit_claims + blockIdx.x, 1);  // of a pair, the first counts
+  }
 
-  // Whether the place is this CTA's; else the claim is taken back.
-  __device__ bool stands(uint32_t* claims) const {
-    if (before_ == shared_header().launch) return true;
+  // Tells the CTA what of it is its own, and takes the other claims back.
+  __device__ void settle(Control* control) const {
+    SharedHeader& header = shared_header();
+    header.has_share = stands(shares_before_, control->share_claims + blockIdx.x);
+    header.has_unit = stands(units_before_, control->unit_claims + blockIdx.x);
+  }
+
+ private:
+  __device__ static bool stands(uint32_t before, uint32_t* claims) {
+    if (expected(before == shared_header().launch)) return true;
     atomicSub(claims, 1);
     return false;
   }
 
- private:
-  uint32_t before_ = 0;
+  uint32_t shares_before_ = 0, units_before_ = 0;
 };
 
 // One thread: whether the place was nobody's in this launch, and is the caller's now.

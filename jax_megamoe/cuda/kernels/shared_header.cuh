@@ -34,9 +34,8 @@ struct SignalQueue {
 // What the weight producer knows of the first units of CTAs that have not started (kernels/tickets.cuh).
 struct VacantUnits {
   alignas(16) ControlHead control;  // as it was when the last ticket was drawn
-  uint32_t none;                    // are left
   uint32_t looked_at;               // so many places
-  uint32_t put_off;                 // a ticket that was drawn, plus one, until a vacant unit is done
+  uint32_t put_off;                 // a ticket that was drawn, until a vacant unit is done
 };
 
 // Fixed part of shared memory.

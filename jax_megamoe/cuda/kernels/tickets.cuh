@@ -21,24 +21,51 @@ class UnitTickets {
 
   static constexpr uint32_t kEnd = ~0u;  // there are no more
 
-  // Of unit number 0.
+  // The ticket of unit number 0.
   __device__ __forceinline__ uint32_t first() {
     if (!leads()) return pair_.await_ticket(shared_header(), 0);
-    ask_who_started();
-    return told(resolve(shared_header().has_unit ? pair_.index() : pair_.count() + draw_any()), 0);
+    uint32_t ticket = pair_.index();
+    if (shared_header().has_unit == 0) {
+      ticket = pair_.count() + draw_any();
+    } else if (ticket >= plain_) {
+      ask_who_started();
+    }
+    return pair_.exists() ? told(settle(ticket), 0) : ticket;
   }
 
   // Asks for the ticket of unit `number`; the answer is waited for where it is used, unless another CTA is to hear of it.
   __device__ __forceinline__ uint32_t draw(uint32_t number) {
     if (!leads()) return 0;
     const uint32_t drawn = draw_any();
-    return pair_.exists() ? told(resolve(pair_.count() + drawn), number) : drawn;
+    return pair_.exists() ? told(settle(pair_.count() + drawn), number) : drawn;
   }
 
   // What `draw` has asked for.
   __device__ __forceinline__ uint32_t next(uint32_t drawn, uint32_t number) {
     if (!leads()) return pair_.await_ticket(shared_header(), number);
-    return pair_.exists() ? drawn : resolve(pair_.count() + drawn);
+    return pair_.exists() ? drawn : pair_.count() + drawn;
+  }
+
+  // Whether the ticket is a unit to go on with; else it has to be settled.
+  __device__ __forceinline__ bool is_unit(uint32_t ticket) const {
+    return pair_.exists() ? ticket != kEnd : ticket < plain_;
+  }
+
+  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units: before the first of
+  // them, the CTA does the first units of those that have not started.
+  __device__ __forceinline__ uint32_t settle(uint32_t ticket) {
+    if (ticket < plain_) return ticket;
+    if (plain_ == kPutOff) ticket = vacant().put_off;
+    if (plain_ != schedule_.size()) {
+      const int place = take_vacant();
+      if (place != kNone) {
+        vacant().put_off = ticket;
+        plain_ = kPutOff;
+        return place;
+      }
+      plain_ = schedule_.size();
+    }
+    return ticket < schedule_.size() ? ticket : kEnd;
   }
 
  private:
@@ -60,26 +87,6 @@ class UnitTickets {
     const uint32_t drawn = atomicAdd(SharedMap<kSwap>::counters(args_).next_unit(), 1);
     if (plain_ != schedule_.size()) ask_who_started();
     return drawn;
-  }
-
-  __device__ __forceinline__ uint32_t resolve(uint32_t ticket) {
-    return ticket < plain_ ? ticket : resolve_other(ticket);
-  }
-
-  // Down units wait for all gate/up units, and the end of the launch for all units: before the first of them, the CTA does the first
-  // units of those that have not started.
-  __device__ __forceinline__ uint32_t resolve_other(uint32_t ticket) {
-    if (plain_ == kPutOff) ticket = vacant().put_off;
-    if (plain_ != schedule_.size()) {
-      const int place = take_vacant();
-      if (place != kNone) {
-        vacant().put_off = ticket;
-        plain_ = kPutOff;
-        return place;
-      }
-      plain_ = schedule_.size();
-    }
-    return ticket < schedule_.size() ? ticket : kEnd;
   }
 
   // In order: a down unit may have to wait for one with a lower number, which somebody has by then. One pass, since what is claimed

@@ -8,6 +8,10 @@
 
 namespace megamoe {
 
+// `condition`, which nearly always holds. What is done where it does not had better not lie between what is done where it does: a launch
+// finds little of its code in the SM's cache.
+__device__ __forceinline__ bool expected(bool condition) { return __builtin_expect(condition, true); }
+
 // After `done`, what an earlier question said. Bounded by a number of tries instead of a time: the main loops have this inlined many
 // times, a try takes at least some 20 ns, and none is counted while the GPU runs somebody else. In a group it may be other ranks that
 // are waited for, in the end; how long, others decide (PeerWait): a bound for all their limits takes more than 32 bits.
@@ -27,6 +31,16 @@ __device__ __forceinline__ void await(uint64_t* barrier, uint32_t parity, bool d
 
 __device__ __forceinline__ void await(uint64_t* barrier, uint32_t parity) {
   await(barrier, parity, ptx::mbarrier_try_wait(barrier, parity));
+}
+
+// Returns false, without having waited for long, once `stops()` holds.
+template <typename Stops>
+__device__ __forceinline__ bool await_unless(uint64_t* barrier, uint32_t parity, const Stops& stops) {
+  for (Tries tries = 0; !ptx::mbarrier_try_wait(barrier, parity);) {
+    if (stops()) return false;
+    if (++tries == kMostTries) ptx::fail();
+  }
+  return true;
 }
 
 // For waits that look at something else again and again: far above any legitimate wait, tools that slow kernels down a hundredfold

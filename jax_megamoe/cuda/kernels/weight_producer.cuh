@@ -28,16 +28,27 @@ class WeightProducer {
     UnitTickets<kSwap> tickets(args_, pair_, schedule);
     const bool no_units = pair_.exists() && map_.header().ids_missing != 0;
     uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
-    for (uint32_t number = 0; ticket != tickets.kEnd; ++number) {
-      const Unit u = schedule.unit(ticket, rank);
-      tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
-      uint32_t drawn;
-      if (kSwap && u.down && few_units) {
-        drawn = load_unit<kSwap>(schedule, u, tickets, number + 1);
+    bool settled = tickets.is_unit(ticket);
+    // In this order, what is seldom done lies behind what is often done.
+    for (uint32_t number = 0;;) {
+      if (settled) {
+        const Unit u = schedule.unit(ticket, rank);
+        tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
+        ++number;
+        uint32_t drawn;
+        if (kSwap && u.down && few_units) {
+          drawn = load_unit<kSwap>(schedule, u, tickets, number);
+        } else {
+          drawn = load_unit<false>(schedule, u, tickets, number);
+        }
+        ticket = tickets.next(drawn, number);
+        settled = tickets.is_unit(ticket);
+      } else if (ticket != tickets.kEnd) {
+        ticket = tickets.settle(ticket);
+        settled = ticket != tickets.kEnd;
       } else {
-        drawn = load_unit<false>(schedule, u, tickets, number + 1);
+        break;
       }
-      ticket = tickets.next(drawn, number + 1);
     }
     claim();
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
