@@ -315,8 +315,7 @@ __device__ __forceinline__ void end_gathering(const MoeArguments& args) {
   }
 }
 
-// The next share of a CTA that has not started, from `place` on; past the last one: there is none any more, and nobody wants any. All
-// consumers.
+// The next share of a CTA that has not started, from `place` on; past the last one: there is none any more. All consumers.
 template <bool kSwap>
 __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<kSwap>& map, int place) {
   int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are gathered
@@ -324,7 +323,6 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
     while (place < places && !take_over(args.control->share_claims + place)) ++place;
-    if (place == places) shared_header().vacant_shares_wanted = 0;
     *taken = place;
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
@@ -349,7 +347,8 @@ __device__ __forceinline__ void gather_vacant_shares(const MoeArguments& args, c
     if (threadIdx.x / 32 == 0) pairs.ask(args, first_pair, share.end_token() * args.problem.top_k);
     gather_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), pairs, map, signaller, tracer);
   }
-  if (threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
+  if (kEveryLaneArrives || threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
+  ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // all of them see it
 }
 
 }  // namespace megamoe

@@ -46,16 +46,20 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
   }
 }
 
-// Unit after unit, until the weight producer says that there are no more. Returns false, before the first one, where tokens don't come
-// and the token producer wants the shares of CTAs that have not started.
+// Unit after unit, until the weight producer says that there are no more. swapAB returns false, before the first one, where its tokens
+// don't come since they are the shares of CTAs that have not started.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
                                         Tracer& tracer) {
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
-    await(&map.header().weights_full[cursor.stage], cursor.parity);
-    if (!await_unless(&map.header().tokens_full[cursor.stage], cursor.parity, vacant_shares_wanted)) return false;
+    if constexpr (kSwap) {
+      await(&map.header().weights_full[cursor.stage], cursor.parity);
+      if (!await_unless(&map.header().tokens_full[cursor.stage], cursor.parity, vacant_shares_wanted)) return false;
+    } else {
+      wait_stage(map.header(), cursor);
+    }
     const UnitNote note = map.header().note[cursor.stage];
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
     if (note.end()) break;
@@ -64,6 +68,24 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
   }
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
   return true;
+}
+
+// All units; before them, what tokens no other CTA gathers. swapAB looks for these while it waits for its first unit, which is 1 % of a
+// launch of 128 tokens; the normal orientation has no registers left for that.
+template <bool kSwap, typename Group>
+__device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan, const SharedMap<kSwap>& map,
+                                            Signaller& signaller, Tracer& tracer) {
+  if constexpr (kSwap) {
+#pragma unroll 1
+    while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
+      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+    }
+  } else {
+    if (!expected(await_unless(&shared_header().tokens_full[0], 0, vacant_shares_wanted))) {
+      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+    }
+    consume<kSwap, Group>(args, map, signaller, tracer);
+  }
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
@@ -170,15 +192,12 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if (warp == kWeightProducerWarp) {
       lay_out_chunks<kSwap>(args, plan, plan.first_expert());
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
-      __syncwarp();
-    } else {
-      if (claims) {
-        place.settle(args.control);
-        ptx::mbarrier_arrive(&shared_header().planned);
-      }
-      __syncwarp();
-      await(&shared_header().planned, 0);
+    } else if (claims) {
+      place.settle(args.control);
+      ptx::mbarrier_arrive(&shared_header().planned);
     }
+    __syncwarp();
+    await(&shared_header().planned, 0);
     if constexpr (Group::kHasPeers) {
       if (warp == kTokenProducerWarp) Group::await_tokens(args);
     }
@@ -202,10 +221,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
         args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }
-#pragma unroll 1
-    while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
-      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
-    }
+    consume_all<kSwap, Group>(args, plan, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
     Group::dawdle(args, 4);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());

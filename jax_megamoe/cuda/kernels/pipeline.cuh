@@ -160,8 +160,8 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
   }
   ptx::mbarrier_init(&header.planned, 32 + 1);  // the weight producer's warp, and who claims the CTA's place
   ptx::mbarrier_init(&header.gathered, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
-  ptx::mbarrier_init(&header.vacant_shares_done, 1);
-  header.vacant_shares_wanted = 0;
+  ptx::mbarrier_init(&header.vacant_shares_wanted, 1);
+  ptx::mbarrier_init(&header.vacant_shares_done, kEveryLaneArrives ? kConsumerThreads : 1);
   header.ids_missing = 0;
   header.vacant_units.looked_at = 0;
   ptx::mbarrier_init_fence();

@@ -76,7 +76,7 @@ class SharePatience {
     has_ended_ = true;
     if (all_started(launch_now(args_))) return;
     SharedHeader& header = shared_header();
-    *const_cast<volatile uint32_t*>(&header.vacant_shares_wanted) = 1;
+    ptx::mbarrier_arrive(&header.vacant_shares_wanted);
     await(&header.vacant_shares_done, 0);
   }
 
@@ -86,8 +86,11 @@ class SharePatience {
   bool has_ended_ = false;
 };
 
+// For consumers that wait for the first tokens. They gather what is wanted once.
 __device__ __forceinline__ bool vacant_shares_wanted() {
-  return *const_cast<volatile uint32_t*>(&shared_header().vacant_shares_wanted) != 0;
+  SharedHeader& header = shared_header();
+  return ptx::mbarrier_test_wait(&header.vacant_shares_wanted, 0) &&
+         !ptx::mbarrier_test_wait(&header.vacant_shares_done, 0);
 }
 
 }  // namespace megamoe

@@ -77,6 +77,7 @@ class UnitTickets {
 
   // Asynchronously, to shared memory: the answer is needed once, at the first down unit.
   __device__ __forceinline__ void ask_who_started() const {
+    ptx::wait_copies<0>();  // the one before, which is here: else it might come after this one
     ptx::copy_async_16(&vacant().control, args_.control, true);
     ptx::commit_copies();
   }

@@ -90,11 +90,13 @@ class TokenProducer {
     const uint32_t* quantized = SharedMap<kSwap>::counters(args_).quantized_shares();
     SharePatience patience(args_);
     WaitLimit limit;
-    while (ptx::load_acquire(quantized) < gridDim.x) {
+    while (true) {
+      const bool here = ptx::load_acquire(quantized) >= gridDim.x;
+      // The lanes go on together: only so, one of them leads.
+      if (kRows ? __all_sync(~0u, here) : here) break;
       if (brings_images() && leads()) patience.check();
       limit.check();
     }
-    if constexpr (kRows) __syncwarp();
   }
 
   __device__ __forceinline__ void skip_unit(const UnitNote& note) {
