@@ -173,6 +173,8 @@ struct PeerRanks {
                                      PeerFailure::kTokens, [&](int rank) {
                                        if (rank == args.peers.rank) patience.check();
                                      });
+    // Whichever lane brings tokens has seen that the consumers are through.
+    if (__any_sync(~0u, patience.has_asked())) await(&shared_header().vacant_shares_done, 0);
     if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
     __syncwarp();  // before a thread of the warp tells the consumers of the first tokens
   }

@@ -75,15 +75,18 @@ class SharePatience {
     if (has_ended_ || ptx::cycles() - begin_ < kPatienceCycles) return;
     has_ended_ = true;
     if (all_started(launch_now(args_))) return;
+    has_asked_ = true;
     SharedHeader& header = shared_header();
     ptx::mbarrier_arrive(&header.vacant_shares_wanted);
     await(&header.vacant_shares_done, 0);
   }
 
+  __device__ __forceinline__ bool has_asked() const { return has_asked_; }
+
  private:
   const MoeArguments& args_;
   int64_t begin_;
-  bool has_ended_ = false;
+  bool has_ended_ = false, has_asked_ = false;
 };
 
 // For consumers that wait for the first tokens. They gather what is wanted once.
