@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from jax_megamoe import arguments
-from jax_megamoe.arguments import AxisNames
-from jax_megamoe.errors import MegaMoEError, ShapeError
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
+from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
 from jax_megamoe.weights import ExpertWeights
 
@@ -26,8 +26,8 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
-    expert_axis: AxisNames = "expert",
-    token_axes: AxisNames = ("data", "expert"),
+    expert_axis: AxisNames = EXPERT_AXIS,
+    token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
 ) -> Any:
     """The expert layer of a mixture-of-experts model: for each token, the weighted sum of its experts' results.
@@ -81,22 +81,14 @@ def moe(
         raise MegaMoEError(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )
-    leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
-    mesh = _find_mesh(x, topk_ids, topk_weights, *leaves)
-    axes = primitive.Axes(
-        arguments.axes_in_mesh("expert_axis", expert_axis, mesh.shape),
-        arguments.axes_in_mesh("token_axes", token_axes, mesh.shape),
-    )
-    if not mesh.manual_axes and weights.gate_up.shape[-4] != weights.num_experts:
-        raise ShapeError(
-            f"weights hold {weights.gate_up.shape[-4]} of {weights.num_experts} experts, wanted all of them: "
-            "slices of the arrays are weights inside jax.shard_map only."
-        )
+    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
+    leaves = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
+    x_told, ids_told, weights_told, *leaves_told = tell_devices((x, topk_ids, topk_weights, *leaves))
     y, load = primitive.moe(
-        x,
-        leaves,
-        topk_ids,
-        topk_weights,
+        x_told,
+        tuple(leaves_told),
+        ids_told,
+        weights_told,
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         mesh=mesh,
         axes=axes,
@@ -106,13 +98,7 @@ def moe(
         routed_scaling_factor=float(routed_scaling_factor),
         implementation=implementation,
     )
+    log_costs(
+        x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=bool(return_expert_load)
+    )
     return (y, load) if return_expert_load else y
-
-
-def _find_mesh(*arrays: Any) -> AbstractMesh:
-    """The mesh of the context, else that of the first argument that has one, else an empty one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        meshes = (jax.typeof(array).sharding.mesh for array in arrays)
-        mesh = next((found for found in meshes if not found.empty), mesh)
-    return mesh

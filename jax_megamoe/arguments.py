@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from collections.abc import Container
 from typing import Any
 
 import jax
@@ -10,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import layout
-from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
+from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
 MAX_TOP_K = 32
 MAX_HIDDEN_SIZE = 65536
-
-AxisNames = str | tuple[str, ...] | None
 
 
 def check(
@@ -63,14 +60,6 @@ def check(
             f"routed_scaling_factor is {routed_scaling_factor}, wanted a finite number known while tracing: "
             "multiply topk_weights by what is computed."
         )
-
-
-def axes_in_mesh(name: str, axes: AxisNames, mesh_axes: Container[str]) -> tuple[str, ...]:
-    """Those of the axes that the mesh has, in the given order. Raises `ShardingError` for a repetition."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    if len(set(names)) != len(names):
-        raise ShardingError(f"{name} is {axes!r}, wanted each mesh axis once: drop the repetition.")
-    return tuple(axis for axis in names if axis in mesh_axes)
 
 
 def _check_weights(weights: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_megamoe import arguments, exchange, layout, quantization
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -27,8 +28,8 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
-    expert_axis: Any = "expert",
-    token_axes: Any = ("data", "expert"),
+    expert_axis: AxisNames = EXPERT_AXIS,
+    token_axes: AxisNames = TOKEN_AXES,
     implementation: str | None = None,
 ) -> Any:
     """`jax_megamoe.moe`, computed by plain array code.
@@ -51,7 +52,7 @@ def moe(
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
     )
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
     tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
     y, load = exchange.moe_per_device(
@@ -63,8 +64,8 @@ def moe(
         topk_weights.reshape(tokens, top_k),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         num_experts=weights.num_experts,
-        expert_axes=arguments.axes_in_mesh("expert_axis", expert_axis, manual_sizes),
-        token_axes=arguments.axes_in_mesh("token_axes", token_axes, manual_sizes),
+        expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
+        token_axes=axes.tokens,
         axis_sizes=manual_sizes,
         with_load=return_expert_load,
         activation_clamp=math.inf if activation_clamp is None else activation_clamp,
