@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_megamoe import arguments
@@ -45,8 +44,9 @@ def moe(
       activation_clamp: c > 0 limits gate to at most c, and up to [-c, c].
       routed_scaling_factor: multiplies topk_weights.
       return_expert_load: also returns how many (token, slot) pairs each expert received from all tokens of the mesh.
-      layer: which layer of stacked weights, an int or int32[]; traced ones, as in `jax.lax.scan` over layers, don't
-        slice the weights. Traced values outside [0, L) are clamped.
+      layer: which layer of stacked weights, an int or an array int[] of any integer type; traced ones, as in
+        `jax.lax.scan` over layers, don't slice the weights. Ints, Python's or NumPy's, outside [0, L) are a
+        ShapeError; values of jax arrays, traced or not, are clamped.
       expert_axis: the mesh axis, or axes, that split the experts, inside `jax.shard_map` too. None, or no such axis in
         the mesh: each device has all experts.
       token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
@@ -68,7 +68,7 @@ def moe(
         of GPUs that `implementation` does not run on.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    arguments.check(
+    x, weights, topk_ids, topk_weights, layer = arguments.check(
         x,
         weights,
         topk_ids,
@@ -97,13 +97,13 @@ def moe(
         leaves,
         topk_ids,
         topk_weights,
-        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        layer,
         mesh=mesh,
         axes=axes,
         num_experts=weights.num_experts,
         with_load=bool(return_expert_load),
-        activation_clamp=math.inf if activation_clamp is None else float(activation_clamp),
-        routed_scaling_factor=float(routed_scaling_factor),
+        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
+        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
         implementation=implementation,
     )
     return (y, load) if return_expert_load else y
