@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jax_megamoe import arguments
 from jax_megamoe.errors import MegaMoEError
@@ -45,8 +44,9 @@ def moe(
       activation_clamp: c > 0 limits gate to at most c, and up to [-c, c].
       routed_scaling_factor: multiplies topk_weights.
       return_expert_load: also returns how many (token, slot) pairs each expert received from all tokens of the mesh.
-      layer: which layer of stacked weights, an int or int32[]; traced ones, as in `jax.lax.scan` over layers, don't
-        slice the weights. Traced values outside [0, L) are clamped.
+      layer: which layer of stacked weights, an int or an array int[] of any integer type; traced ones, as in
+        `jax.lax.scan` over layers, don't slice the weights. Ints, Python's or NumPy's, outside [0, L) are a
+        ShapeError; values of jax arrays, traced or not, are clamped.
       expert_axis: the mesh axis, or axes, that split the experts, inside `jax.shard_map` too. None, or no such axis in
         the mesh: each device has all experts.
       token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
@@ -68,7 +68,7 @@ def moe(
         of GPUs that `implementation` does not run on.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    arguments.check(
+    x, weights, topk_ids, topk_weights, layer = arguments.check(
         x,
         weights,
         topk_ids,
@@ -82,23 +82,22 @@ def moe(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
-    leaves = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
-    x_told, ids_told, weights_told, *leaves_told = tell_devices((x, topk_ids, topk_weights, *leaves))
+    with_load = bool(return_expert_load)
+    log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
+    leaves: Any = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
+    x, topk_ids, topk_weights, *leaves = tell_devices((x, topk_ids, topk_weights, *leaves))
     y, load = primitive.moe(
-        x_told,
-        tuple(leaves_told),
-        ids_told,
-        weights_told,
-        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        x,
+        tuple(leaves),
+        topk_ids,
+        topk_weights,
+        layer,
         mesh=mesh,
         axes=axes,
         num_experts=weights.num_experts,
-        with_load=bool(return_expert_load),
-        activation_clamp=math.inf if activation_clamp is None else float(activation_clamp),
-        routed_scaling_factor=float(routed_scaling_factor),
+        with_load=with_load,
+        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
+        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
         implementation=implementation,
-    )
-    log_costs(
-        x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=bool(return_expert_load)
     )
     return (y, load) if return_expert_load else y

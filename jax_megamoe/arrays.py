@@ -28,10 +28,10 @@ def unwrap(value: object) -> object:
     return value
 
 
-def as_array(name: str, value: object) -> Array:
+def as_array(name: str, value: object, wanted: str = "an array") -> Array:
     """The array that was passed as argument `name`: of JAX (traced too) or NumPy, a NumPy scalar, or one in a box.
 
-    Nothing is copied or put on a device. Raises `DTypeError` for anything else.
+    Nothing is copied or put on a device. Raises `DTypeError` for anything else, which says what was `wanted`.
     """
     held = unwrap(value)
     if isinstance(held, jax.Array | np.ndarray):
@@ -39,7 +39,7 @@ def as_array(name: str, value: object) -> Array:
     if isinstance(held, np.generic):
         return np.asarray(held)
     remedy = "convert it with jax.numpy.asarray" if isinstance(held, list | tuple | numbers.Number) else "pass one"
-    raise DTypeError(f"{name} is {type_of(held)}, wanted an array: {remedy}.")
+    raise DTypeError(f"{name} is {type_of(held)}, wanted {wanted}: {remedy}.")
 
 
 def type_of(value: object) -> str:

@@ -52,7 +52,8 @@ def _about_experts(leaves: Mapping[str, Any], mesh: AbstractMesh, axes: Axes, ex
     wanted = tuple(axis for axis in axes.experts if mesh.shape[axis] > 1)
     for name, leaf in leaves.items():
         dims = _dims_of_concrete(leaf)
-        if mesh.manual_axes or dims is None or not any(dims):
+        # Types of explicit axes are right, or will be errors.
+        if mesh.manual_axes or AxisType.Explicit in mesh.axis_types or dims is None or not any(dims):
             continue
         dim_of_experts = leaf.ndim - 4
         found, others = dims[dim_of_experts], any(axes for dim, axes in enumerate(dims) if dim != dim_of_experts)
