@@ -33,7 +33,8 @@ def moe(
 
     An expert computes down(silu(gate(x)) * up(x)) with FP8 weights and activations (docs/numerics.md). Works inside and
     outside `jax.jit`, under automatic, explicit and manual sharding (docs/sharding.md), and under `jax.vmap` over
-    tokens; it has no derivative. Results are the same bits from run to run.
+    tokens; it has no derivative. Results are the same bits from run to run. What a placement costs without need, such
+    as experts gathered at every call, is said once in the log `jax_megamoe`, with what to pass.
 
     Args:
       x: bf16[..., H], hidden states; the leading dimensions together are T tokens.
@@ -47,10 +48,13 @@ def moe(
       layer: which layer of stacked weights, an int or an array int[] of any integer type; traced ones, as in
         `jax.lax.scan` over layers, don't slice the weights. Ints, Python's or NumPy's, outside [0, L) are a
         ShapeError; values of jax arrays, traced or not, are clamped.
-      expert_axis: the mesh axis, or axes, that split the experts, inside `jax.shard_map` too. None, or no such axis in
-        the mesh: each device has all experts.
-      token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
-        divide are padded. Explicit axes, and `jax.shard_map` with check_vma=True, tell it by themselves.
+      expert_axis: the mesh axis, or a tuple of axes, that split the experts, inside `jax.shard_map` too. None: each
+        device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
+        "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
+      token_axes: the mesh axes that split the tokens; the default is those of ("data", "expert") that the mesh has, and
+        () or None says that no axis does. Numbers of tokens that they do not divide are padded. Explicit axes, and
+        `jax.shard_map` with check_vma=True, tell it by themselves; with check_vma=False it has to be passed where
+        `expert_axis` is another than the default's axes. Names that are passed have to be in the mesh, as above.
       implementation: None is the fused kernel on SM90 GPUs, over all ranks of `expert_axis` where it can be, and array
         code on CPUs; "cuda" the former or an error; "reference" array code anywhere, slow on a GPU. "collective" puts
         XLA's collectives around the kernel of one device. So does None, with a warning that says why, where one kernel
@@ -59,8 +63,11 @@ def moe(
         ranks first meet, JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS, 120. Both are read while tracing.
 
     Returns:
-      y bf16[..., H], sharded like x; a token without used slots gets zeros. With `return_expert_load` also int32[E],
-      sharded like the experts (in `jax.shard_map`: the part that belongs to this device's experts).
+      y bf16[..., H]; a token without used slots gets zeros. Over explicit axes it is sharded as x's type says. Over
+      automatic axes it comes split over `token_axes` along the first dimension (whole where these don't divide it),
+      however x is: like x where x is split so; else y, fed back into the same jitted function, compiles it once more.
+      With `return_expert_load` also int32[E], sharded like the experts (in `jax.shard_map`: the part that belongs to
+      this device's experts).
 
     Raises:
       ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an argument that cannot be served.

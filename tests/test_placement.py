@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_layer import E, check, make_layer, packed_weights
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
     AUTO,
@@ -251,6 +251,24 @@ def test_a_closure_that_hides_the_devices():
     weights = place(make_mesh(DATA_EXPERT, AUTO), layer.weights, "expert")
     with pytest.raises(ShardingError, match=r"on 8 devices, and nothing .* more than 1: call it under jax.set_mesh"):
         jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.probs))(layer.x)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_vmap_over_a_dimension_that_is_split_over_the_expert_axis(kind):
+    mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer(32)
+    weights = place(mesh, layer.weights, "expert")
+    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.probs)]
+    check(jax.jit(jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs)))(*tokens), layer)
+
+
+def test_sharding_of_the_result_over_automatic_axes():
+    """As the docstring says: over the token axes, however x is split."""
+    mesh = make_mesh(DATA_EXPERT, AUTO)
+    for tokens in (None, "data", ("data", "expert")):
+        y = jax.jit(mm.moe)(*put(mesh, tokens, "expert"))
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "expert"))), 2)
+    y = jax.jit(mm.moe)(*put(mesh, None, "expert", num_tokens=13))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P()), 2)
 
 
 # Memory.
