@@ -1,20 +1,49 @@
 """`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args, overload
 
 import jax
 
 from jax_megamoe import arguments
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.options import Implementation, Options
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
 from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
 from jax_megamoe.weights import ExpertWeights
 
-Implementation = Literal["cuda", "collective", "reference"]
 
-
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> jax.Array: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: bool,
+    **options: Unpack[Options],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def moe(
     x: jax.Array,
     weights: ExpertWeights,
@@ -28,7 +57,7 @@ def moe(
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The expert layer of a mixture-of-experts model: for each token, the weighted sum of its experts' results.
 
     An expert computes down(silu(gate(x)) * up(x)) with FP8 weights and activations (docs/numerics.md). Works inside and
