@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jax_megamoe import layout
 from jax_megamoe.arrays import Array, as_array, type_of, unwrap
@@ -47,6 +48,7 @@ def check(
     x = as_array("x", x, "an array of bfloat16")
     topk_ids = as_array("topk_ids", topk_ids, "an array of int32")
     topk_weights = as_array("topk_weights", topk_weights, "an array of float32")
+    _check_sizes_are_known({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
     _check_dtypes(x, topk_ids, topk_weights)
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
         raise ShapeError(
@@ -80,15 +82,16 @@ def check(
 
 
 def as_float(value: object) -> float:
-    """A number, of Python or NumPy; NaN for what is none, bools and jax arrays among it."""
+    """A number, of Python or NumPy, infinite beyond FP32; NaN for what is none, bools and jax arrays among it."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return math.nan
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:  # an int, or a fraction, beyond all floats
         return math.nan
+    return math.copysign(math.inf, number) if abs(number) > _MAX_FLOAT32 else number
 
 
 def _check_weights(weights: object) -> ExpertWeights:
@@ -110,6 +113,7 @@ def _check_weights(weights: object) -> ExpertWeights:
     if h > MAX_HIDDEN_SIZE:
         raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
     leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
+    _check_sizes_are_known({f"weights.{name}": leaf for name, leaf in leaves.items()})
     lead = leaves["gate_up"].shape[:-3]
     for name, tail in tails.items():
         leaf, wanted = leaves[name], jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
@@ -126,6 +130,16 @@ def _check_weights(weights: object) -> ExpertWeights:
     if lead[:-1] == (0,):
         raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
     return dataclasses.replace(weights, **leaves)
+
+
+def _check_sizes_are_known(arrays: dict[str, Array]) -> None:
+    """Memory and launches are planned by the number of tokens, while the program is traced and lowered."""
+    for name, array in arrays.items():
+        if any(export.is_symbolic_dim(size) for size in array.shape):
+            raise MegaMoEError(
+                f"{name} has shape {array.shape}, wanted sizes that are numbers, also under jax.export: "
+                "export one program for each number of tokens, and pad to the next."
+            )
 
 
 def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:

@@ -18,6 +18,7 @@ move bytes only, and are exact inverses of each other. They use no gather, so th
 leading dimensions. FP8 arrays may come as their bytes.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -155,6 +156,20 @@ def unpack_down_scale(packed: jax.Array, intermediate_size: int) -> jax.Array:
     tiles, pairs = packed.shape[lead : lead + 2]
     x = reshape_trailing(packed[..., ::2, :, :2], lead, tiles // 2, 2 * pairs)
     return x[..., : intermediate_size // BLOCK]
+
+
+# Compiled: the constants of eager operations would be transfers to the device.
+@functools.partial(jax.jit, static_argnames="intermediate_size")
+def unpack(
+    gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array, *, intermediate_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The inverse of all four: packed leaves -> the arguments of `pack_experts`."""
+    return (
+        unpack_gate_up(gate_up),
+        unpack_gate_up_scale(gate_up_scale),
+        unpack_down(down),
+        unpack_down_scale(down_scale, intermediate_size),
+    )
 
 
 def _twice(x: jax.Array, axis: int) -> jax.Array:

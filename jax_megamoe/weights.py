@@ -55,12 +55,8 @@ class ExpertWeights:
         gate_up f8e4m3fn[E, 2I, H] (gate rows first), gate_up_scale f32[E, 2I/128, H/128],
         down f8e4m3fn[E, H, I], down_scale f32[E, H/128, I/128].
         """
-        return (
-            layouts.unpack_gate_up(self.gate_up),
-            layouts.unpack_gate_up_scale(self.gate_up_scale),
-            layouts.unpack_down(self.down),
-            layouts.unpack_down_scale(self.down_scale, self.intermediate_size),
-        )
+        leaves = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        return layouts.unpack(*leaves, intermediate_size=self.intermediate_size)
 
 
 jax.tree_util.register_dataclass(
