@@ -1,5 +1,6 @@
 """Packing weights: values, the pytree, and what is refused."""
 
+import contextlib
 import dataclasses
 import pickle
 
@@ -103,17 +104,28 @@ def test_stacked_layers_scan_and_unpack(weights, natural):
     assert_same([leaf[1] for leaf in per_layer], [leaf[::-1] for leaf in natural])
 
 
+@pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_inputs_give_sharded_weights(floats, weights, axis_type):
+def test_sharded_inputs_give_sharded_weights(floats, weights, axis_type, in_context):
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P("expert"))
-        sharded = mm.quantize_experts(*(jax.device_put(array, sharding) for array in floats))
-        assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(sharded))
+
+    def is_split(array: jax.Array, *spec: str | None) -> bool:
+        return array.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), array.ndim)
+
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        sharded = mm.quantize_experts(*(jax.device_put(array, NamedSharding(mesh, P("expert"))) for array in floats))
         unpacked = jax.jit(lambda w: w.unpack())(sharded)
-        assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in unpacked)
+        eagerly = sharded.unpack()
+        packed = mm.pack_experts(*unpacked)
+        stacked = mm.stack_experts([sharded, packed])
+        unstacked = stacked.unpack()
+    for split in (sharded, unpacked, eagerly, packed):
+        assert all(is_split(leaf, "expert") for leaf in jax.tree.leaves(split))
+    assert all(is_split(leaf, None, "expert") for leaf in jax.tree.leaves((stacked, unstacked)))
     assert_same(sharded, weights)
-    assert_same(unpacked, weights.unpack())
+    assert_same(packed, weights)
+    for natural in (unpacked, eagerly, [leaf[1] for leaf in unstacked]):
+        assert_same(natural, weights.unpack())
 
 
 def test_prefix_spec_and_local_leaves_in_shard_map(weights):
