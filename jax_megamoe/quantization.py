@@ -85,13 +85,27 @@ def quantize_activations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 def quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A weight, float [..., N, K] -> f8e4m3fn[..., N, K], f32[..., N/128, K/128] scales: one per 128x128 block.
 
-    The scale is amax / 448, or 1 for a block of zeros (or of numbers so small that their scale would be subnormal).
+    If the smallest power of two at least amax / 448 scales a block to FP8 values exactly, it is the scale, and nothing
+    is lost; no larger power of two holds more. Else the scale is amax / 448. A block of zeros, or of numbers so small
+    that their scale would be subnormal, has scale 1.
     """
     blocks = _weight_blocks(weight)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, divide(amax, E4M3_MAX))
+    power = power_of_two_scale(jnp.maximum(amax, _MIN_BLOCK_AMAX))
+    is_exact = jnp.all(_are_e4m3_values(blocks, jnp.expand_dims(power, (-3, -1))), axis=(-3, -1))
+    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, jnp.where(is_exact, power, divide(amax, E4M3_MAX)))
     values = to_e4m3(divide(blocks, jnp.expand_dims(scale, (-3, -1))))
     return reshape_trailing(values, weight.ndim - 2, *weight.shape[-2:]), scale
+
+
+def _are_e4m3_values(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """Whether values / scale, of at most 448, are E4M3 values; the scale is a power of two."""
+    # They have four significant bits, the last of them worth at least one step of the subnormals.
+    steps = divide(values, scale) * _SUBNORMAL_STEPS
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    # Arithmetic may take subnormal FP32 numbers for zero; their bits tell.
+    exponent_bits, mantissa_bits = bits & 0x7F800000, bits & 0x7FFFFF
+    return ((bits & 0xFFFFF) == 0) & (steps == jnp.round(steps)) & ((exponent_bits != 0) | (mantissa_bits == 0))
 
 
 def dequantize_blocks(weight: jax.Array, scale: jax.Array) -> jax.Array:

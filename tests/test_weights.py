@@ -57,6 +57,24 @@ def test_a_block_of_zeros_has_scale_one(floats):
     assert (down_scale[2] == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_mxfp4_weights_lose_nothing(dtype):
+    rng = np.random.default_rng(1)
+
+    def mxfp4(*shape: int) -> np.ndarray:
+        exponents = rng.integers(-9, -4, (*shape[:-1], shape[-1] // 32)).repeat(32, -1)
+        return (
+            rng.choice([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6], shape) * 2.0**exponents
+        ).astype(dtype)
+
+    gate, up, down = mxfp4(E, I, H), mxfp4(E, I, H), mxfp4(E, H, I)
+    natural = numpy_model.Experts(*map(np.asarray, mm.quantize_experts(gate, up, down).unpack()))
+    np.testing.assert_array_equal(
+        numpy_model.dequantize(natural.gate_up, natural.gate_up_scale), np.concatenate([gate, up], axis=1).astype(float)
+    )
+    np.testing.assert_array_equal(numpy_model.dequantize(natural.down, natural.down_scale), down.astype(float))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats_are_quantised_as_the_values_they_are(floats, dtype):
     narrow = [jnp.asarray(array, dtype) for array in floats]
