@@ -108,6 +108,18 @@ def _are_e4m3_values(values: jax.Array, scale: jax.Array) -> jax.Array:
     return ((bits & 0xFFFFF) == 0) & (steps == jnp.round(steps)) & ((exponent_bits != 0) | (mantissa_bits == 0))
 
 
+def widen_scale(scale: jax.Array) -> jax.Array:
+    """Scales f32, bf16, f8e8m0fnu, or uint8, the bytes of the last -> f32, exactly; byte b is 2^(b - 127), 255 NaN."""
+    if scale.dtype == jnp.float8_e8m0fnu:
+        scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    if scale.dtype != jnp.uint8:
+        return scale.astype(jnp.float32)
+    # By bits, since 2^-127 is subnormal in FP32, and arithmetic may take it for zero.
+    exponents = scale.astype(jnp.uint32)
+    bits = jnp.where(exponents == 0, jnp.uint32(1 << 22), exponents << 23)
+    return jax.lax.bitcast_convert_type(jnp.where(exponents == 255, jnp.uint32(0x7FC00000), bits), jnp.float32)
+
+
 def dequantize_blocks(weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The inverse of `quantize_blocks` up to its rounding -> f32[..., N, K]."""
     blocks = _weight_blocks(weight) * jnp.expand_dims(scale, (-3, -1))
