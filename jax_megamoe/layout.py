@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 LAYOUT_TAG = "sm90_v1"
 BLOCK = 128  # a weight scale covers BLOCK x BLOCK weights
@@ -68,10 +69,12 @@ def _permute_trailing(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 def reshape_trailing(x: jax.Array, num_lead: int, *sizes: int) -> jax.Array:
     """Reshapes all but the first `num_lead` dimensions, which keep their sharding (explicit mode has to be told)."""
     shape = (*x.shape[:num_lead], *sizes)
-    if all(axis is None for axis in jax.typeof(x).sharding.spec):
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
         return x.reshape(shape)
-    lead = jax.typeof(x).sharding.spec[:num_lead]
-    return jax.lax.reshape(x, shape, out_sharding=jax.sharding.PartitionSpec(*lead, *(None for _ in sizes)))
+    # With the mesh of the type itself: there may be none in the context.
+    spec = PartitionSpec(*sharding.spec[:num_lead], *(None for _ in sizes))
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def _swizzle(x: jax.Array) -> jax.Array:
