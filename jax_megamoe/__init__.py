@@ -1,11 +1,21 @@
 """The expert layer of a mixture-of-experts model as one fused FP8 kernel, callable inside `jax.jit`."""
 
+import importlib.metadata
+
 from jax_megamoe import errors, reference
 from jax_megamoe.api import moe
+from jax_megamoe.export import DISABLE_JAX_EXPORT_CHECKS
+from jax_megamoe.packing import pack_experts, quantize_experts, stack_experts
 from jax_megamoe.routing import route
-from jax_megamoe.weights import ExpertWeights, pack_experts, quantize_experts, stack_experts
+from jax_megamoe.weights import ExpertWeights
+
+try:
+    __version__ = importlib.metadata.version("jax_megamoe")
+except importlib.metadata.PackageNotFoundError:  # A checkout that is not installed.
+    __version__ = "0+unknown"
 
 __all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
     "ExpertWeights",
     "errors",
     "moe",

@@ -1,21 +1,49 @@
 """`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args, overload
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from jax_megamoe import arguments
-from jax_megamoe.arguments import AxisNames
-from jax_megamoe.errors import MegaMoEError, ShapeError
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.options import Implementation, Options
+from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
+from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
 from jax_megamoe.weights import ExpertWeights
 
-Implementation = Literal["cuda", "collective", "reference"]
 
-
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> jax.Array: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: bool,
+    **options: Unpack[Options],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def moe(
     x: jax.Array,
     weights: ExpertWeights,
@@ -26,15 +54,16 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
-    expert_axis: AxisNames = "expert",
-    token_axes: AxisNames = ("data", "expert"),
+    expert_axis: AxisNames = EXPERT_AXIS,
+    token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The expert layer of a mixture-of-experts model: for each token, the weighted sum of its experts' results.
 
     An expert computes down(silu(gate(x)) * up(x)) with FP8 weights and activations (docs/numerics.md). Works inside and
     outside `jax.jit`, under automatic, explicit and manual sharding (docs/sharding.md), and under `jax.vmap` over
-    tokens; it has no derivative. Results are the same bits from run to run.
+    tokens; it has no derivative. Results are the same bits from run to run. What a placement costs without need, such
+    as experts gathered at every call, is said once in the log `jax_megamoe`, with what to pass.
 
     Args:
       x: bf16[..., H], hidden states; the leading dimensions together are T tokens.
@@ -45,12 +74,16 @@ def moe(
       activation_clamp: c > 0 limits gate to at most c, and up to [-c, c].
       routed_scaling_factor: multiplies topk_weights.
       return_expert_load: also returns how many (token, slot) pairs each expert received from all tokens of the mesh.
-      layer: which layer of stacked weights, an int or int32[]; traced ones, as in `jax.lax.scan` over layers, don't
-        slice the weights. Traced values outside [0, L) are clamped.
-      expert_axis: the mesh axis, or axes, that split the experts, inside `jax.shard_map` too. None, or no such axis in
-        the mesh: each device has all experts.
-      token_axes: the mesh axes that split the tokens, as far as the mesh has them; numbers of tokens that they do not
-        divide are padded. Explicit axes, and `jax.shard_map` with check_vma=True, tell it by themselves.
+      layer: which layer of stacked weights, an int or an array int[] of any integer type; traced ones, as in
+        `jax.lax.scan` over layers, don't slice the weights. Ints, Python's or NumPy's, outside [0, L) are a
+        ShapeError; values of jax arrays, traced or not, are clamped.
+      expert_axis: the mesh axis, or a tuple of axes, that split the experts, inside `jax.shard_map` too. None: each
+        device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
+        "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
+      token_axes: the mesh axes that split the tokens; the default is those of ("data", "expert") that the mesh has, and
+        () or None says that no axis does. Numbers of tokens that they do not divide are padded. Explicit axes, and
+        `jax.shard_map` with check_vma=True, tell it by themselves; with check_vma=False it has to be passed where
+        `expert_axis` is another than the default's axes. Names that are passed have to be in the mesh, as above.
       implementation: None is the fused kernel on SM90 GPUs, over all ranks of `expert_axis` where it can be, and array
         code on CPUs; "cuda" the former or an error; "reference" array code anywhere, slow on a GPU. "collective" puts
         XLA's collectives around the kernel of one device. So does None, with a warning that says why, where one kernel
@@ -59,8 +92,11 @@ def moe(
         ranks first meet, JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS, 120. Both are read while tracing.
 
     Returns:
-      y bf16[..., H], sharded like x; a token without used slots gets zeros. With `return_expert_load` also int32[E],
-      sharded like the experts (in `jax.shard_map`: the part that belongs to this device's experts).
+      y bf16[..., H]; a token without used slots gets zeros. Over explicit axes it is sharded as x's type says. Over
+      automatic axes it comes split over `token_axes` along the first dimension (whole where these don't divide it),
+      however x is: like x where x is split so; else y, fed back into the same jitted function, compiles it once more.
+      With `return_expert_load` also int32[E], sharded like the experts (in `jax.shard_map`: the part that belongs to
+      this device's experts).
 
     Raises:
       ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an argument that cannot be served.
@@ -68,7 +104,7 @@ def moe(
         of GPUs that `implementation` does not run on.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    arguments.check(
+    x, weights, topk_ids, topk_weights, layer = arguments.check(
         x,
         weights,
         topk_ids,
@@ -81,38 +117,23 @@ def moe(
         raise MegaMoEError(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )
-    leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
-    mesh = _find_mesh(x, topk_ids, topk_weights, *leaves)
-    axes = primitive.Axes(
-        arguments.axes_in_mesh("expert_axis", expert_axis, mesh.shape),
-        arguments.axes_in_mesh("token_axes", token_axes, mesh.shape),
-    )
-    if not mesh.manual_axes and weights.gate_up.shape[-4] != weights.num_experts:
-        raise ShapeError(
-            f"weights hold {weights.gate_up.shape[-4]} of {weights.num_experts} experts, wanted all of them: "
-            "slices of the arrays are weights inside jax.shard_map only."
-        )
+    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
+    with_load = bool(return_expert_load)
+    log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
+    leaves: Any = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
+    x, topk_ids, topk_weights, *leaves = tell_devices((x, topk_ids, topk_weights, *leaves))
     y, load = primitive.moe(
         x,
-        leaves,
+        tuple(leaves),
         topk_ids,
         topk_weights,
-        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        layer,
         mesh=mesh,
         axes=axes,
         num_experts=weights.num_experts,
-        with_load=bool(return_expert_load),
-        activation_clamp=math.inf if activation_clamp is None else float(activation_clamp),
-        routed_scaling_factor=float(routed_scaling_factor),
+        with_load=with_load,
+        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
+        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
         implementation=implementation,
     )
     return (y, load) if return_expert_load else y
-
-
-def _find_mesh(*arrays: Any) -> AbstractMesh:
-    """The mesh of the context, else that of the first argument that has one, else an empty one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        meshes = (jax.typeof(array).sharding.mesh for array in arrays)
-        mesh = next((found for found in meshes if not found.empty), mesh)
-    return mesh

@@ -1,39 +1,55 @@
 """Checks of what `moe` is called with, by shapes and dtypes only: they run while tracing."""
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jax_megamoe import layout
-from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
+from jax_megamoe.arrays import Array, as_array, type_of, unwrap
+from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
 MAX_TOP_K = 32
 MAX_HIDDEN_SIZE = 65536
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
-AxisNames = str | tuple[str, ...] | None
+
+class Operands(NamedTuple):
+    """The arrays of a call of `moe`, out of their boxes. Those of NumPy are still such, which JAX takes for its own."""
+
+    x: jax.Array
+    weights: ExpertWeights
+    topk_ids: jax.Array
+    topk_weights: jax.Array
+    layer: jax.Array  # int32[]; may be outside of [0, L), which the kernel and the reference clamp
 
 
 def check(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
+    x: Any,
+    weights: Any,
+    topk_ids: Any,
+    topk_weights: Any,
     *,
-    activation_clamp: float | None,
-    routed_scaling_factor: float,
-    layer: int | jax.Array | None,
-) -> None:
-    """Raises `ShapeError`, `DTypeError`, `LayoutError` or `MegaMoEError` for arguments that `moe` cannot take."""
-    _check_weights(weights)
-    _check_dtype("x", x, jnp.bfloat16)
-    _check_dtype("topk_ids", topk_ids, jnp.int32)
-    _check_dtype("topk_weights", topk_weights, jnp.float32)
+    activation_clamp: object,
+    routed_scaling_factor: object,
+    layer: Any,
+) -> Operands:
+    """The operands that `moe` goes on with.
+
+    Raises `ShapeError`, `DTypeError`, `LayoutError` or `MegaMoEError` for arguments that `moe` cannot take.
+    """
+    weights = _check_weights(unwrap(weights))
+    x = as_array("x", x, "an array of bfloat16")
+    topk_ids = as_array("topk_ids", topk_ids, "an array of int32")
+    topk_weights = as_array("topk_weights", topk_weights, "an array of float32")
+    _check_sizes_are_known({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
+    _check_dtypes(x, topk_ids, topk_weights)
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
         raise ShapeError(
             f"x has shape {x.shape}, wanted [..., {weights.hidden_size}], the hidden size of the weights: "
@@ -52,33 +68,41 @@ def check(
         raise ShapeError(
             f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids: reshape it."
         )
-    _check_layer(layer, weights)
-    if activation_clamp is not None and not (_is_number(activation_clamp) and activation_clamp > 0):
+    if activation_clamp is not None and not as_float(activation_clamp) > 0:
         raise MegaMoEError(
-            f"activation_clamp is {activation_clamp}, wanted a positive number known while tracing: "
+            f"activation_clamp is {activation_clamp!r}, wanted a positive number known while tracing: "
             "leave it out for no clamp."
         )
-    if not _is_number(routed_scaling_factor) or not math.isfinite(routed_scaling_factor):
+    if not abs(as_float(routed_scaling_factor)) <= _MAX_FLOAT32:
         raise MegaMoEError(
-            f"routed_scaling_factor is {routed_scaling_factor}, wanted a finite number known while tracing: "
+            f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
         )
+    return Operands(x, weights, topk_ids, topk_weights, _check_layer(layer, weights))
 
 
-def axes_in_mesh(name: str, axes: AxisNames, mesh_axes: Container[str]) -> tuple[str, ...]:
-    """Those of the axes that the mesh has, in the given order. Raises `ShardingError` for a repetition."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    if len(set(names)) != len(names):
-        raise ShardingError(f"{name} is {axes!r}, wanted each mesh axis once: drop the repetition.")
-    return tuple(axis for axis in names if axis in mesh_axes)
+def as_float(value: object) -> float:
+    """A number, of Python or NumPy, infinite beyond FP32; NaN for what is none, bools and jax arrays among it."""
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:  # an int, or a fraction, beyond all floats
+        return math.nan
+    return math.copysign(math.inf, number) if abs(number) > _MAX_FLOAT32 else number
 
 
-def _check_weights(weights: Any) -> None:
+def _check_weights(weights: object) -> ExpertWeights:
+    """The weights with their leaves out of boxes, if they have any."""
     if not isinstance(weights, ExpertWeights):
-        raise LayoutError(
-            f"weights is a {type(weights).__name__}, wanted ExpertWeights: "
-            "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
-        )
+        layers = [unwrap(element) for element in weights] if isinstance(weights, list | tuple) else []
+        if layers and all(isinstance(element, ExpertWeights) for element in layers):
+            remedy = "pass one, or all of them through stack_experts and which one as layer."
+        else:
+            remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
+        raise LayoutError(f"weights is {type_of(weights)}, wanted ExpertWeights: {remedy}")
     h, i, block = weights.hidden_size, weights.intermediate_size, layout.BLOCK
     tails = {
         "gate_up": (i // layout.PLANE_ROWS, h // block, 2 * layout.PLANE_BYTES),
@@ -88,10 +112,16 @@ def _check_weights(weights: Any) -> None:
     }
     if h > MAX_HIDDEN_SIZE:
         raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
-    lead = weights.gate_up.shape[:-3]
+    leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
+    _check_sizes_are_known({f"weights.{name}": leaf for name, leaf in leaves.items()})
+    lead = leaves["gate_up"].shape[:-3]
     for name, tail in tails.items():
-        leaf = getattr(weights, name)
-        _check_dtype(f"weights.{name}", leaf, jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn)
+        leaf, wanted = leaves[name], jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
+        if leaf.dtype != wanted:
+            raise DTypeError(
+                f"weights.{name} has dtype {leaf.dtype}, wanted {jnp.dtype(wanted).name}: "
+                "make the weights anew with pack_experts."
+            )
         if len(lead) not in (1, 2) or leaf.shape != (*lead, *tail):
             raise LayoutError(
                 f"weights.{name} has shape {leaf.shape}, wanted {_text(('E', *tail))} or {_text(('L', 'E', *tail))} "
@@ -99,39 +129,77 @@ def _check_weights(weights: Any) -> None:
             )
     if lead[:-1] == (0,):
         raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
+    return dataclasses.replace(weights, **leaves)
 
 
-def _check_layer(layer: Any, weights: ExpertWeights) -> None:
+def _check_sizes_are_known(arrays: dict[str, Array]) -> None:
+    """Memory and launches are planned by the number of tokens, while the program is traced and lowered."""
+    for name, array in arrays.items():
+        if any(export.is_symbolic_dim(size) for size in array.shape):
+            raise MegaMoEError(
+                f"{name} has shape {array.shape}, wanted sizes that are numbers, also under jax.export: "
+                "export one program for each number of tokens, and pad to the next."
+            )
+
+
+def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:
+    if x.dtype != jnp.bfloat16:
+        is_wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+        remedy = "cast it" if is_wide else "pass the hidden states, not quantised"
+        raise DTypeError(f"x has dtype {x.dtype}, wanted bfloat16: {remedy}.")
+    if jnp.issubdtype(topk_ids.dtype, jnp.floating) and jnp.issubdtype(topk_weights.dtype, jnp.integer):
+        raise DTypeError(
+            f"topk_ids has dtype {topk_ids.dtype} and topk_weights {topk_weights.dtype}, wanted int32 and float32: "
+            "they are swapped, pass the ids first."
+        )
+    if topk_ids.dtype != jnp.int32:
+        if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
+            remedy = "pass the ids of experts, whole numbers"
+        elif jnp.iinfo(topk_ids.dtype).max > jnp.iinfo(jnp.int32).max:
+            # A cast drops the upper bits, and may make the id of an expert of what is none.
+            remedy = "cast it, with -1 for ids that are beyond int32, if there are any"
+        else:
+            remedy = "cast it"
+        raise DTypeError(f"topk_ids has dtype {topk_ids.dtype}, wanted int32: {remedy}.")
+    if topk_weights.dtype != jnp.float32:
+        is_real = jnp.issubdtype(topk_weights.dtype, jnp.floating) or jnp.issubdtype(topk_weights.dtype, jnp.integer)
+        remedy = "cast it" if is_real else "pass the routing weights"
+        raise DTypeError(f"topk_weights has dtype {topk_weights.dtype}, wanted float32: {remedy}.")
+
+
+def _check_layer(layer: object, weights: ExpertWeights) -> jax.Array:
     if weights.is_stacked != (layer is not None):
         what, wanted = ("stacked", "an index") if weights.is_stacked else ("not stacked", "None")
         raise ShapeError(f"layer is {layer}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says.")
     if layer is None:
-        return
-    if isinstance(layer, int | np.integer) and not isinstance(layer, bool):
-        num_layers = weights.gate_up.shape[0]
-        if not 0 <= layer < num_layers:
-            raise ShapeError(f"layer is {layer}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
-        return
-    if jnp.shape(layer) != ():
-        raise ShapeError(f"layer has shape {jnp.shape(layer)}, wanted a scalar: call moe once for each layer.")
-    _check_dtype("layer", layer, jnp.int32)
+        return _to_device(0)
+    value = layer if isinstance(layer, int) else as_array("layer", layer)
+    if not isinstance(value, int):
+        if value.shape != ():
+            raise ShapeError(f"layer has shape {value.shape}, wanted a scalar: call moe once for each layer.")
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise DTypeError(f"layer has dtype {value.dtype}, wanted an integer type: pass a layer's number.")
+        if isinstance(value, jax.Array):
+            return value if value.dtype == jnp.int32 else _clamp_to_int32(value)
+    if isinstance(value, bool):
+        raise DTypeError(f"layer is {value}, wanted an integer type: pass a layer's number.")
+    num_layers = weights.gate_up.shape[0]
+    if not 0 <= int(value) < num_layers:
+        raise ShapeError(f"layer is {value}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
+    return _to_device(int(value))
 
 
-def _check_dtype(name: str, value: Any, wanted: Any) -> None:
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise DTypeError(
-            f"{name} is a {type(value).__name__}, wanted an array of {jnp.dtype(wanted).name}: convert it with "
-            "jax.numpy.asarray."
-        )
-    if value.dtype != wanted:
-        raise DTypeError(
-            f"{name} has dtype {value.dtype}, wanted {jnp.dtype(wanted).name}: "
-            + ("make the weights anew with pack_experts." if name.startswith("weights.") else "cast it.")
-        )
+def _to_device(layer: int) -> jax.Array:
+    # By itself a transfer that the caller's guard (jax.transfer_guard) counts as meant.
+    return jax.device_put(np.int32(layer))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+@jax.jit
+def _clamp_to_int32(layer: jax.Array) -> jax.Array:
+    """int32[] that is inside or outside of [0, L) like the layer, also of types that hold more than int32 does."""
+    info, int32 = jnp.iinfo(layer.dtype), jnp.iinfo(jnp.int32)
+    low, high = max(info.min, int32.min), min(info.max, int32.max)
+    return jnp.clip(layer, jnp.asarray(low, layer.dtype), jnp.asarray(high, layer.dtype)).astype(jnp.int32)
 
 
 def _text(shape: tuple[Any, ...], *more: Any) -> str:

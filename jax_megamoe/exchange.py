@@ -1,7 +1,7 @@
 """What one device does inside a manual region, and how XLA's collectives give it other ranks' tokens and results."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.primitives import _compat
+from jax_megamoe.primitives._specs import axes_text
 
 Op = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -37,16 +38,13 @@ def moe_per_device(
     `reference.moe_local`; else `group_op`, that of `through_collectives` without its first argument.
 
     Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
+    They also tell whether a device has all experts where the axes could split them; nothing else does.
     Without `with_load`, load is zero, and nothing has to be added up.
     """
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
     num_local_experts = leaves[0].shape[-4]
+    _check_share(leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
     is_split = num_local_experts != num_experts
-    if is_split and num_local_experts * num_ranks != num_experts:
-        raise ShapeError(
-            f"weights hold {num_local_experts} experts on each device, wanted {num_experts} / {num_ranks} along "
-            f"expert_axis {expert_axes} or all {num_experts}: shard dimension E over that axis and no other."
-        )
     no_load = jnp.zeros(num_local_experts, jnp.int32)  # Varies over no axis.
     if x.shape[0] == 0:
         return x, no_load
@@ -71,6 +69,41 @@ def moe_per_device(
     elif counted:
         load = jax.lax.psum(load, counted)
     return y, load
+
+
+def _check_share(
+    leaves: Sequence[jax.Array],
+    num_local_experts: int,
+    num_experts: int,
+    expert_axes: tuple[str, ...],
+    axis_sizes: Mapping[str, int],
+) -> None:
+    """Raises `ShapeError` where a device's experts are neither its share of all of them, nor all of them."""
+    num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
+    if num_local_experts * num_ranks == num_experts:
+        return
+    if num_local_experts == num_experts:
+        tells = _compat.tracks_varying()
+        if tells and not any(axis_sizes[axis] > 1 for axis in _compat.varying_axes(*leaves) & set(expert_axes)):
+            return
+        # Made by a device from its own experts, weights count these alone unless told better.
+        wanted = num_local_experts * num_ranks
+        raise ShapeError(
+            f"weights hold {num_local_experts} experts on each of {num_ranks} devices along {axes_text(expert_axes)} "
+            f"and say that there are {num_experts} in all, wanted {wanted}: pass num_experts={wanted} to "
+            "quantize_experts or pack_experts inside jax.shard_map"
+            + ("." if tells else ", or expert_axis=None to moe where each device has all experts.")
+        )
+    if expert_axes:
+        raise ShapeError(
+            f"weights hold {num_local_experts} experts on each device, wanted {num_experts} / {num_ranks} along "
+            f"{axes_text(expert_axes)} or all {num_experts}: shard dimension E over these axes and no other, or say "
+            "with num_experts= of quantize_experts or pack_experts how many there are in all."
+        )
+    raise ShapeError(
+        f"weights hold {num_local_experts} of {num_experts} experts, wanted all of them where no mesh axis splits "
+        f"them: pass as expert_axis what does, of {axes_text(axis_sizes)}."
+    )
 
 
 def through_collectives(

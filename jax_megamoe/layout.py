@@ -18,10 +18,12 @@ move bytes only, and are exact inverses of each other. They use no gather, so th
 leading dimensions. FP8 arrays may come as their bytes.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 LAYOUT_TAG = "sm90_v1"
 BLOCK = 128  # a weight scale covers BLOCK x BLOCK weights
@@ -67,10 +69,12 @@ def _permute_trailing(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 def reshape_trailing(x: jax.Array, num_lead: int, *sizes: int) -> jax.Array:
     """Reshapes all but the first `num_lead` dimensions, which keep their sharding (explicit mode has to be told)."""
     shape = (*x.shape[:num_lead], *sizes)
-    if all(axis is None for axis in jax.typeof(x).sharding.spec):
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
         return x.reshape(shape)
-    lead = jax.typeof(x).sharding.spec[:num_lead]
-    return jax.lax.reshape(x, shape, out_sharding=jax.sharding.PartitionSpec(*lead, *(None for _ in sizes)))
+    # With the mesh of the type itself: there may be none in the context.
+    spec = PartitionSpec(*sharding.spec[:num_lead], *(None for _ in sizes))
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def _swizzle(x: jax.Array) -> jax.Array:
@@ -155,6 +159,20 @@ def unpack_down_scale(packed: jax.Array, intermediate_size: int) -> jax.Array:
     tiles, pairs = packed.shape[lead : lead + 2]
     x = reshape_trailing(packed[..., ::2, :, :2], lead, tiles // 2, 2 * pairs)
     return x[..., : intermediate_size // BLOCK]
+
+
+# Compiled: the constants of eager operations would be transfers to the device.
+@functools.partial(jax.jit, static_argnames="intermediate_size")
+def unpack(
+    gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array, *, intermediate_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The inverse of all four: packed leaves -> the arguments of `pack_experts`."""
+    return (
+        unpack_gate_up(gate_up),
+        unpack_gate_up_scale(gate_up_scale),
+        unpack_down(down),
+        unpack_down_scale(down_scale, intermediate_size),
+    )
 
 
 def _twice(x: jax.Array, axis: int) -> jax.Array:

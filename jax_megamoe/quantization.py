@@ -85,13 +85,39 @@ def quantize_activations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 def quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A weight, float [..., N, K] -> f8e4m3fn[..., N, K], f32[..., N/128, K/128] scales: one per 128x128 block.
 
-    The scale is amax / 448, or 1 for a block of zeros (or of numbers so small that their scale would be subnormal).
+    If the smallest power of two at least amax / 448 scales a block to FP8 values exactly, it is the scale, and nothing
+    is lost; no larger power of two holds more. Else the scale is amax / 448. A block of zeros, or of numbers so small
+    that their scale would be subnormal, has scale 1.
     """
     blocks = _weight_blocks(weight)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, divide(amax, E4M3_MAX))
+    power = power_of_two_scale(jnp.maximum(amax, _MIN_BLOCK_AMAX))
+    is_exact = jnp.all(_are_e4m3_values(blocks, jnp.expand_dims(power, (-3, -1))), axis=(-3, -1))
+    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, jnp.where(is_exact, power, divide(amax, E4M3_MAX)))
     values = to_e4m3(divide(blocks, jnp.expand_dims(scale, (-3, -1))))
     return reshape_trailing(values, weight.ndim - 2, *weight.shape[-2:]), scale
+
+
+def _are_e4m3_values(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """Whether values / scale, of at most 448, are E4M3 values; the scale is a power of two."""
+    # They have four significant bits, the last of them worth at least one step of the subnormals.
+    steps = divide(values, scale) * _SUBNORMAL_STEPS
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    # Arithmetic may take subnormal FP32 numbers for zero; their bits tell.
+    exponent_bits, mantissa_bits = bits & 0x7F800000, bits & 0x7FFFFF
+    return ((bits & 0xFFFFF) == 0) & (steps == jnp.round(steps)) & ((exponent_bits != 0) | (mantissa_bits == 0))
+
+
+def widen_scale(scale: jax.Array) -> jax.Array:
+    """Scales f32, bf16, f8e8m0fnu, or uint8, the bytes of the last -> f32, exactly; byte b is 2^(b - 127), 255 NaN."""
+    if scale.dtype == jnp.float8_e8m0fnu:
+        scale = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    if scale.dtype != jnp.uint8:
+        return scale.astype(jnp.float32)
+    # By bits, since 2^-127 is subnormal in FP32, and arithmetic may take it for zero.
+    exponents = scale.astype(jnp.uint32)
+    bits = jnp.where(exponents == 0, jnp.uint32(1 << 22), exponents << 23)
+    return jax.lax.bitcast_convert_type(jnp.where(exponents == 255, jnp.uint32(0x7FC00000), bits), jnp.float32)
 
 
 def dequantize_blocks(weight: jax.Array, scale: jax.Array) -> jax.Array:

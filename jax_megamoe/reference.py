@@ -2,13 +2,15 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
 from jax_megamoe import arguments, exchange, layout, quantization
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.options import Options
+from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -17,6 +19,36 @@ _MAX_ROWS = 512
 _MIN_ROWS = 8
 
 
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> jax.Array: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def moe(
+    x: jax.Array,
+    weights: ExpertWeights,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    return_expert_load: bool,
+    **options: Unpack[Options],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def moe(
     x: jax.Array,
     weights: ExpertWeights,
@@ -27,10 +59,10 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
-    expert_axis: Any = "expert",
-    token_axes: Any = ("data", "expert"),
+    expert_axis: AxisNames = EXPERT_AXIS,
+    token_axes: AxisNames = TOKEN_AXES,
     implementation: str | None = None,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`jax_megamoe.moe`, computed by plain array code.
 
     x bf16[..., H], topk_ids int32[..., k], topk_weights f32[..., k] -> bf16[..., H], with `return_expert_load` also
@@ -42,7 +74,7 @@ def moe(
         raise MegaMoEError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
-    arguments.check(
+    x, weights, topk_ids, topk_weights, layer = arguments.check(
         x,
         weights,
         topk_ids,
@@ -51,27 +83,44 @@ def moe(
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
     )
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
     tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
-    y, load = exchange.moe_per_device(
-        moe_local,
-        functools.partial(exchange.through_collectives, moe_local),
+    y, load = _per_device(
         x.reshape(tokens, x.shape[-1]),
         (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale),
         topk_ids.reshape(tokens, top_k),
         topk_weights.reshape(tokens, top_k),
-        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        layer,
         num_experts=weights.num_experts,
-        expert_axes=arguments.axes_in_mesh("expert_axis", expert_axis, manual_sizes),
-        token_axes=arguments.axes_in_mesh("token_axes", token_axes, manual_sizes),
-        axis_sizes=manual_sizes,
-        with_load=return_expert_load,
-        activation_clamp=math.inf if activation_clamp is None else activation_clamp,
-        routed_scaling_factor=routed_scaling_factor,
+        expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
+        token_axes=axes.tokens,
+        axis_sizes=tuple(manual_sizes.items()),
+        with_load=bool(return_expert_load),
+        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
+        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
     )
     y = y.reshape(x.shape)
     return (y, load) if return_expert_load else y
+
+
+# Compiled, also where the caller's program is not: its constants would be transfers to the device, and NaN in what is
+# not used would be found by jax_debug_nans.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_experts",
+        "expert_axes",
+        "token_axes",
+        "axis_sizes",
+        "with_load",
+        "activation_clamp",
+        "routed_scaling_factor",
+    ),
+)
+def _per_device(*operands: Any, axis_sizes: tuple[tuple[str, int], ...], **params: Any) -> tuple[jax.Array, jax.Array]:
+    group_op = functools.partial(exchange.through_collectives, moe_local)
+    return exchange.moe_per_device(moe_local, group_op, *operands, axis_sizes=dict(axis_sizes), **params)
 
 
 def moe_local(
@@ -98,7 +147,7 @@ def moe_local(
       gate_up, gate_up_scale, down, down_scale: packed leaves (`layout`) that lead with E_local, or with L, E_local.
       topk_ids: int32[T, k], local ids; anything outside [0, E_local) is an unused slot.
       topk_weights: f32[T, k].
-      layer: int32[], which layer of stacked leaves.
+      layer: int32[], which layer of stacked leaves; clamped to [0, L).
       activation_clamp: bound of gate and up; infinity for none.
       routed_scaling_factor: multiplies topk_weights.
       out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
@@ -111,7 +160,8 @@ def moe_local(
     leaves = [jnp.asarray(leaf) for leaf in (gate_up, gate_up_scale, down, down_scale)]
     if gate_up.ndim == 4:
         leaves, layer = [leaf[None] for leaf in leaves], 0
-    num_experts = leaves[0].shape[1]
+    num_layers, num_experts = leaves[0].shape[:2]
+    layer = jnp.clip(layer, 0, num_layers - 1)
     (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
     num_pairs = num_tokens * top_k
     if num_pairs == 0 or num_experts == 0:
@@ -127,7 +177,7 @@ def moe_local(
 
     quantized, token_scales = quantization.quantize_tokens(x)
     tokens = quantized.astype(jnp.bfloat16)
-    routing = jnp.where(used, topk_weights.astype(jnp.float32) * routed_scaling_factor, 0.0).reshape(num_pairs)
+    routing = (jnp.where(used, topk_weights.astype(jnp.float32), 0.0) * routed_scaling_factor).reshape(num_pairs)
     # One tile more than there are pairs, so that the last tile's write is not moved to fit.
     padded_order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (rows,))])
 

@@ -1,14 +1,23 @@
 """Router scores -> the experts of each token and their weights. A convenience: `moe` takes any router's results."""
 
+import functools
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_megamoe.arrays import as_array
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+GroupScoring = Literal["sum_of_two", "max"]
+
+# sqrt(log(1 + exp(x))) = exp(x / 2) * (1 - exp(x) / 4 + ...): from here down, the factor is 1 in FP32.
+_SMALL_LOGIT = -16.0
+_SUBNORMAL_LOGIT = 2 * math.log(jnp.finfo(jnp.float32).tiny)
+_LOG_OF_STEPS = 149 * math.log(2)  # a subnormal float is its bits times 2^-149
 
 
 def route(
@@ -19,11 +28,20 @@ def route(
     bias: jax.Array | np.ndarray | None = None,
     num_groups: int = 1,
     top_groups: int | None = None,
+    group_scoring: GroupScoring = "sum_of_two",
     renormalize: bool = True,
+    token_ids: jax.Array | np.ndarray | None = None,
+    hash_table: jax.Array | np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Selects `top_k` experts per token: logits float [..., E] -> ids int32[..., k], weights f32[..., k].
 
-    The experts come in the order of descending score, of equal scores the lower id first.
+    The experts come in the order of descending score, of equal scores the lower id first. Any leading dimensions do,
+    of size 0 too. What one token's logits are has no influence on the others.
+
+    A score that is NaN counts as the highest: NaN among a token's logits selects the experts that have it ("softmax":
+    the first experts, since all its scores are NaN), and makes the token's weights NaN (without `renormalize` and
+    "softmax": those of these experts). Ids are distinct and in [0, E) whatever the logits are. A logit of -inf scores
+    zero; with "softmax" one of +inf, or nothing but -inf, is NaN.
 
     Args:
       logits: the router's output; computed with in FP32.
@@ -32,43 +50,107 @@ def route(
         sqrt(log(1 + exp(logit))).
       bias: f32[E], added to the scores for the selection only, never to the weights.
       num_groups: the experts form this many groups of consecutive ids.
-      top_groups: selects only among this many groups, those whose two best (biased) scores have the largest sum;
-        None means all groups.
-      renormalize: divides the selected scores by their sum. No scaling factor is applied here; `moe` takes one.
+      top_groups: selects only among this many groups, those whose (biased) scores are best; None means all groups.
+      group_scoring: the score of a group: "sum_of_two", the sum of its two best ones (DeepSeek-V3), or "max", its best
+        one (DeepSeek-V2).
+      renormalize: divides the selected scores by their sum; where all of them underflow to zero, which "sigmoid" does
+        below -88, weights are zeros. No scaling factor is applied here; `moe` takes one.
+      token_ids: int [...], the token's ids in the vocabulary, for hash routing.
+      hash_table: int [vocabulary, k], the experts of each id: with it and `token_ids`, they are selected instead, in
+        the table's order, and logits give the weights alone; bias and groups are of no influence. The slots of token
+        ids outside of the table, and of entries outside [0, E), are unused: id -1, weight 0.
 
     Raises:
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
-      MegaMoEError: for an unknown `scoring`.
+      MegaMoEError: for an unknown `scoring` or `group_scoring`, numbers that are no ints known while tracing, and
+        one of `token_ids` and `hash_table` without the other.
     """
+    logits = as_array("logits", logits)
     if logits.ndim == 0:
         raise ShapeError("logits is a scalar, wanted [..., E]: pass one score per expert.")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise DTypeError(f"logits has dtype {logits.dtype}, wanted a floating-point type: cast it.")
     num_experts = logits.shape[-1]
-    top_groups = num_groups if top_groups is None else top_groups
+    if num_experts == 0:
+        raise ShapeError(f"logits has shape {logits.shape}, wanted [..., E] with E > 0: pass one score per expert.")
+    _check_choice("scoring", scoring, get_args(Scoring))
+    _check_choice("group_scoring", group_scoring, get_args(GroupScoring))
+    _check_int("num_groups", num_groups)
     if num_groups < 1 or num_experts % num_groups:
         raise ShapeError(f"num_groups is {num_groups}, wanted a divisor of {num_experts} experts: choose another.")
+    if top_groups is None:
+        top_groups = num_groups
+    _check_int("top_groups", top_groups)
     if not 1 <= top_groups <= num_groups:
         raise ShapeError(f"top_groups is {top_groups}, wanted 1 to num_groups = {num_groups}: choose another.")
-    group_size = num_experts // num_groups
-    if not 1 <= top_k <= top_groups * group_size:
-        raise ShapeError(
-            f"top_k is {top_k}, wanted 1 to {top_groups * group_size}, the experts to select from: choose another."
-        )
-    if bias is not None and bias.shape != (num_experts,):
-        raise ShapeError(f"bias has shape {bias.shape}, wanted ({num_experts},): pass one value per expert.")
+    selectable = top_groups * (num_experts // num_groups)
+    _check_int("top_k", top_k)
+    if not 1 <= top_k <= selectable:
+        raise ShapeError(f"top_k is {top_k}, wanted 1 to {selectable}, the experts to select from: choose another.")
+    if bias is not None:
+        bias = as_array("bias", bias)
+        if bias.shape != (num_experts,):
+            raise ShapeError(f"bias has shape {bias.shape}, wanted ({num_experts},): pass one value per expert.")
+        if not jnp.issubdtype(bias.dtype, jnp.floating) and not jnp.issubdtype(bias.dtype, jnp.integer):
+            raise DTypeError(f"bias has dtype {bias.dtype}, wanted float32: pass real numbers.")
+    if (token_ids is None) != (hash_table is None):
+        missing, given = ("token_ids", "hash_table") if token_ids is None else ("hash_table", "token_ids")
+        raise MegaMoEError(f"{missing} is None, wanted an array beside {given}: pass both or none.")
+    if token_ids is not None:
+        token_ids, hash_table = as_array("token_ids", token_ids), as_array("hash_table", hash_table)
+        _check_hash(token_ids, hash_table, logits.shape[:-1], top_k)
+    return _route(
+        logits,
+        bias,
+        token_ids,
+        hash_table,
+        top_k=int(top_k),
+        scoring=scoring,
+        num_groups=int(num_groups),
+        top_groups=int(top_groups),
+        group_scoring=group_scoring,
+        renormalize=bool(renormalize),
+    )
 
-    scores = _score(jnp.asarray(logits, jnp.float32), scoring)
-    selection = scores if bias is None else scores + jnp.asarray(bias, jnp.float32)
-    if top_groups < num_groups:
-        selection = _mask_groups(selection, num_groups, top_groups)
-    # top_k puts the lower index first among equals.
-    ids = jax.lax.top_k(selection, top_k)[1]
-    probs = jnp.take_along_axis(scores, ids, axis=-1)
+
+# Compiled, also where the caller's program is not: its constants would be transfers to the device.
+@functools.partial(
+    jax.jit, static_argnames=("top_k", "scoring", "num_groups", "top_groups", "group_scoring", "renormalize")
+)
+def _route(
+    logits: jax.Array,
+    bias: jax.Array | None,
+    token_ids: jax.Array | None,
+    hash_table: jax.Array | None,
+    *,
+    top_k: int,
+    scoring: Scoring,
+    num_groups: int,
+    top_groups: int,
+    group_scoring: GroupScoring,
+    renormalize: bool,
+) -> tuple[jax.Array, jax.Array]:
+    logits = logits.astype(jnp.float32)
+    scores = _score(logits, scoring)
+    if token_ids is not None and hash_table is not None:
+        ids = _look_up(token_ids, hash_table, logits.shape[-1])
+    else:
+        if bias is None:
+            selection = _score(_raise_small(logits), scoring) if scoring == "sqrtsoftplus" else scores
+        else:
+            selection = scores + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(logits.ndim - 1)))
+        ids = _select(selection, top_k, num_groups, top_groups, group_scoring)
+    used = ids >= 0
+    index = jnp.maximum(ids, 0)
+    if renormalize and scoring == "sqrtsoftplus":
+        chosen = jnp.where(used, jnp.take_along_axis(logits, index, axis=-1), -jnp.inf)
+        weights = _score(_raise_small(chosen), scoring)
+    else:
+        weights = jnp.where(used, jnp.take_along_axis(scores, index, axis=-1), 0.0)
     if renormalize:
-        # All selected scores may be zero: sigmoid underflows.
-        probs = probs / jnp.maximum(jnp.sum(probs, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return ids.astype(jnp.int32), probs
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / jnp.where(total == 0, 1.0, total)
+    return ids, weights
 
 
 def _score(logits: jax.Array, scoring: Scoring) -> jax.Array:
@@ -78,14 +160,81 @@ def _score(logits: jax.Array, scoring: Scoring) -> jax.Array:
         case "sigmoid":
             return jax.nn.sigmoid(logits)
         case "sqrtsoftplus":
-            return jnp.sqrt(jax.nn.softplus(logits))
-        case _:
-            raise MegaMoEError(f"scoring is {scoring!r}, wanted one of {', '.join(get_args(Scoring))}: choose one.")
+            # softplus underflows at half the logit at which its root does. The bounds keep what is not taken finite.
+            root = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, _SMALL_LOGIT)))
+            small = jnp.exp(jnp.minimum(logits, _SMALL_LOGIT) / 2)
+            # Arithmetic flushes subnormal results to zero on some backends; moving their bits does not.
+            steps = jnp.round(jnp.exp(jnp.minimum(logits, _SUBNORMAL_LOGIT) / 2 + _LOG_OF_STEPS)).astype(jnp.uint32)
+            subnormal = jax.lax.bitcast_convert_type(steps, jnp.float32)
+            small = jnp.where(logits < _SUBNORMAL_LOGIT, subnormal, small)
+            return jnp.where(logits < _SMALL_LOGIT, small, root)
 
 
-def _mask_groups(selection: jax.Array, num_groups: int, top_groups: int) -> jax.Array:
-    groups = selection.reshape(*selection.shape[:-1], num_groups, -1)
-    best_two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
-    kept = jax.lax.top_k(jnp.sum(best_two, axis=-1), top_groups)[1]
-    keep = jnp.any(kept[..., None] == jnp.arange(num_groups), axis=-2)
-    return jnp.where(keep[..., None], groups, -jnp.inf).reshape(selection.shape)
+def _raise_small(logits: jax.Array) -> jax.Array:
+    """Where all logits of a token are small, shifts them up, which multiplies their sqrtsoftplus by one factor.
+
+    The order of experts and of sums over experts, and the quotients of scores, are as before, without underflow.
+    """
+    largest = jnp.max(jnp.where(jnp.isnan(logits), -jnp.inf, logits), axis=-1, keepdims=True)
+    shift = jnp.minimum(largest - _SMALL_LOGIT, 0.0)
+    return logits - jnp.maximum(shift, jnp.finfo(jnp.float32).min)
+
+
+def _select(
+    selection: jax.Array, top_k: int, num_groups: int, top_groups: int, group_scoring: GroupScoring
+) -> jax.Array:
+    """f32[..., E] -> int32[..., k], of the experts in the best groups the best ones."""
+    if top_groups == num_groups:
+        return _best(selection, top_k)
+    *lead, num_experts = selection.shape
+    size = num_experts // num_groups
+    groups = selection.reshape(*lead, num_groups, size)
+    best = jax.lax.top_k(_nan_as_infinity(groups), 1 if group_scoring == "max" else min(2, size))[0]
+    # In ascending order, so that of equal experts the lower id still comes first.
+    kept = jnp.sort(_best(jnp.sum(best, axis=-1), top_groups), axis=-1)
+    candidates = jnp.take_along_axis(groups, kept[..., None], axis=-2).reshape(*lead, top_groups * size)
+    position = _best(candidates, top_k)
+    return jnp.take_along_axis(kept, position // size, axis=-1) * size + position % size
+
+
+def _best(values: jax.Array, count: int) -> jax.Array:
+    """The indices of the largest, int32[..., count]; of equal ones the lower index first, NaN counts as the largest."""
+    return jax.lax.top_k(_nan_as_infinity(values), count)[1].astype(jnp.int32)
+
+
+def _nan_as_infinity(values: jax.Array) -> jax.Array:
+    # top_k orders NaNs by their sign.
+    return jnp.where(jnp.isnan(values), jnp.inf, values)
+
+
+def _look_up(token_ids: jax.Array, hash_table: jax.Array, num_experts: int) -> jax.Array:
+    """The table's experts of each token, int32[..., k]; -1 for those that do not exist."""
+    vocabulary = hash_table.shape[0]
+    known = (token_ids >= 0) & (token_ids < vocabulary)
+    ids = hash_table[jnp.where(known, token_ids, 0)]
+    return jnp.where(known[..., None] & (ids >= 0) & (ids < num_experts), ids, -1).astype(jnp.int32)
+
+
+def _check_hash(token_ids: jax.Array | np.ndarray, table: jax.Array | np.ndarray, lead: object, top_k: int) -> None:
+    for name, array in (("token_ids", token_ids), ("hash_table", table)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise DTypeError(f"{name} has dtype {array.dtype}, wanted an integer type: pass ids.")
+    if token_ids.shape != lead:
+        raise ShapeError(
+            f"token_ids has shape {token_ids.shape}, wanted {lead} like logits without the experts: reshape it."
+        )
+    if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] != top_k:
+        raise ShapeError(
+            f"hash_table has shape {table.shape}, wanted [vocabulary, {top_k}] for top_k = {top_k}: "
+            "pass the table of this layer."
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MegaMoEError(f"{name} is {value!r}, wanted one of {', '.join(choices)}: choose one.")
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise MegaMoEError(f"{name} is {value!r}, wanted an int known while tracing: pass a Python number.")

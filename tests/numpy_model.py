@@ -45,7 +45,10 @@ def quantize_rows(values: Array, block: int, floor: float, power_of_two: bool) -
 
 
 def quantize_experts(gate: Array, up: Array, down: Array) -> Experts:
-    """Float [E, I, H], [E, I, H], [E, H, I] -> FP8 with a scale per 128x128 block, block by block."""
+    """Float [E, I, H], [E, I, H], [E, H, I] -> FP8 with a scale per 128x128 block, block by block.
+
+    The scale is a power of two where one makes the block exact.
+    """
 
     def quantize(weight: Array) -> tuple[Array, Array]:
         e, n, k = weight.shape
@@ -54,6 +57,9 @@ def quantize_experts(gate: Array, up: Array, down: Array) -> Experts:
             expert, rows, columns = index[0], *(slice(128 * i, 128 * i + 128) for i in index[1:])
             block = weight[expert, rows, columns].astype(np.float32)
             scales[index] = np.abs(block).max() / np.float32(448) or 1
+            power = np.exp2(np.ceil(np.log2(np.float64(scales[index]))))
+            if np.array_equal(round_e4m3(block / power) * power, block):
+                scales[index] = power
             values[expert, rows, columns] = round_e4m3(block / scales[index])
         return values, scales
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,15 @@ def test_one_device(layer, wrap):
     check(y, layer)
     np.testing.assert_array_equal(load, layer.load)
     assert load.dtype == jnp.int32
+
+
+def test_types_of_the_results():
+    """Checked by mypy too."""
+    layer = make_layer()
+    for function in (mm.moe, mm.reference.moe):
+        y = assert_type(function(layer.x, layer.weights, layer.ids, layer.probs, expert_axis=None), jax.Array)
+        both = function(layer.x, layer.weights, layer.ids, layer.probs, return_expert_load=True)
+        assert y.shape == assert_type(both, tuple[jax.Array, jax.Array])[0].shape
 
 
 def test_is_the_reference_bit_by_bit(layer):

@@ -121,6 +121,62 @@ def test_blocks_use_their_whole_range(exponent, seed):
     assert (np.abs(restored - weight) <= bound * (1 + 1e-5)).all()
 
 
+def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float64) * np.asarray(scales, np.float64).repeat(128, 0).repeat(128, 1)
+
+
+E4M3_VALUES = [value for value in np.arange(256, dtype=np.uint8).view(FP8).astype(float) if math.isfinite(value)]
+E2M1_VALUES = [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    # What the weights are made of, and over how many powers of two they may spread in one block.
+    kind=st.sampled_from(
+        [(E4M3_VALUES, 0), (E2M1_VALUES, 8), ([1.0], 16), ([0.0, -1.0], 9), ([-416.0, 1.125], 3), ([1.875, -1.75], 12)]
+    ),
+    exponent=st.integers(-100, 110),
+    seed=st.integers(0, 99),
+)
+def test_blocks_that_a_power_of_two_makes_exact_lose_nothing(kind, exponent, seed):
+    rng = np.random.default_rng(seed)
+    values, spread = kind
+    # One exponent for each 32 columns, as MXFP4 has them.
+    exponents = np.repeat(exponent - rng.integers(0, spread + 1, (256, 12)), 32, 1)
+    weight = (rng.choice(values, (256, 384)) * 2.0**exponents).astype(np.float32)
+    weight[128:, 128:256] = 0
+    quantized, scales = jax.jit(quantization.quantize_blocks)(weight)
+    np.testing.assert_array_equal(dequantize(quantized, scales), weight)
+    assert scales[1, 1] == 1 and (np.frexp(scales)[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("values", [[1.75 * 2.0**127], [2.0**127, -(2.0**112)], [2.0**-117], [2.0**-116, -(2.0**-125)]])
+def test_exact_blocks_at_the_ends_of_fp32(values):
+    weight = np.resize(np.array(values, np.float32), (128, 128))
+    np.testing.assert_array_equal(dequantize(*jax.jit(quantization.quantize_blocks)(weight)), weight)
+
+
+@pytest.mark.parametrize("exponent", [0, -60, 60])
+# Five significant bits, or more; below the smallest subnormal, between two of them; five bits above 448.
+@pytest.mark.parametrize("odd", [1.0625, 447.0, 1 / 3, 1 + 2.0**-23, 2.0**-10, 2.0**-9 * 1.5, 464.0, 2.0**-60])
+def test_one_odd_value_among_exact_ones_makes_the_largest_448(odd, exponent):
+    weight = np.random.default_rng(0).choice([320.0, 288.0, -1.0, 0.0], (128, 128))
+    weight[7, 64] = odd
+    weight = (weight * 2.0**exponent).astype(np.float32)
+    quantized, scales = jax.jit(quantization.quantize_blocks)(weight)
+    np.testing.assert_array_equal(scales, np.abs(weight).max() / np.float32(448))
+    np.testing.assert_array_equal(as_bytes(quantized), as_bytes(numpy_model.round_e4m3(weight / scales[0, 0])))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_nan_or_infinity_among_exact_values_is_not_lost(bad):
+    weight = np.ones((128, 256), np.float32)
+    weight[3, 4] = bad
+    with np.errstate(invalid="ignore"):  # 0 * inf
+        restored = dequantize(*jax.jit(quantization.quantize_blocks)(weight))
+    assert np.isnan(restored[3, 4]) and (restored[:, 128:] == 1).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-38, -1e-45])
 def test_blocks_without_a_normal_scale_have_scale_one(value):
     values, scales = quantization.quantize_blocks(jnp.full((128, 128), value))

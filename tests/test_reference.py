@@ -195,7 +195,7 @@ def test_runs_are_bitwise_reproducible(weights):
         ({"topk_ids": np.zeros((3, 2), np.int32)}, ShapeError, r"topk_ids has shape \(3, 2\)"),
         ({"topk_ids": np.zeros((4, 2), np.float32)}, DTypeError, "topk_ids has dtype float32, wanted int32"),
         ({"topk_weights": np.zeros((4, 3), np.float32)}, ShapeError, r"topk_weights has shape \(4, 3\)"),
-        ({"weights": None}, LayoutError, "weights is a NoneType"),
+        ({"weights": None}, LayoutError, "weights is None, wanted ExpertWeights"),
         ({"layer": 0}, ShapeError, "layer is 0, wanted None"),
         ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive number"),
         ({"activation_clamp": float("nan")}, MegaMoEError, "activation_clamp is nan"),

@@ -196,7 +196,10 @@ def test_specs_that_cannot_be_served():
         jax.jit(mm.moe)(place(mesh, layer.x, None, "expert"), weights, ids, probs)
     with pytest.raises(ShardingError, match=r"weights.gate_up is .*2@data.*, wanted dimension 0, the experts"):
         jax.jit(mm.moe)(x, place(mesh, layer.weights, "expert", "data"), ids, probs)
-    with pytest.raises(ShardingError, match=r"weights.gate_up is .*8@data.*expert_axis=\('expert',\) or nothing"):
+    with pytest.raises(
+        ShardingError,
+        match=r"weights.gate_up is .*8@data.*the experts, split over 'expert' or nothing split",
+    ):
         jax.jit(mm.moe)(x, place(mesh, layer.weights, "data"), ids, probs)
 
 

@@ -1,5 +1,6 @@
 """Packing weights: values, the pytree, and what is refused."""
 
+import contextlib
 import dataclasses
 import pickle
 
@@ -56,6 +57,24 @@ def test_a_block_of_zeros_has_scale_one(floats):
     assert (down_scale[2] == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_mxfp4_weights_lose_nothing(dtype):
+    rng = np.random.default_rng(1)
+
+    def mxfp4(*shape: int) -> np.ndarray:
+        exponents = rng.integers(-9, -4, (*shape[:-1], shape[-1] // 32)).repeat(32, -1)
+        return (
+            rng.choice([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6], shape) * 2.0**exponents
+        ).astype(dtype)
+
+    gate, up, down = mxfp4(E, I, H), mxfp4(E, I, H), mxfp4(E, H, I)
+    natural = numpy_model.Experts(*map(np.asarray, mm.quantize_experts(gate, up, down).unpack()))
+    np.testing.assert_array_equal(
+        numpy_model.dequantize(natural.gate_up, natural.gate_up_scale), np.concatenate([gate, up], axis=1).astype(float)
+    )
+    np.testing.assert_array_equal(numpy_model.dequantize(natural.down, natural.down_scale), down.astype(float))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats_are_quantised_as_the_values_they_are(floats, dtype):
     narrow = [jnp.asarray(array, dtype) for array in floats]
@@ -103,17 +122,28 @@ def test_stacked_layers_scan_and_unpack(weights, natural):
     assert_same([leaf[1] for leaf in per_layer], [leaf[::-1] for leaf in natural])
 
 
+@pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_inputs_give_sharded_weights(floats, weights, axis_type):
+def test_sharded_inputs_give_sharded_weights(floats, weights, axis_type, in_context):
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P("expert"))
-        sharded = mm.quantize_experts(*(jax.device_put(array, sharding) for array in floats))
-        assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(sharded))
+
+    def is_split(array: jax.Array, *spec: str | None) -> bool:
+        return array.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), array.ndim)
+
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        sharded = mm.quantize_experts(*(jax.device_put(array, NamedSharding(mesh, P("expert"))) for array in floats))
         unpacked = jax.jit(lambda w: w.unpack())(sharded)
-        assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in unpacked)
+        eagerly = sharded.unpack()
+        packed = mm.pack_experts(*unpacked)
+        stacked = mm.stack_experts([sharded, packed])
+        unstacked = stacked.unpack()
+    for split in (sharded, unpacked, eagerly, packed):
+        assert all(is_split(leaf, "expert") for leaf in jax.tree.leaves(split))
+    assert all(is_split(leaf, None, "expert") for leaf in jax.tree.leaves((stacked, unstacked)))
     assert_same(sharded, weights)
-    assert_same(unpacked, weights.unpack())
+    assert_same(packed, weights)
+    for natural in (unpacked, eagerly, [leaf[1] for leaf in unstacked]):
+        assert_same(natural, weights.unpack())
 
 
 def test_prefix_spec_and_local_leaves_in_shard_map(weights):

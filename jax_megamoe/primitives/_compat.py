@@ -59,6 +59,11 @@ def devices_of_program(ctx: Any) -> tuple[Any, ...] | None:
     return tuple(mesh.devices.flat) if isinstance(mesh, jax.sharding.Mesh) else None
 
 
+def num_devices_of_program(ctx: Any) -> int | None:
+    """How many devices the program that is lowered runs on; None inside `shard_map`, or if JAX does not say."""
+    return getattr(ctx.module_context.axis_context, "num_devices", None)
+
+
 def call_site(ctx: Any) -> str:
     """A name for a call in the module that is lowered, another one each time, and the same in every process.
 

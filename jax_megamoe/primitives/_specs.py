@@ -44,6 +44,11 @@ def axes_size(mesh: AbstractMesh, axes: Iterable[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
+def axes_text(axes: Iterable[str]) -> str:
+    """Axes as messages name them."""
+    return ", ".join(repr(axis) for axis in axes) or "no axis"
+
+
 def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
     """The axes of the mesh that have this type."""
     return frozenset(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == axis_type)
@@ -82,19 +87,25 @@ def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[s
         others = [axes for dim, axes in enumerate(dims) if dim != dim_of_experts and axes]
         found[name] = tuple(axis for axis in dims[dim_of_experts] if mesh.shape[axis] > 1)
         if others or found[name] not in (typed, ()):
+            wanted_split = f"dimension {dim_of_experts}, the experts, split over {axes_text(typed)} or nothing split"
+            remedy = "reshard the weights once, when they are loaded"
+            if not others:
+                split = found[name][0] if len(found[name]) == 1 else found[name]
+                remedy += f", or pass expert_axis={split!r}, which splits them"
             raise ShardingError(
-                f"weights.{name} is {leaf}, wanted dimension {dim_of_experts}, the experts, split over "
-                f"expert_axis={expert_axes} or nothing split: reshard the weights once, when they are loaded."
+                f"weights.{name} is {leaf}, wanted "
+                f"{wanted_split if typed else 'nothing split without an axis of the experts'}: {remedy}."
             )
         num_experts, num_ranks = leaf.shape[dim_of_experts], axes_size(mesh, wanted)
         if num_experts % num_ranks:
             raise ShapeError(
-                f"weights have {num_experts} experts, wanted a multiple of the {num_ranks} ranks along expert_axis="
-                f"{expert_axes}: choose another mesh, or pad the weights with experts that no id names."
+                f"weights have {num_experts} experts, wanted a multiple of the {num_ranks} ranks along "
+                f"{axes_text(wanted)}: choose another mesh, or pad the weights with experts that no id names."
             )
     if found["gate_up"] != found["down"]:
         raise ShardingError(
-            f"weights.gate_up has its experts over {found['gate_up']} and weights.down over {found['down']}, "
+            f"weights.gate_up has its experts over {axes_text(found['gate_up'])} and weights.down over "
+            f"{axes_text(found['down'])}, "
             "wanted the same: reshard the weights with one spec."
         )
     return wanted if found["gate_up"] == typed else ()
@@ -104,7 +115,12 @@ def _axes_of_dims(name: str, value: Any) -> list[tuple[str, ...]]:
     spec = value.sharding.spec
     if getattr(spec, "unreduced", None):
         raise ShardingError(f"{name} is {value}, wanted no partial sums: reshard it first.")
-    entries = [*spec, *(None,) * (value.ndim - len(spec))]
+    return axes_of_dims(spec, value.ndim)
+
+
+def axes_of_dims(spec: P, ndim: int) -> list[tuple[str, ...]]:
+    """The axes that a spec names for each of the dimensions of an array."""
+    entries = [*spec, *(None,) * (ndim - len(spec))]
     return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
 
 
@@ -119,6 +135,5 @@ def reshard(value: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
 
 def restrict(spec: P, axes: frozenset[str], ndim: int) -> P:
     """The spec with only these axes in it, and an entry for every dimension."""
-    entries = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
-    kept = [tuple(axis for axis in entry if axis in axes) for entry in entries]
-    return P(*(entry or None for entry in kept), *(None,) * (ndim - len(kept)))
+    kept = (tuple(axis for axis in dim if axis in axes) for dim in axes_of_dims(spec, ndim))
+    return P(*(dim or None for dim in kept))

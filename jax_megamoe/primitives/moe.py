@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import exchange
+from jax_megamoe.errors import ShardingError
 from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._specs import Axes
@@ -76,10 +77,15 @@ def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> t
     return (y, load), (0, 0)
 
 
-def _expand(x: jax.Array, *others: jax.Array, mesh: AbstractMesh, **params: Any) -> tuple[jax.Array, jax.Array]:
-    if mesh.empty:
-        return _per_device(x, *others, mesh=mesh, **params)
-    return _map_over_mesh(x, *others, mesh=mesh, **params)
+def _lower(ctx: Any, *operands: Any, mesh: AbstractMesh, **params: Any) -> Any:
+    if not mesh.empty and _compat.num_devices_of_program(ctx) not in (None, mesh.size):
+        raise ShardingError(
+            f"weights or tokens in the closure of a program are on {mesh.size} devices, and nothing else tells it of "
+            f"more than {_compat.num_devices_of_program(ctx)}: call it under jax.set_mesh(mesh), or pass them as "
+            "arguments of jax.jit."
+        )
+    expand = _per_device if mesh.empty else _map_over_mesh
+    return mlir.lower_fun(expand, multiple_results=True)(ctx, *operands, mesh=mesh, **params)
 
 
 def _map_over_mesh(
@@ -170,4 +176,4 @@ batching.primitive_batchers[moe_p] = _batch
 ad.primitive_jvps[moe_p] = rules.refuse_differentiation
 ad.primitive_transposes[moe_p] = rules.refuse_differentiation
 # Not cached: each call has an identity, moe_peers.py says what for.
-mlir.register_lowering(moe_p, mlir.lower_fun(_expand, multiple_results=True), cacheable=False)
+mlir.register_lowering(moe_p, _lower, cacheable=False)

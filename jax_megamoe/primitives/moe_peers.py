@@ -26,6 +26,7 @@ from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _compat, _groups, _library, _peers
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
+from jax_megamoe.primitives._specs import axes_text
 from jax_megamoe.primitives.moe_local import moe_local
 
 TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_SECONDS = "JAX_MEGAMOE_TIMEOUT_SECONDS", 30.0
@@ -161,7 +162,7 @@ def _reason_for_collectives(
 ) -> str | None:
     """Why GPUs can't run the fused kernel over this group; the same in every process, as it has to be."""
     if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
-        return f"the tokens are not split over {', '.join(same)} of expert_axis {expert_axes}"
+        return f"the tokens are not split over {axes_text(same)}, of the axes {axes_text(expert_axes)} of the experts"
     try:
         _workspace_bytes(*avals, axis_sizes=axis_sizes, expert_axes=expert_axes)
     except MegaMoEError:

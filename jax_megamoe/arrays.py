@@ -1,0 +1,50 @@
+"""What counts as an array, and as weights, in the arguments of every public function."""
+
+import numbers
+
+import jax
+import numpy as np
+
+from jax_megamoe.errors import DTypeError
+
+Array = jax.Array | np.ndarray
+
+
+def unwrap(value: object) -> object:
+    """What a Param, Variable or box of a framework holds (an array, or `ExpertWeights`); anything else as it is.
+
+    Read are `get_value()` (Flax NNX), `value` (Flax Linen, other frameworks) and `__jax_array__()` (a protocol of JAX),
+    the first that there is; also of boxes inside boxes.
+    """
+    while not isinstance(value, jax.Array | np.ndarray | np.generic):
+        if callable(get_value := getattr(value, "get_value", None)):
+            value = get_value()
+        elif (held := getattr(value, "value", None)) is not None and not callable(held):
+            value = held
+        elif callable(to_array := getattr(value, "__jax_array__", None)):
+            value = to_array()
+        else:
+            break
+    return value
+
+
+def as_array(name: str, value: object, wanted: str = "an array") -> Array:
+    """The array that was passed as argument `name`: of JAX (traced too) or NumPy, a NumPy scalar, or one in a box.
+
+    Nothing is copied or put on a device. Raises `DTypeError` for anything else, which says what was `wanted`.
+    """
+    held = unwrap(value)
+    if isinstance(held, jax.Array | np.ndarray):
+        return held
+    if isinstance(held, np.generic):
+        return np.asarray(held)
+    remedy = "convert it with jax.numpy.asarray" if isinstance(held, list | tuple | numbers.Number) else "pass one"
+    raise DTypeError(f"{name} is {type_of(held)}, wanted {wanted}: {remedy}.")
+
+
+def type_of(value: object) -> str:
+    """The type of a value as messages name it: "a list", "an int", "an array", "None"."""
+    if value is None:
+        return "None"
+    name = "array" if isinstance(value, jax.Array | np.ndarray) else type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

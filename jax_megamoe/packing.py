@@ -1,0 +1,253 @@
+"""Making `ExpertWeights`: from float weights, from FP8 blocks as checkpoints hold them, from layers one by one."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_megamoe import layout as layouts
+from jax_megamoe import quantization, weight_checks
+from jax_megamoe.arrays import Array, as_array, type_of, unwrap
+from jax_megamoe.errors import LayoutError, ShapeError
+from jax_megamoe.weight_checks import Order
+from jax_megamoe.weights import ExpertWeights
+
+Progress = Callable[[int, int], None]
+
+
+def quantize_experts(
+    gate: Array,
+    up: Array,
+    down: Array,
+    *,
+    order: Order = "out_in",
+    num_experts: int | None = None,
+    progress: Progress | None = None,
+) -> ExpertWeights:
+    """Quantises float weights to FP8 with one scale per 128x128 block, and packs them.
+
+    Values that a power-of-two scale makes exact are kept exactly (docs/numerics.md). What it takes beside arguments and
+    result is small, inside `jax.jit` too; NumPy arrays are taken to the device one expert at a time.
+
+    Args:
+      gate, up: bf16, f16 or f32 [E, I, H], H and I multiples of 128; with order="in_out" [E, H, I].
+      down: the same types, [E, H, I]; with order="in_out" [E, I, H].
+      order: "out_in" as PyTorch and checkpoints hold matrices, "in_out" as Flax and MaxText do. Where all three are in
+        the other order they are those of a layer with H and I exchanged, and if H = I nothing can tell: say the order.
+      num_experts: how many experts there are on all devices together, where the arrays hold a part of them, as inside
+        `jax.shard_map`; None for those that the arrays hold. Copies of an expert count as experts of their own.
+      progress: called with (experts done, E): after each expert of NumPy arrays, at the end for those of JAX.
+
+    Raises:
+      ShapeError, DTypeError: while tracing, for arguments that cannot be served.
+      LayoutError: for weights that are packed already, or an unknown order.
+    """
+    gate, up, down = (_array(name, value) for name, value in (("gate", gate), ("up", up), ("down", down)))
+    weight_checks.check_order(order)
+    weight_checks.check_floats(gate, up, down, order)
+    num_held = gate.shape[0]
+    num_experts = weight_checks.count_experts(num_held, num_experts)
+    if all(isinstance(array, np.ndarray) for array in (gate, up, down)):
+        parts = (
+            _quantize(*(array[expert : expert + 1] for array in (gate, up, down)), order=order)
+            for expert in range(num_held)
+        )
+        weights = _fill(parts, num_held, "experts", progress)
+    else:
+        weights = _quantize(gate, up, down, order=order)
+        if progress is not None:
+            progress(num_held, num_held)
+    return dataclasses.replace(weights, num_experts=num_experts)
+
+
+def pack_experts(
+    gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array, *, num_experts: int | None = None
+) -> ExpertWeights:
+    """Packs FP8 weights with a scale per 128x128 block, as checkpoints hold them; nothing is rounded.
+
+    Args:
+      gate_up: f8e4m3fn[E, 2I, H], gate rows first; H and I multiples of 128.
+      gate_up_scale: f32, bf16 or f8e8m0fnu [E, 2I/128, H/128], or the bytes of the last in uint8: a byte b is
+        2^(b - 127), and 255 is NaN, which makes NaN of what its block reaches. A value of the layer is weight * scale.
+      down: f8e4m3fn[E, H, I].
+      down_scale: as gate_up_scale, [E, H/128, I/128].
+      num_experts: as in `quantize_experts`.
+
+    Raises:
+      ShapeError, DTypeError: for arguments that cannot be served, while tracing; also for floats on this host that are
+        E8M0 exponents after a cast: whole numbers of at least 64, not all powers of two.
+      LayoutError: for weights that are packed already.
+    """
+    arrays = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down, "down_scale": down_scale}
+    blocks = [_array(name, value) for name, value in arrays.items()]
+    weight_checks.check_blocks(*blocks)
+    num_experts = weight_checks.count_experts(blocks[2].shape[0], num_experts)
+    return dataclasses.replace(_pack(*blocks), num_experts=num_experts)
+
+
+def stack_experts(
+    weights: Iterable[ExpertWeights], *, num_layers: int | None = None, progress: Progress | None = None
+) -> ExpertWeights:
+    """Stacks the weights of equally shaped layers, for `moe(..., layer=i)`.
+
+    Args:
+      weights: the layers; any iterable.
+      num_layers: how many there are. Given, each layer goes into its place of the result as it comes, so that with a
+        generator little more than the result is in memory; else all layers are there beside it.
+      progress: called with (layers done, num_layers) after each layer where `num_layers` is given.
+
+    Raises `ShapeError` for layers of different shapes or another number of them, `LayoutError` for other things.
+    """
+    layers = _each_layer(weights)
+    if num_layers is not None:
+        num_layers = weight_checks.require_count("num_layers", num_layers)
+        return _fill(layers, num_layers, "layers", progress)
+    gathered = list(layers)
+    if not gathered:
+        raise ShapeError("weights is an empty sequence, wanted the ExpertWeights of at least one layer: pass some.")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gathered)
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) -> ExpertWeights:
+    row_axis = 1 if order == "out_in" else 2
+
+    def rows(weight: jax.Array, block: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(weight, block * layouts.BLOCK, layouts.BLOCK, row_axis)
+        return part if order == "out_in" else part.swapaxes(1, 2)
+
+    def gate_up_tiles(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = [_materialize(quantization.quantize_blocks(rows(weight, block))) for weight in (gate, up)]
+        values, scale = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))
+        return layouts.pack_gate_up(values), layouts.pack_gate_up_scale(scale)
+
+    def down_tiles(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, scale = _materialize(quantization.quantize_blocks(rows(down, block)))
+        return layouts.pack_down(values), layouts.pack_down_scale(scale)
+
+    columns_axis = 3 - row_axis
+    return ExpertWeights(
+        *_map_row_blocks(gate_up_tiles, gate, gate.shape[row_axis] // layouts.BLOCK),
+        *_map_row_blocks(down_tiles, down, down.shape[row_axis] // layouts.BLOCK),
+        num_experts=gate.shape[0],
+        hidden_size=gate.shape[columns_axis],
+        intermediate_size=down.shape[columns_axis],
+    )
+
+
+# Fused with packing, which reads each byte through several exchanges, quantising would be done several times.
+_materialize = jax.lax.optimization_barrier
+
+
+def _map_row_blocks(
+    make_tiles: Callable[[jax.Array], tuple[jax.Array, jax.Array]], weight: jax.Array, num_blocks: int
+) -> tuple[jax.Array, jax.Array]:
+    """The tiles [E, 2, ...] of each block of 128 rows, joined to [E, 2 * num_blocks, ...].
+
+    One block after the other into its place, since float32 copies of all weights would take several times the room of
+    the input. Blocks of rows and not experts, which may be split over devices.
+    """
+
+    def put(block: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, 2 * block, 1)
+            for whole, part in zip(joined, make_tiles(block), strict=True)
+        )
+
+    # Of any values, since all are overwritten; made of the weight, so that they are split over devices as it is.
+    origin = weight[:, :1, :1, None]
+    start = tuple(
+        jnp.broadcast_to(origin.astype(tiles.dtype), (tiles.shape[0], 2 * num_blocks, *tiles.shape[2:]))
+        for tiles in jax.eval_shape(make_tiles, 0)
+    )
+    return jax.lax.fori_loop(0, num_blocks, put, start)
+
+
+@jax.jit
+def _pack(gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array) -> ExpertWeights:
+    num_experts, hidden_size, intermediate_size = down.shape
+    return ExpertWeights(
+        gate_up=layouts.pack_gate_up(gate_up),
+        gate_up_scale=layouts.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
+        down=layouts.pack_down(down),
+        down_scale=layouts.pack_down_scale(quantization.widen_scale(down_scale)),
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+    )
+
+
+def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Progress | None) -> ExpertWeights:
+    """Joins `count` parts along "experts", of which each has one, or along "layers", a new dimension.
+
+    Each is copied into the result as it comes and let go, so that there is never more than one beside the result.
+    """
+    result, done = None, 0
+    while (part := next(parts, None)) is not None:
+        if done < count:
+            if result is None:
+                result = jax.tree.map(functools.partial(_empty, count=count, along=along), part)
+            result = _put(result, part, np.int32(done))
+            # Else the queue of parts would grow as large as the result.
+            jax.block_until_ready(result)
+        del part
+        done += 1
+        if progress is not None and done <= count:
+            progress(done, count)
+    if result is None or done != count:
+        raise ShapeError(f"num_layers is {count}, wanted {done}, as many as weights gave: pass their number.")
+    return result
+
+
+def _empty(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
+    # A broadcast, since its result is split over devices as the leaf is.
+    shape = (count, *(leaf.shape[1:] if along == "experts" else leaf.shape))
+    return jnp.broadcast_to(jnp.zeros_like(leaf), shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: ExpertWeights, part: ExpertWeights, index: jax.Array) -> ExpertWeights:
+    return jax.tree.map(lambda w, p: jax.lax.dynamic_update_index_in_dim(w, p, index, 0), whole, part)
+
+
+def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
+    """Layers as they come, checked to be of one shape; holds none of them."""
+    held = unwrap(weights)
+    if isinstance(held, ExpertWeights) or not isinstance(held, Iterable):
+        raise LayoutError(f"weights is {type_of(held)}, wanted the ExpertWeights of several layers: pass a sequence.")
+    layers = iter(held)
+    first_shape = None
+    for layer in itertools.count():
+        try:
+            one = unwrap(next(layers))
+        except StopIteration:
+            return
+        if not isinstance(one, ExpertWeights):
+            raise LayoutError(
+                f"weights[{layer}] is {type_of(one)}, wanted ExpertWeights: "
+                "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
+            )
+        if one.is_stacked:
+            raise ShapeError(f"weights[{layer}] is stacked already, wanted one layer: pass the layers one by one.")
+        shape = (one.gate_up.shape, one.num_experts, one.hidden_size, one.intermediate_size)
+        if first_shape is None:
+            first_shape = shape
+        if shape != first_shape:
+            raise ShapeError(
+                f"weights[{layer}] has (gate_up shape, E, H, I) {shape}, wanted {first_shape} like layer 0: "
+                "stack layers of one shape."
+            )
+        box = [one]
+        del one
+        yield box.pop()
+
+
+def _array(name: str, value: object) -> Array:
+    held = unwrap(value)
+    if isinstance(held, ExpertWeights):
+        raise LayoutError(f"{name} is an ExpertWeights, wanted an array: it is packed already, pass it to moe.")
+    return as_array(name, held)

@@ -1,0 +1,61 @@
+"""What the public functions take for an array."""
+
+import boxes
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from expert_layer import packed_weights
+
+from jax_megamoe.arrays import as_array, unwrap
+from jax_megamoe.errors import DTypeError
+
+ARRAYS = [np.arange(3), jnp.arange(3.0), np.zeros((0, 2), ml_dtypes.bfloat16)]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=["numpy", "jax", "empty"])
+def test_arrays_pass_as_they_are_and_out_of_boxes(array):
+    assert as_array("x", array) is array
+    for box in boxes.ALL:
+        assert as_array("x", box(array)) is array and unwrap(box(array)) is array
+        assert as_array("x", boxes.Param(box(array))) is array
+
+
+def test_traced_arrays_pass_as_they_are():
+    def double(x):
+        assert as_array("x", x) is x and as_array("x", boxes.Param(x)) is x
+        return 2 * x
+
+    assert jax.jit(double)(jnp.arange(3)).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("scalar", [np.float32(2.5), np.int64(7), ml_dtypes.bfloat16(1.5)])
+def test_numpy_scalars_are_arrays_without_dimensions(scalar):
+    array = as_array("x", scalar)
+    assert (array.shape, array.dtype, array[()]) == ((), scalar.dtype, scalar)
+
+
+def test_weights_come_out_of_boxes():
+    weights = packed_weights()
+    assert unwrap(weights) is weights
+    for box in boxes.ALL:
+        assert unwrap(box(weights)) is weights
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0, 2.0], "bias is a list, wanted an array: convert it with jax.numpy.asarray."),
+        ((1.0, 2.0), "bias is a tuple, wanted an array: convert it with jax.numpy.asarray."),
+        (3, "bias is an int, wanted an array: convert it with jax.numpy.asarray."),
+        (boxes.Param([1.0]), "bias is a list, wanted an array: convert it with jax.numpy.asarray."),
+        (None, "bias is None, wanted an array: pass one."),
+        (boxes.Partitioned(None), "bias is a Partitioned, wanted an array: pass one."),
+        (packed_weights(), "bias is an ExpertWeights, wanted an array: pass one."),
+    ],
+)
+def test_what_is_no_array_is_refused_by_its_name(value, message):
+    with pytest.raises(DTypeError) as raised:
+        as_array("bias", value)
+    assert str(raised.value) == message

@@ -1,0 +1,78 @@
+"""The package under JAX's guards, which forbid what is legal but often a mistake: the same results as without."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_layer import E, H, I, make_layer, natural_weights, packed_weights
+
+import jax_megamoe as mm
+
+GUARDS: dict[str, Callable[[], Any]] = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "transfers": lambda: jax.transfer_guard("disallow"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    # The unused slots of the layer have NaN for weights.
+    "NaN": lambda: jax.debug_nans(True),
+    "64 bits": lambda: jax.enable_x64(True),
+}
+
+
+@functools.cache
+def operations() -> dict[str, Callable[[], Any]]:
+    """Calls whose arguments are on the device already."""
+    layer, logits = make_layer(), jax.random.normal(jax.random.key(0), (2, 5, 16))
+    stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
+    bias, tokens, table = jnp.arange(16.0), jnp.arange(10).reshape(2, 5), jnp.arange(30).reshape(10, 3)
+    floats = [jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32) for s in ((E, I, H), (E, H, I))]
+    blocks = [jnp.asarray(array) for array in natural_weights()]
+    single_tokens = [value[:, None] for value in (layer.x, layer.ids, layer.probs)]
+    index = jnp.int32(1)
+    options: dict[str, Any] = {"activation_clamp": np.float64(1.5), "return_expert_load": True}
+
+    def scan(x, weights, ids, probs):
+        def body(x, index):
+            return mm.moe(x, weights, ids, probs, layer=index, routed_scaling_factor=np.float64(0.5)), None
+
+        return jax.lax.scan(body, x, jnp.arange(2))[0]  # of 64 bits, where they are on
+
+    def mapped(x, ids, probs):
+        return mm.moe(x, layer.weights, ids, probs)
+
+    return {
+        "route": lambda: mm.route(logits, 3),
+        "route in groups": lambda: mm.route(logits, 3, scoring="sigmoid", bias=bias, num_groups=4, top_groups=2),
+        "route by maximum": lambda: mm.route(logits, 3, num_groups=4, top_groups=2, group_scoring="max"),
+        "route small scores": lambda: mm.route(logits, 3, scoring="sqrtsoftplus"),
+        "route by table": lambda: mm.route(logits, 3, scoring="sqrtsoftplus", token_ids=tokens, hash_table=table),
+        "moe": lambda: mm.moe(*layer[:4], **options),
+        "moe of a layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=1),
+        "moe of a traced layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=index),
+        "moe in jit": lambda: jax.jit(scan)(layer.x, stacked, *layer[2:4]),
+        "moe in vmap": lambda: jax.jit(jax.vmap(mapped))(*single_tokens),
+        "reference": lambda: mm.reference.moe(*layer[:4], **options),
+        "quantize": lambda: jax.tree.leaves(mm.quantize_experts(floats[0], floats[0], floats[1])),
+        "pack": lambda: jax.tree.leaves(mm.pack_experts(*blocks)),
+        "stack": lambda: jax.tree.leaves(mm.stack_experts([packed_weights(0), packed_weights(1)])),
+        "unpack": stacked.unpack,
+    }
+
+
+@functools.cache
+def unguarded(name: str) -> Any:
+    return operations()[name]()
+
+
+@pytest.mark.parametrize("name", sorted(operations()))
+@pytest.mark.parametrize("guard", sorted(GUARDS))
+def test_results_are_those_without_the_guard(guard, name):
+    wanted = unguarded(name)
+    with GUARDS[guard]():
+        results = operations()[name]()
+    for result, value in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True):
+        assert result.dtype == value.dtype
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(value))

@@ -1,0 +1,398 @@
+"""Axis names, meshes and numbers of experts that don't fit: right results, named errors, or a line in the log."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_layer import E, check, make_layer, packed_weights
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import (
+    AUTO,
+    EXPLICIT,
+    check_both,
+    make_mesh,
+    moe_and_load,
+    opcodes_of_large_results,
+    place,
+    scan_over_layers,
+)
+
+import jax_megamoe as mm
+from jax_megamoe import placement_log
+from jax_megamoe.errors import ShapeError, ShardingError
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+
+DP_EP = {"dp": 2, "ep": 4}
+DATA_EXPERT = {"data": 2, "expert": 4}
+FSDP = {"data": 1, "fsdp": 4, "tensor": 1, "expert": 2}
+
+
+def put(mesh: Mesh, tokens: Any = None, experts: Any = None, num_tokens: int = 16) -> tuple[Any, ...]:
+    layer = make_layer(num_tokens)
+    x, ids, probs = (place(mesh, value, tokens) for value in (layer.x, layer.ids, layer.probs))
+    return x, place(mesh, layer.weights, experts), ids, probs
+
+
+# Names of axes.
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axes, absent",
+    [
+        ({"expert_axis": "experts"}, "'experts'"),
+        ({"expert_axis": ("expert", "model")}, "'model'"),
+        ({"token_axes": "dp"}, "'dp'"),
+        ({"token_axes": ("data", "expert", "fsdp", "x")}, "'fsdp', 'x'"),
+        # As in the signature, but passed.
+        ({"expert_axis": "ep", "token_axes": ["data", "ep"]}, "'ep'"),
+    ],
+    ids=str,
+)
+def test_names_that_the_mesh_lacks(function, kind, axes, absent):
+    arguments = put(make_mesh(DATA_EXPERT, kind))
+    name = next(iter(axes))
+    text = f"{name} is .* and the mesh has no axis {absent}, wanted some of its axes 'data', 'expert': pass the axe?i?s"
+    with pytest.raises(ShardingError, match=text):
+        jax.eval_shape(functools.partial(function, **axes), *arguments)
+    layer = make_layer()  # on no mesh, and kept for other tests
+    with pytest.raises(ShardingError, match=text), jax.set_mesh(make_mesh(DATA_EXPERT, kind)):
+        jax.eval_shape(functools.partial(function, **axes), *layer[:4])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_names_that_the_mesh_of_a_shard_map_lacks(check_vma):
+    mesh = make_mesh(DATA_EXPERT, AUTO)
+    function = functools.partial(mm.moe, expert_axis="model")
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma)
+    with pytest.raises(ShardingError, match="expert_axis is 'model' and the mesh has no axis 'model'"):
+        jax.eval_shape(mapped, *make_layer()[:4])
+
+
+def test_any_name_serves_without_a_mesh():
+    layer = make_layer()
+    check(mm.moe(*layer[:4], expert_axis="ep", token_axes=("dp", "ep")), layer)
+
+
+@pytest.mark.parametrize("name", ["expert_axis", "token_axes"])
+@pytest.mark.parametrize("axes", [0, 1.5, ("expert", 0), {"expert"}, P("expert"), (("a", "b"),)], ids=str)
+def test_names_are_strings(name, axes):
+    with pytest.raises(ShardingError, match=f"{name} is .*, wanted the name of a mesh axis, a tuple of names, or None"):
+        mm.moe(*make_layer()[:4], **{name: axes})
+
+
+def test_explicit_weights_over_an_axis_that_is_not_named():
+    arguments = put(make_mesh({"data": 2, "model": 4}, EXPLICIT), "data", "model")
+    with pytest.raises(ShardingError, match="weights.gate_up is .*@model.*pass expert_axis='model'") as error:
+        jax.eval_shape(mm.moe, *arguments)
+    assert "()" not in str(error.value)
+    check(jax.jit(functools.partial(mm.moe, expert_axis="model"))(*arguments), make_layer())
+
+
+# Inside shard_map nothing but names and marks tells how tokens are split.
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+def test_tokens_in_shard_map_without_marks(function):
+    mesh, tokens = make_mesh(DP_EP, AUTO), P(("dp", "ep"))
+    arguments = put(mesh, ("dp", "ep"), "ep")
+
+    def mapped(**options: Any) -> Callable:
+        specs: Any = {"in_specs": (tokens, P("ep"), tokens, tokens), "out_specs": tokens}
+        return jax.shard_map(functools.partial(function, **options), mesh=mesh, **specs, check_vma=False)
+
+    with pytest.raises(
+        ShardingError, match=r"token_axes is left out.*split over 'ep'.*pass token_axes, or token_axes="
+    ):
+        jax.eval_shape(mapped(expert_axis="ep"), *arguments)
+    check(jax.jit(mapped(expert_axis="ep", token_axes=("dp", "ep")))(*arguments), make_layer())
+
+
+def test_tokens_in_shard_map_that_are_copies():
+    mesh, arguments = make_mesh(DP_EP, AUTO), put(make_mesh(DP_EP, AUTO), None, "ep")
+    specs: Any = {"in_specs": (P(), P("ep"), P(), P()), "out_specs": P(), "check_vma": False}
+    for token_axes in ((), None, "dp"):  # over dp they are copies as well, which costs time only
+        function = functools.partial(mm.moe, expert_axis="ep", token_axes=token_axes)
+        check(jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments), make_layer())
+    # An axis of one device splits nothing.
+    mesh = make_mesh({"dp": 8, "ep": 1}, AUTO)
+    specs = {"in_specs": (P("dp"), P("ep"), P("dp"), P("dp")), "out_specs": P("dp"), "check_vma": False}
+    mapped = jax.shard_map(functools.partial(mm.moe, expert_axis="ep"), mesh=mesh, **specs)
+    check(jax.jit(mapped)(*put(mesh, "dp", "ep")), make_layer())
+
+
+# How many experts there are.
+
+
+def with_number(weights: mm.ExpertWeights, num_experts: int) -> mm.ExpertWeights:
+    return dataclasses.replace(weights, num_experts=num_experts)
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_weights_made_in_shard_map(function, check_vma):
+    """They count a device's experts unless told of all."""
+    mesh, spec = make_mesh({"expert": 8}, AUTO), P("expert")
+    arguments = put(mesh, "expert", "expert")
+
+    def mapped(num_experts: int) -> Callable:
+        def f(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
+            return function(x, with_number(weights, num_experts), ids, probs)
+
+        return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+
+    text = "weights hold 1 experts on each of 8 devices along 'expert' and say that there are 1 in all, wanted 8: pass"
+    with pytest.raises(ShapeError, match=f"{text} num_experts=8 to quantize_experts") as error:
+        jax.eval_shape(mapped(1), *arguments)
+    # Marks that say that the experts differ leave no other cure.
+    assert ("expert_axis=None" in str(error.value)) != check_vma
+    with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 16 / 8 along 'expert' or all"):
+        jax.eval_shape(mapped(16), *arguments)
+    check(jax.jit(mapped(8))(*arguments), make_layer())
+
+
+def test_replicated_weights_in_shard_map_without_marks():
+    mesh, spec = make_mesh({"expert": 8}, AUTO), P("expert")
+    specs: Any = {"in_specs": (spec, P(), spec, spec), "out_specs": spec, "check_vma": False}
+    with pytest.raises(ShapeError, match="wanted 64: .* or expert_axis=None to moe where each device has all experts"):
+        jax.eval_shape(jax.shard_map(mm.moe, mesh=mesh, **specs), *make_layer()[:4])
+    mapped = jax.shard_map(functools.partial(mm.moe, expert_axis=None), mesh=mesh, **specs)
+    check(jax.jit(mapped)(*put(mesh, "expert")), make_layer())
+
+
+def test_slices_without_an_expert_axis():
+    mesh = make_mesh(DP_EP, AUTO)
+    tokens = P(("dp", "ep"))
+    mapped = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("ep"), tokens, tokens), out_specs=tokens)
+    with pytest.raises(ShapeError, match="weights hold 2 of 8 experts.*pass as expert_axis what does, of 'dp', 'ep'"):
+        jax.eval_shape(mapped, *make_layer()[:4])
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+def test_more_experts_than_are_said(function):
+    """Redundant experts, and weights that were made in parts: ids count what the arrays hold."""
+    layer = make_layer()
+    more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2]]), layer.weights)
+    text = r"weights hold 10 of 8 experts.*num_experts=10 where .* dataclasses.replace\(weights, num_experts=10\)"
+    with pytest.raises(ShapeError, match=text):
+        function(layer.x, more, layer.ids, layer.probs)
+    ids = jnp.where(layer.ids < 2, layer.ids + E, layer.ids)
+    ids = jnp.where((layer.ids < 0) | (layer.ids >= E), -1, ids)
+    check(function(layer.x, with_number(more, 10), ids, layer.probs), layer)
+    fewer = jax.tree.map(lambda leaf: leaf[:4], layer.weights)
+    with pytest.raises(ShapeError, match="weights hold 4 of 8 experts.*inside jax.shard_map only"):
+        function(layer.x, fewer, layer.ids, layer.probs)
+
+
+# Meshes.
+
+
+def test_the_mesh_with_the_expert_axis_comes_first():
+    """Tokens on a mesh of the same devices with other axes: nothing is gathered but them."""
+    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
+    weights = place(make_mesh(DATA_EXPERT, AUTO), packed_weights(), "expert")
+    compiled = jax.jit(moe_and_load).lower(x, weights, ids, probs).compile()
+    check_both(compiled(x, weights, ids, probs), make_layer())
+    assert "all-gather" not in opcodes_of_large_results(str(compiled.as_text()), weights.down.size)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_two_explicit_meshes(jit):
+    function: Any = jax.jit(mm.moe) if jit else mm.moe
+    mesh = make_mesh(DATA_EXPERT, EXPLICIT)
+    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, EXPLICIT), "data")
+    weights = place(mesh, packed_weights(), "expert")
+    text = r"x is on the mesh \(data: 2, context: 4\), wanted that of weights.gate_up \(data: 2, expert: 4\)"
+    with pytest.raises(ShardingError, match=text):
+        function(x, weights, ids, probs)
+    with jax.set_mesh(mesh):  # says which one, and has the axes that the types of x, ids and weights name
+        check(function(x, weights, ids, probs), make_layer())
+    x = place(make_mesh({"data": 2, "context": 4}, EXPLICIT), make_layer().x, "context")
+    with jax.set_mesh(mesh), pytest.raises(ShardingError, match="x is on the mesh .* wanted the mesh of the context"):
+        function(x, weights, ids, probs)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_weights_in_a_closure(kind):
+    mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer()
+    weights = place(mesh, layer.weights, "expert")
+    arguments = layer.x, layer.ids, layer.probs
+    check(jax.jit(lambda x, ids, probs: mm.moe(x, weights, ids, probs))(*arguments), layer)
+    check(
+        jax.jit(functools.partial(mm.moe, weights=weights))(layer.x, topk_ids=layer.ids, topk_weights=layer.probs),
+        layer,
+    )
+    check(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.probs))(), layer)
+    mapped = jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs))
+    check(jax.jit(mapped)(*arguments), layer)
+
+
+def test_stacked_weights_in_a_closure():
+    layer = make_layer()
+    stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
+    placed = place(make_mesh(DATA_EXPERT, AUTO), stacked, None, "expert")
+    wanted = scan_over_layers(layer.x, stacked, layer.ids, layer.probs)
+    y = jax.jit(lambda x: scan_over_layers(x, placed, layer.ids, layer.probs))(layer.x)
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(wanted, np.float32), rtol=0.1, atol=0.02)
+
+
+def test_a_closure_that_hides_the_devices():
+    layer = make_layer()
+    weights = place(make_mesh(DATA_EXPERT, AUTO), layer.weights, "expert")
+    with pytest.raises(ShardingError, match=r"on 8 devices, and nothing .* more than 1: call it under jax.set_mesh"):
+        jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.probs))(layer.x)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_vmap_over_a_dimension_that_is_split_over_the_expert_axis(kind):
+    mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer(32)
+    weights = place(mesh, layer.weights, "expert")
+    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.probs)]
+    check(jax.jit(jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs)))(*tokens), layer)
+
+
+def test_sharding_of_the_result_over_automatic_axes():
+    """As the docstring says: over the token axes, however x is split."""
+    mesh = make_mesh(DATA_EXPERT, AUTO)
+    for tokens in (None, "data", ("data", "expert")):
+        y = jax.jit(mm.moe)(*put(mesh, tokens, "expert"))
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "expert"))), 2)
+    y = jax.jit(mm.moe)(*put(mesh, None, "expert", num_tokens=13))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P()), 2)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_host_memory(function, jit):
+    layer = make_layer()
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0], memory_kind="pinned_host")
+    weights, x = jax.device_put(layer.weights, host), jax.device_put(layer.x, host)
+    f: Any = jax.jit(function) if jit else function
+    with pytest.raises(
+        ShardingError, match=r"weights.gate_up is in host memory.*jax.device_put\(weights, jax.memory.Sp"
+    ):
+        f(layer.x, weights, layer.ids, layer.probs)
+    with pytest.raises(ShardingError, match="x is in host memory, wanted device memory"):
+        f(x, layer.weights, layer.ids, layer.probs)
+
+    def moved(weights: mm.ExpertWeights) -> Any:
+        return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.probs)
+
+    check(jax.jit(moved)(weights), layer)
+
+
+# The log.
+
+
+@pytest.fixture
+def logged(caplog) -> Callable[..., list[str]]:
+    """Traces or runs calls, twice, and returns what they logged."""
+
+    def messages(function: Callable, *arguments: Any, run: bool = False) -> list[str]:
+        placement_log._log_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "jax_megamoe"):
+            for _ in range(2):
+                function(*arguments) if run else jax.jit(lambda *a: function(*a)).trace(*arguments)
+        assert all(record.name == "jax_megamoe" and record.levelname == "WARNING" for record in caplog.records)
+        return [record.getMessage() for record in caplog.records]
+
+    return messages
+
+
+@pytest.mark.parametrize(
+    "sizes, tokens, experts, axes, words",
+    [
+        (DP_EP, ("dp", "ep"), "ep", {}, ["(dp: 2, ep: 4)", "pass the axis that splits the experts", "('dp', 'ep')"]),
+        (DP_EP, ("dp", "ep"), "ep", {"expert_axis": "ep"}, ["not split over 'dp', 'ep'", "token_axes=('dp', 'ep')"]),
+        (DP_EP, "dp", "ep", {"expert_axis": "ep", "token_axes": ()}, ["not split over 'dp',", "token_axes=('dp',)"]),
+        (FSDP, ("data", "fsdp"), "expert", {}, ["not split over 'fsdp',", "token_axes=('data', 'fsdp', 'expert')"]),
+        ({"data": 8}, "data", None, {}, ["expert_axis=None where each device has all"]),
+    ],
+    ids=str,
+)
+def test_log_of_automatic_axes(logged, sizes, tokens, experts, axes, words):
+    arguments = put(make_mesh(sizes, AUTO), tokens, experts)
+    (message,) = logged(functools.partial(mm.moe, **axes), *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "sizes, experts, axes, words",
+    [
+        (DP_EP, "ep", {"token_axes": ("dp", "ep")}, ["weights.gate_up is split over 'ep'", "pass expert_axis='ep'"]),
+        (DATA_EXPERT, "data", {}, ["split over 'data'", "dimension 0 split over 'expert'"]),
+        (
+            DATA_EXPERT,
+            "expert",
+            {"expert_axis": None},
+            ["pass expert_axis='expert', or place them once, whole on each"],
+        ),
+    ],
+    ids=str,
+)
+def test_log_of_weights_that_are_seen_to_move(logged, sizes, experts, axes, words):
+    mesh = make_mesh(sizes, AUTO)
+    weights, layer = place(mesh, packed_weights(), experts), make_layer(8)
+    function = lambda x: mm.moe(x, weights, layer.ids, layer.probs, **axes)  # noqa: E731
+    (message,) = logged(function, place(mesh, layer.x, tuple(sizes)))
+    assert all(word in message for word in words), message
+
+
+def test_log_of_tokens_that_are_seen_to_be_gathered(logged):
+    arguments = put(make_mesh({"data": 2, "model": 4}, AUTO), ("data", "model"), "model", num_tokens=8)
+    function = functools.partial(mm.moe, expert_axis="model", token_axes="data")
+    (message,) = logged(function, *arguments, run=True)
+    assert "not split over 'model'" in message and "token_axes=('data', 'model')" in message
+    assert logged(function, *arguments) == []  # may be meant, and nothing is seen while tracing
+
+
+def test_log_of_loads_without_marks(logged):
+    mesh, tokens = make_mesh({"dp": 2, "expert": 4}, AUTO), P(("dp", "expert"))
+    specs: Any = {"in_specs": (tokens, P("expert"), tokens, tokens), "out_specs": (tokens, P("expert"))}
+
+    def mapped(**options: Any) -> Callable:
+        f = functools.partial(mm.moe, return_expert_load=True, **options)
+        return jax.shard_map(f, mesh=mesh, **specs, check_vma=False)
+
+    arguments = put(mesh, ("dp", "expert"), "expert")
+    (message,) = logged(mapped(), *arguments)
+    assert "the expert load takes tokens along 'dp' for copies" in message
+    assert logged(mapped(token_axes=("dp", "expert")), *arguments) == []
+
+
+def test_log_of_experts_that_count_as_all_in_shard_map(logged):
+    mesh, layer = make_mesh({"ep": 8}, AUTO), make_layer(8)
+    function = lambda x, w, ids, probs: mm.moe(x, with_number(w, 1), ids, probs)  # noqa: E731
+    specs: Any = {"in_specs": P("ep"), "out_specs": P("ep")}
+    for check_vma in (True, False):
+        (message,) = logged(jax.shard_map(function, mesh=mesh, **specs, check_vma=check_vma), *layer[:4])
+        assert "a device's experts count as all: pass the axis that splits the experts" in message
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("run", [False, True], ids=["traced", "run"])
+def test_nothing_is_logged_for_what_is_placed_well(logged, kind, run):
+    arguments = put(make_mesh(DATA_EXPERT, kind), ("data", "expert"), "expert", num_tokens=8)
+    assert logged(mm.moe, *arguments, run=run) == []
+    arguments = put(make_mesh(DP_EP, kind), ("dp", "ep"), "ep", num_tokens=8)
+    function = functools.partial(mm.moe, expert_axis="ep", token_axes=("dp", "ep"))
+    assert logged(function, *arguments, run=run) == []
+    if not run:
+        arguments = put(make_mesh({"data": 8}, kind), "data", num_tokens=8)
+        assert logged(functools.partial(mm.moe, expert_axis=None), *arguments) == []
+        assert logged(mm.moe, *put(make_mesh({"data": 1, "x": 1}, kind))) == []
+        assert logged(mm.moe, *make_layer()[:4]) == []
