@@ -51,9 +51,10 @@ def run_case(case: Case, devices: list[Any]) -> tuple[jax.Array, jax.Array]:
         )
 
     def layer_and_load(*arguments: Any) -> Any:
-        return mm.moe(*arguments, token_axes=case.tokens, implementation="collective", return_expert_load=True)
+        return mm.moe(*arguments, token_axes=tokens, implementation="collective", return_expert_load=True)
 
-    x, ids, probs = (place(value, *case.tokens) for value in (layer.x, layer.ids, layer.probs))
+    tokens = tuple(axis for axis in case.tokens if axis in case.sizes)
+    x, ids, probs = (place(value, *tokens) for value in (layer.x, layer.ids, layer.probs))
     y, load = jax.jit(layer_and_load)(x, place(layer.weights, "expert"), ids, probs)
     return y, load
 
