@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import as_array
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
@@ -133,7 +135,7 @@ def _route(
     logits = logits.astype(jnp.float32)
     scores = _score(logits, scoring)
     if token_ids is not None and hash_table is not None:
-        ids = _look_up(token_ids, hash_table, logits.shape[-1])
+        ids = _look_up(token_ids, hash_table, logits)
     else:
         if bias is None:
             selection = _score(_raise_small(logits), scoring) if scoring == "sqrtsoftplus" else scores
@@ -207,11 +209,15 @@ def _nan_as_infinity(values: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(values), jnp.inf, values)
 
 
-def _look_up(token_ids: jax.Array, hash_table: jax.Array, num_experts: int) -> jax.Array:
-    """The table's experts of each token, int32[..., k]; -1 for those that do not exist."""
-    vocabulary = hash_table.shape[0]
+def _look_up(token_ids: jax.Array, hash_table: jax.Array, logits: jax.Array) -> jax.Array:
+    """The table's experts of each token, int32[..., k]; -1 for those that do not exist. Typed as logits are."""
+    (vocabulary, _), num_experts, sharding = hash_table.shape, logits.shape[-1], jax.typeof(logits).sharding
+    lead, ids_sharding = sharding.spec[:-1], None
+    if any(axes is not None for axes in lead):  # Explicit axes: a lookup has to be told.
+        token_ids = jax.sharding.reshard(token_ids, NamedSharding(sharding.mesh, P(*lead)))
+        ids_sharding = NamedSharding(sharding.mesh, P(*lead, None))
     known = (token_ids >= 0) & (token_ids < vocabulary)
-    ids = hash_table[jnp.where(known, token_ids, 0)]
+    ids = hash_table.at[jnp.where(known, token_ids, 0)].get(out_sharding=ids_sharding)
     return jnp.where(known[..., None] & (ids >= 0) & (ids < num_experts), ids, -1).astype(jnp.int32)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import boxes
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -305,3 +306,29 @@ def test_numpy_ints_are_numbers_of_experts_and_groups():
 def test_unfit_arguments_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
         mm.route(**{"logits": jnp.zeros((2, 8)), **arguments})
+
+
+@pytest.mark.parametrize("kind", [meshes.AUTO, meshes.EXPLICIT])
+@pytest.mark.parametrize("placed", [True, False], ids=["all on the mesh", "logits on the mesh"])
+def test_logits_on_a_mesh(kind, placed):
+    rng = np.random.default_rng(4)
+    logits, tokens = rng.normal(size=(16, 12)).astype(np.float32), np.arange(16)
+    table, bias = rng.integers(0, 12, (16, 3)), np.linspace(0, 0.5, 12)
+    mesh = meshes.make_mesh({"data": 2, "expert": 4}, kind)
+    split = meshes.place(mesh, logits, ("data", "expert"))
+    cases: list[dict[str, Any]] = [
+        {"scoring": "sqrtsoftplus", "num_groups": 4, "top_groups": 2, "bias": bias},
+        {"scoring": "sigmoid", "token_ids": tokens, "hash_table": table},
+    ]
+    for options in cases:
+        wanted = mm.route(logits, 3, **options)
+        arrays = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
+        rest = {name: value for name, value in options.items() if name not in arrays}
+        if placed:
+            entries = {"token_ids": ("data", "expert")}
+            arrays = {name: meshes.place(mesh, value, entries.get(name)) for name, value in arrays.items()}
+        route: Any = functools.partial(mm.route, top_k=3, **rest)
+        for got in (route(split, **arrays), jax.jit(route)(split, **arrays)):
+            np.testing.assert_array_equal(got[0], wanted[0])
+            np.testing.assert_allclose(got[1], wanted[1], rtol=1e-6)
+            assert got[0].sharding.is_equivalent_to(split.sharding, 2)
