@@ -51,7 +51,7 @@ def quantize_experts(
     weight_checks.check_floats(gate, up, down, order)
     num_held = gate.shape[0]
     num_experts = weight_checks.count_experts(num_held, num_experts)
-    if all(isinstance(array, np.ndarray) for array in (gate, up, down)):
+    if num_held > 1 and all(isinstance(array, np.ndarray) for array in (gate, up, down)):
         parts = (
             _quantize(*(array[expert : expert + 1] for array in (gate, up, down)), order=order)
             for expert in range(num_held)
@@ -190,7 +190,7 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     while (part := next(parts, None)) is not None:
         if done < count:
             if result is None:
-                result = jax.tree.map(functools.partial(_empty, count=count, along=along), part)
+                result = jax.tree.map(functools.partial(_room, count=count, along=along), part)
             result = _put(result, part, np.int32(done))
             # Else the queue of parts would grow as large as the result.
             jax.block_until_ready(result)
@@ -203,10 +203,9 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     return result
 
 
-def _empty(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
-    # A broadcast, since its result is split over devices as the leaf is.
-    shape = (count, *(leaf.shape[1:] if along == "experts" else leaf.shape))
-    return jnp.broadcast_to(jnp.zeros_like(leaf), shape)
+def _room(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
+    # Copies of the first part, all to be overwritten: they are split over devices as it is.
+    return jnp.broadcast_to(leaf, (count, *(leaf.shape[1:] if along == "experts" else leaf.shape)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
