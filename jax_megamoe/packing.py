@@ -30,8 +30,9 @@ def quantize_experts(
 ) -> ExpertWeights:
     """Quantises float weights to FP8 with one scale per 128x128 block, and packs them.
 
-    Values that a power-of-two scale makes exact are kept exactly (docs/numerics.md). What it takes beside arguments and
-    result is small, inside `jax.jit` too; NumPy arrays are taken to the device one expert at a time.
+    Values that a power-of-two scale makes exact are kept exactly (docs/numerics.md). Input, result and what is needed
+    meanwhile are together at most twice the input from I = 768 on, less for float32, inside `jax.jit` too; NumPy arrays
+    are taken to the device one expert at a time.
 
     Args:
       gate, up: bf16, f16 or f32 [E, I, H], H and I multiples of 128; with order="in_out" [E, H, I].
@@ -51,7 +52,7 @@ def quantize_experts(
     weight_checks.check_floats(gate, up, down, order)
     num_held = gate.shape[0]
     num_experts = weight_checks.count_experts(num_held, num_experts)
-    if all(isinstance(array, np.ndarray) for array in (gate, up, down)):
+    if num_held > 1 and all(isinstance(array, np.ndarray) for array in (gate, up, down)):
         parts = (
             _quantize(*(array[expert : expert + 1] for array in (gate, up, down)), order=order)
             for expert in range(num_held)
@@ -154,17 +155,18 @@ def _map_row_blocks(
 
     def put(block: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, part, 2 * block, 1)
+            jax.lax.dynamic_update_slice_in_dim(whole, _as_bytes(part), 2 * block, 1)
             for whole, part in zip(joined, make_tiles(block), strict=True)
         )
 
     # Of any values, since all are overwritten; made of the weight, so that they are split over devices as it is.
     origin = weight[:, :1, :1, None]
     start = tuple(
-        jnp.broadcast_to(origin.astype(tiles.dtype), (tiles.shape[0], 2 * num_blocks, *tiles.shape[2:]))
+        jnp.broadcast_to(_as_bytes(origin.astype(tiles.dtype)), (tiles.shape[0], 2 * num_blocks, *tiles.shape[2:]))
         for tiles in jax.eval_shape(make_tiles, 0)
     )
-    return jax.lax.fori_loop(0, num_blocks, put, start)
+    values, scale = jax.lax.fori_loop(0, num_blocks, put, start)
+    return jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn), scale
 
 
 @jax.jit
@@ -190,7 +192,7 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     while (part := next(parts, None)) is not None:
         if done < count:
             if result is None:
-                result = jax.tree.map(functools.partial(_empty, count=count, along=along), part)
+                result = jax.tree.map(functools.partial(_room, count=count, along=along), part)
             result = _put(result, part, np.int32(done))
             # Else the queue of parts would grow as large as the result.
             jax.block_until_ready(result)
@@ -203,15 +205,23 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     return result
 
 
-def _empty(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
-    # A broadcast, since its result is split over devices as the leaf is.
-    shape = (count, *(leaf.shape[1:] if along == "experts" else leaf.shape))
-    return jnp.broadcast_to(jnp.zeros_like(leaf), shape)
+def _room(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
+    # Copies of the first part, all to be overwritten: they are split over devices as it is.
+    return jnp.broadcast_to(leaf, (count, *(leaf.shape[1:] if along == "experts" else leaf.shape)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: ExpertWeights, part: ExpertWeights, index: jax.Array) -> ExpertWeights:
-    return jax.tree.map(lambda w, p: jax.lax.dynamic_update_index_in_dim(w, p, index, 0), whole, part)
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        updated = jax.lax.dynamic_update_index_in_dim(_as_bytes(whole), _as_bytes(part), index, 0)
+        return jax.lax.bitcast_convert_type(updated, whole.dtype)
+
+    return jax.tree.map(put, whole, part)
+
+
+def _as_bytes(array: jax.Array) -> jax.Array:
+    # XLA's CPU backend moves FP8 through half precision, and then all of an array of which a part is updated.
+    return jax.lax.bitcast_convert_type(array, jnp.uint8) if array.dtype.itemsize == 1 else array
 
 
 def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
