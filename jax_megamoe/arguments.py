@@ -51,9 +51,15 @@ def check(
     _check_sizes_are_known({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
     _check_dtypes(x, topk_ids, topk_weights)
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
+        is_transposed = x.ndim > 0 and x.shape[-1] == weights.intermediate_size
         raise ShapeError(
             f"x has shape {x.shape}, wanted [..., {weights.hidden_size}], the hidden size of the weights: "
-            "pass the hidden states that these weights belong to."
+            + (
+                "if all their matrices were passed transposed, make the weights with "
+                'quantize_experts(..., order="in_out").'
+                if is_transposed
+                else "pass the hidden states that these weights belong to."
+            )
         )
     if topk_ids.ndim != x.ndim or topk_ids.shape[:-1] != x.shape[:-1]:
         raise ShapeError(

@@ -275,3 +275,12 @@ def test_errors_come_while_tracing(layer):
     with pytest.raises(ShapeError):
         jax.eval_shape(mm.moe, layer.x[:, :128], *layer[1:4])
     assert jax.eval_shape(mm.moe, *layer[:4]).shape == (16, H)
+
+
+def test_transposed_weights_are_suspected_where_x_tells():
+    hidden, intermediate = 256, 128
+    up, down = jnp.ones((2, hidden, intermediate)), jnp.ones((2, intermediate, hidden))  # as MaxText and Flax hold them
+    x, ids, probs = jnp.ones((4, hidden), jnp.bfloat16), jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1))
+    with pytest.raises(ShapeError, match=r"wanted \[\.\.\., 128\].*quantize_experts\(\.\.\., order=\"in_out\"\)"):
+        mm.moe(x, mm.quantize_experts(up, up, down), ids, probs)
+    assert mm.moe(x, mm.quantize_experts(up, up, down, order="in_out"), ids, probs).shape == x.shape
