@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from jax_megamoe import layout
-from jax_megamoe.arrays import Array, as_array, type_of, unwrap
+from jax_megamoe.arrays import Array, as_array, clamp_to_int32, type_of, unwrap
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
@@ -74,10 +74,10 @@ def check(
         raise ShapeError(
             f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids: reshape it."
         )
-    if activation_clamp is not None and not as_float(activation_clamp) > 0:
+    if activation_clamp is not None and not np.float32(as_float(activation_clamp)) > 0:
         raise MegaMoEError(
-            f"activation_clamp is {activation_clamp!r}, wanted a positive number known while tracing: "
-            "leave it out for no clamp."
+            f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
+            "pass one of Python or NumPy, or none for no clamp."
         )
     if not abs(as_float(routed_scaling_factor)) <= _MAX_FLOAT32:
         raise MegaMoEError(
@@ -200,12 +200,9 @@ def _to_device(layer: int) -> jax.Array:
     return jax.device_put(np.int32(layer))
 
 
-@jax.jit
-def _clamp_to_int32(layer: jax.Array) -> jax.Array:
-    """int32[] that is inside or outside of [0, L) like the layer, also of types that hold more than int32 does."""
-    info, int32 = jnp.iinfo(layer.dtype), jnp.iinfo(jnp.int32)
-    low, high = max(info.min, int32.min), min(info.max, int32.max)
-    return jnp.clip(layer, jnp.asarray(low, layer.dtype), jnp.asarray(high, layer.dtype)).astype(jnp.int32)
+# int32[] that is inside or outside of [0, L) like the layer, also of types that hold more. Compiled: its constants
+# would be transfers.
+_clamp_to_int32 = jax.jit(clamp_to_int32)
 
 
 def _text(shape: tuple[Any, ...], *more: Any) -> str:

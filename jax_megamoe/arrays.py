@@ -3,6 +3,7 @@
 import numbers
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe.errors import DTypeError
@@ -48,3 +49,15 @@ def type_of(value: object) -> str:
         return "None"
     name = "array" if isinstance(value, jax.Array | np.ndarray) else type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:
+    """Integers of any type as int32; one that does not fit becomes the nearest one that does, and names nothing either.
+
+    NumPy's stay NumPy's: on their way to a device, those of 64 bits would lose the upper ones.
+    """
+    info, int32 = jnp.iinfo(values.dtype), jnp.iinfo(jnp.int32)
+    low, high = max(info.min, int32.min), min(info.max, int32.max)
+    if isinstance(values, np.ndarray):
+        return np.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(np.int32)
+    return jnp.clip(values, jnp.asarray(low, values.dtype), jnp.asarray(high, values.dtype)).astype(jnp.int32)

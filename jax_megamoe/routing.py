@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.arrays import as_array
+from jax_megamoe.arrays import as_array, clamp_to_int32
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -101,6 +101,9 @@ def route(
     if token_ids is not None:
         token_ids, hash_table = as_array("token_ids", token_ids), as_array("hash_table", hash_table)
         _check_hash(token_ids, hash_table, logits.shape[:-1], top_k)
+        token_ids, hash_table = (
+            clamp_to_int32(ids) if isinstance(ids, np.ndarray) else ids for ids in (token_ids, hash_table)
+        )
     return _route(
         logits,
         bias,
@@ -216,6 +219,7 @@ def _look_up(token_ids: jax.Array, hash_table: jax.Array, logits: jax.Array) -> 
     if any(axes is not None for axes in lead):  # Explicit axes: a lookup has to be told.
         token_ids = jax.sharding.reshard(token_ids, NamedSharding(sharding.mesh, P(*lead)))
         ids_sharding = NamedSharding(sharding.mesh, P(*lead, None))
+    token_ids, hash_table = clamp_to_int32(token_ids), clamp_to_int32(hash_table)
     known = (token_ids >= 0) & (token_ids < vocabulary)
     ids = hash_table.at[jnp.where(known, token_ids, 0)].get(out_sharding=ids_sharding)
     return jnp.where(known[..., None] & (ids >= 0) & (ids < num_experts), ids, -1).astype(jnp.int32)

@@ -226,9 +226,11 @@ def test_numbers_as_options(moe, options):
 
 
 @each_function
-@pytest.mark.parametrize("value", [0, -1.0, np.nan, True, np.True_, 10**400, "1", np.ones(1), jnp.float32(1), 1j])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, 1e-50, np.nan, True, np.True_, 10**400, "1", np.ones(1), jnp.float32(1), 1j]
+)
 def test_what_is_no_clamp_is_refused(moe, value):
-    with pytest.raises(MegaMoEError, match="activation_clamp is .*, wanted a positive number known while tracing"):
+    with pytest.raises(MegaMoEError, match="activation_clamp is .*, wanted a positive FP32 number known while tracing"):
         moe(*make_layer()[:4], activation_clamp=value)
 
 

@@ -332,3 +332,21 @@ def test_logits_on_a_mesh(kind, placed):
             np.testing.assert_array_equal(got[0], wanted[0])
             np.testing.assert_allclose(got[1], wanted[1], rtol=1e-6)
             assert got[0].sharding.is_equivalent_to(split.sharding, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_hash_tables_and_tokens_of_any_integer_type(dtype, array):
+    beyond = np.iinfo(dtype).max  # no token, and no expert; of 64 bits, the lower ones would be
+    table, tokens = np.zeros((300, 2), dtype), np.array([0, 100, beyond], dtype)
+    table[0], table[100] = (1, beyond), (2, 3)
+    wanted = [[1, -1], [2, 3], [-1, -1]]
+    if np.dtype(dtype).itemsize == 8:
+        tokens[2], table[0, 1] = 2**32, 2**32 + 1
+    elif np.dtype(dtype).itemsize == 1:
+        tokens[2] = 101  # in the table, whose rows there are zeros
+        wanted[2] = [0, 0]
+    with jax.enable_x64(array is jnp.asarray):
+        ids, weights = mm.route(np.zeros((3, 8), np.float32), 2, token_ids=array(tokens), hash_table=array(table))
+    np.testing.assert_array_equal(ids, wanted)
+    np.testing.assert_array_equal(weights, [[1, 0], [0.5, 0.5], [0.5, 0.5] if wanted[2] == [0, 0] else [0, 0]])
