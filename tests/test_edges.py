@@ -25,12 +25,18 @@ NUM_LAYERS = 3
 INT32 = np.iinfo(np.int32)
 
 
+@functools.cache
+def jitted(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """One function for all tests with these options, so that a program is compiled once."""
+    return jax.jit(lambda *a: mm.moe(*a[:4], layer=a[4] if len(a) > 4 else None, **dict(options)))
+
+
 def in_jit(*operands, **options):
     """With the layer traced, where it is an array."""
-    x, weights, ids, probs, layer = operands
-    if not isinstance(layer, jax.Array):
-        return jax.jit(lambda *a: mm.moe(*a, layer=layer, **options))(*operands[:4])
-    return jax.jit(lambda *a: mm.moe(*a[:4], layer=a[4], **options))(*operands)
+    layer = operands[4]
+    if layer is None or isinstance(layer, jax.Array):
+        return jitted(tuple(options.items()))(*(operands if layer is not None else operands[:4]))
+    return jax.jit(lambda *a: mm.moe(*a, layer=layer, **options))(*operands[:4])
 
 
 def on_mesh(kind, *operands, **options):

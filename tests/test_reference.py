@@ -197,7 +197,7 @@ def test_runs_are_bitwise_reproducible(weights):
         ({"topk_weights": np.zeros((4, 3), np.float32)}, ShapeError, r"topk_weights has shape \(4, 3\)"),
         ({"weights": None}, LayoutError, "weights is None, wanted ExpertWeights"),
         ({"layer": 0}, ShapeError, "layer is 0, wanted None"),
-        ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive number"),
+        ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive FP32 number"),
         ({"activation_clamp": float("nan")}, MegaMoEError, "activation_clamp is nan"),
         ({"implementation": "cuda"}, MegaMoEError, "implementation is 'cuda'"),
     ],
