@@ -1,49 +1,19 @@
 """`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
 
-import math
-from typing import Any, Literal, Unpack, get_args, overload
+from typing import Any, get_args
 
 import jax
 
 from jax_megamoe import arguments
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.options import Implementation, Options
+from jax_megamoe.options import Implementation, typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
 from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
 from jax_megamoe.weights import ExpertWeights
 
 
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> jax.Array: ...
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[jax.Array, jax.Array]: ...
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: bool,
-    **options: Unpack[Options],
-) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+@typed_by_load
 def moe(
     x: jax.Array,
     weights: ExpertWeights,
@@ -104,7 +74,7 @@ def moe(
         of GPUs that `implementation` does not run on.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    x, weights, topk_ids, topk_weights, layer = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(
         x,
         weights,
         topk_ids,
@@ -132,8 +102,8 @@ def moe(
         axes=axes,
         num_experts=weights.num_experts,
         with_load=with_load,
-        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
-        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
+        activation_clamp=clamp,
+        routed_scaling_factor=factor,
         implementation=implementation,
     )
     return (y, load) if return_expert_load else y

@@ -21,13 +21,15 @@ _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class Operands(NamedTuple):
-    """The arrays of a call of `moe`, out of their boxes. Those of NumPy are still such, which JAX takes for its own."""
+    """What a call of `moe` goes on with: arrays out of their boxes, those of NumPy as they are, and plain numbers."""
 
     x: jax.Array
     weights: ExpertWeights
     topk_ids: jax.Array
     topk_weights: jax.Array
     layer: jax.Array  # int32[]; may be outside of [0, L), which the kernel and the reference clamp
+    activation_clamp: float  # infinite for none
+    routed_scaling_factor: float
 
 
 def check(
@@ -74,20 +76,22 @@ def check(
         raise ShapeError(
             f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids: reshape it."
         )
-    if activation_clamp is not None and not np.float32(as_float(activation_clamp)) > 0:
+    clamp = math.inf if activation_clamp is None else _as_float(activation_clamp)
+    if not np.float32(clamp) > 0:
         raise MegaMoEError(
             f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
-            "pass one of Python or NumPy, or none for no clamp."
+            "pass a number of Python or NumPy, or leave it out for no clamp."
         )
-    if not abs(as_float(routed_scaling_factor)) <= _MAX_FLOAT32:
+    factor = _as_float(routed_scaling_factor)
+    if not abs(factor) <= _MAX_FLOAT32:
         raise MegaMoEError(
             f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
         )
-    return Operands(x, weights, topk_ids, topk_weights, _check_layer(layer, weights))
+    return Operands(x, weights, topk_ids, topk_weights, _check_layer(layer, weights), clamp, factor)
 
 
-def as_float(value: object) -> float:
+def _as_float(value: object) -> float:
     """A number, of Python or NumPy, infinite beyond FP32; NaN for what is none, bools and jax arrays among it."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
@@ -109,15 +113,11 @@ def _check_weights(weights: object) -> ExpertWeights:
         else:
             remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
         raise LayoutError(f"weights is {type_of(weights)}, wanted ExpertWeights: {remedy}")
-    h, i, block = weights.hidden_size, weights.intermediate_size, layout.BLOCK
-    tails = {
-        "gate_up": (i // layout.PLANE_ROWS, h // block, 2 * layout.PLANE_BYTES),
-        "gate_up_scale": (i // layout.PLANE_ROWS, h // block, 4),
-        "down": (h // layout.PLANE_ROWS, i // block, layout.PLANE_BYTES),
-        "down_scale": (h // layout.PLANE_ROWS, -(-i // (2 * block)), 4),
-    }
+    h = weights.hidden_size
     if h > MAX_HIDDEN_SIZE:
         raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
+    shapes = layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
+    tails = {name: shape[1:] for name, shape in shapes.items()}
     leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
     _check_sizes_are_known({f"weights.{name}": leaf for name, leaf in leaves.items()})
     lead = leaves["gate_up"].shape[:-3]

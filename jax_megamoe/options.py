@@ -1,10 +1,12 @@
-"""The types of the options that `moe` and `reference.moe` have in common, for their overloads."""
+"""The types of `moe` and of `reference.moe`, which take the same options."""
 
-from typing import Literal, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
 import jax
 
 from jax_megamoe.placement import AxisNames
+from jax_megamoe.weights import ExpertWeights
 
 Implementation = Literal["cuda", "collective", "reference"]
 
@@ -18,3 +20,46 @@ class Options(TypedDict, total=False):
     expert_axis: AxisNames
     token_axes: AxisNames
     implementation: Implementation | None
+
+
+class MoE(Protocol):
+    """A function whose result is y, and with `return_expert_load` also the load."""
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        weights: ExpertWeights,
+        topk_ids: jax.Array,
+        topk_weights: jax.Array,
+        *,
+        return_expert_load: Literal[False] = ...,
+        **options: Unpack[Options],
+    ) -> jax.Array: ...
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        weights: ExpertWeights,
+        topk_ids: jax.Array,
+        topk_weights: jax.Array,
+        *,
+        return_expert_load: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, jax.Array]: ...
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        weights: ExpertWeights,
+        topk_ids: jax.Array,
+        topk_weights: jax.Array,
+        *,
+        return_expert_load: bool,
+        **options: Unpack[Options],
+    ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+def typed_by_load(function: Callable[..., Any]) -> MoE:
+    """The function itself, with the type of its result by `return_expert_load`."""
+    return cast(MoE, function)

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
-from jax_megamoe.weights import ExpertWeights
+from jax_megamoe.weights import DATA_FIELDS, ExpertWeights
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -63,8 +63,7 @@ def find_placement(
 
 def weights_by_name(weights: ExpertWeights) -> dict[str, Any]:
     """The leaves of the weights, by the names that messages have for them."""
-    names = ("gate_up", "gate_up_scale", "down", "down_scale")
-    return {f"weights.{name}": getattr(weights, name) for name in names}
+    return {f"weights.{name}": getattr(weights, name) for name in DATA_FIELDS}
 
 
 def axes_in_mesh(name: str, axes: AxisNames, mesh: AbstractMesh) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 import functools
 import math
-from typing import Any, Literal, Unpack, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_megamoe import arguments, exchange, layout, quantization
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.options import Options
+from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.weights import ExpertWeights
 
@@ -19,36 +19,7 @@ _MAX_ROWS = 512
 _MIN_ROWS = 8
 
 
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> jax.Array: ...
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[jax.Array, jax.Array]: ...
-@overload
-def moe(
-    x: jax.Array,
-    weights: ExpertWeights,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    return_expert_load: bool,
-    **options: Unpack[Options],
-) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+@typed_by_load
 def moe(
     x: jax.Array,
     weights: ExpertWeights,
@@ -74,7 +45,7 @@ def moe(
         raise MegaMoEError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
-    x, weights, topk_ids, topk_weights, layer = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(
         x,
         weights,
         topk_ids,
@@ -97,8 +68,8 @@ def moe(
         token_axes=axes.tokens,
         axis_sizes=tuple(manual_sizes.items()),
         with_load=bool(return_expert_load),
-        activation_clamp=math.inf if activation_clamp is None else arguments.as_float(activation_clamp),
-        routed_scaling_factor=arguments.as_float(routed_scaling_factor),
+        activation_clamp=clamp,
+        routed_scaling_factor=factor,
     )
     y = y.reshape(x.shape)
     return (y, load) if return_expert_load else y
