@@ -76,7 +76,7 @@ def _check_float_dtype(name: str, array: Array) -> None:
     if jnp.issubdtype(array.dtype, jnp.floating) and jnp.dtype(array.dtype).itemsize >= 2:
         return
     advice = "FP8 blocks with their scales go to pack_experts" if array.dtype == _FP8 else _DEQUANTIZE
-    raise DTypeError(f"{name} has dtype {array.dtype}, wanted bfloat16, float16 or float32: {advice}.")
+    raise DTypeError(f"{name} has dtype {array.dtype}, wanted bfloat16, float16, float32 or float64: {advice}.")
 
 
 def _check_fp8_dtypes(gate_up: Array, down: Array) -> None:

@@ -34,6 +34,23 @@ pytestmark = pytest.mark.usefixtures("each_platform")
 # Automatic and explicit: the global view.
 
 
+@pytest.mark.parametrize("kind", [EXPLICIT, (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["both", "expert", "data"])
+@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
+def test_reference_on_explicit_axes(kind, with_context):
+    mesh, layer = make_mesh({"data": 2, "expert": 4}, kind), make_layer()
+    x, *others = place_all(mesh, layer)
+    folded = [value.reshape(4, 4, -1) for value in (layer.x, layer.ids, layer.probs)]
+    folded = [place(mesh, value, "data", "expert") for value in folded]
+    with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
+        result = mm.reference.moe(x, *others, return_expert_load=True)
+        rows = jax.jit(mm.reference.moe)(folded[0], others[0], *folded[1:])
+        wanted = jax.jit(moe_and_load)(x, *others)
+    check_both(result, layer)
+    assert [jax.typeof(value) for value in result] == [jax.typeof(value) for value in wanted]
+    assert jax.typeof(rows) == jax.typeof(folded[0])
+    check(np.asarray(rows).reshape(layer.x.shape), layer)
+
+
 @pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
