@@ -48,7 +48,7 @@ def test_reference_on_explicit_axes(kind, with_context):
     check_both(result, layer)
     assert [jax.typeof(value) for value in result] == [jax.typeof(value) for value in wanted]
     assert jax.typeof(rows) == jax.typeof(folded[0])
-    check(np.asarray(rows).reshape(layer.x.shape), layer)
+    check(jnp.asarray(np.asarray(rows).reshape(layer.x.shape)), layer)
 
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
