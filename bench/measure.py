@@ -10,6 +10,7 @@ import numpy as np
 
 import jax_megamoe as mm
 from bench.inputs import Inputs
+from bench.metric import relative_difference
 from bench.presets import Shape
 from bench.timing import NUM_CALLS, Timing, time_per_call
 
@@ -18,7 +19,7 @@ METHOD = (
     "are enqueued back to back until 30 ms are filled; host clock from the first enqueue to the end of the last, "
     "divided by the number of calls: median, least and most of 7 such runs after a warm-up. The read ceiling is a "
     "kernel that streams as many bytes of the same weights through a ring of bulk copies, called and timed alike. "
-    "The peer, where it was asked for, has a process of its own on the same device and gets the same weights and "
+    "The rival, where it was asked for, has a process of its own on the same device and gets the same weights and "
     "inputs; its program is a CUDA graph of as many calls, each with its quantise-and-stage kernel, timed alike."
 )
 
@@ -87,10 +88,8 @@ def dense_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) 
 
 
 def difference(a: jax.Array, b: jax.Array) -> float:
-    """1 - 2<a,b> / (<a,a> + <b,b>) in float64."""
-    left, right = (np.asarray(v, np.float64).ravel() for v in (a, b))
-    norm = left @ left + right @ right
-    return float(1 - 2 * (left @ right) / norm) if norm else 0.0
+    """How far two arrays are apart."""
+    return relative_difference(*(np.asarray(array, np.float64).ravel() for array in (a, b)))
 
 
 def measure_row(
