@@ -42,11 +42,11 @@ def program_of(layer: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(weights: Any, inputs: Inputs) -> list[Any]:
         results: list[Any] = []
-        for x, ids, routing in zip(*inputs, strict=True):
+        for x, topk_ids, topk_weights in zip(*inputs, strict=True):
             if results:
                 # XLA would merge the products of independent calls that share their weights into one.
                 x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(layer(x, weights, ids, routing))
+            results.append(layer(x, weights, topk_ids, topk_weights))
         return results
 
     return jax.jit(run)
@@ -63,26 +63,26 @@ def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def ragged_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+def ragged_layer(x: jax.Array, weights: Any, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     """The layer as a JAX user writes it today: sort, `jax.lax.ragged_dot` in bf16, unsort."""
     gate_up, down = weights
     # Unused slots go behind the last group, where rows belong to no expert.
-    routing = jnp.where(ids < 0, 0, routing)
-    ids = jnp.where(ids < 0, len(gate_up), ids)
-    order = jnp.argsort(ids.ravel(), stable=True)
-    rows = x[order // ids.shape[1]]
-    sizes = jnp.bincount(ids.ravel(), length=len(gate_up)).astype(jnp.int32)
+    topk_weights = jnp.where(topk_ids < 0, 0, topk_weights)
+    topk_ids = jnp.where(topk_ids < 0, len(gate_up), topk_ids)
+    order = jnp.argsort(topk_ids.ravel(), stable=True)
+    rows = x[order // topk_ids.shape[1]]
+    sizes = jnp.bincount(topk_ids.ravel(), length=len(gate_up)).astype(jnp.int32)
     gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-    hidden = (jax.nn.silu(gate) * up * routing.ravel()[order, None]).astype(jnp.bfloat16)
+    hidden = (jax.nn.silu(gate) * up * topk_weights.ravel()[order, None]).astype(jnp.bfloat16)
     out = jax.lax.ragged_dot(hidden, down, sizes)
-    return jnp.zeros_like(out).at[order].set(out).reshape(*ids.shape, -1).sum(axis=1)
+    return jnp.zeros_like(out).at[order].set(out).reshape(*topk_ids.shape, -1).sum(axis=1)
 
 
-def dense_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+def dense_layer(x: jax.Array, weights: Any, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     """Every token through every expert in bf16, then a weighted sum."""
     gate_up, down = weights
     gate, up = jnp.split(jnp.einsum("th,ehi->eti", x, gate_up), 2, axis=-1)
-    share = (jax.nn.one_hot(ids, gate_up.shape[0]) * routing[..., None]).sum(axis=1)
+    share = (jax.nn.one_hot(topk_ids, gate_up.shape[0]) * topk_weights[..., None]).sum(axis=1)
     hidden = (jax.nn.silu(gate) * up * share.T[..., None]).astype(jnp.bfloat16)
     return jnp.einsum("eti,eih->th", hidden, down)
 
