@@ -1,4 +1,4 @@
-"""One process of several that run the layer together: `python multiprocess_worker.py PROCESSES PROCESS PORT FOLDER`.
+"""One process of several that run the layer together: `python -m tests.multiprocess_worker PROCESSES PROCESS PORT FOLDER`.
 
 The processes share four CPU devices. Each saves what it has of every result, and the demo's texts; tests/test_multiprocess.py
 puts it together.
@@ -35,10 +35,9 @@ CASES = {
 
 
 def run_case(case: Case, devices: list[Any]) -> tuple[jax.Array, jax.Array]:
-    """The layer of expert_layer.py and its load on the mesh of the case."""
-    from expert_layer import make_layer
-
+    """The small expert layer and its load on the mesh of the case."""
     import jax_megamoe as mm
+    from tests.support.expert_layer import make_layer
 
     array = np.array(devices[::-1] if case.reverse else devices).reshape(tuple(case.sizes.values()))
     mesh = Mesh(array, tuple(case.sizes), axis_types=(case.kind,) * array.ndim)

@@ -8,12 +8,12 @@ from typing import Any, assert_type
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
+from tests.support import numpy_model
+from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 
 
 @pytest.fixture(scope="module")

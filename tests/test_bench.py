@@ -5,7 +5,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from bench_cases import SMALL, row_of
 
 import jax_megamoe as mm
 from bench import buffer_sizes, layers, plot, presets, progress, ranks, records
@@ -15,6 +14,7 @@ from bench.inputs import make_inputs, make_weights
 from bench.measure import dense_layer, ragged_layer
 from bench.presets import MODELS, ROUTINGS, SHAPES, Shape
 from bench.timing import NUM_CALLS, time_per_call
+from tests.support.bench_cases import SMALL, row_of
 
 # Presets
 

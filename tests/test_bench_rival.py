@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from bench_cases import SMALL, row_of
 
 import jax_megamoe as mm
 from bench import table
@@ -13,6 +12,7 @@ from bench.__main__ import main
 from bench.inputs import make_inputs, make_weights
 from bench.rival import INSTALL, client
 from bench.timing import NUM_CALLS, Timing
+from tests.support.bench_cases import SMALL, row_of
 
 
 def measured(us, diff=1e-5):

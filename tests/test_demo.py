@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
-from cuda_lowering import cuda_text
 from jax.sharding import Mesh
 
 from jax_megamoe.demo import __main__ as command_line
 from jax_megamoe.demo import checkpoint, decode, model, text, train
 from jax_megamoe.demo import mesh as demo_mesh
 from jax_megamoe.errors import ShardingError
+from tests.support import meshes
+from tests.support.cuda_lowering import cuda_text
 
 TINY = model.ModelConfig(
     hidden_size=128, intermediate_size=128, num_layers=2, num_heads=2, num_experts=4, top_k=2, context=16

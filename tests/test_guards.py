@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import E, H, I, make_layer, natural_weights, packed_weights
 
 import jax_megamoe as mm
+from tests.support.expert_layer import E, H, I, make_layer, natural_weights, packed_weights
 
 GUARDS: dict[str, Callable[[], Any]] = {
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),

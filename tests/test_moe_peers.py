@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
-from expert_layer import E, H, I, K, check, make_layer, packed_weights
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.primitives import _groups, moe_peers
+from jax_megamoe.primitives.moe_peers import moe_peers_p
+from tests.support.cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
+from tests.support.expert_layer import E, H, I, K, check, make_layer, packed_weights
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
@@ -26,10 +30,6 @@ from meshes import (
     place_all,
     scan_over_layers,
 )
-
-import jax_megamoe as mm
-from jax_megamoe.primitives import _groups, moe_peers
-from jax_megamoe.primitives.moe_peers import moe_peers_p
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 

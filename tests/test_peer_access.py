@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cuda_lowering import FUSED, LOCAL, calls, cuda_text
-from expert_layer import make_layer
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import place_all
 
 import jax_megamoe as mm
 from jax_megamoe.primitives import _compat, _gpus, _library, _peers, moe_peers
 from jax_megamoe.primitives._peers import Place
+from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
+from tests.support.expert_layer import make_layer
+from tests.support.meshes import place_all
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 

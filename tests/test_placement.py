@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import E, check, make_layer, packed_weights
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe import placement_log
+from jax_megamoe.errors import ShapeError, ShardingError
+from tests.support.expert_layer import E, check, make_layer, packed_weights
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     check_both,
@@ -23,10 +27,6 @@ from meshes import (
     place,
     scan_over_layers,
 )
-
-import jax_megamoe as mm
-from jax_megamoe import placement_log
-from jax_megamoe.errors import ShapeError, ShardingError
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 

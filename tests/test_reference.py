@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import reference
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from tests.support import numpy_model
 
 E, H, I = 6, 256, 384
 # The order of FP32 sums, and FP8 values that it moves across a rounding boundary.

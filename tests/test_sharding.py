@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import H, check, make_layer, packed_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError, ShardingError
+from tests.support import meshes, numpy_model
+from tests.support.expert_layer import H, check, make_layer, packed_weights
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
@@ -24,9 +26,6 @@ from meshes import (
     place_all,
     scan_over_layers,
 )
-
-import jax_megamoe as mm
-from jax_megamoe.errors import ShapeError, ShardingError
 
 pytestmark = pytest.mark.usefixtures("each_platform")
 

@@ -1,6 +1,6 @@
-"""The layer beside work that does not depend on it, run after run: `python -m gpu.beside_worker [runs|measure]`.
+"""The layer beside work that does not depend on it, run after run: `python -m tests.gpu.beside_worker [runs|measure]`.
 
-With `PYTHONPATH=tests:.` by hand, all GPUs in this process; test_beside.py starts it, with a process for each GPU too.
+By hand, all GPUs in this process; test_beside.py starts it, with a process for each GPU too.
 `runs` compares every result of every run, `MEGAMOE_BESIDE_RUNS` of each kind, and says one line for each kind.
 `measure` says how long programs take on XLA's own stream and on that of its collectives.
 """
@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import chain as chains
-from gpu.processes import Place, join, leave, meet, say
 from jax_megamoe import peers
 from jax_megamoe.primitives import _library
+from tests.support import chain as chains
+from tests.support.processes import Place, join, leave, meet, say
 
 RUNS = int(os.environ.get("MEGAMOE_BESIDE_RUNS", "250"))  # of each kind, captured and not
 ENQUEUED = 10  # runs that wait for none of each other

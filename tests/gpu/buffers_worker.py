@@ -1,4 +1,4 @@
-"""A server's buckets, one program for each size of batch: `python -m gpu.buffers_worker ascending|descending`.
+"""A server's buckets, one program for each size of batch: `python -m tests.gpu.buffers_worker ascending|descending`.
 
 Says what the group's memory is, and what the GPUs have in use, after each bucket's first run, and whether the results of
 all buckets are right then and after the last bucket.
@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import chain as chains
-from gpu.processes import join, leave, meet, say
 from jax_megamoe import peers
 from jax_megamoe.primitives import _library
+from tests.support import chain as chains
+from tests.support.processes import join, leave, meet, say
 
 BUCKETS = tuple(range(512, 8193, 512))  # tokens of each rank
 SCALE = int(os.environ.get("MEGAMOE_BUCKET_SCALE", "1"))  # divides tokens and sizes, to try the worker without GPUs

@@ -1,4 +1,4 @@
-"""Two ranks that part ways, in processes of their own: `python -m gpu.failure_worker SCENARIO`, see test_failures.py.
+"""Two ranks that part ways, in processes of their own: `python -m tests.gpu.failure_worker SCENARIO`, see test_failures.py.
 
 Each scenario is a few calls, and one line for each says what became of it on this process's ranks. What a rank does in
 the call that fails depends on a number of its own, on how late its process is, or on who holds its GPU's SMs.
@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import chain as chains
-from gpu.processes import Place, join, leave, meet, say
 from jax_megamoe import peers
 from jax_megamoe.primitives import _library
+from tests.support import chain as chains
+from tests.support.processes import Place, join, leave, meet, say
 
 RANKS, LAYERS = 2, 3
 EXPERTS, HIDDEN, INTER, TOP_K = 16, 512, 384, 4

@@ -1,4 +1,4 @@
-"""One process of several with a device each: `python -m gpu.process_worker FOLDER`, as processes.py starts it.
+"""One process of several with a device each: `python -m tests.gpu.process_worker FOLDER`, as processes.py starts it.
 
 Runs the layer over all devices and saves this process's part of the result and of the load; tests/gpu/test_expert_parallel.py
 compares them with one device. `JAX_PLATFORMS=cpu` tries the script itself without a GPU.
@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpu.chain import make_mesh, spread
-from gpu.processes import join, leave
+from tests.support.chain import make_mesh, spread
+from tests.support.processes import join, leave
 
 TOKENS = (1, 40)  # of each process
 
@@ -19,7 +19,7 @@ TOKENS = (1, 40)  # of each process
 def main(folder: Path) -> None:
     """Two programs of different sizes, several times in turn."""
     place = join()
-    from gpu.test_expert_parallel import is_fused, make_problem, moe
+    from tests.gpu.test_expert_parallel import is_fused, make_problem, moe
 
     mesh = make_mesh(jax.devices(), expert=place.processes)
     arguments = [spread(mesh, make_problem(tokens * place.processes, "masked"), "expert") for tokens in TOKENS]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gpu import beside_worker, processes
-from gpu.test_expert_parallel import gpus, needs_gpus
+from tests.gpu import beside_worker
+from tests.gpu.test_expert_parallel import gpus, needs_gpus
+from tests.support import processes
 
 pytestmark = needs_gpus
 

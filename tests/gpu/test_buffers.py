@@ -2,8 +2,9 @@
 
 import pytest
 
-from gpu import buffers_worker, processes
-from gpu.test_expert_parallel import gpus, needs_gpus
+from tests.gpu import buffers_worker
+from tests.gpu.test_expert_parallel import gpus, needs_gpus
+from tests.support import processes
 
 pytestmark = needs_gpus
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.primitives import _library
+from tests.support import meshes
 
 
 def _why_not() -> str | None:

@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from test_demo import check_mesh
 
-from gpu.test_expert_parallel import all_ranks, gpus, needs_gpus
+from tests.gpu.test_expert_parallel import all_ranks, gpus, needs_gpus
+from tests.test_demo import check_mesh
 
 pytestmark = needs_gpus
 

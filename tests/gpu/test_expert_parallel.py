@@ -9,16 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import process_worker, processes
-from gpu.inputs import difference, make_inputs, make_weights
 from jax_megamoe.primitives import _library, _peers
+from tests.gpu import process_worker
+from tests.support import meshes, processes
+from tests.support.problems import difference, make_inputs, make_weights
 
 E, H, I, K = 16, 512, 384, 4
 OPTIONS: dict[str, Any] = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5, "return_expert_load": True}

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from gpu import failure_worker, processes
-from gpu.failure_worker import COMMON, LATE, LAYERS, MORE
-from gpu.processes import Outcome
-from gpu.test_expert_parallel import needs_gpus
+from tests.gpu import failure_worker
+from tests.gpu.failure_worker import COMMON, LATE, LAYERS, MORE
+from tests.gpu.test_expert_parallel import needs_gpus
+from tests.support import processes
+from tests.support.processes import Outcome
 
 pytestmark = needs_gpus
 

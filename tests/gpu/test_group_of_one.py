@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights
-from gpu.needs import needs_hopper
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
+from tests.support.problems import make_inputs, make_weights
+from tests.support.skips import needs_hopper
 
 pytestmark = needs_hopper
 

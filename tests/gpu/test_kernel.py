@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from gpu.inputs import difference, make_inputs, make_weights
-from gpu.needs import needs_hopper
+from tests.support.problems import difference, make_inputs, make_weights
+from tests.support.skips import needs_hopper
 
 pytestmark = needs_hopper
 

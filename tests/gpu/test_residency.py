@@ -15,10 +15,10 @@ import pytest
 from jax.experimental.compute_on import compute_on
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights
-from gpu.needs import needs_hopper
-from gpu.test_virtual_ranks import compare
 from jax_megamoe.primitives import _library
+from tests.gpu.test_virtual_ranks import compare
+from tests.support.problems import make_inputs, make_weights
+from tests.support.skips import needs_hopper
 
 pytestmark = needs_hopper
 

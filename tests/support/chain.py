@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights
+from tests.support.problems import make_inputs, make_weights
 
 # Options of XLA: nothing is captured in a CUDA graph, or whatever can be, single calls too. Default flags are between them.
 NOT_CAPTURED: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""}

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import Layer, check
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
+from tests.support.expert_layer import Layer, check
 
 # As they are on eight devices.
 MESHES = {

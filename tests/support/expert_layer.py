@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 
 import jax_megamoe as mm
+from tests.support import numpy_model
 
 E, H, I, K = 8, 256, 128, 3
 # The order of FP32 sums, over ranks too, and FP8 values that it moves across a rounding boundary.
