@@ -1,5 +1,6 @@
 """Settings that have to precede jax's start: which backend the tests use, and with how many devices."""
 
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -30,6 +31,16 @@ def built(monkeypatch) -> Any:
     monkeypatch.setattr(_library, "_core", core)
     monkeypatch.setattr(jax, "local_devices", cuda_lowering.no_devices)
     return core
+
+
+@pytest.fixture
+def cuda_core() -> Any:
+    """The compiled module, built with CUDA; on a machine without a GPU too."""
+    from tests.support import skips
+
+    if reason := skips.why_no_cuda_build():
+        pytest.skip(reason)
+    return importlib.import_module("jax_megamoe._core")
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -61,23 +61,23 @@ def test_selecting_shapes_and_routings():
     assert presets.select_routings("hot,zipf") == ["hot", "zipf"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "flush"], "wanted some of flash"),
-        (["--routing", "unifrom"], "wanted some of uniform"),
-        (["--tokens", "8,-1"], "wanted positive numbers"),
-        (["layers", "--variants", "fast"], "wanted some of default"),
-        (["layers", "--stack", "3", "--layers", "2"], "wanted 1 to --layers (2)"),
-        (["ranks", "--shapes", "flush"], "wanted some of flash"),
-        (["ranks", "--ranks", "0"], "--ranks is 0, wanted numbers up to the"),
-        (["ranks", "--ranks", "2,99"], "--ranks is 2,99, wanted numbers up to the"),
-        (["compare", "no-such-file", "no-such-file"], "No such file"),
-    ],
-)
+WRONG_ARGUMENTS = {
+    "--shapes flush": "wanted some of flash",
+    "--routing unifrom": "wanted some of uniform",
+    "--tokens 8,-1": "wanted positive numbers",
+    "layers --variants fast": "wanted some of default",
+    "layers --stack 3 --layers 2": "wanted 1 to --layers (2)",
+    "ranks --shapes flush": "wanted some of flash",
+    "ranks --ranks 0": "--ranks is 0, wanted numbers up to the",
+    "ranks --ranks 2,99": "--ranks is 2,99, wanted numbers up to the",
+    "compare no-such-file no-such-file": "No such file",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.items(), ids=WRONG_ARGUMENTS)
 def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        main(arguments)
+        main(arguments.split())
     assert message in capsys.readouterr().err
 
 

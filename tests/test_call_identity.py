@@ -15,9 +15,10 @@ import jax_megamoe as mm
 from tests.support.cuda_lowering import FUSED, calls, cuda_text
 from tests.support.expert_layer import make_layer
 from tests.support.meshes import AUTO, MESHES, make_mesh, place_all
+from tests.support.skips import unless, why_no_host_devices
 
 pytestmark = [
-    pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices"),
+    unless(why_no_host_devices()),
     pytest.mark.usefixtures("built"),
 ]
 

@@ -16,10 +16,11 @@ import pytest
 from tests import multiprocess_worker
 from tests.multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
 from tests.support.expert_layer import check, make_layer
+from tests.support.skips import unless, why_no_host_devices
 
 TIME_LIMIT = 100
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < NUM_DEVICES, reason=f"needs {NUM_DEVICES} host devices")
+pytestmark = unless(why_no_host_devices(NUM_DEVICES))
 
 
 def free_port() -> int:

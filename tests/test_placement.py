@@ -17,13 +17,13 @@ import jax_megamoe as mm
 from jax_megamoe import placement_log
 from jax_megamoe.errors import ShapeError, ShardingError
 from tests.support.expert_layer import E, check, make_layer, packed_weights
+from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     check_both,
     make_mesh,
     moe_and_load,
-    opcodes_of_large_results,
     place,
     scan_over_layers,
 )

@@ -3,10 +3,10 @@
 import pytest
 
 from tests.gpu import buffers_worker
-from tests.gpu.test_expert_parallel import gpus, needs_gpus
 from tests.support import processes
+from tests.support.skips import gpu_tests, gpus, why_no_group
 
-pytestmark = needs_gpus
+pytestmark = gpu_tests(why_no_group())
 
 MIB = 1 << 20
 

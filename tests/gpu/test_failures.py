@@ -15,11 +15,11 @@ import pytest
 
 from tests.gpu import failure_worker
 from tests.gpu.failure_worker import COMMON, LATE, LAYERS, MORE
-from tests.gpu.test_expert_parallel import needs_gpus
 from tests.support import processes
 from tests.support.processes import Outcome
+from tests.support.skips import gpu_tests, why_no_group
 
-pytestmark = needs_gpus
+pytestmark = gpu_tests(why_no_group())
 
 LIMIT, SETUP = 3.0, 20.0
 SLACK = 3.0  # of a limit, where several workers share the GPUs; one second is what is meant

@@ -1,6 +1,7 @@
-"""Weights and inputs for tests on a Hopper GPU, and how far results are apart."""
+"""Weights and inputs of any size, for tests on a Hopper GPU."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,41 @@ import numpy as np
 import jax_megamoe as mm
 
 
+class Sizes(NamedTuple):
+    """Of an expert layer."""
+
+    hidden: int
+    inter: int
+    num_experts: int
+    top_k: int
+
+
+class Problem(NamedTuple):
+    """Arguments of `mm.moe`."""
+
+    x: Any
+    weights: mm.ExpertWeights
+    ids: Any
+    topk_weights: Any
+
+
 @functools.cache
-def make_weights(num_experts: int, hidden: int, inter: int, seed: int = 0) -> mm.ExpertWeights:
+def make_weights(sizes: Sizes, seed: int = 0) -> mm.ExpertWeights:
+    num_experts, hidden, inter = sizes.num_experts, sizes.hidden, sizes.inter
     keys = jax.random.split(jax.random.key(seed), 3)
     # Blocks of different sizes, so that a scale that is mixed up shows.
-    sizes = jnp.repeat(jnp.linspace(0.02, 0.08, num_experts), 1)[:, None, None]
-    gate, up = (jax.random.normal(key, (num_experts, inter, hidden), jnp.bfloat16) * sizes for key in keys[:2])
+    factors = jnp.repeat(jnp.linspace(0.02, 0.08, num_experts), 1)[:, None, None]
+    gate, up = (jax.random.normal(key, (num_experts, inter, hidden), jnp.bfloat16) * factors for key in keys[:2])
     rows = jnp.linspace(0.5, 2.0, inter)[None, :, None]
-    down = jax.random.normal(keys[2], (num_experts, hidden, inter), jnp.bfloat16) * sizes
+    down = jax.random.normal(keys[2], (num_experts, hidden, inter), jnp.bfloat16) * factors
     return mm.quantize_experts((gate * rows).astype(jnp.bfloat16), up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
 
 
-def make_inputs(tokens: int, hidden: int, num_experts: int, top_k: int, routing: str = "uniform", seed: int = 0):
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, num_experts, (tokens, top_k)).astype(np.int32)  # repeats included
-    weights = random.random((tokens, top_k)).astype(np.float32) + 0.05
+def make_inputs(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int = 0) -> tuple[jax.Array, ...]:
+    """x, ids and topk_weights; how ids are spread over the experts is `routing`. Weights of unused slots are NaN."""
+    random, num_experts = np.random.default_rng(seed), sizes.num_experts
+    ids = random.integers(0, num_experts, (tokens, sizes.top_k)).astype(np.int32)  # repeats included
+    topk_weights = random.random(ids.shape).astype(np.float32) + 0.05
     if routing == "one":
         ids[:] = num_experts // 2
     if routing == "masked":
@@ -32,11 +53,11 @@ def make_inputs(tokens: int, hidden: int, num_experts: int, top_k: int, routing:
         ids[random.random(ids.shape) < 0.05] = -(2**31)
     if routing == "none":
         ids[:] = -1
-    weights[(ids < 0) | (ids >= num_experts)] = np.nan
-    return jnp.asarray(random.standard_normal((tokens, hidden)), jnp.bfloat16), jnp.asarray(ids), jnp.asarray(weights)
+    topk_weights[(ids < 0) | (ids >= num_experts)] = np.nan
+    x = jnp.asarray(random.standard_normal((tokens, sizes.hidden)), jnp.bfloat16)
+    return x, jnp.asarray(ids), jnp.asarray(topk_weights)
 
 
-def difference(a, b) -> float:
-    left, right = (np.asarray(v, np.float64).ravel() for v in (a, b))
-    norm = left @ left + right @ right
-    return float(1 - 2 * (left @ right) / norm) if norm else 0.0
+def make_problem(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int = 0, weights_seed: int = 0) -> Problem:
+    x, ids, topk_weights = make_inputs(tokens, sizes, routing, seed)
+    return Problem(x, make_weights(sizes, weights_seed), ids, topk_weights)
