@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.skips import why_no_cuda_build
+
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
 # The folders CMakeLists.txt takes CUDA sources from.
 COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "bench")
@@ -31,12 +33,9 @@ class Kernel:
 
 @cache
 def module_path() -> Path:
-    try:
-        core = importlib.import_module("jax_megamoe._core")
-    except ImportError:
-        pytest.skip("jax_megamoe._core is not built: `pip install -e .` builds it")
-    if not core.has_cuda:
-        pytest.skip("jax_megamoe was built without CUDA (MEGAMOE_CUDA=OFF)")
+    if reason := why_no_cuda_build():
+        pytest.skip(reason)
+    core = importlib.import_module("jax_megamoe._core")
     assert core.__file__ is not None
     return Path(core.__file__)
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import E, H, I, make_layer, natural_weights, packed_weights
-from meshes import AUTO, make_mesh, place, place_all
 
 import jax_megamoe as mm
+from tests.support.expert_layer import E, H, I, make_layer, natural_weights, packed_weights
+from tests.support.meshes import AUTO, make_mesh, place, place_all
 
 GUARDS: dict[str, Callable[[], Any]] = {
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import make_layer, natural_weights, packed_weights
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShardingError
+from tests.support.expert_layer import make_layer, natural_weights, packed_weights
 
 
 def to_host(value: Any) -> Any:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from typing import Any
 
-import boxes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import LayoutError, ShapeError
+from tests.support import boxes
 
 E, H, I = 8, 256, 128
 

@@ -6,17 +6,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cuda_lowering import FUSED, LOCAL, calls, cuda_text
-from expert_layer import make_layer
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import place_all
 
 import jax_megamoe as mm
 from jax_megamoe.primitives import _compat, _gpus, _library, _peers, moe_peers
 from jax_megamoe.primitives._peers import Place
+from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
+from tests.support.expert_layer import make_layer
+from tests.support.meshes import mesh_of, place_all
+from tests.support.skips import unless, why_no_host_devices
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+pytestmark = unless(why_no_host_devices())
 
 
 class Job:
@@ -155,10 +156,6 @@ def test_no_gpu_says_nothing():
 # Programs.
 
 
-def make_mesh(devices: Any, sizes: dict[str, int], kind: AxisType = AxisType.Auto) -> Mesh:
-    return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(kind,) * len(sizes))
-
-
 def without_set_mesh(mesh: Mesh) -> list[str]:
     return calls(cuda_text(mm.moe, *place_all(mesh, make_layer())))
 
@@ -197,25 +194,25 @@ def test_the_order_in_the_mesh_decides(job, way, kind):
     """Two hosts with four GPUs each."""
     job.place("ab", 4)
     by_host, across = np.array(job.devices).reshape(2, 4), np.array(job.devices).reshape(4, 2).T
-    assert way(make_mesh(by_host, {"data": 2, "expert": 4}, kind)) == [FUSED]
-    assert way(make_mesh(by_host.T, {"expert": 4, "data": 2}, kind)) == [FUSED]
-    assert way(make_mesh(across, {"data": 2, "expert": 4}, kind)) == [LOCAL]
-    assert way(make_mesh(across.T, {"expert": 4, "data": 2}, kind)) == [LOCAL]
+    assert way(mesh_of(by_host, {"data": 2, "expert": 4}, kind)) == [FUSED]
+    assert way(mesh_of(by_host.T, {"expert": 4, "data": 2}, kind)) == [FUSED]
+    assert way(mesh_of(across, {"data": 2, "expert": 4}, kind)) == [LOCAL]
+    assert way(mesh_of(across.T, {"expert": 4, "data": 2}, kind)) == [LOCAL]
 
 
 @pytest.mark.usefixtures("built")
 @each_way
 def test_a_mesh_over_a_part_of_the_devices(job, way):
     job.place("ab", 4)
-    assert way(make_mesh(job.devices[4:], {"data": 2, "expert": 2})) == [FUSED] and job.asked == {1}
-    assert way(make_mesh(job.devices[2:6], {"data": 1, "expert": 4})) == [LOCAL] and job.asked == {0, 1}
+    assert way(mesh_of(job.devices[4:], {"data": 2, "expert": 2})) == [FUSED] and job.asked == {1}
+    assert way(mesh_of(job.devices[2:6], {"data": 1, "expert": 4})) == [LOCAL] and job.asked == {0, 1}
 
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("way", [without_set_mesh, in_partly_manual_shard_map])
 def test_without_set_mesh(job, way, caplog):
     """JAX lowers such a program once for all meshes of a shape: where their devices matter, the kernel is not taken."""
-    mesh = make_mesh(job.devices, {"data": 2, "expert": 4})
+    mesh = mesh_of(job.devices, {"data": 2, "expert": 4})
     job.place("aa", 4)
     assert way(mesh) == [FUSED]
     job.place("ab", 4)

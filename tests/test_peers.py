@@ -17,23 +17,15 @@ from jax_megamoe import machine, peers
 from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _groups, _library, peer_probe
 from jax_megamoe.primitives.peer_probe import Probe
+from tests.support.meshes import mesh_of
 
 
 def make_mesh(**sizes: int) -> Mesh:
-    return Mesh(
-        np.array(jax.devices("cpu")[: int(np.prod(list(sizes.values())))]).reshape(*sizes.values()), tuple(sizes)
-    )
-
-
-@pytest.fixture
-def core() -> Any:
-    if _library._core is None or not _library._core.has_cuda:
-        pytest.skip("jax_megamoe._core is built without CUDA")
-    return _library._core
+    return mesh_of(jax.devices("cpu"), sizes)
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 8}, {"data": 2, "expert": 4}, {"expert": 4, "model": 2}], ids=str)
-def test_program_carries_the_groups(core, sizes):
+def test_program_carries_the_groups(cuda_core, sizes):
     mesh = make_mesh(**sizes)
     jitted = peer_probe.program(mesh, ("expert",), Probe(bytes=4096, shift=1, mode=peer_probe.PUSH), 2)
     text = jitted.trace().lower(lowering_platforms=("cuda",)).as_text()
@@ -62,7 +54,7 @@ peer_probe.program(mesh, ("expert",), peer_probe.Probe(), 1)()
 """
 
 
-def test_handler_takes_the_call(core):
+def test_handler_takes_the_call(cuda_core):
     """On a CPU nothing but the stream is missing: operands, results, state and attributes are decoded."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", DECODE]

@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import E, check, make_layer, packed_weights
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError, ShardingError
+from tests.support.expert_layer import E, check, make_layer, packed_weights
+from tests.support.hlo import opcodes_of_large_results
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     check_both,
     make_mesh,
     moe_and_load,
-    opcodes_of_large_results,
     place,
     place_all,
     scan_over_layers,
 )
-
-import jax_megamoe as mm
-from jax_megamoe.errors import ShapeError, ShardingError
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 

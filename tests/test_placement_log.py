@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import pytest
-from expert_layer import make_layer, packed_weights
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import AUTO, EXPLICIT, make_mesh, place, place_all
 
 import jax_megamoe as mm
 from jax_megamoe import placement_log
+from tests.support.expert_layer import make_layer, packed_weights
+from tests.support.meshes import AUTO, EXPLICIT, make_mesh, place, place_all
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 

@@ -3,10 +3,8 @@
 import functools
 from typing import Any
 
-import boxes
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
+from tests.support import boxes, meshes
 
 SCORES = {
     "softmax": lambda z: np.exp(z - z.max()) / np.exp(z - z.max()).sum(),

@@ -5,28 +5,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import H, check, make_layer, packed_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError, ShardingError
+from tests.support import meshes
+from tests.support.compare import difference
+from tests.support.expert_layer import H, check, make_layer, packed_weights
+from tests.support.hlo import opcodes_of_large_results
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
     check_both,
     make_mesh,
     moe_and_load,
-    opcodes_of_large_results,
     place,
     place_all,
     scan_over_layers,
 )
-
-import jax_megamoe as mm
-from jax_megamoe.errors import ShapeError, ShardingError
 
 pytestmark = pytest.mark.usefixtures("each_platform")
 
@@ -238,7 +238,7 @@ def test_stacked_weights_in_a_scan(kind):
     y = jax.jit(scan_over_layers)(x, stacked, ids, probs)
     wanted = mm.moe(mm.moe(*layer[:4]), packed_weights(1), layer.ids, layer.probs)
     # The ranks' FP32 sums come in another order; the second layer may then quantise a value to its neighbour.
-    assert numpy_model.diff(y, wanted) < 1e-4
+    assert difference(y, wanted) < 1e-4
 
 
 def test_while_loop_on_a_mesh():

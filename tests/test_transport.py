@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_program import CUDA, NATIVE, compile_program, host_compiler
+
+from tests.support.native_program import CUDA, NATIVE, compile_program, host_compiler
 
 
 def cuda_include() -> Path:

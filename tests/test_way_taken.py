@@ -7,16 +7,17 @@ from typing import Any
 
 import jax
 import pytest
-from cuda_lowering import FUSED, LOCAL, attribute, calls, cuda_text
-from expert_layer import make_layer
 from jax.sharding import PartitionSpec as P
-from meshes import AUTO, EXPLICIT, MESHES, make_mesh, place_all
 
 import jax_megamoe as mm
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library, _peers, moe_peers
+from tests.support.cuda_lowering import FUSED, LOCAL, attribute, calls, cuda_text
+from tests.support.expert_layer import make_layer
+from tests.support.meshes import AUTO, EXPLICIT, MESHES, make_mesh, place_all
+from tests.support.skips import unless, why_no_host_devices
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+pytestmark = unless(why_no_host_devices())
 
 
 @pytest.fixture(autouse=True)

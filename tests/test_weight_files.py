@@ -7,18 +7,18 @@ import json
 import pickle
 from typing import Any
 
-import boxes
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import packed_weights
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import LayoutError
+from tests.support import boxes
+from tests.support.expert_layer import packed_weights
 
 
 def assert_same(found: mm.ExpertWeights, wanted: mm.ExpertWeights) -> None:

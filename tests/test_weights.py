@@ -7,7 +7,6 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import layout
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from tests.support import numpy_model
 
 E, H, I = 4, 256, 384
 
