@@ -21,7 +21,7 @@ SOUND = {
 # With who sends tokens, where that matters: None means everybody to everybody.
 BROKEN: dict[str, tuple[Protocol, Sends | None, str]] = {
     "one set of ids": (Protocol(ids_buffers=1), NOBODY, r"ids0\[\d\]\[\d\] is (\d), wanted (\d)"),
-    "gathering not released": (Protocol(releases_gathered=False), None, r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "dispatch not released": (Protocol(releases_dispatched=False), None, r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "columns not released": (Protocol(releases_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "combine does not wait": (Protocol(waits_for_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "epoch counted before all CTAs have read it": (

@@ -84,8 +84,8 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, in
   const Problem& p = arguments.problem;
   LaunchConstants c;
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
-  c.gather_blocks = Divisor(ceil_div(p.hidden_size, Orientation<kSwap>::kGatherColumns));
-  c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
+  c.dispatch_blocks = Divisor(ceil_div(p.hidden_size, Orientation<kSwap>::kDispatchColumns));
+  c.dispatch_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.dispatch_blocks.value()), num_ctas);
   c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation<kSwap>::kUnitTiles));
   c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation<kSwap>::kUnitTiles));
   c.cluster_ctas = cluster_ctas;

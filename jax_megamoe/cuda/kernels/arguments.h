@@ -12,9 +12,9 @@ namespace megamoe {
 // What follows from the problem and the number of CTAs, so that the start of the kernel does not have to compute it.
 struct LaunchConstants {
   CounterSet counters[2];
-  int gather_items_per_cta;
-  Divisor gather_blocks;  // items per token
-  Divisor gate_up_units;  // per chunk
+  int dispatch_items_per_cta;
+  Divisor dispatch_blocks;  // items per token
+  Divisor gate_up_units;    // per chunk
   Divisor down_units;
   int cluster_ctas;         // 1, or 2 that share weights (kernels/cta_pair.cuh)
   Divisor gate_up_tickets;  // per chunk: units, or pairs of them

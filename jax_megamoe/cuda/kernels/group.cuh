@@ -164,10 +164,10 @@ struct PeerRanks {
     return came;
   }
 
-  // One warp, the token producer's: waits for the tokens of all ranks. Own ones that don't come may wait for CTAs that have not
-  // started; those that do come find no stage that is still needed to gather.
+  // One warp, the token producer's: waits for the tokens of all ranks. Own ones that don't come may wait for CTAs that
+  // have not started; those that do come find no stage that is still needed for dispatch.
   __device__ static void await_tokens(const MoeArguments& args) {
-    await(&shared_header().gathered, 0);
+    await(&shared_header().dispatched, 0);
     SharePatience patience(args);
     const bool came = wait_for_ranks(args, own_peer_header()->tokens_sent, 1, shared_header().epoch,
                                      PeerFailure::kTokens, [&](int rank) {

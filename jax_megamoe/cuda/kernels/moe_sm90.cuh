@@ -2,10 +2,10 @@
 //
 //   all warps          count the ids
 //   a producer warp    plan: lay out chunks and units
-//   consumers (2 WGs)  gather: quantise a share of the tokens, into images or row by row -> counter `quantized_shares`
+//   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> counter `dispatched_shares`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
-//   token producer     images or rows into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
+//   token producer     images or rows into the same stages once they exist (gate/up: all dispatched; down: `gate_up_done[chunk]`)
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_done[tile]`; then combine
 //
@@ -18,7 +18,7 @@
 #include "kernels/announce.cuh"
 #include "kernels/arguments.h"
 #include "kernels/combine.cuh"
-#include "kernels/gather.cuh"
+#include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
 #include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
@@ -70,7 +70,7 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
   return true;
 }
 
-// All units; before them, what tokens no other CTA gathers. swapAB looks for these while it waits for its first unit, which is 1 % of a
+// All units; before them, what tokens no other CTA dispatches. swapAB looks for these while it waits for its first unit, which is 1 % of a
 // launch of 128 tokens; the normal orientation has no registers left for that.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan, const SharedMap<kSwap>& map,
@@ -78,11 +78,11 @@ __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan
   if constexpr (kSwap) {
 #pragma unroll 1
     while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
-      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
     }
   } else {
     if (!expected(await_unless(&shared_header().tokens_full[0], 0, vacant_shares_wanted))) {
-      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
     }
     consume<kSwap, Group>(args, map, signaller, tracer);
   }
@@ -141,7 +141,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   // What comes from memory is asked for first, before the weights flood its queues.
-  const GatherShare share(args, blockIdx.x);
+  const DispatchShare share(args, blockIdx.x);
   const typename Group::Opening opening(args);
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
@@ -211,10 +211,10 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
-      gather_share<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
+      dispatch_share<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
     }
-    end_gathering<kSwap>(args);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
+    end_dispatch<kSwap>(args);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {

@@ -1,4 +1,4 @@
-// Normal orientation: gathered tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
+// Normal orientation: a chunk's tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
 // after the other. Where a chunk has no more than 64 tokens, both warpgroups take all of them, and a tile each.
 // Accumulator fragment: thread (warp w, lane l) holds tokens 16w + l/4 and + 8; for every 8 weight rows b, rows 8b + 2*(l%4)
 // and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down projection rows q of block

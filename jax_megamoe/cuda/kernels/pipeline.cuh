@@ -19,7 +19,7 @@ __device__ __forceinline__ int swizzled_offset(int row, int column) {
   return row * kBlockK + swizzled_column(row, column);
 }
 
-// Where a pair's token goes: worked out once for all its columns; used while the tokens are gathered.
+// Where a pair's token goes: worked out once for all its columns; used while the tokens are dispatched.
 struct PairTarget {
   uint32_t image_row;  // of 128 bytes, in the plane of the first K block, counted over all chunks' images
   uint32_t packed;     // rank << 16 | swizzle << 8 | padded rows of the chunk
@@ -74,7 +74,7 @@ class SharedMap {
     return args.constants.counters[launch() % 2];
   }
 
-  // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
+  // [kPairBatch], shares the epilogue scratch: tokens are dispatched before the first epilogue.
   __device__ PairTarget* pair_targets() const { return reinterpret_cast<PairTarget*>(scratch()); }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
   __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
@@ -159,7 +159,7 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
     for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
   }
   ptx::mbarrier_init(&header.planned, 32 + 1);  // the weight producer's warp, and who claims the CTA's place
-  ptx::mbarrier_init(&header.gathered, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
+  ptx::mbarrier_init(&header.dispatched, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
   ptx::mbarrier_init(&header.vacant_shares_wanted, 1);
   ptx::mbarrier_init(&header.vacant_shares_done, kEveryLaneArrives ? kConsumerThreads : 1);
   header.ids_missing = 0;

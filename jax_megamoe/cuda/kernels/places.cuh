@@ -89,7 +89,7 @@ class SharePatience {
   bool has_ended_ = false, has_asked_ = false;
 };
 
-// For consumers that wait for the first tokens. They gather what is wanted once.
+// For consumers that wait for the first tokens. They dispatch what is wanted once.
 __device__ __forceinline__ bool vacant_shares_wanted() {
   SharedHeader& header = shared_header();
   return ptx::mbarrier_test_wait(&header.vacant_shares_wanted, 0) &&

@@ -1,4 +1,4 @@
-// The routing plan: how many tokens each expert has, where their gathered rows lie, and the list of GEMM units.
+// The routing plan: how many tokens each expert has, where their rows lie in the images, and the list of GEMM units.
 // Every CTA computes the same plan from the ids, so no CTA waits for another one before it streams weights.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Unit {
   int expert;
   int tile;
   int chunk;       // global chunk number, names the activation counter
-  int row_base;    // first gathered row of the chunk
+  int row_base;    // first row of the chunk
   int rows;        // tokens in the chunk; none: nothing to do for this CTA of a pair
   int only_chunk;  // of the expert: nobody else reads the weights
   // With the other CTA of the pair, which has another chunk, or another tile.
@@ -47,7 +47,7 @@ class Plan {
   // By expert of the group.
   // Pairs per expert.
   __device__ int& count(int expert) const { return storage()[expert]; }
-  // First gathered row, on the expert's rank.
+  // First row of the expert's images, on its rank.
   __device__ int& row_base(int expert) const { return storage()[group_experts_ + expert]; }
   // Pairs of earlier CTAs' tokens, then a running position.
   __device__ int& before(int expert) const { return storage()[2 * group_experts_ + expert]; }

@@ -57,13 +57,13 @@ struct Orientation {
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
+  // The first stages come one by one: tokens are being dispatched, and their way through the memory matters more.
   static constexpr int kStagesAtStart = 3;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
-  static constexpr int kGatherColumns = kSwap ? 256 : 512;
+  static constexpr int kDispatchColumns = kSwap ? 256 : 512;
   // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;

@@ -44,9 +44,9 @@ struct SharedHeader {
   uint64_t tokens_full[kMaxStages];   // ... its tokens
   uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
   uint64_t planned;                   // the plan is complete
-  uint64_t gathered;                  // this CTA and its partner need the stages' token parts no more for gathering
+  uint64_t dispatched;                // this CTA and its partner need the stages' token parts no more for dispatch
   uint64_t vacant_shares_wanted;      // of the tokens: those of CTAs that have not started
-  uint64_t vacant_shares_done;        // ... are gathered
+  uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
   uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs

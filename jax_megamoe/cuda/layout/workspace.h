@@ -40,7 +40,7 @@ struct Problem {
   __host__ __device__ int max_rows() const { return group_pairs() + 7 * max_chunks(); }
 };
 
-// Which (token, slot) pair a gathered row came from, and its routing weight times the routed scaling factor.
+// Which (token, slot) pair a row of an image came from, and its routing weight times the routed scaling factor.
 struct RowSource {
   int pair;  // with its rank above (kPairRankShift) where there is a group
   float weight;
@@ -143,7 +143,7 @@ class CounterSet {
   // Tickets of the units after the first of each CTA. The first of `words` counters that follow each other.
   __host__ __device__ uint32_t* next_unit() const { return base_; }
   // Shares of the tokens that are in the token images; there is one for each CTA.
-  __host__ __device__ uint32_t* quantized_shares() const { return base_ + kLineWords; }
+  __host__ __device__ uint32_t* dispatched_shares() const { return base_ + kLineWords; }
   // CTAs that found nothing to multiply, where no expert of the rank has tokens.
   __host__ __device__ uint32_t* idle_ctas() const { return base_ + kLineWords + 1; }
   // [H/128] signals of finished down units of these columns.
