@@ -118,7 +118,7 @@ def test_model_shapes(hidden, inter):
     compare(16, 8, hidden=hidden, inter=inter, num_experts=8, top_k=6)
 
 
-@pytest.mark.parametrize(("tokens", "repeats"), [(7, 50), (200, 3)])  # single thread blocks, and pairs of them
+@pytest.mark.parametrize(("tokens", "repeats"), [(7, 50), (200, 3)])  # single thread blocks, and clusters of two
 def test_stress(tokens, repeats):
     """Many launches of one program with pauses of random length, and another routing each time."""
     num_ranks, num_experts, top_k, rounds = 4, 16, 4, 64

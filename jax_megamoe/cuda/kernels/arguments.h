@@ -16,8 +16,8 @@ struct LaunchConstants {
   Divisor dispatch_blocks;  // items per token
   Divisor gate_up_units;    // per chunk
   Divisor down_units;
-  int cluster_ctas;         // 1, or 2 that share weights (kernels/cta_pair.cuh)
-  Divisor gate_up_tickets;  // per chunk: units, or pairs of them
+  int cluster_ctas;         // 1, or 2 that share weights (kernels/cluster.cuh)
+  Divisor gate_up_tickets;  // per chunk: units, or two of them for a cluster
   Divisor down_tickets;
   bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first
   bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)

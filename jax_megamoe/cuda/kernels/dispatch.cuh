@@ -305,12 +305,11 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
   }
 }
 
-// Tells the token producer, and that of the other CTA of a pair, that this CTA dispatches no more: they may fill stages
-// with tokens. All consumers, once they are through with the CTA's own share.
+// Tells the token producers of the cluster's CTAs that this CTA dispatches no more: they may fill stages with tokens. All consumers, once they are through with the CTA's own share.
 template <bool kSwap>
 __device__ __forceinline__ void end_dispatch(const MoeArguments& args) {
   if (kEveryLaneArrives || threadIdx.x == 0) {
-    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&shared_header().dispatched, rank);
     }
   }

@@ -9,8 +9,8 @@
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_done[tile]`; then combine
 //
-// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many tokens for each
-// expert CTAs work in pairs, which share tickets and weights (cta_pair.cuh).
+// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many
+// tokens for each expert CTAs work in clusters of two, which share tickets and weights (cluster.cuh).
 #pragma once
 
 #include <cstdint>
@@ -154,11 +154,11 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
   if (claims) place.claim(args.control);
   if (threadIdx.x == kTokenProducerWarp * 32) {
-    init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
+    init_pipeline(shared_header(), Cluster<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
   }
   __syncwarp();
-  CtaPair<kSwap>::announce_barriers();
+  Cluster<kSwap>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) {
     SharedHeader& header = shared_header();
     header.launch = __ldcg(&args.control->launch);
@@ -183,8 +183,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
 
   const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
   count_pairs<kSwap, Group>(args, plan, first_pair, opening.id);
-  CtaPair<kSwap>::await_barriers();
-  if constexpr (Group::kHasPeers) CtaPair<kSwap>(args).agree_on_missing_ids(shared_header());
+  Cluster<kSwap>::await_barriers();
+  if constexpr (Group::kHasPeers) Cluster<kSwap>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {

@@ -91,7 +91,7 @@ class NormalConsumer {
 
   // This warpgroup's share of the unit is stored.
   __device__ __forceinline__ void announce(uint32_t* counter) {
-    if (note_.rows() == 0) return;  // the other CTA of the pair has a tile, and this one has none
+    if (note_.rows() == 0) return;  // the cluster's other CTA has a tile, and this one has none
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
   }

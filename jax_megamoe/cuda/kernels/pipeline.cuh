@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/ptx.cuh"
-#include "kernels/cta_pair.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
 #include "kernels/waiting.cuh"
@@ -204,11 +204,11 @@ __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHe
   if constexpr (kSwap) {
     if (kEveryLaneArrives || lane == 0) ptx::mbarrier_arrive(&header.empty[stage]);
   } else if constexpr (kEveryLaneArrives) {
-    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&header.empty[stage], rank);
     }
   } else {
-    if (lane < CtaPair<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
+    if (lane < Cluster<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
   }
 }
 

@@ -23,7 +23,7 @@ class OwnPlace {
  public:
   __device__ void claim(Control* control) {
     shares_before_ = ptx::fetch_add_relaxed(control->share_claims + blockIdx.x, 1);
-    units_before_ = ptx::fetch_add_relaxed(control->unit_claims + blockIdx.x, 1);  // of a pair, the first counts
+    units_before_ = ptx::fetch_add_relaxed(control->unit_claims + blockIdx.x, 1);  // of a cluster, the first counts
   }
 
   // Tells the CTA what of it is its own, and takes the other claims back.

@@ -5,12 +5,12 @@
 #include <cstdint>
 
 #include "kernels/arguments.h"
-#include "kernels/cta_pair.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/group.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
-#include "layout/pair_share.h"
+#include "layout/cluster_share.h"
 
 namespace megamoe {
 
@@ -21,9 +21,9 @@ struct Unit {
   int tile;
   int chunk;       // global chunk number, names the activation counter
   int row_base;    // first row of the chunk
-  int rows;        // tokens in the chunk; none: nothing to do for this CTA of a pair
+  int rows;        // tokens in the chunk; none: nothing to do for this CTA of the cluster
   int only_chunk;  // of the expert: nobody else reads the weights
-  // With the other CTA of the pair, which has another chunk, or another tile.
+  // With the cluster's other CTA, which has another chunk, or another tile.
   int shares_weights;
   int shares_tokens;
 };
@@ -211,13 +211,13 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 // experts go tile by tile over all these experts, so that columns are complete one after the other and are summed meanwhile; not so
 // where that would be most of them, which would wait for the last gate/up units. In swapAB the chunk with the fewest tokens has the last
 // down units: nothing else is left to do by then, and they take the less time the fewer tokens they have. A ticket is a unit, or
-// one for each CTA of a pair.
+// one for each CTA of a cluster.
 template <bool kSwap>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
-      : constants_(args.constants), pair_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
-    if (kSwap || pair_.exists()) return;  // pairs share an expert's chunks in an order of their own
+      : constants_(args.constants), cluster_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
+    if (kSwap || cluster_.has_partner()) return;  // two CTAs share an expert's chunks in an order of their own
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
     if (2 * chunks > num_chunks()) return;
     first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(num_chunks() - chunks));
@@ -231,7 +231,7 @@ class UnitSchedule {
     return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
   }
 
-  // Of CTA `rank` of a pair.
+  // Of CTA `rank` of a cluster.
   __device__ Unit unit(uint32_t ticket, int rank) const {
     Unit u;
     const uint32_t first_down = num_gate_up();
@@ -258,10 +258,10 @@ class UnitSchedule {
     }
     const int first_chunk = plan_.chunk_base(u.expert);
     const int count = plan_.count(plan_.first_expert() + u.expert);
-    PairShare share{group, member};
-    if (pair_.exists()) {
+    ClusterShare share{group, member};
+    if (cluster_.has_partner()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
-      share = pair_share(count, tiles.value(), group, member, rank);
+      share = cluster_share(count, tiles.value(), group, member, rank);
     }
     u.tile = share.tile;
     u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
@@ -292,7 +292,7 @@ class UnitSchedule {
   }
 
   const LaunchConstants& constants_;
-  CtaPair<kSwap> pair_;
+  Cluster<kSwap> cluster_;
   Plan plan_;
   int first_tail_chunk_;  // from which on chunks take turns
 };

@@ -37,7 +37,7 @@ constexpr bool kEveryLaneArrives = false;
 
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
-// Tickets that the first CTA of a pair may be ahead of the other: for units of one stage each, a ring of them and two more.
+// Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
 // Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,

@@ -49,11 +49,11 @@ struct SharedHeader {
   uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
+  uint64_t ticket_told[kTicketSlots];  // from the cluster's first CTA to the other
   uint32_t ticket[kTicketSlots];
   int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)
   int plan_end;
-  uint32_t ids_missing;     // in a group: some did not come in time, to this CTA or to the other one of its pair
+  uint32_t ids_missing;     // in a group: some did not come in time, to this CTA or to its partner
   uint32_t launch;          // its number at this call site
   uint32_t has_share;       // of the tokens, or somebody has taken it over
   uint32_t has_unit;        // ... the first one of this CTA

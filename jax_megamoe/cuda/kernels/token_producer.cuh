@@ -21,7 +21,7 @@ class TokenProducer {
       : args_(args),
         map_(map),
         row_warp_(row_warp),
-        rank_(CtaPair<kSwap>(args).rank()),
+        rank_(Cluster<kSwap>(args).rank()),
         tokens_ready_(Group::kHasPeers),  // other ranks' have been waited for
         tracer_(args, TraceRole::kTokenProducer) {}
 
