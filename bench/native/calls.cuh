@@ -104,7 +104,7 @@ struct Call {
 
   Call(const Problem& p, const Weights& w, const std::string& routing, uint32_t seed) {
     std::mt19937 random(seed);
-    ids.resize(p.num_pairs());
+    ids.resize(p.num_routes());
     std::vector<float> weights(ids.size());
     std::vector<int> experts(p.num_experts);
     for (int e = 0; e < p.num_experts; ++e) experts[e] = e;
@@ -171,7 +171,7 @@ struct Call {
   std::vector<float> reference() const {
     const Problem& p = args.problem;
     const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_experts};
-    const size_t pairs = p.num_pairs();
+    const size_t pairs = p.num_routes();
     float* values = device_array<float>(y_count);
     float* scales = device_array<float>(y_count / 128);
     float* h = device_array<float>(pairs * s.inter);

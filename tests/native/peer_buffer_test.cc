@@ -26,7 +26,7 @@ int main() {
       std::cout << ' ' << size << ' ' << megamoe::PeerBuffer::holds(size, part);
       for (int parity : {0, 1}) std::cout << ' ' << offset(megamoe::PeerBuffer::ids(workspace, view.ids_bytes, parity));
       std::cout << ' ' << offset(megamoe::PeerBuffer::header(workspace)) << ' ' << offset(workspace) << ' '
-                << part.group_pairs() * sizeof(uint64_t) << ' ' << sizeof(megamoe::PeerHeader) << ' '
+                << part.group_routes() * sizeof(uint64_t) << ' ' << sizeof(megamoe::PeerHeader) << ' '
                 << megamoe::Workspace::shared_bytes(part);
     }
     std::cout << '\n';

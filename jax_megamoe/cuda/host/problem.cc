@@ -26,7 +26,7 @@ std::string unsupported_reason(const Problem& p) {
     if (p.group_experts() > kMaxExperts) {
       return "the expert group has " + text(p.group_experts()) + " experts; the kernel serves 1 to 1024.";
     }
-    if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupPairs) {
+    if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupRoutes) {
       return "the ranks have " + text(p.num_tokens) + " tokens each; pass at most 2^30 (token, slot) pairs in all.";
     }
   }

@@ -56,13 +56,13 @@ bool pairs_run_together(int ctas) {
 // Pairs of CTAs share the weights of experts that have several chunks of tokens. `rows`: of CTAs, in one launch.
 template <bool kSwap, auto kKernel>
 int cluster_ctas(const Problem& p, int num_ctas, int rows) {
-  const bool wanted = !kSwap && p.num_pairs() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts;
+  const bool wanted = !kSwap && p.num_routes() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts;
   return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
 // The normal orientation with a chunk for most experts and more time for its weights than for its multiplies.
 inline bool waits_for_memory(const Problem& p) {
-  return p.num_pairs() <= most_pairs_per_expert_waiting() * p.num_experts;
+  return p.num_routes() <= most_pairs_per_expert_waiting() * p.num_experts;
 }
 
 // With fewer units than SMs nothing hides that rows are found late.

@@ -41,7 +41,7 @@ struct MoeArguments {
   float routed_scaling_factor;
 
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`
-  int32_t* load;  // [E] (token, slot) pairs per expert
+  int32_t* load;  // [E] routes per expert
   bool y_is_f32;
   bool adds_to_load;  // a launch for some of the tokens, after others
 

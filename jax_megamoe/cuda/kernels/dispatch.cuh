@@ -138,40 +138,40 @@ class ItemStream {
   int slot_;
 };
 
-// Ids and weights of the next 32 pairs that are to be placed, asked for before they are needed.
-struct PairsAhead {
+// Ids and weights of the next 32 routes that are to be placed, loaded before they are needed.
+struct RoutesAhead {
   int expert = -1;
   float weight = 0.0f;
 
-  // A warp, of pairs [first, end).
+  // A warp, of routes [first, end).
   __device__ __forceinline__ void ask(const MoeArguments& args, int first, int end) {
-    const int pair = first + static_cast<int>(threadIdx.x % 32);
-    expert = pair < end ? __ldg(args.topk_ids + pair) : -1;
-    weight = pair < end ? __ldg(args.topk_weights + pair) : 0.0f;
+    const int route = first + static_cast<int>(threadIdx.x % 32);
+    expert = route < end ? __ldg(args.topk_ids + route) : -1;
+    weight = route < end ? __ldg(args.topk_weights + route) : 0.0f;
   }
 };
 
-// Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
-// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` are the first pairs,
-// and afterwards the first ones after these tokens.
+// Finds the image row of every route of tokens [token_begin, token_end) by counting earlier routes of the same expert. One
+// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` holds the
+// first routes, and afterwards the first ones after these tokens.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
-                                            int token_begin, int token_end, PairsAhead& ahead, PairTarget* targets) {
+__device__ __forceinline__ void place_routes(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
+                                             int token_begin, int token_end, RoutesAhead& ahead, RouteTarget* targets) {
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
   const int top_k = args.problem.top_k;
-  const int first_pair = token_begin * top_k;
-  const int end_pair = token_end * top_k;
+  const int first_route = token_begin * top_k;
+  const int end_route = token_end * top_k;
   const int k_blocks = args.problem.hidden_size / kBlockK;
-  for (int base = first_pair; base < end_pair; base += 32) {
-    const int pair = base + lane;
-    int expert = pair < end_pair ? ahead.expert : -1;
+  for (int base = first_route; base < end_route; base += 32) {
+    const int route = base + lane;
+    int expert = route < end_route ? ahead.expert : -1;
     const float weight = ahead.weight;
-    ahead.ask(args, min(base + 32, end_pair), share.end_token() * top_k);
-    if (expert < 0 || expert >= plan.group_experts() || !Group::places_pairs()) expert = -1;
+    ahead.ask(args, min(base + 32, end_route), share.end_token() * top_k);
+    if (expert < 0 || expert >= plan.group_experts() || !Group::has_ids()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
-    PairTarget target = PairTarget::unused();
+    RouteTarget target = RouteTarget::unused();
     int position = 0;
     if (expert >= 0) position = plan.before(expert) + earlier;
     __syncwarp();
@@ -183,15 +183,15 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
       // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
-      target = PairTarget::at(rank, chunk_row_base * k_blocks, row, padded);
+      target = RouteTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
-      if (share.first_item_of(pair / top_k) >= share.first_item) {
-        Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::pair_of_group(args, pair),
+      if (share.first_item_of(route / top_k) >= share.first_item) {
+        Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::route_with_rank(args, route),
                                                                              weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
-    if (pair < end_pair) targets[pair - first_pair] = target;
+    if (route < end_route) targets[route - first_route] = target;
   }
 }
 
@@ -199,7 +199,7 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
 // token's used slots; where rows are gathered, once, and for the slots its scales.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
-                                              const ItemPieces<kSwap>& item, const PairTarget* token_targets) {
+                                              const ItemPieces<kSwap>& item, const RouteTarget* token_targets) {
   constexpr int kPieces = ItemPieces<kSwap>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
@@ -239,7 +239,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
-    PairTarget target[kSlotsAtOnce];
+    RouteTarget target[kSlotsAtOnce];
     uint8_t* plane[kSlotsAtOnce];
     float* scales[kSlotsAtOnce];
 #pragma unroll
@@ -266,22 +266,22 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   }
 }
 
-// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `pairs` warp 0's first pairs,
-// asked for before. Ends by counting the share as done, for all CTAs to know.
+// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `routes` are warp
+// 0's first routes, both loaded before. Ends by counting the share as done, for all CTAs to know.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
-                                               const ItemPieces<kSwap>& first, PairsAhead& pairs,
+                                               const ItemPieces<kSwap>& first, RoutesAhead& routes,
                                                const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
-  const int tokens_per_batch = kPairBatch / top_k;
+  const int tokens_per_batch = kRouteBatch / top_k;
   const int end_token = share.end_token();
-  PairTarget* targets = map.pair_targets();
+  RouteTarget* targets = map.route_targets();
   DispatchCursor at(share, share.first_item + warp);
   ItemStream<kSwap> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
-    if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, pairs, targets);
+    if (warp == 0) place_routes<kSwap, Group>(args, plan, share, token_begin, token_end, routes, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));
@@ -341,11 +341,12 @@ __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args,
 #pragma unroll 1
   while ((place = take_vacant_share(args, map, place + 1)) < static_cast<int>(gridDim.x)) {
     const DispatchShare share(args, place);
-    const int first_pair = share.first_token() * args.problem.top_k;
-    recount_before<Group>(args, plan, Group::pair_number(args, first_pair));
-    PairsAhead pairs;
-    if (threadIdx.x / 32 == 0) pairs.ask(args, first_pair, share.end_token() * args.problem.top_k);
-    dispatch_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), pairs, map, signaller, tracer);
+    const int first_route = share.first_token() * args.problem.top_k;
+    recount_before<Group>(args, plan, Group::route_in_group(args, first_route));
+    RoutesAhead routes;
+    if (threadIdx.x / 32 == 0) routes.ask(args, first_route, share.end_token() * args.problem.top_k);
+    dispatch_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), routes, map, signaller,
+                                 tracer);
   }
   if (kEveryLaneArrives || threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // all of them see it

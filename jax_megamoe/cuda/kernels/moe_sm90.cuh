@@ -145,8 +145,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const typename Group::Opening opening(args);
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
-  PairsAhead first_pairs;
-  if (warp == 0) first_pairs.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
+  RoutesAhead first_routes;
+  if (warp == 0) first_routes.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if constexpr (kSwap && !Group::kHasPeers) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
   }
@@ -169,7 +169,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       header.limit_nanoseconds = header.launch == 0 ? peers.first_limit_nanoseconds : peers.limit_nanoseconds;
     }
   }
-  int first_pair = share.first_token() * p.top_k;
+  int first_route = share.first_token() * p.top_k;
   if constexpr (Group::kHasPeers) {
     if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
       shared_header().workspace[lane] = opening.workspace;
@@ -178,11 +178,11 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 0);
     Group::send_ids(args, opening);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
-    first_pair += Group::rank(args) * p.num_pairs();
+    first_route += Group::rank(args) * p.num_routes();
   }
 
   const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
-  count_pairs<kSwap, Group>(args, plan, first_pair, opening.id);
+  count_routes<kSwap, Group>(args, plan, first_route, opening.id);
   Cluster<kSwap>::await_barriers();
   if constexpr (Group::kHasPeers) Cluster<kSwap>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
@@ -211,7 +211,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
-      dispatch_share<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
+      dispatch_share<kSwap, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
     end_dispatch<kSwap>(args);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);

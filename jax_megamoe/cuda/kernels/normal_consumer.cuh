@@ -232,7 +232,7 @@ class NormalConsumer {
     const bool odd_lane = (threadIdx.x & 1) != 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint16_t* row = Group::slot_row(args_, source_[half].pair) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
+      uint16_t* row = Group::slot_row(args_, source_[half].route) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
                       8 * (quad_lane() / 2);
       const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll

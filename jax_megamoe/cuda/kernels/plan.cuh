@@ -44,12 +44,11 @@ class Plan {
   __device__ int group_experts() const { return group_experts_; }
   __device__ int num_experts() const { return num_experts_; }    // of this rank
   __device__ int first_expert() const { return first_expert_; }  // of this rank, in the group
-  // By expert of the group.
-  // Pairs per expert.
+  // Arrays by expert of the group: how many routes it has.
   __device__ int& count(int expert) const { return storage()[expert]; }
   // First row of the expert's images, on its rank.
   __device__ int& row_base(int expert) const { return storage()[group_experts_ + expert]; }
-  // Pairs of earlier CTAs' tokens, then a running position.
+  // Routes of earlier CTAs' tokens, then a running position.
   __device__ int& before(int expert) const { return storage()[2 * group_experts_ + expert]; }
   // First chunk, by expert of this rank; one past the last: the number of chunks.
   __device__ int& chunk_base(int expert) const { return storage()[3 * group_experts_ + expert]; }
@@ -68,81 +67,81 @@ class Plan {
   int first_expert_;
 };
 
-__device__ __forceinline__ void count_pair(const Plan& plan, int expert, bool before) {
+__device__ __forceinline__ void count_route(const Plan& plan, int expert, bool before) {
   if (expert < 0 || expert >= plan.group_experts()) return;
   atomicAdd(&plan.count(expert), 1);
   if (before) atomicAdd(&plan.before(expert), 1);
 }
 
-// Counts the group's pairs per expert, in all and before `first_pair`. All threads of the CTA; with one rank `expert` is the id of
-// the thread's first pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+// Counts the group's routes per expert, in all and before `first_route`. All threads of the CTA; with one rank `expert` is
+// the id of the thread's first route, loaded before. Begins and ends with a CTA barrier.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
+__device__ __forceinline__ void count_routes(const MoeArguments& args, const Plan& plan, int first_route, int expert) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
   constexpr int kIdsInFlight = Orientation<kSwap>::kIdsInFlight;
   if constexpr (Group::kHasPeers) {
-    const int num_pairs = args.problem.group_pairs();
+    const int num_routes = args.problem.group_routes();
     const uint64_t epoch = shared_header().epoch;
     const uint64_t* ids = Group::words(epoch);
     constexpr int kWordsInFlight = 8;  // there are more of them than of one rank
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_pairs; first += kWordsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * kCtaThreads) {
       uint64_t words[kWordsInFlight];
       bool all_there = false;
       for (int tries = 0; !all_there && tries < Group::kIdsPatience; ++tries) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          words[i] = pair < num_pairs ? ptx::load_relaxed_system(ids + pair) : 0;
+          const int route = first + i * kCtaThreads;
+          words[i] = route < num_routes ? ptx::load_relaxed_system(ids + route) : 0;
         }
         all_there = true;
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          if (first + i * kCtaThreads < num_pairs) all_there = all_there && Group::is_there(args, epoch, words[i]);
+          if (first + i * kCtaThreads < num_routes) all_there = all_there && Group::is_there(args, epoch, words[i]);
         }
       }
       if (all_there) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          if (pair < num_pairs) count_pair(plan, Group::id_of_word(words[i]), pair < first_pair);
+          const int route = first + i * kCtaThreads;
+          if (route < num_routes) count_route(plan, Group::id_of_word(words[i]), route < first_route);
         }
       } else {
 #pragma unroll 1
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          if (pair < num_pairs) count_pair(plan, Group::await_id(args, epoch, pair), pair < first_pair);
+          const int route = first + i * kCtaThreads;
+          if (route < num_routes) count_route(plan, Group::await_id(args, epoch, route), route < first_route);
         }
       }
     }
   } else {
-    const int num_pairs = args.problem.num_pairs();
+    const int num_routes = args.problem.num_routes();
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_pairs; first += kIdsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kIdsInFlight * kCtaThreads) {
       int experts[kIdsInFlight];
 #pragma unroll
       for (int i = 0; i < kIdsInFlight; ++i) {
-        const int pair = first + i * kCtaThreads;
-        experts[i] = pair == threadIdx.x ? expert : pair < num_pairs ? __ldg(args.topk_ids + pair) : -1;
+        const int route = first + i * kCtaThreads;
+        experts[i] = route == threadIdx.x ? expert : route < num_routes ? __ldg(args.topk_ids + route) : -1;
       }
 #pragma unroll
-      for (int i = 0; i < kIdsInFlight; ++i) count_pair(plan, experts[i], first + i * kCtaThreads < first_pair);
+      for (int i = 0; i < kIdsInFlight; ++i) count_route(plan, experts[i], first + i * kCtaThreads < first_route);
     }
   }
   __syncthreads();
 }
 
-// Counts the pairs before `first_pair` anew, of the tokens of a CTA whose place is taken over. All consumers.
+// Counts the routes before `first_route` anew, of the tokens of a CTA whose place is taken over. All consumers.
 template <typename Group>
-__device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_pair) {
+__device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_route) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kConsumerThreads) plan.before(e) = 0;
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 #pragma unroll 1
-  for (int pair = threadIdx.x; pair < first_pair; pair += kConsumerThreads) {
-    const int expert = Group::id_of_pair(args, pair);
+  for (int route = threadIdx.x; route < first_route; route += kConsumerThreads) {
+    const int expert = Group::id_of_route(args, route);
     if (expert >= 0 && expert < plan.group_experts()) atomicAdd(&plan.before(expert), 1);
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);

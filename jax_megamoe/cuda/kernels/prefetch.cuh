@@ -25,7 +25,7 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int expert = lane < p.num_pairs() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
+  const int expert = lane < p.num_routes() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
   const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_experts);
   if (own == 0) return;
   const int count = __popc(own);
@@ -44,13 +44,13 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
 }
 
 // The CTA's first unit if all experts have one chunk each, before anybody has looked at the ids: its first two stages. With as many
-// pairs as experts most experts have one, and the memory has nothing else to do. One thread.
+// routes as experts most experts have one, and the memory has nothing else to do. One thread.
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   using O = Orientation<true>;
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
-  if (p.num_pairs() < p.num_experts || expert >= p.num_experts) return;
+  if (p.num_routes() < p.num_experts || expert >= p.num_experts) return;
   prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
 }
 

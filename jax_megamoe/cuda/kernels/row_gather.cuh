@@ -43,9 +43,9 @@ class RowGather {
 #pragma unroll
     for (int i = lane; i < kRowsPerCopy * kCopies; i += 32) {
       const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
-      const int pair = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].pair);
+      const int route = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].route);
       // Fits, as scratch memory has a limit (host/problem.h).
-      offsets[i] = static_cast<uint32_t>(pair / args.problem.top_k) * args.problem.hidden_size;
+      offsets[i] = static_cast<uint32_t>(route / args.problem.top_k) * args.problem.hidden_size;
     }
     __syncwarp();
     offsets_ = reinterpret_cast<const uint4*>(offsets + lane / kLanesPerRow * kCopies);

@@ -312,7 +312,7 @@ class SwapConsumer {
     for (int token = thread_in_group() / kLanesPerRow; token < note_.rows() && Group::has_tokens();
          token += kWarpgroupThreads / kLanesPerRow) {
       ptx::store(
-          Group::slot_row(args_, sources()[token].pair) + column,
+          Group::slot_row(args_, sources()[token].route) + column,
           *reinterpret_cast<const uint4*>(tile + swizzled_offset(token, piece * static_cast<int>(sizeof(uint4)))),
           !Group::kHasPeers);
     }

@@ -22,7 +22,7 @@ enum class TraceEvent : uint64_t {
   kDownAsked,
   kTokensReady,
   kCounted,
-  kPlaced,  // the share's pairs have targets
+  kPlaced,  // the share's routes have targets
   kStored,  // the share's images are stored
 };
 

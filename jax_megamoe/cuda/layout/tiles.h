@@ -48,7 +48,7 @@ constexpr int kLeastPairsPerExpertOfTwoCtas = 192;
 constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
-constexpr int kMaxTokens = 1 << 20;  // keeps pair numbers within 32 bits
+constexpr int kMaxTokens = 1 << 20;  // keeps the numbers of routes within 32 bits
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

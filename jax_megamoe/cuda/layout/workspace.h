@@ -21,28 +21,29 @@ struct Problem {
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
   OperandOrder order = OperandOrder::kByRule;
 
-  // By pairs per expert, of which one rank has as many as several that share the experts.
+  // By routes per expert, of which one rank has as many as several that share the experts.
   __host__ __device__ bool swap_operands() const {
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    return num_pairs() <= most_swap_pairs_per_expert(normal_units()) * num_experts;
+    return num_routes() <= most_swap_pairs_per_expert(normal_units()) * num_experts;
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   __host__ __device__ int normal_units() const { return num_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
   __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
-  __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
-  __host__ __device__ int group_pairs() const { return num_ranks * num_pairs(); }
+  __host__ __device__ int num_routes() const { return num_tokens * top_k; }
+  __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
   __host__ __device__ int group_experts() const { return num_ranks * num_experts; }
   // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
   __host__ __device__ int max_chunks() const {
-    return (num_experts < group_pairs() ? num_experts : group_pairs()) + group_pairs() / token_tile();
+    return (num_experts < group_routes() ? num_experts : group_routes()) + group_routes() / token_tile();
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
-  __host__ __device__ int max_rows() const { return group_pairs() + 7 * max_chunks(); }
+  __host__ __device__ int max_rows() const { return group_routes() + 7 * max_chunks(); }
 };
 
-// Which (token, slot) pair a row of an image came from, and its routing weight times the routed scaling factor.
+// Which route a row of an image came from, and its routing weight times the routed scaling factor. A route is a (token,
+// slot) pair: number token * k + slot, so that topk_ids[route] is its expert.
 struct RowSource {
-  int pair;  // with its rank above (kPairRankShift) where there is a group
+  int route;  // with its rank above (kRouteRankShift) where there is a group
   float weight;
 };
 
@@ -80,7 +81,7 @@ struct Workspace {
     token_planes = carver.take<uint8_t>(rows * p.hidden_size);
     token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
     row_sources = carver.take<RowSource>(rows);
-    slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_pairs()) * p.hidden_size);
+    slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_routes()) * p.hidden_size);
     return carver.bytes();
   }
   size_t carve_local(const Problem& p, void* base) {
