@@ -16,7 +16,7 @@ import pytest
 
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
 # The folders CMakeLists.txt takes CUDA sources from.
-COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "bench")
+COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "diagnostics", "bench")
 
 
 @dataclass(frozen=True)

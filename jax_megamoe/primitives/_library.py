@@ -13,7 +13,7 @@ from jax_megamoe.errors import MegaMoEError
 
 MOE_TARGET = "jax_megamoe.moe.v1"
 MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v2"
-PEER_PROBE_TARGET = "jax_megamoe.peer_probe.v1"
+WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
 
 

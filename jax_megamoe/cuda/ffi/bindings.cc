@@ -83,8 +83,8 @@ py::dict ffi_registrations() {
       type_of_state(megamoe::moe_peers_instance_type_id(), megamoe::moe_peers_instance_type_info());
   types["jax_megamoe.virtual_ranks_instance.v1"] =
       type_of_state(megamoe::virtual_ranks_instance_type_id(), megamoe::virtual_ranks_instance_type_info());
-  types["jax_megamoe.peer_probe_instance.v1"] =
-      type_of_state(megamoe::peer_probe_instance_type_id(), megamoe::peer_probe_instance_type_info());
+  types["jax_megamoe.wire_test_instance.v1"] =
+      type_of_state(megamoe::wire_test_instance_type_id(), megamoe::wire_test_instance_type_info());
 
   targets["jax_megamoe.moe.v1"] = stages({{"instantiate", megamoe::MoeInstantiate},
                                           {"initialize", megamoe::MoeInitialize},
@@ -97,10 +97,10 @@ py::dict ffi_registrations() {
                                                     {"initialize", megamoe::VirtualRanksInitialize},
                                                     {"execute", megamoe::VirtualRanksExecute}});
   targets["jax_megamoe.read_ceiling.v1"] = stages({{"execute", megamoe::ReadCeiling}});
-  targets["jax_megamoe.peer_probe.v1"] = stages({{"instantiate", megamoe::PeerProbeInstantiate},
-                                                 {"prepare", megamoe::PeerProbePrepare},
-                                                 {"initialize", megamoe::PeerProbeInitialize},
-                                                 {"execute", megamoe::PeerProbeExecute}});
+  targets["jax_megamoe.wire_test.v1"] = stages({{"instantiate", megamoe::WireTestInstantiate},
+                                                {"prepare", megamoe::WireTestPrepare},
+                                                {"initialize", megamoe::WireTestInitialize},
+                                                {"execute", megamoe::WireTestExecute}});
 #endif
   py::dict registrations;
   registrations["types"] = types;

@@ -1,4 +1,4 @@
-// XLA FFI handlers of the peer probe: the expert-parallel set-up from the communicator to the launch, without the layer.
+// XLA FFI handlers of the wire test: the expert-parallel set-up from the communicator to the launch, without the layer.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -7,25 +7,25 @@
 #include <string>
 #include <utility>
 
+#include "diagnostics/wire_test.h"
 #include "ffi/attributes.h"
 #include "ffi/expert_group.h"
 #include "ffi/handlers.h"
-#include "transport/peer_probe.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace megamoe {
 
 namespace ffi = xla::ffi;
 
-class PeerProbeInstance {
+class WireTestInstance {
  public:
   static ffi::TypeId id;
   static ffi::TypeInfo info;
   ExpertGroup group;
 };
 
-ffi::TypeId PeerProbeInstance::id = {};
-ffi::TypeInfo PeerProbeInstance::info = ffi::MakeTypeInfo<PeerProbeInstance>();
+ffi::TypeId WireTestInstance::id = {};
+ffi::TypeInfo WireTestInstance::info = ffi::MakeTypeInfo<WireTestInstance>();
 
 namespace {
 
@@ -33,13 +33,13 @@ void fill_table(void* view, void* const* mapped, int /*rank*/, int num_ranks, ui
   std::memcpy(view, mapped, num_ranks * sizeof(void*));
 }
 
-// "prob": the buffers of no other handler. The view is the table of peers.
-constexpr transport::Layout kProbeLayout = {0x70726f62, transport::kProbeMaxRanks * sizeof(void*), fill_table, nullptr};
+// "wire": the buffers of no other handler. The view is the table of peers.
+constexpr transport::Layout kWireTestLayout = {0x77697265, kWireTestMaxRanks * sizeof(void*), fill_table, nullptr};
 constexpr double kSetupSeconds = 120;
 
-ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.peer_probe: " + what); }
+ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.wire_test: " + what); }
 
-ffi::ErrorOr<std::unique_ptr<PeerProbeInstance>> instantiate() { return std::make_unique<PeerProbeInstance>(); }
+ffi::ErrorOr<std::unique_ptr<WireTestInstance>> instantiate() { return std::make_unique<WireTestInstance>(); }
 
 // The integer attributes of a call.
 struct Options {
@@ -59,7 +59,7 @@ struct Options {
   }
 };
 
-ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collectives, int32_t ordinal, ffi::RunId run,
+ffi::Error initialize(WireTestInstance* instance, CollectivesContext collectives, int32_t ordinal, ffi::RunId run,
                       ffi::AnyBuffer /*axis_index*/, ffi::Result<ffi::AnyBuffer> /*rows*/, ffi::Dictionary attributes) {
   ffi::ErrorOr<ReplicaGroups> groups = ReplicaGroups::parse(attributes);
   if (groups.has_error()) return std::move(groups).error();
@@ -67,21 +67,21 @@ ffi::Error initialize(PeerProbeInstance* instance, CollectivesContext collective
   if (options.has_error()) return std::move(options).error();
   const int num_ranks = groups.value().size();
   const int64_t bytes = options.value().bytes;
-  if (num_ranks > transport::kProbeMaxRanks || bytes < 16 || bytes % 16 != 0 || bytes > (1 << 30)) {
+  if (num_ranks > kWireTestMaxRanks || bytes < 16 || bytes % 16 != 0 || bytes > (1 << 30)) {
     return failure("there are " + std::to_string(num_ranks) + " ranks and bytes is " + std::to_string(bytes) +
                    "; wanted 64 ranks at most and a multiple of 16 up to 2^30.");
   }
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
   DeviceScope scope(device.value());
-  const cudaError_t error = transport::prepare_probe();
+  const cudaError_t error = prepare_wire_test();
   if (error != cudaSuccess) return failure(cuda_failure("loading the kernel", error));
-  return instance->group.initialize(collectives, groups.value(), ordinal, run, transport::probe_bytes(num_ranks, bytes),
-                                    kProbeLayout, kSetupSeconds,
+  return instance->group.initialize(collectives, groups.value(), ordinal, run, wire_test_bytes(num_ranks, bytes),
+                                    kWireTestLayout, kSetupSeconds,
                                     static_cast<transport::Wanted>(options.value().transport));
 }
 
-ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ordinal, ffi::AnyBuffer axis_index,
+ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordinal, ffi::AnyBuffer axis_index,
                    ffi::Result<ffi::AnyBuffer> rows, ffi::Dictionary attributes) {
   ffi::ErrorOr<Options> parsed = Options::parse(attributes);
   if (parsed.has_error()) return std::move(parsed).error();
@@ -91,44 +91,43 @@ ffi::Error execute(cudaStream_t stream, PeerProbeInstance* instance, int32_t ord
   if (axis_index.element_type() != ffi::S32 || axis_index.element_count() != 1) {
     return failure("axis_index has another type than int32[1].");
   }
-  const size_t wanted_bytes = member->num_ranks() * sizeof(transport::ProbeRow);
+  const size_t wanted_bytes = member->num_ranks() * sizeof(WireTestRow);
   if (rows->size_bytes() != wanted_bytes) {
     return failure("the result has " + std::to_string(rows->size_bytes()) + " bytes; wanted " +
                    std::to_string(wanted_bytes) + ".");
   }
-  if (options.mode < 0 || options.mode > 2 || options.iterations < 1 ||
-      options.iterations >= transport::kProbeMaxIterations || options.shift < 0 ||
-      options.shift >= member->num_ranks() || options.limit_microseconds < 1) {
+  if (options.mode < 0 || options.mode > 2 || options.iterations < 1 || options.iterations >= kWireTestMaxIterations ||
+      options.shift < 0 || options.shift >= member->num_ranks() || options.limit_microseconds < 1) {
     return failure("mode, iterations, shift or limit_microseconds is out of range.");
   }
-  transport::ProbeArguments arguments = {};
+  WireTestArguments arguments = {};
   arguments.peers = static_cast<void* const*>(member->view());
   arguments.rank = member->rank();
   arguments.num_ranks = member->num_ranks();
-  arguments.mode = static_cast<transport::ProbeMode>(options.mode);
+  arguments.mode = static_cast<WireTestMode>(options.mode);
   arguments.bytes = options.bytes;
   arguments.iterations = static_cast<int>(options.iterations);
   arguments.shift = static_cast<int>(options.shift);
   arguments.mute = static_cast<int>(options.mute);
   arguments.limit_nanoseconds = static_cast<uint64_t>(options.limit_microseconds) * 1000;
   arguments.axis_index = static_cast<const int32_t*>(axis_index.untyped_data());
-  arguments.rows = static_cast<transport::ProbeRow*>(rows->untyped_data());
+  arguments.rows = static_cast<WireTestRow*>(rows->untyped_data());
   cudaError_t error = cudaMemsetAsync(arguments.rows, 0, wanted_bytes, stream);
-  if (error == cudaSuccess) error = transport::launch_probe(arguments, stream);
+  if (error == cudaSuccess) error = launch_wire_test(arguments, stream);
   if (error != cudaSuccess) return failure(cuda_failure("the launch", error));
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInstantiate, instantiate, ffi::Ffi::BindInstantiate());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestInstantiate, instantiate, ffi::Ffi::BindInstantiate());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbePrepare, request_communicator,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestPrepare, request_communicator,
                               ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestInitialize, initialize,
                               ffi::Ffi::BindInitialize()
-                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::State<WireTestInstance>>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Ctx<ffi::RunId>()
@@ -136,17 +135,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeInitialize, initialize,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PeerProbeExecute, execute,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestExecute, execute,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::State<PeerProbeInstance>>()
+                                  .Ctx<ffi::State<WireTestInstance>>()
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs(),
                               {ffi::Traits::kCmdBufferCompatible});
 
-void* peer_probe_instance_type_id() { return &PeerProbeInstance::id; }
-void* peer_probe_instance_type_info() { return &PeerProbeInstance::info; }
+void* wire_test_instance_type_id() { return &WireTestInstance::id; }
+void* wire_test_instance_type_info() { return &WireTestInstance::info; }
 
 }  // namespace megamoe
