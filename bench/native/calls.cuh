@@ -106,16 +106,17 @@ struct Call {
     std::mt19937 random(seed);
     ids.resize(p.num_routes());
     std::vector<float> weights(ids.size());
-    std::vector<int> experts(p.num_experts);
-    for (int e = 0; e < p.num_experts; ++e) experts[e] = e;
+    std::vector<int> experts(p.num_local_experts);
+    for (int e = 0; e < p.num_local_experts; ++e) experts[e] = e;
     for (int t = 0; t < p.num_tokens; ++t) {
       std::shuffle(experts.begin(), experts.end(), random);
       for (int s = 0; s < p.top_k; ++s) {
         int& id = ids[t * p.top_k + s];
-        id = experts[s % p.num_experts];
-        if (routing == "one") id = p.num_experts / 2;
-        if (routing == "none" || (routing == "masked" && random() % 10 < 3)) id = random() % 2 ? -1 : p.num_experts + 7;
-        weights[t * p.top_k + s] = id >= 0 && id < p.num_experts ? 0.05f + random() % 1000 / 1000.0f : NAN;
+        id = experts[s % p.num_local_experts];
+        if (routing == "one") id = p.num_local_experts / 2;
+        if (routing == "none" || (routing == "masked" && random() % 10 < 3))
+          id = random() % 2 ? -1 : p.num_local_experts + 7;
+        weights[t * p.top_k + s] = id >= 0 && id < p.num_local_experts ? 0.05f + random() % 1000 / 1000.0f : NAN;
       }
     }
     y_count = static_cast<size_t>(p.num_tokens) * p.hidden_size;
@@ -138,7 +139,7 @@ struct Call {
     args.activation_clamp = 10.0f;
     args.routed_scaling_factor = 1.5f;
     args.y = device_array<uint16_t>(y_count);
-    args.load = device_array<int>(p.num_experts);
+    args.load = device_array<int>(p.num_local_experts);
     args.y_is_f32 = false;
   }
 
@@ -151,7 +152,7 @@ struct Call {
   int touched() const {
     std::vector<int> sorted;
     for (int id : ids) {
-      if (id >= 0 && id < args.problem.num_experts) sorted.push_back(id);
+      if (id >= 0 && id < args.problem.num_local_experts) sorted.push_back(id);
     }
     std::sort(sorted.begin(), sorted.end());
     return std::unique(sorted.begin(), sorted.end()) - sorted.begin();
@@ -170,7 +171,7 @@ struct Call {
 
   std::vector<float> reference() const {
     const Problem& p = args.problem;
-    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_experts};
+    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts};
     const size_t pairs = p.num_routes();
     float* values = device_array<float>(y_count);
     float* scales = device_array<float>(y_count / 128);

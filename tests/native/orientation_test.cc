@@ -6,7 +6,7 @@
 int main() {
   megamoe::Problem p{};
   p.hidden_size = 1024;
-  while (std::cin >> p.num_tokens >> p.top_k >> p.num_experts >> p.intermediate_size >> p.num_ranks) {
+  while (std::cin >> p.num_tokens >> p.top_k >> p.num_local_experts >> p.intermediate_size >> p.num_ranks) {
     std::cout << p.swap_operands() << '\n';
   }
 }

@@ -8,7 +8,8 @@
 
 int main() {
   megamoe::Problem p;
-  while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_experts >> p.num_ranks) {
+  while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_local_experts >>
+         p.num_ranks) {
     const std::string reason = megamoe::unsupported_reason(p);
     if (!reason.empty()) {
       std::cout << "unsupported\n";

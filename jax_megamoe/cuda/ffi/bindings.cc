@@ -109,28 +109,29 @@ py::dict ffi_registrations() {
 }
 
 // Of a call's largest launch.
-megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
-                                 int num_ranks) {
-  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks};
+megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size,
+                                 int num_local_experts, int num_ranks) {
+  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks};
   const std::string reason = megamoe::unsupported_reason(problem);
   if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
   return megamoe::per_launch(problem);
 }
 
-int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {
-  return megamoe::Workspace::bytes(checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, 1));
+int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts) {
+  return megamoe::Workspace::bytes(
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, 1));
 }
 
-int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
                              int num_ranks) {
   return megamoe::Workspace::local_bytes(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
 
-int64_t buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+int64_t buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
                      int num_ranks) {
   return megamoe::PeerBuffer::bytes_for(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
 
 }  // namespace
@@ -153,7 +154,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("host_identity", &megamoe::transport::host_identity,
              "The same in all processes on one running kernel, in containers too.");
   module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
-             py::arg("intermediate_size"), py::arg("num_experts"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"),
              "Bytes of scratch memory one call of the fused kernel needs on a device.");
   module.def("peer_workspace_bytes", &peer_workspace_bytes, py::arg("num_tokens"), py::arg("top_k"),
              py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),

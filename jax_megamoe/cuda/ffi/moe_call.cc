@@ -97,7 +97,7 @@ ffi::Error read_buffers(const MoeOperands& operands, const MoeResults& results, 
   if (!matches(y, arguments->y_is_f32 ? ffi::F32 : ffi::BF16, {p.num_tokens, p.hidden_size})) {
     return wrong("y", y, "bf16 or f32 [T, H]");
   }
-  if (!matches(load, ffi::S32, {p.num_experts})) return wrong("load", load, "int32 [E]");
+  if (!matches(load, ffi::S32, {p.num_local_experts})) return wrong("load", load, "int32 [E]");
   if (workspace.size_bytes() < workspace_bytes) {
     return moe_failure("the workspace has " + std::to_string(workspace.size_bytes()) + " bytes; wanted " +
                        std::to_string(workspace_bytes) + ".");

@@ -61,11 +61,11 @@ struct Options {
 
 // The problem of each rank, from that of all.
 ffi::Error share_of_rank(int num_ranks, Problem* p) {
-  if (p->num_tokens % num_ranks != 0 || p->num_experts % num_ranks != 0) {
+  if (p->num_tokens % num_ranks != 0 || p->num_local_experts % num_ranks != 0) {
     return moe_failure("the ranks don't divide the tokens and the experts.");
   }
   p->num_tokens /= num_ranks;
-  p->num_experts /= num_ranks;
+  p->num_local_experts /= num_ranks;
   p->num_ranks = num_ranks;
   const std::string reason = unsupported_reason(*p);
   return reason.empty() ? ffi::Error::Success() : moe_failure(reason);
@@ -148,7 +148,7 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     one.problem = p;
     take_tokens_of_rank(&one, r);
     take_experts_of_rank(&one, r);
-    one.load += static_cast<size_t>(r) * p.num_experts;
+    one.load += static_cast<size_t>(r) * p.num_local_experts;
     one.activation_clamp = attributes.get<float>("activation_clamp").value();
     one.routed_scaling_factor = attributes.get<float>("routed_scaling_factor").value();
     one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);

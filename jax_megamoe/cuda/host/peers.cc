@@ -10,7 +10,7 @@ uint32_t call_tag(const Problem& p, uint32_t call_id) {
   uint32_t hash = 2166136261u;
   for (uint32_t value : {static_cast<uint32_t>(p.num_tokens), static_cast<uint32_t>(p.top_k),
                          static_cast<uint32_t>(p.hidden_size), static_cast<uint32_t>(p.intermediate_size),
-                         static_cast<uint32_t>(p.num_experts), static_cast<uint32_t>(p.num_ranks), call_id}) {
+                         static_cast<uint32_t>(p.num_local_experts), static_cast<uint32_t>(p.num_ranks), call_id}) {
     hash = (hash ^ value) * 16777619u;
     hash ^= hash >> 15;
   }
@@ -43,7 +43,7 @@ void take_tokens_of_rank(MoeArguments* arguments, int rank) {
 
 void take_experts_of_rank(MoeArguments* arguments, int rank) {
   const Problem& p = arguments->problem;
-  const size_t first = static_cast<size_t>(rank) * p.num_experts;
+  const size_t first = static_cast<size_t>(rank) * p.num_local_experts;
   const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns, gate_up_blocks = p.hidden_size / kBlockK;
   const size_t down_tiles = p.hidden_size / kDownTileColumns, down_blocks = p.intermediate_size / kBlockK;
   arguments->gate_up += first * gate_up_tiles * gate_up_blocks * kBlockWeightBytes;

@@ -16,8 +16,8 @@ std::string unsupported_reason(const Problem& p) {
     return "intermediate_size is " + text(p.intermediate_size) + "; it has to be a positive multiple of 128.";
   }
   if (p.top_k < 1 || p.top_k > kMaxTopK) return "top_k is " + text(p.top_k) + "; it has to be 1 to 32.";
-  if (p.num_experts < 1 || p.num_experts > kMaxExperts) {
-    return "the device holds " + text(p.num_experts) + " experts; the kernel serves 1 to 1024.";
+  if (p.num_local_experts < 1 || p.num_local_experts > kMaxExperts) {
+    return "the device holds " + text(p.num_local_experts) + " experts; the kernel serves 1 to 1024.";
   }
   if (p.num_ranks < 1 || p.num_ranks > kMaxRanks) {
     return "the expert group has " + text(p.num_ranks) + " ranks; the kernel serves 1 to " + text(kMaxRanks) + ".";

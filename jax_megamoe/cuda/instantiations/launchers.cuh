@@ -56,13 +56,13 @@ bool pairs_run_together(int ctas) {
 // Pairs of CTAs share the weights of experts that have several chunks of tokens. `rows`: of CTAs, in one launch.
 template <bool kSwap, auto kKernel>
 int cluster_ctas(const Problem& p, int num_ctas, int rows) {
-  const bool wanted = !kSwap && p.num_routes() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts;
+  const bool wanted = !kSwap && p.num_routes() >= kLeastPairsPerExpertOfTwoCtas * p.num_local_experts;
   return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
 }
 
 // The normal orientation with a chunk for most experts and more time for its weights than for its multiplies.
 inline bool waits_for_memory(const Problem& p) {
-  return p.num_routes() <= most_pairs_per_expert_waiting() * p.num_experts;
+  return p.num_routes() <= most_pairs_per_expert_waiting() * p.num_local_experts;
 }
 
 // With fewer units than SMs nothing hides that rows are found late.
@@ -75,7 +75,7 @@ bool gathers_rows(const Problem& p) {
 template <bool kSwap>
 bool activations_stay(const Problem& p) {
   constexpr size_t kMostGateUpBytes = 1 << 30;
-  const size_t bytes = size_t{2} * p.num_experts * p.intermediate_size * p.hidden_size;
+  const size_t bytes = size_t{2} * p.num_local_experts * p.intermediate_size * p.hidden_size;
   return !kSwap && waits_for_memory(p) && bytes <= kMostGateUpBytes;
 }
 
@@ -93,7 +93,7 @@ LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, in
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
   c.gathers_rows = gathers_rows<kSwap, Group>(p);
   c.activations_stay = activations_stay<kSwap>(p);
-  const Plan plan(p.num_experts, p.num_ranks, 0);
+  const Plan plan(p.num_local_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
   }

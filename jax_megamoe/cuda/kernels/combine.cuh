@@ -19,7 +19,7 @@ constexpr int kCombineTokens =
 template <typename Group>
 __device__ __forceinline__ void find_used_slots(const MoeArguments& args, const int (&tokens)[2], uint32_t (&used)[2]) {
   const Problem& p = args.problem;
-  const int num_experts = Group::num_ranks(args) * p.num_experts;
+  const int num_experts = Group::num_ranks(args) * p.num_local_experts;
   used[0] = used[1] = 0;
 #pragma unroll 1
   for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {

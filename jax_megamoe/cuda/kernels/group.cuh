@@ -111,7 +111,7 @@ struct PeerRanks {
   __device__ static int num_ranks(const MoeArguments& args) { return args.peers.num_ranks; }
   __device__ static int rank(const MoeArguments& args) { return args.peers.rank; }
   __device__ static int rank_of_expert(const MoeArguments& args, int expert) {
-    return expert / args.problem.num_experts;
+    return expert / args.problem.num_local_experts;
   }
 
   // Of the workspace that ranks share: `offset` is a place in it, as arguments have it.

@@ -181,7 +181,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     first_route += Group::rank(args) * p.num_routes();
   }
 
-  const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
+  const Plan plan(p.num_local_experts, Group::num_ranks(args), Group::rank(args));
   count_routes<kSwap, Group>(args, plan, first_route, opening.id);
   Cluster<kSwap>::await_barriers();
   if constexpr (Group::kHasPeers) Cluster<kSwap>(args).agree_on_missing_ids(shared_header());
@@ -217,7 +217,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
-      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
+      for (int e = threadIdx.x; e < p.num_local_experts; e += kConsumerThreads) {
         args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }

@@ -17,7 +17,7 @@ __device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
 __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& args, int expert) {
   const Problem& p = args.problem;
   const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
-  return args.gate_up + (static_cast<size_t>(clamped_layer(args)) * p.num_experts + expert) * expert_bytes;
+  return args.gate_up + (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
 }
 
 // Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be
@@ -25,8 +25,8 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int expert = lane < p.num_routes() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
-  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_experts);
+  const int expert = lane < p.num_routes() ? __ldg(args.topk_ids + lane) - rank * p.num_local_experts : -1;
+  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_local_experts);
   if (own == 0) return;
   const int count = __popc(own);
   const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
-  if (p.num_routes() < p.num_experts || expert >= p.num_experts) return;
+  if (p.num_routes() < p.num_local_experts || expert >= p.num_local_experts) return;
   prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
 }
 

@@ -16,7 +16,7 @@ class WeightProducer {
 
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
-      : args_(args), map_(map), cluster_(args), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
+      : args_(args), map_(map), cluster_(args), first_expert_(clamped_layer(args) * args.problem.num_local_experts) {}
 
   // One thread.
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
