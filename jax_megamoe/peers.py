@@ -141,7 +141,7 @@ def _report(options: argparse.Namespace) -> int:
 
     test = WireTest(bytes=options.bytes, transport=wire_test.TRANSPORTS[options.transport], mute=options.mute)
     if options.mute >= 0:
-        test = test._replace(limit_microseconds=2_000_000)
+        test = test._replace(timeout_microseconds=2_000_000)
     try:
         # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
         first = wire_test.program(mesh, _AXES, test, 1)

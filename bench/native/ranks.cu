@@ -20,7 +20,7 @@ using megamoe::GroupKind;
 using megamoe::PeerBuffer;
 using megamoe::PeerView;
 
-constexpr uint64_t kLimitMicroseconds = 5 * 1000 * 1000;
+constexpr uint64_t kTimeoutMicroseconds = 5 * 1000 * 1000;
 
 // The buffers and counters of R ranks, on one GPU or on one each.
 struct Ranks {
@@ -69,7 +69,7 @@ struct Ranks {
   }
 
   // Rank r's part of a call over all tokens and experts, or of one that has its tokens only.
-  MoeArguments arguments(int r, const MoeArguments& call, const Weights& w, uint64_t limit = kLimitMicroseconds) {
+  MoeArguments arguments(int r, const MoeArguments& call, const Weights& w, uint64_t timeout = kTimeoutMicroseconds) {
     const Problem& p = problem;
     MoeArguments a = call;
     a.problem = p;
@@ -82,7 +82,7 @@ struct Ranks {
     a.workspace.carve_local(p, scratch[r]);
     a.control = controls[r];
     a.counter_words = megamoe::CounterSet::words(p);
-    megamoe::join_peers(&a, p, r, views[r], notes + r, {limit, limit}, 0);
+    megamoe::join_peers(&a, p, r, views[r], notes + r, {timeout, timeout}, 0);
     return a;
   }
 
@@ -98,10 +98,10 @@ struct Ranks {
 };
 
 megamoe::VirtualRanksArguments virtual_arguments(Ranks& ranks, const MoeArguments& call, const Weights& w,
-                                                 uint32_t seed, uint64_t limit = kLimitMicroseconds, int late = 0) {
+                                                 uint32_t seed, uint64_t timeout = kTimeoutMicroseconds, int late = 0) {
   megamoe::VirtualRanksArguments all;
   for (int r = 0; r < ranks.problem.num_ranks; ++r) {
-    all.of_rank[r] = ranks.arguments(r, call, w, limit);
+    all.of_rank[r] = ranks.arguments(r, call, w, timeout);
     all.of_rank[r].peers.delay_seed = seed;
     all.of_rank[r].peers.late_ctas = late;
   }
@@ -132,7 +132,7 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
   for (int launch = 0; launch < launches; ++launch) {
     Call& call = calls[launch % kCalls];
     if (launch % 16 == 0) CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
-    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch, kLimitMicroseconds, late);
+    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch, kTimeoutMicroseconds, late);
     CHECK(megamoe::launch_virtual_ranks(all, p.num_ranks, ctas, nullptr));
     if (launch % 4 != 3 && launch != launches - 1) continue;
     CHECK(cudaDeviceSynchronize());

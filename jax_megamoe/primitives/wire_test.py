@@ -28,7 +28,7 @@ class WireTest(NamedTuple):
     iterations: int = 1
     shift: int = 0  # PUSH: to the rank that is so much higher, around the end; 0 means to all others at once
     mute: int = -1  # a rank that keeps silent
-    limit_microseconds: int = 30_000_000
+    timeout_microseconds: int = 30_000_000
     transport: int = TRANSPORTS["any"]
 
 

@@ -13,7 +13,7 @@ import jax_megamoe as mm
 from gpu.inputs import make_inputs, make_weights
 from gpu.needs import needs_hopper
 from jax_megamoe.primitives import _library
-from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
+from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
 
 pytestmark = needs_hopper
 
@@ -37,8 +37,8 @@ def make_program(num_calls: int) -> Any:
                 axis_sizes={"expert": 1},
                 expert_axes=("expert",),
                 gathered_axes=("expert",),
-                limit_microseconds=limit_microseconds(),
-                setup_limit_microseconds=setup_limit_microseconds(),
+                timeout_microseconds=timeout_from_environment(),
+                setup_timeout_microseconds=setup_timeout_from_environment(),
             )
             x, y = jax.lax.optimization_barrier((x, y))
             results.append((y, load))

@@ -22,7 +22,7 @@ one_rank: Any = jax.jit(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds", "odd_rank", "late_ctas")
+    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "timeout_microseconds", "odd_rank", "late_ctas")
 )
 def on_virtual_ranks(
     x,
@@ -34,7 +34,7 @@ def on_virtual_ranks(
     present=None,
     ctas=None,
     seed=0,
-    limit_microseconds=30_000_000,
+    timeout_microseconds=30_000_000,
     odd_rank=-1,
     late_ctas=0,
 ):
@@ -70,7 +70,7 @@ def on_virtual_ranks(
         present=np.int64(present or num_ranks),
         ctas_per_rank=np.int64(ctas or 128 // num_ranks),
         delay_seed=np.int64(seed),
-        limit_microseconds=np.int64(limit_microseconds),
+        timeout_microseconds=np.int64(timeout_microseconds),
         odd_rank=np.int64(odd_rank),
         late_ctas=np.int64(late_ctas),
     )
@@ -142,7 +142,7 @@ def test_a_missing_rank_ends_in_an_error(tokens):
     weights = make_weights(16, 512, 384)
     x, ids, probs = make_inputs(tokens, 512, 16, 4)
     call = functools.partial(
-        on_virtual_ranks, x, weights, ids, probs, num_ranks=4, present=3, ctas=6, limit_microseconds=200_000
+        on_virtual_ranks, x, weights, ids, probs, num_ranks=4, present=3, ctas=6, timeout_microseconds=200_000
     )
     y, _ = call()
     assert np.isnan(np.asarray(y[: tokens * 3 // 4], np.float32)).all()
@@ -159,7 +159,7 @@ def test_ranks_that_disagree_on_the_shape_end_in_an_error(odd_rank, tokens):
     weights = make_weights(16, 512, 384)
     x, ids, probs = make_inputs(tokens, 512, 16, 4)
     call = functools.partial(
-        on_virtual_ranks, x, weights, ids, probs, num_ranks=4, odd_rank=odd_rank, ctas=6, limit_microseconds=200_000
+        on_virtual_ranks, x, weights, ids, probs, num_ranks=4, odd_rank=odd_rank, ctas=6, timeout_microseconds=200_000
     )
     y, _ = call()
     assert np.isnan(np.asarray(y, np.float32)).all()

@@ -74,6 +74,6 @@ def test_one_set_of_ids_is_overwritten_by_the_next_launch():
 
 
 def test_a_rank_that_stops_leaves_the_others_waiting():
-    """Nothing in the protocol notices: hence the time limit of every wait."""
+    """Nothing in the protocol notices: hence the timeout of every wait."""
     outcome = explore(Protocol(), num_ranks=2, num_launches=3, delayed_stores=False, stops=(1, 2))
     assert outcome.error == "nobody can go on"

@@ -83,7 +83,7 @@ class WireTest {
 
   __device__ bool wait(const uint64_t* flag, uint64_t target, WireTestPhase phase, int peer) {
     uint64_t seen;
-    if (ptx::wait_system(flag, target, a_.limit_nanoseconds, &seen)) return true;
+    if (ptx::wait_system(flag, target, a_.timeout_nanoseconds, &seen)) return true;
     WireTestRow& row = a_.rows[peer];
     row.failed_phase = static_cast<int64_t>(phase);
     row.wanted = static_cast<int64_t>(target);

@@ -42,7 +42,7 @@ struct WireTestArguments {
   int iterations;  // round trips, or pushes
   int shift;       // kPush: to rank + shift only; 0 means to all others at once
   int mute;        // a rank that keeps silent, to see the others' waits end; -1 for none
-  uint64_t limit_nanoseconds;
+  uint64_t timeout_nanoseconds;
   const int32_t* axis_index;  // on the device
   WireTestRow* rows;          // on the device, [num_ranks], zeroed
 };

@@ -37,13 +37,13 @@ ffi::ErrorOr<std::unique_ptr<MoePeersInstance>> instantiate() { return std::make
 // What a call says beside its operands.
 struct Options {
   float activation_clamp, routed_scaling_factor;
-  int64_t limit_microseconds, setup_limit_microseconds, call_id;
+  int64_t timeout_microseconds, setup_timeout_microseconds, call_id;
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
     const std::string missing =
-        read_integers(attributes, {{"limit_microseconds", &options.limit_microseconds},
-                                   {"setup_limit_microseconds", &options.setup_limit_microseconds},
+        read_integers(attributes, {{"timeout_microseconds", &options.timeout_microseconds},
+                                   {"setup_timeout_microseconds", &options.setup_timeout_microseconds},
                                    {"call_id", &options.call_id}});
     if (!missing.empty()) return moe_failure(missing);
     const auto clamp = attributes.get<float>("activation_clamp");
@@ -53,8 +53,10 @@ struct Options {
     }
     // Far below what would overflow as nanoseconds, several times.
     constexpr int64_t kMostMicroseconds = int64_t{1} << 40;
-    for (int64_t limit : {options.limit_microseconds, options.setup_limit_microseconds}) {
-      if (limit < 1 || limit > kMostMicroseconds) return moe_failure("a limit is out of range; wanted 1 to 2^40 us.");
+    for (int64_t timeout : {options.timeout_microseconds, options.setup_timeout_microseconds}) {
+      if (timeout < 1 || timeout > kMostMicroseconds) {
+        return moe_failure("a timeout is " + std::to_string(timeout) + " us; wanted 1 to 2^40.");
+      }
     }
     options.activation_clamp = clamp.value();
     options.routed_scaling_factor = factor.value();
@@ -84,7 +86,7 @@ ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives
   if (error.failure()) return error;
   // Last: see `ExpertGroup::initialize`.
   return instance->group.initialize(collectives, groups.value(), ordinal, run, PeerBuffer::bytes_for(problem),
-                                    kMoeLayout, options.value().setup_limit_microseconds * 1e-6);
+                                    kMoeLayout, options.value().setup_timeout_microseconds * 1e-6);
 }
 
 ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordinal, ffi::AnyBuffer x,
@@ -118,9 +120,9 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
   arguments.workspace.carve_local(part, workspace->untyped_data());
   arguments.control = state->control;
   arguments.counter_words = state->counter_words;
-  const PeerLimits limits{static_cast<uint64_t>(options.limit_microseconds),
-                          static_cast<uint64_t>(options.setup_limit_microseconds)};
-  join_peers(&arguments, part, member->rank(), static_cast<PeerView*>(member->view()), member->note(), limits,
+  const PeerTimeouts timeouts{static_cast<uint64_t>(options.timeout_microseconds),
+                              static_cast<uint64_t>(options.setup_timeout_microseconds)};
+  join_peers(&arguments, part, member->rank(), static_cast<PeerView*>(member->view()), member->note(), timeouts,
              static_cast<uint32_t>(options.call_id));
   arguments.peers.mesh_rank = static_cast<const int32_t*>(mesh_rank.untyped_data());
   const cudaError_t launched = launch_moe_peers(arguments, part.num_tokens, state->num_ctas, stream);

@@ -36,7 +36,7 @@ ffi::TypeInfo VirtualRanksInstance::info = ffi::MakeTypeInfo<VirtualRanksInstanc
 namespace {
 
 struct Options {
-  int64_t num_ranks, present, ctas_per_rank, delay_seed, limit_microseconds;
+  int64_t num_ranks, present, ctas_per_rank, delay_seed, timeout_microseconds;
   int64_t odd_rank;   // is in another call, as far as the others can tell; -1: none is
   int64_t late_ctas;  // of each rank, begin when the others are through
 
@@ -46,14 +46,14 @@ struct Options {
                                                            {"present", &options.present},
                                                            {"ctas_per_rank", &options.ctas_per_rank},
                                                            {"delay_seed", &options.delay_seed},
-                                                           {"limit_microseconds", &options.limit_microseconds},
+                                                           {"timeout_microseconds", &options.timeout_microseconds},
                                                            {"odd_rank", &options.odd_rank},
                                                            {"late_ctas", &options.late_ctas}});
     if (!missing.empty()) return moe_failure(missing);
     if (options.num_ranks < 1 || options.num_ranks > kMaxVirtualRanks || options.present < 1 ||
-        options.present > options.num_ranks || options.ctas_per_rank < 1 || options.limit_microseconds < 1 ||
+        options.present > options.num_ranks || options.ctas_per_rank < 1 || options.timeout_microseconds < 1 ||
         options.late_ctas < 0 || options.late_ctas >= options.ctas_per_rank) {
-      return moe_failure("num_ranks, present, ctas_per_rank, late_ctas or limit_microseconds is out of range.");
+      return moe_failure("num_ranks, present, ctas_per_rank, late_ctas or timeout_microseconds is out of range.");
     }
     return options;
   }
@@ -154,8 +154,8 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     one.workspace.carve_local(p, static_cast<char*>(workspace->untyped_data()) + r * scratch);
     one.control = instance->sites[r]->find(device)->control;
     one.counter_words = instance->sites[r]->find(device)->counter_words;
-    const uint64_t limit = static_cast<uint64_t>(options.limit_microseconds);
-    join_peers(&one, p, r, instance->views + r, instance->notes + r, {limit, limit}, r == options.odd_rank ? 1 : 0);
+    const uint64_t timeout = static_cast<uint64_t>(options.timeout_microseconds);
+    join_peers(&one, p, r, instance->views + r, instance->notes + r, {timeout, timeout}, r == options.odd_rank ? 1 : 0);
     one.peers.delay_seed = static_cast<uint32_t>(options.delay_seed);
     one.peers.late_ctas = static_cast<int>(options.late_ctas);
   }

@@ -43,7 +43,7 @@ ffi::ErrorOr<std::unique_ptr<WireTestInstance>> instantiate() { return std::make
 
 // The integer attributes of a call.
 struct Options {
-  int64_t bytes, mode, iterations, shift, mute, limit_microseconds, transport;
+  int64_t bytes, mode, iterations, shift, mute, timeout_microseconds, transport;
 
   static ffi::ErrorOr<Options> parse(const ffi::Dictionary& attributes) {
     Options options = {};
@@ -52,7 +52,7 @@ struct Options {
                                                            {"iterations", &options.iterations},
                                                            {"shift", &options.shift},
                                                            {"mute", &options.mute},
-                                                           {"limit_microseconds", &options.limit_microseconds},
+                                                           {"timeout_microseconds", &options.timeout_microseconds},
                                                            {"transport", &options.transport}});
     if (!missing.empty()) return failure(missing);
     return options;
@@ -97,8 +97,8 @@ ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordi
                    std::to_string(wanted_bytes) + ".");
   }
   if (options.mode < 0 || options.mode > 2 || options.iterations < 1 || options.iterations >= kWireTestMaxIterations ||
-      options.shift < 0 || options.shift >= member->num_ranks() || options.limit_microseconds < 1) {
-    return failure("mode, iterations, shift or limit_microseconds is out of range.");
+      options.shift < 0 || options.shift >= member->num_ranks() || options.timeout_microseconds < 1) {
+    return failure("mode, iterations, shift or timeout_microseconds is out of range.");
   }
   WireTestArguments arguments = {};
   arguments.peers = static_cast<void* const*>(member->view());
@@ -109,7 +109,7 @@ ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordi
   arguments.iterations = static_cast<int>(options.iterations);
   arguments.shift = static_cast<int>(options.shift);
   arguments.mute = static_cast<int>(options.mute);
-  arguments.limit_nanoseconds = static_cast<uint64_t>(options.limit_microseconds) * 1000;
+  arguments.timeout_nanoseconds = static_cast<uint64_t>(options.timeout_microseconds) * 1000;
   arguments.axis_index = static_cast<const int32_t*>(axis_index.untyped_data());
   arguments.rows = static_cast<WireTestRow*>(rows->untyped_data());
   cudaError_t error = cudaMemsetAsync(arguments.rows, 0, wanted_bytes, stream);

@@ -53,15 +53,15 @@ void take_experts_of_rank(MoeArguments* arguments, int rank) {
 }
 
 void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,
-                const PeerLimits& limits, uint32_t call_id) {
+                const PeerTimeouts& timeouts, uint32_t call_id) {
   Peers& peers = arguments->peers;
   peers = {};
   peers.view = view;
   peers.rank = rank;
   peers.num_ranks = arguments->problem.num_ranks;
   peers.note = note;
-  peers.limit_nanoseconds = limits.microseconds * 1000;
-  peers.first_limit_nanoseconds = std::max(limits.microseconds, limits.first_microseconds) * 1000;
+  peers.timeout_nanoseconds = timeouts.microseconds * 1000;
+  peers.first_timeout_nanoseconds = std::max(timeouts.microseconds, timeouts.first_microseconds) * 1000;
   peers.call_tag = call_tag(arguments->problem, call_id);
   arguments->workspace.carve_shared(part, nullptr);
 }

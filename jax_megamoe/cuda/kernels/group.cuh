@@ -32,7 +32,7 @@ class PeerWait {
     if (start_ == 0) start_ = now;
     constexpr int kOwnLimits = 4;
     const bool own = peer == peers_.rank;
-    if (now - start_ <= (own ? kOwnLimits : 1) * shared_header().limit_nanoseconds) return true;
+    if (now - start_ <= (own ? kOwnLimits : 1) * shared_header().timeout_nanoseconds) return true;
     fail(peers_, own ? PeerFailure::kOwn : phase, peer);
     return false;
   }

@@ -166,7 +166,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       header.epoch = opening.epoch;
       header.ids_bytes = opening.ids_bytes;
       const Peers& peers = args.peers;
-      header.limit_nanoseconds = header.launch == 0 ? peers.first_limit_nanoseconds : peers.limit_nanoseconds;
+      header.timeout_nanoseconds = header.launch == 0 ? peers.first_timeout_nanoseconds : peers.timeout_nanoseconds;
     }
   }
   int first_route = share.first_token() * p.top_k;

@@ -61,7 +61,7 @@ struct SharedHeader {
   VacantUnits vacant_units;
   // In a group: the launch's number there, how long to wait for other ranks, and their memory (PeerView).
   uint64_t epoch;
-  uint64_t limit_nanoseconds;
+  uint64_t timeout_nanoseconds;
   uint64_t ids_bytes;
   uint8_t* workspace[kMaxRanks];
   uint8_t* own_workspace;

@@ -109,11 +109,11 @@ struct Peers {
   int num_ranks;
   const int32_t* mesh_rank;  // where the program takes this rank to be; null or negative: nobody asks
   uint64_t* note;            // for the host, in memory that both see: a PeerFailure
-  uint64_t limit_nanoseconds;
-  uint64_t first_limit_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling
-  uint32_t call_tag;                 // ranks in different calls don't take each other's ids
-  uint32_t delay_seed;               // virtual ranks only
-  int late_ctas;                     // virtual ranks only: of each rank, begin when all others are through
+  uint64_t timeout_nanoseconds;
+  uint64_t first_timeout_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling
+  uint32_t call_tag;                   // ranks in different calls don't take each other's ids
+  uint32_t delay_seed;                 // virtual ranks only
+  int late_ctas;                       // virtual ranks only: of each rank, begin when all others are through
 };
 
 }  // namespace megamoe
