@@ -57,7 +57,7 @@ def buffer_bytes(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )
     sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, num_ranks)
-    return BufferBytes(_library.buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
+    return BufferBytes(_library.peer_buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
 
 
 def failures() -> list[str]:

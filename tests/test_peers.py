@@ -152,7 +152,9 @@ def test_buffer_bytes(monkeypatch):
     def fake(factor: int) -> Any:
         return lambda *sizes: factor * sum(sizes)
 
-    monkeypatch.setattr(_library, "_core", types.SimpleNamespace(buffer_bytes=fake(2), peer_workspace_bytes=fake(1)))
+    monkeypatch.setattr(
+        _library, "_core", types.SimpleNamespace(peer_buffer_bytes=fake(2), peer_workspace_bytes=fake(1))
+    )
     found = peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + 8) and found.symmetric == found[0]
     with pytest.raises(ShapeError, match="num_experts is 256 and num_ranks 6, wanted a multiple"):
@@ -160,7 +162,7 @@ def test_buffer_bytes(monkeypatch):
     with pytest.raises(ShapeError, match="num_ranks 0"):
         peers.buffer_bytes(8, 6, 4096, 2048, 256, 0)
     monkeypatch.setattr(_library, "_core", types.SimpleNamespace())
-    with pytest.raises(MegaMoEError, match="_core has no buffer_bytes, wanted a build of the same version"):
+    with pytest.raises(MegaMoEError, match="_core has no peer_buffer_bytes, wanted a build of the same version"):
         peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     monkeypatch.setattr(_library, "_core", None)
     with pytest.raises(MegaMoEError, match="_core is not built"):
@@ -169,8 +171,8 @@ def test_buffer_bytes(monkeypatch):
 
 def test_buffer_bytes_of_this_build():
     core: Any = _library._core
-    if not hasattr(core, "buffer_bytes"):
-        pytest.skip("jax_megamoe._core has no buffer_bytes")
+    if not hasattr(core, "peer_buffer_bytes"):
+        pytest.skip("jax_megamoe._core has no peer_buffer_bytes")
     found = peers.buffer_bytes(128, 6, 7168, 3072, 384, 8)
     # At the least, each other rank's tokens in FP8.
     assert found.symmetric >= 7 * 128 * 7168 and found.scratch > 0

@@ -75,12 +75,12 @@ def peer_workspace_bytes(
     return int(_host_function("peer_workspace_bytes")(*sizes))
 
 
-def buffer_bytes(
+def peer_buffer_bytes(
     num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
 ) -> int:
     """Memory that each rank of a group shares with the others, for num_tokens of its own."""
     sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
-    return int(_host_function("buffer_bytes")(*sizes))
+    return int(_host_function("peer_buffer_bytes")(*sizes))
 
 
 def _host_function(name: str) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 // offsets of ids (both parities), header and workspace, the bytes of ids, header and workspace.
 #include <iostream>
 
-#include "host/problem.h"
+#include "host/limits.h"
 #include "layout/peer_buffer.h"
 
 int main() {

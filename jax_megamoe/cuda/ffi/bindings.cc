@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "host/problem.h"
+#include "host/limits.h"
 #include "layout/peer_buffer.h"
 #include "transport/identity.h"
 
@@ -128,8 +128,8 @@ int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int int
       checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
 
-int64_t buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
-                     int num_ranks) {
+int64_t peer_buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
+                          int num_ranks) {
   return megamoe::PeerBuffer::bytes_for(
       checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
@@ -159,7 +159,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("peer_workspace_bytes", &peer_workspace_bytes, py::arg("num_tokens"), py::arg("top_k"),
              py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
              "The same for one rank of an expert group, beside the buffer that it shares.");
-  module.def("buffer_bytes", &buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+  module.def("peer_buffer_bytes", &peer_buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
              "Bytes of the buffer that each rank of an expert group shares with the others.");
 }

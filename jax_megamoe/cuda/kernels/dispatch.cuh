@@ -182,7 +182,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
-      // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
+      // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/limits.h).
       target = RouteTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(route / top_k) >= share.first_item) {

@@ -44,7 +44,7 @@ class RowGather {
     for (int i = lane; i < kRowsPerCopy * kCopies; i += 32) {
       const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
       const int route = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].route);
-      // Fits, as scratch memory has a limit (host/problem.h).
+      // Fits, as scratch memory has a limit (host/limits.h).
       offsets[i] = static_cast<uint32_t>(route / args.problem.top_k) * args.problem.hidden_size;
     }
     __syncwarp();

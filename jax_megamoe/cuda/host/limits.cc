@@ -1,4 +1,4 @@
-#include "host/problem.h"
+#include "host/limits.h"
 
 #include "layout/peer_buffer.h"
 
