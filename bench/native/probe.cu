@@ -108,7 +108,7 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
   for (const Weights& layer : layers) layer.release();
 }
 
-// Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/tiles.h).
+// Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/thresholds.h).
 void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
   const Weights w(h, i, e);
   for (int tokens : token_counts) {

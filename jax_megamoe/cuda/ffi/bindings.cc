@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "host/choices.h"
 #include "host/limits.h"
 #include "layout/peer_buffer.h"
 #include "transport/identity.h"
@@ -134,6 +135,22 @@ int64_t peer_buffer_bytes(int num_tokens, int top_k, int hidden_size, int interm
       checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
 
+// What a launch is like on a device with so many SMs, all of which run clusters, and so fast a memory.
+py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
+                       int num_ranks, int num_sms, double bytes_per_microsecond) {
+  const megamoe::Device device{num_sms, num_sms, num_sms / 2, bytes_per_microsecond};
+  const megamoe::Problem problem =
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks);
+  const megamoe::LaunchChoice choice = megamoe::choose(problem, device, num_ranks > 1);
+  py::dict entries;
+  entries["swap_operands"] = choice.swap_operands;
+  entries["cluster_ctas"] = choice.cluster_ctas;
+  entries["gathers_rows"] = choice.gathers_rows;
+  entries["activations_stay"] = choice.activations_stay;
+  entries["weight_bytes_in_flight"] = choice.weight_bytes_in_flight;
+  return entries;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -162,4 +179,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("peer_buffer_bytes", &peer_buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
              "Bytes of the buffer that each rank of an expert group shares with the others.");
+  module.def("launch_choice", &launch_choice, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"), py::kw_only(),
+             py::arg("num_sms"), py::arg("bytes_per_microsecond"),
+             "What the largest launch of a call is like on a device with so many SMs and so fast a memory.");
 }

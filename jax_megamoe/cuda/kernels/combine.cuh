@@ -237,7 +237,7 @@ class CombineStream {
     const int groups = ceil_div(args.problem.num_tokens, kCombineTokens);
     const int warps_per_group = warps / groups;
     int items;
-    if (warps_per_group >= kLeastWarpsPerGroup) {
+    if (warps_per_group >= kLeastWarpsPerTokenGroup) {
       // Columns that are complete early go to all warps, the tokens stay the same.
       columns_apart_ = warps_per_group;
       ahead_ = {warp / groups, warp % groups};
@@ -290,8 +290,6 @@ class CombineStream {
   }
 
  private:
-  static constexpr int kLeastWarpsPerGroup = 4;
-
   struct Position {
     int column_tile;
     int token_group;

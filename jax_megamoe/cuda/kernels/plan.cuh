@@ -274,7 +274,6 @@ class UnitSchedule {
 
  private:
   static constexpr int kTile = Orientation<kSwap>::kTokenTile;
-  static constexpr int kTailUnitsPerCta = 2;
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {

@@ -57,11 +57,11 @@ __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
 // The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
 // before the weight producer comes to it. Only if the CTA has little to dispatch; otherwise the prefetch delays that.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
-  constexpr int kMostItems = kConsumerWarps / 4;
   using O = Orientation<true>;
   const int tiles = args.constants.gate_up_units.value();
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
-  if (args.constants.dispatch_items_per_cta > kMostItems || within < 0 || within >= chunks * tiles) return;
+  if (args.constants.dispatch_items_per_cta > kMostItemsBesidePrefetch || within < 0 || within >= chunks * tiles)
+    return;
   const int tile = chunks == 1 ? within : within / chunks;
   prefetch_unit(args, expert, tile, O::kStageBlocks);
 }

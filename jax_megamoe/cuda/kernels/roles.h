@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "layout/thresholds.h"
 #include "layout/tiles.h"
 
 namespace megamoe {
@@ -40,11 +41,6 @@ constexpr int kSignalSlots = 4;
 // Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
-// Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
-// atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight"). The least: faster
-// memories want more (host/memory.h).
-constexpr int kWeightBytesInFlight = 64 * 1024;
-
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>
 struct Orientation {
@@ -57,8 +53,6 @@ struct Orientation {
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being dispatched, and their way through the memory matters more.
-  static constexpr int kStagesAtStart = 3;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;

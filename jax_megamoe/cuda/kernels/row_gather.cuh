@@ -2,7 +2,7 @@
 //
 // A chunk's image comes by one copy, but a token is in the images of all its experts, and these are written to the device's memory
 // before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save that. The price: two warps find
-// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/memory.h).
+// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/choices.h).
 #pragma once
 
 #include <cstdint>

@@ -81,7 +81,6 @@ class SwapConsumer {
   // The activations have a scale for each half of a K block, so that down units have a partial sum for each half. A step, what is
   // multiplied and promoted at a time, is a K block, or with more tokens half of one: measured, and from 40 tokens on a matter of
   // registers.
-  static constexpr int kMostTokensOfWholeSteps = 16;
   template <bool kDown>
   static constexpr int kStepParts = kDown && kN <= kMostTokensOfWholeSteps ? kActivationScalesPerBlock : 1;
   template <bool kDown>

@@ -23,7 +23,7 @@ class WeightProducer {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const uint32_t rank = cluster_.rank();
     // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
-    const bool few_units = kSwap && schedule.num_gate_up() <= 2 * gridDim.x;
+    const bool few_units = kSwap && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
     most_in_flight_ = few_units ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
     UnitTickets<kSwap> tickets(args_, cluster_, schedule);
     const bool no_units = cluster_.has_partner() && map_.header().ids_missing != 0;
@@ -140,7 +140,7 @@ class WeightProducer {
   }
 
   __device__ __forceinline__ void claim() {
-    if (in_flight_ >= (claimed_ < O::kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
+    if (in_flight_ >= (claimed_ < kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
     ++in_flight_;
     await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
@@ -157,12 +157,10 @@ class WeightProducer {
   // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
     constexpr int kPieceBytes = O::kStageWeightBytes;
-    constexpr int kPieceCycles = 1800;
-    constexpr int kMostBytes = 192 * 1024;
-    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytes);
+    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytesAheadOfRing);
     for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
       const int64_t begin = clock64();
-      while (clock64() - begin < kPieceCycles) {
+      while (clock64() - begin < kCyclesPerStageAheadOfRing) {
         if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
       }
       ptx::bulk_prefetch(s.weights + asked, kPieceBytes);

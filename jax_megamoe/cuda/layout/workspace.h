@@ -1,46 +1,12 @@
-// The problem, its scratch memory and its counters: the only place that computes offsets into either.
+// Scratch memory and counters of a call: the only place that computes offsets into either.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "layout/tiles.h"
+#include "layout/problem.h"
 
 namespace megamoe {
-
-// Whether tokens and weights change places in the multiply. Only measurements say so themselves (`probe crossover`).
-enum class OperandOrder : int { kByRule, kSwapped, kNormal };
-
-// Sizes of one call on one device; `num_tokens` and `num_local_experts` are what this device holds.
-struct Problem {
-  int num_tokens;
-  int top_k;
-  int hidden_size;
-  int intermediate_size;
-  int num_local_experts;
-  int num_ranks = 1;  // of the expert group; each has as many tokens and experts
-  OperandOrder order = OperandOrder::kByRule;
-
-  // By routes per expert, of which one rank has as many as several that share the experts.
-  __host__ __device__ bool swap_operands() const {
-    if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    return num_routes() <= most_swap_pairs_per_expert(normal_units()) * num_local_experts;
-  }
-  // The normal orientation's gate/up units, with a chunk per expert.
-  __host__ __device__ int normal_units() const {
-    return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns));
-  }
-  __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
-  __host__ __device__ int num_routes() const { return num_tokens * top_k; }
-  __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
-  __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }
-  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
-  __host__ __device__ int max_chunks() const {
-    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) + group_routes() / token_tile();
-  }
-  // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
-  __host__ __device__ int max_rows() const { return group_routes() + 7 * max_chunks(); }
-};
 
 // Which route a row of an image came from, and its routing weight times the routed scaling factor. A route is a (token,
 // slot) pair: number token * k + slot, so that topk_ids[route] is its expert.
@@ -128,7 +94,7 @@ struct Control : ControlHead {
   uint32_t unit_claims[kMaxCtas];
   // followed by two CounterSets of `CounterSet::words(problem)` words each
 
-  __host__ __device__ static size_t bytes(const Problem& p);
+  static size_t bytes(const Problem& p);
 };
 
 class CounterSet {
@@ -139,7 +105,7 @@ class CounterSet {
       : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
         gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
 
-  __host__ __device__ static int words(const Problem& p) {
+  static int words(const Problem& p) {
     return round_up(2 * kLineWords + p.hidden_size / kDownUnitColumns + p.max_chunks(), kLineWords);
   }
 
@@ -161,7 +127,7 @@ class CounterSet {
   int gate_up_offset_ = 0;
 };
 
-__host__ __device__ inline size_t Control::bytes(const Problem& p) {
+inline size_t Control::bytes(const Problem& p) {
   return sizeof(Control) + 2 * sizeof(uint32_t) * static_cast<size_t>(CounterSet::words(p));
 }
 
