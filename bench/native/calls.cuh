@@ -134,8 +134,7 @@ struct Call {
     args.topk_ids = upload(ids);
     args.topk_weights = upload(weights);
     args.layer = upload(std::vector<int>{0});
-    args.gate_up = w.gate_up, args.gate_up_scale = w.gate_up_scale;
-    args.down = w.down, args.down_scale = w.down_scale;
+    args.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
     args.activation_clamp = 10.0f;
     args.routed_scaling_factor = 1.5f;
     args.y = device_array<uint16_t>(y_count);
@@ -181,13 +180,13 @@ struct Call {
     float* y = device_array<float>(y_count);
     const int blocks = s.tokens * (s.hidden / 128);
     probe::quantize<<<(blocks + 127) / 128, 128>>>(s, reinterpret_cast<const __nv_bfloat16*>(args.x), values, scales);
-    probe::gate_up<<<dim3(pairs, (s.inter + 127) / 128), 128>>>(s, values, scales, args.gate_up, args.gate_up_scale,
-                                                                args.topk_ids, args.topk_weights, args.activation_clamp,
-                                                                args.routed_scaling_factor, h);
+    probe::gate_up<<<dim3(pairs, (s.inter + 127) / 128), 128>>>(
+        s, values, scales, args.weights.gate_up, args.weights.gate_up_scale, args.topk_ids, args.topk_weights,
+        args.activation_clamp, args.routed_scaling_factor, h);
     const int groups = pairs * (s.inter / 64);
     probe::requantize<<<(groups + 127) / 128, 128>>>(s, h, h_scales);
-    probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.down, args.down_scale, args.topk_ids,
-                                                              out);
+    probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.weights.down,
+                                                              args.weights.down_scale, args.topk_ids, out);
     probe::combine<<<dim3(s.tokens, (s.hidden + 127) / 128), 128>>>(s, out, args.topk_ids, y);
     CHECK(cudaGetLastError());
     CHECK(cudaDeviceSynchronize());

@@ -73,7 +73,7 @@ struct Ranks {
     const Problem& p = problem;
     MoeArguments a = call;
     a.problem = p;
-    a.gate_up = w.gate_up, a.gate_up_scale = w.gate_up_scale, a.down = w.down, a.down_scale = w.down_scale;
+    a.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
     megamoe::take_experts_of_rank(&a, r);
     if (call.problem.num_tokens != p.num_tokens) {
       megamoe::take_tokens_of_rank(&a, r);

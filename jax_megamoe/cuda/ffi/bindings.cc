@@ -1,8 +1,8 @@
 // The Python module `jax_megamoe._core`: it only hands out registrations and sizes.
 #include <pybind11/pybind11.h>
 
-#include <initializer_list>
-#include <utility>
+#include <stdexcept>
+#include <string>
 
 #include "host/choices.h"
 #include "host/limits.h"
@@ -13,8 +13,8 @@
 #include <cuda_runtime_api.h>
 
 #include "bench/hold_sms.h"
-#include "ffi/handlers.h"
 #include "common/device_scope.h"
+#include "ffi/handlers.h"
 #include "transport/registry.h"
 #endif
 
@@ -23,18 +23,17 @@ namespace py = pybind11;
 namespace {
 
 #ifdef MEGAMOE_CUDA
-// Of one target: each stage's handler.
-py::dict stages(std::initializer_list<std::pair<const char*, XLA_FFI_Handler*>> handlers) {
+// Adds what one target registers.
+void add(const megamoe::Target& target, py::dict types, py::dict targets) {
+  if (target.type_name != nullptr) {
+    py::dict type;
+    type["type_id"] = py::capsule(target.type_id);
+    type["type_info"] = py::capsule(target.type_info);
+    types[target.type_name] = type;
+  }
   py::dict capsules;
-  for (const auto& [stage, handler] : handlers) capsules[stage] = py::capsule(reinterpret_cast<void*>(handler));
-  return capsules;
-}
-
-py::dict type_of_state(void* id, void* info) {
-  py::dict type;
-  type["type_id"] = py::capsule(id);
-  type["type_info"] = py::capsule(info);
-  return type;
+  for (const auto& [stage, handler] : target.stages) capsules[stage] = py::capsule(reinterpret_cast<void*>(handler));
+  targets[target.name] = capsules;
 }
 
 // Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no driver.
@@ -78,30 +77,11 @@ py::list symmetric_memories() {
 py::dict ffi_registrations() {
   py::dict types, targets;
 #ifdef MEGAMOE_CUDA
-  types["jax_megamoe.moe_instance.v1"] =
-      type_of_state(megamoe::moe_instance_type_id(), megamoe::moe_instance_type_info());
-  types["jax_megamoe.moe_peers_instance.v1"] =
-      type_of_state(megamoe::moe_peers_instance_type_id(), megamoe::moe_peers_instance_type_info());
-  types["jax_megamoe.virtual_ranks_instance.v1"] =
-      type_of_state(megamoe::virtual_ranks_instance_type_id(), megamoe::virtual_ranks_instance_type_info());
-  types["jax_megamoe.wire_test_instance.v1"] =
-      type_of_state(megamoe::wire_test_instance_type_id(), megamoe::wire_test_instance_type_info());
-
-  targets["jax_megamoe.moe.v1"] = stages({{"instantiate", megamoe::MoeInstantiate},
-                                          {"initialize", megamoe::MoeInitialize},
-                                          {"execute", megamoe::MoeExecute}});
-  targets["jax_megamoe.moe_peers.v2"] = stages({{"instantiate", megamoe::MoePeersInstantiate},
-                                                {"prepare", megamoe::MoePeersPrepare},
-                                                {"initialize", megamoe::MoePeersInitialize},
-                                                {"execute", megamoe::MoePeersExecute}});
-  targets["jax_megamoe.virtual_ranks.v1"] = stages({{"instantiate", megamoe::VirtualRanksInstantiate},
-                                                    {"initialize", megamoe::VirtualRanksInitialize},
-                                                    {"execute", megamoe::VirtualRanksExecute}});
-  targets["jax_megamoe.read_ceiling.v1"] = stages({{"execute", megamoe::ReadCeiling}});
-  targets["jax_megamoe.wire_test.v1"] = stages({{"instantiate", megamoe::WireTestInstantiate},
-                                                {"prepare", megamoe::WireTestPrepare},
-                                                {"initialize", megamoe::WireTestInitialize},
-                                                {"execute", megamoe::WireTestExecute}});
+  add(megamoe::moe_target(), types, targets);
+  add(megamoe::moe_peers_target(), types, targets);
+  add(megamoe::wire_test_target(), types, targets);
+  add(megamoe::virtual_ranks_target(), types, targets);
+  add(megamoe::read_ceiling_target(), types, targets);
 #endif
   py::dict registrations;
   registrations["types"] = types;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <utility>
 
@@ -15,19 +14,11 @@
 
 namespace megamoe {
 
-namespace ffi = xla::ffi;
+namespace {
 
-class WireTestInstance {
- public:
-  static ffi::TypeId id;
-  static ffi::TypeInfo info;
+struct WireTestInstance : InstanceState<WireTestInstance> {
   ExpertGroup group;
 };
-
-ffi::TypeId WireTestInstance::id = {};
-ffi::TypeInfo WireTestInstance::info = ffi::MakeTypeInfo<WireTestInstance>();
-
-namespace {
 
 void fill_table(void* view, void* const* mapped, int /*rank*/, int num_ranks, uint64_t /*bytes*/) {
   std::memcpy(view, mapped, num_ranks * sizeof(void*));
@@ -38,8 +29,6 @@ constexpr transport::Layout kWireTestLayout = {0x77697265, kWireTestMaxRanks * s
 constexpr double kSetupSeconds = 120;
 
 ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.wire_test: " + what); }
-
-ffi::ErrorOr<std::unique_ptr<WireTestInstance>> instantiate() { return std::make_unique<WireTestInstance>(); }
 
 // The integer attributes of a call.
 struct Options {
@@ -120,32 +109,30 @@ ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordi
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestInstantiate, instantiate, ffi::Ffi::BindInstantiate());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestPrepare, request_communicator,
-                              ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestInitialize, initialize,
-                              ffi::Ffi::BindInitialize()
-                                  .Ctx<ffi::State<WireTestInstance>>()
-                                  .Ctx<ffi::Extension<Collectives>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::RunId>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WireTestExecute, execute,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::State<WireTestInstance>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs(),
-                              {ffi::Traits::kCmdBufferCompatible});
-
-void* wire_test_instance_type_id() { return &WireTestInstance::id; }
-void* wire_test_instance_type_info() { return &WireTestInstance::info; }
+Target wire_test_target() {
+  XLA_FFI_DEFINE_HANDLER(kPrepare, request_communicator,
+                         ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
+  XLA_FFI_DEFINE_HANDLER(kInitialize, initialize,
+                         ffi::Ffi::BindInitialize()
+                             .Ctx<ffi::State<WireTestInstance>>()
+                             .Ctx<ffi::Extension<Collectives>>()
+                             .Ctx<ffi::DeviceOrdinal>()
+                             .Ctx<ffi::RunId>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Attrs());
+  XLA_FFI_DEFINE_HANDLER(kExecute, execute,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                             .Ctx<ffi::State<WireTestInstance>>()
+                             .Ctx<ffi::DeviceOrdinal>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Attrs(),
+                         {ffi::Traits::kCmdBufferCompatible});
+  return target_with_state<WireTestInstance>(
+      "jax_megamoe.wire_test.v1", "jax_megamoe.wire_test_instance.v1",
+      {{"prepare", kPrepare}, {"initialize", kInitialize}, {"execute", kExecute}});
+}
 
 }  // namespace megamoe

@@ -44,12 +44,7 @@ void take_tokens_of_rank(MoeArguments* arguments, int rank) {
 void take_experts_of_rank(MoeArguments* arguments, int rank) {
   const Problem& p = arguments->problem;
   const size_t first = static_cast<size_t>(rank) * p.num_local_experts;
-  const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns, gate_up_blocks = p.hidden_size / kBlockK;
-  const size_t down_tiles = p.hidden_size / kDownTileColumns, down_blocks = p.intermediate_size / kBlockK;
-  arguments->gate_up += first * gate_up_tiles * gate_up_blocks * kBlockWeightBytes;
-  arguments->gate_up_scale += first * gate_up_tiles * gate_up_blocks * kScaleVectorFloats;
-  arguments->down += first * down_tiles * down_blocks * kPlaneBytes;
-  arguments->down_scale += first * down_tiles * ((down_blocks + 1) / 2) * kScaleVectorFloats;
+  arguments->weights = arguments->weights.from_expert(first, p.hidden_size, p.intermediate_size);
 }
 
 void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,

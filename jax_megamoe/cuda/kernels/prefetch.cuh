@@ -17,7 +17,8 @@ __device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
 __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& args, int expert) {
   const Problem& p = args.problem;
   const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
-  return args.gate_up + (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
+  return args.weights.gate_up +
+         (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
 }
 
 // Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be

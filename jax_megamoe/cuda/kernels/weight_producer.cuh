@@ -112,15 +112,16 @@ class WeightProducer {
       const int tile_pairs = p.hidden_size / kDownUnitColumns;
       const int vectors = ceil_div(s.k_blocks, 2);
       const size_t tile_pair = expert * tile_pairs + u.tile * O::kUnitTiles;
-      s.weights = args_.down + tile_pair * s.tile_bytes;
-      s.scales = args_.down_scale + 2 * tile_pair * vectors * kScaleVectorFloats;
+      s.weights = args_.weights.down + tile_pair * s.tile_bytes;
+      s.scales = args_.weights.down_scale + 2 * tile_pair * vectors * kScaleVectorFloats;
       s.scale_distance = 2 * vectors * kScaleVectorFloats;
       // An odd last one comes twice: its copy is multiplied and dropped.
       if ((u.tile + 1) * O::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
       const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * O::kUnitTiles;
-      s.weights = args_.gate_up + tile * s.tile_bytes;
-      s.scales = args_.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
+      s.weights = args_.weights.gate_up + tile * s.tile_bytes;
+      s.scales =
+          args_.weights.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
     }
     return s;
   }
