@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from jax_megamoe import machine
 from jax_megamoe.errors import MegaMoEError, ShapeError
-from jax_megamoe.primitives import _library, peer_probe
-from jax_megamoe.primitives.peer_probe import Probe
+from jax_megamoe.primitives import _library, wire_test
+from jax_megamoe.primitives.wire_test import WireTest
 
 _ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
 _AXES = ("expert",)
@@ -57,7 +57,7 @@ def buffer_bytes(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )
     sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, num_ranks)
-    return BufferBytes(_library.buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
+    return BufferBytes(_library.peer_buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
 
 
 def failures() -> list[str]:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_megamoe.peers", description=__doc__)
     parser.add_argument("--processes", type=int, default=1, help="one process per GPU, so many; 1: one for all GPUs")
-    parser.add_argument("--transport", default="any", choices=tuple(peer_probe.TRANSPORTS))
+    parser.add_argument("--transport", default="any", choices=tuple(wire_test.TRANSPORTS))
     parser.add_argument("--launches", type=int, default=200, help="checked launches")
     parser.add_argument("--bytes", type=int, default=1 << 20, help="of a push, a multiple of 16")
     parser.add_argument("--reverse", action="store_true", help="the devices in reverse order")
@@ -139,25 +139,25 @@ def _report(options: argparse.Namespace) -> int:
     for row in result["access"]:
         say("  " + " ".join("yes" if value else " no" for value in row))
 
-    probe = Probe(bytes=options.bytes, transport=peer_probe.TRANSPORTS[options.transport], mute=options.mute)
+    test = WireTest(bytes=options.bytes, transport=wire_test.TRANSPORTS[options.transport], mute=options.mute)
     if options.mute >= 0:
-        probe = probe._replace(limit_microseconds=2_000_000)
+        test = test._replace(timeout_microseconds=2_000_000)
     try:
         # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
-        first = peer_probe.program(mesh, _AXES, probe, 1)
-        peer_probe.check_rows(peer_probe.gather_rows(first()), mesh, _AXES)
+        first = wire_test.program(mesh, _AXES, test, 1)
+        wire_test.check_rows(wire_test.gather_rows(first()), mesh, _AXES)
         # While `first` is there: inside one process the memory goes with the last program that uses it.
         result["transports"] = sorted({memory["transport"] for memory in _library.symmetric_memories()})
         say(f"transport: {', '.join(result['transports'])}")
         for _ in range(-(-options.launches // 20)):
-            _run(mesh, probe, 20)
+            _run(mesh, test, 20)
         say(f"{options.launches} launches of {options.bytes} bytes to every peer: all words right, ranks as axis_index")
-        result["round_trip_us"] = _round_trips(mesh, probe)
+        result["round_trip_us"] = _round_trips(mesh, test)
         _print_matrix(say, "flag round trip, us", result["round_trip_us"])
-        result["push_us"], result["push_gb_per_s"] = _pushes(mesh, probe)
+        result["push_us"], result["push_gb_per_s"] = _pushes(mesh, test)
         _print_matrix(say, f"one push of {options.bytes} bytes and its acknowledgement, us", result["push_us"])
         _print_matrix(say, "pushes to one peer, GB/s", result["push_gb_per_s"])
-        result["push_to_all_gb_per_s"] = _push_to_all(mesh, probe)
+        result["push_to_all_gb_per_s"] = _push_to_all(mesh, test)
         say(f"pushes to all peers at once, GB/s out of each rank: {_cells(result['push_to_all_gb_per_s'])}")
     except (MegaMoEError, jax.errors.JaxRuntimeError) as error:
         print(f"process {jax.process_index()}: FAILED: {error}", file=sys.stderr)
@@ -186,38 +186,38 @@ def _access_of_local_devices() -> list[list[bool]]:
     return [[_library.can_access_peer(one, other) for other in ids] for one in ids]
 
 
-def _run(mesh: Mesh, probe: Probe, launches: int) -> np.ndarray:
-    rows = peer_probe.peer_probe(mesh, _AXES, probe, launches)
-    peer_probe.check_rows(rows, mesh, _AXES)
+def _run(mesh: Mesh, test: WireTest, launches: int) -> np.ndarray:
+    rows = wire_test.run(mesh, _AXES, test, launches)
+    wire_test.check_rows(rows, mesh, _AXES)
     return rows
 
 
-def _round_trips(mesh: Mesh, probe: Probe) -> list[list[float]]:
+def _round_trips(mesh: Mesh, test: WireTest) -> list[list[float]]:
     rounds = 1000
-    rows = _run(mesh, probe._replace(mode=peer_probe.ROUND_TRIP, iterations=rounds), 3)
-    return (rows[1:, :, :, peer_probe.NANOSECONDS].min(axis=0) / rounds / 1e3).tolist()
+    rows = _run(mesh, test._replace(mode=wire_test.ROUND_TRIP, iterations=rounds), 3)
+    return (rows[1:, :, :, wire_test.NANOSECONDS].min(axis=0) / rounds / 1e3).tolist()
 
 
-def _pushes(mesh: Mesh, probe: Probe) -> tuple[list[list[float]], list[list[float]]]:
+def _pushes(mesh: Mesh, test: WireTest) -> tuple[list[list[float]], list[list[float]]]:
     """Microseconds of one push and GB/s of many, from each rank to each other."""
     num_ranks = mesh.devices.size
     microseconds, rates = np.zeros((2, num_ranks, num_ranks))
     for shift in range(num_ranks):
         if shift == 0 and num_ranks > 1:
             continue
-        one = _run(mesh, probe._replace(mode=peer_probe.PUSH, shift=shift), 5)[1:].min(axis=0)
-        many = _run(mesh, probe._replace(mode=peer_probe.PUSH, shift=shift, iterations=64), 5)[1:].min(axis=0)
+        one = _run(mesh, test._replace(mode=wire_test.PUSH, shift=shift), 5)[1:].min(axis=0)
+        many = _run(mesh, test._replace(mode=wire_test.PUSH, shift=shift, iterations=64), 5)[1:].min(axis=0)
         for rank in range(num_ranks):
             peer = (rank + shift) % num_ranks
-            microseconds[rank, peer] = one[rank, peer, peer_probe.NANOSECONDS] / 1e3
-            rates[rank, peer] = many[rank, peer, peer_probe.BYTES] / many[rank, peer, peer_probe.NANOSECONDS]
+            microseconds[rank, peer] = one[rank, peer, wire_test.NANOSECONDS] / 1e3
+            rates[rank, peer] = many[rank, peer, wire_test.BYTES] / many[rank, peer, wire_test.NANOSECONDS]
     return microseconds.tolist(), rates.tolist()
 
 
-def _push_to_all(mesh: Mesh, probe: Probe) -> list[float]:
-    rows = _run(mesh, probe._replace(mode=peer_probe.PUSH, iterations=64), 5)[1:]
-    slowest = rows[:, :, :, peer_probe.NANOSECONDS].max(axis=2)
-    return (rows[:, :, :, peer_probe.BYTES].sum(axis=2) / np.maximum(slowest, 1)).max(axis=0).tolist()
+def _push_to_all(mesh: Mesh, test: WireTest) -> list[float]:
+    rows = _run(mesh, test._replace(mode=wire_test.PUSH, iterations=64), 5)[1:]
+    slowest = rows[:, :, :, wire_test.NANOSECONDS].max(axis=2)
+    return (rows[:, :, :, wire_test.BYTES].sum(axis=2) / np.maximum(slowest, 1)).max(axis=0).tolist()
 
 
 def _cells(values: list[float]) -> str:

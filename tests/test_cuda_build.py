@@ -18,7 +18,7 @@ from tests.support.skips import why_no_cuda_build
 
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
 # The folders CMakeLists.txt takes CUDA sources from.
-COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "bench")
+COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "diagnostics", "bench")
 
 
 @dataclass(frozen=True)

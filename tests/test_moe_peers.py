@@ -56,8 +56,8 @@ def test_one_call_with_the_groups(built, sizes, kind):
     assert groups(text) == _groups.replica_groups(sizes, ("expert",)).ravel().tolist()
     num_ranks, num_tokens = sizes["expert"], 16 // (sizes["expert"] * sizes.get("data", 1))
     assert attribute(text, "group_size") == str(num_ranks)
-    assert attribute(text, " limit_microseconds") == "30000000"
-    assert attribute(text, "setup_limit_microseconds") == "120000000"
+    assert attribute(text, " timeout_microseconds") == "30000000"
+    assert attribute(text, "setup_timeout_microseconds") == "120000000"
     assert attribute(text, "activation_clamp") == "1.000000e+01"
     assert attribute(text, "routed_scaling_factor") == "1.500000e+00"
     assert "has_side_effect" not in text  # XLA would run calls with sliced operands twice
@@ -302,8 +302,8 @@ def test_the_layer_by_itself_on_cpus():
             axis_sizes=mesh.shape,
             expert_axes=("expert",),
             gathered_axes=("expert",),
-            limit_microseconds=1,
-            setup_limit_microseconds=1,
+            timeout_microseconds=1,
+            setup_timeout_microseconds=1,
         )
 
     spec = P("expert")

@@ -17,7 +17,7 @@ MODELS = [
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, header, workspace, sizes) twice."""
-    program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "problem.cc")
+    program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "limits.cc")
 
     def run(problems):
         text = "\n".join(" ".join(map(str, problem)) for problem in problems)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from jax_megamoe import machine, peers
 from jax_megamoe.errors import MegaMoEError, ShapeError
-from jax_megamoe.primitives import _groups, _library, peer_probe
-from jax_megamoe.primitives.peer_probe import Probe
+from jax_megamoe.primitives import _groups, _library, wire_test
+from jax_megamoe.primitives.wire_test import WireTest
 from tests.support.meshes import mesh_of
 
 
@@ -27,10 +27,10 @@ def make_mesh(**sizes: int) -> Mesh:
 @pytest.mark.parametrize("sizes", [{"expert": 8}, {"data": 2, "expert": 4}, {"expert": 4, "model": 2}], ids=str)
 def test_program_carries_the_groups(cuda_core, sizes):
     mesh = make_mesh(**sizes)
-    jitted = peer_probe.program(mesh, ("expert",), Probe(bytes=4096, shift=1, mode=peer_probe.PUSH), 2)
+    jitted = wire_test.program(mesh, ("expert",), WireTest(bytes=4096, shift=1, mode=wire_test.PUSH), 2)
     text = jitted.trace().lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(\S+?)\(.*?mhlo.backend_config = \{(.*?)\}", text)
-    assert [name for name, _ in calls] == ["jax_megamoe.peer_probe.v1"] * 2
+    assert [name for name, _ in calls] == ["jax_megamoe.wire_test.v1"] * 2
     groups = _groups.replica_groups(sizes, ("expert",))
     for _, attributes in calls:
         assert f"group_size = {groups.shape[1]} : i64" in attributes
@@ -43,14 +43,14 @@ DECODE = """
 import jax, numpy as np
 jax.devices("cpu")  # types of states are registered with a backend that exists
 from jax_megamoe import _core
-from jax_megamoe.primitives import peer_probe
+from jax_megamoe.primitives import wire_test
 registrations = _core.ffi_registrations()
-name = "jax_megamoe.peer_probe_instance.v1"
+name = "jax_megamoe.wire_test_instance.v1"
 jax.ffi.register_ffi_type(name, registrations["types"][name], platform="cpu")
-name = "jax_megamoe.peer_probe.v1"
+name = "jax_megamoe.wire_test.v1"
 jax.ffi.register_ffi_target(name, registrations["targets"][name], platform="cpu")
 mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("expert",))
-peer_probe.program(mesh, ("expert",), peer_probe.Probe(), 1)()
+wire_test.program(mesh, ("expert",), wire_test.WireTest(), 1)()
 """
 
 
@@ -65,28 +65,28 @@ def test_handler_takes_the_call(cuda_core):
 
 def good_rows(num_ranks: int = 2) -> np.ndarray:
     rows = np.zeros((1, num_ranks, num_ranks, 8), np.int64)
-    rows[..., peer_probe.EPOCH] = 7
-    rows[..., peer_probe.BYTES] = 4096
-    rows[..., peer_probe.AXIS_INDEX] = np.arange(num_ranks)[None, :, None]
+    rows[..., wire_test.EPOCH] = 7
+    rows[..., wire_test.BYTES] = 4096
+    rows[..., wire_test.AXIS_INDEX] = np.arange(num_ranks)[None, :, None]
     return rows
 
 
 def test_rows_are_checked():
     mesh, rows = make_mesh(expert=2), good_rows()
-    peer_probe.check_rows(rows, mesh, ("expert",))
-    rows[0, 1, 0, [peer_probe.PHASE, peer_probe.SEEN, peer_probe.WANTED]] = 2, 6, 7
+    wire_test.check_rows(rows, mesh, ("expert",))
+    rows[0, 1, 0, [wire_test.PHASE, wire_test.SEEN, wire_test.WANTED]] = 2, 6, 7
     with pytest.raises(
         MegaMoEError, match=r"rank 1 .*epoch 7, phase flag: rank 0 did not come, its flag is 6, wanted 7"
     ):
-        peer_probe.check_rows(rows, mesh, ("expert",))
+        wire_test.check_rows(rows, mesh, ("expert",))
     rows = good_rows()
-    rows[0, 0, 1, peer_probe.MISMATCHES] = 3
+    rows[0, 0, 1, wire_test.MISMATCHES] = 3
     with pytest.raises(MegaMoEError, match="3 of 512 words from rank 1 are wrong"):
-        peer_probe.check_rows(rows, mesh, ("expert",))
+        wire_test.check_rows(rows, mesh, ("expert",))
     rows = good_rows()
-    rows[..., peer_probe.AXIS_INDEX] = 0
+    rows[..., wire_test.AXIS_INDEX] = 0
     with pytest.raises(MegaMoEError, match="communicator's rank is 1 and jax.lax.axis_index is 0"):
-        peer_probe.check_rows(rows, mesh, ("expert",))
+        wire_test.check_rows(rows, mesh, ("expert",))
 
 
 def test_command_needs_a_gpu(capsys):
@@ -144,7 +144,9 @@ def test_buffer_bytes(monkeypatch):
     def fake(factor: int) -> Any:
         return lambda *sizes: factor * sum(sizes)
 
-    monkeypatch.setattr(_library, "_core", types.SimpleNamespace(buffer_bytes=fake(2), peer_workspace_bytes=fake(1)))
+    monkeypatch.setattr(
+        _library, "_core", types.SimpleNamespace(peer_buffer_bytes=fake(2), peer_workspace_bytes=fake(1))
+    )
     found = peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + 8) and found.symmetric == found[0]
     with pytest.raises(ShapeError, match="num_experts is 256 and num_ranks 6, wanted a multiple"):
@@ -152,7 +154,7 @@ def test_buffer_bytes(monkeypatch):
     with pytest.raises(ShapeError, match="num_ranks 0"):
         peers.buffer_bytes(8, 6, 4096, 2048, 256, 0)
     monkeypatch.setattr(_library, "_core", types.SimpleNamespace())
-    with pytest.raises(MegaMoEError, match="_core has no buffer_bytes, wanted a build of the same version"):
+    with pytest.raises(MegaMoEError, match="_core has no peer_buffer_bytes, wanted a build of the same version"):
         peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     monkeypatch.setattr(_library, "_core", None)
     with pytest.raises(MegaMoEError, match="_core is not built"):
@@ -161,8 +163,8 @@ def test_buffer_bytes(monkeypatch):
 
 def test_buffer_bytes_of_this_build():
     core: Any = _library._core
-    if not hasattr(core, "buffer_bytes"):
-        pytest.skip("jax_megamoe._core has no buffer_bytes")
+    if not hasattr(core, "peer_buffer_bytes"):
+        pytest.skip("jax_megamoe._core has no peer_buffer_bytes")
     found = peers.buffer_bytes(128, 6, 7168, 3072, 384, 8)
     # At the least, each other rank's tokens in FP8.
     assert found.symmetric >= 7 * 128 * 7168 and found.scratch > 0

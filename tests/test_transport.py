@@ -1,26 +1,10 @@
 """The C++ set-up of symmetric memory with threads as ranks, over a fake CUDA runtime and a fake NCCL: no GPU needed."""
 
-import os
-import re
-import shutil
 import socket
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from tests.support.native_program import CUDA, NATIVE, compile_program, host_compiler
-
-
-def cuda_include() -> Path:
-    """The folder of the toolkit's headers, which declare what the fake runtime defines."""
-    if nvcc := shutil.which("nvcc"):
-        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
-        for folder in map(Path, re.findall(r'"?-I([^"\s]+)"?', text)):
-            if (folder / "cuda_runtime_api.h").exists():
-                return folder
-    pytest.skip("needs the headers of a CUDA toolkit, whose nvcc is on PATH")
+from tests.support.native_program import CUDA, NATIVE, compile_program, cuda_include, host_compiler
 
 
 def test_transport(tmp_path):

@@ -140,8 +140,8 @@ def test_old_builds_are_errors(built):
 
 
 VARIABLES = {
-    "JAX_MEGAMOE_TIMEOUT_SECONDS": (" limit_microseconds", "30000000"),
-    "JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": ("setup_limit_microseconds", "120000000"),
+    "JAX_MEGAMOE_TIMEOUT_SECONDS": (" timeout_microseconds", "30000000"),
+    "JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": ("setup_timeout_microseconds", "120000000"),
 }
 
 

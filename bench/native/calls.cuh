@@ -104,18 +104,19 @@ struct Call {
 
   Call(const Problem& p, const Weights& w, const std::string& routing, uint32_t seed) {
     std::mt19937 random(seed);
-    ids.resize(p.num_pairs());
+    ids.resize(p.num_routes());
     std::vector<float> weights(ids.size());
-    std::vector<int> experts(p.num_experts);
-    for (int e = 0; e < p.num_experts; ++e) experts[e] = e;
+    std::vector<int> experts(p.num_local_experts);
+    for (int e = 0; e < p.num_local_experts; ++e) experts[e] = e;
     for (int t = 0; t < p.num_tokens; ++t) {
       std::shuffle(experts.begin(), experts.end(), random);
       for (int s = 0; s < p.top_k; ++s) {
         int& id = ids[t * p.top_k + s];
-        id = experts[s % p.num_experts];
-        if (routing == "one") id = p.num_experts / 2;
-        if (routing == "none" || (routing == "masked" && random() % 10 < 3)) id = random() % 2 ? -1 : p.num_experts + 7;
-        weights[t * p.top_k + s] = id >= 0 && id < p.num_experts ? 0.05f + random() % 1000 / 1000.0f : NAN;
+        id = experts[s % p.num_local_experts];
+        if (routing == "one") id = p.num_local_experts / 2;
+        if (routing == "none" || (routing == "masked" && random() % 10 < 3))
+          id = random() % 2 ? -1 : p.num_local_experts + 7;
+        weights[t * p.top_k + s] = id >= 0 && id < p.num_local_experts ? 0.05f + random() % 1000 / 1000.0f : NAN;
       }
     }
     y_count = static_cast<size_t>(p.num_tokens) * p.hidden_size;
@@ -133,12 +134,11 @@ struct Call {
     args.topk_ids = upload(ids);
     args.topk_weights = upload(weights);
     args.layer = upload(std::vector<int>{0});
-    args.gate_up = w.gate_up, args.gate_up_scale = w.gate_up_scale;
-    args.down = w.down, args.down_scale = w.down_scale;
+    args.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
     args.activation_clamp = 10.0f;
     args.routed_scaling_factor = 1.5f;
     args.y = device_array<uint16_t>(y_count);
-    args.load = device_array<int>(p.num_experts);
+    args.load = device_array<int>(p.num_local_experts);
     args.y_is_f32 = false;
   }
 
@@ -151,7 +151,7 @@ struct Call {
   int touched() const {
     std::vector<int> sorted;
     for (int id : ids) {
-      if (id >= 0 && id < args.problem.num_experts) sorted.push_back(id);
+      if (id >= 0 && id < args.problem.num_local_experts) sorted.push_back(id);
     }
     std::sort(sorted.begin(), sorted.end());
     return std::unique(sorted.begin(), sorted.end()) - sorted.begin();
@@ -170,8 +170,8 @@ struct Call {
 
   std::vector<float> reference() const {
     const Problem& p = args.problem;
-    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_experts};
-    const size_t pairs = p.num_pairs();
+    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts};
+    const size_t pairs = p.num_routes();
     float* values = device_array<float>(y_count);
     float* scales = device_array<float>(y_count / 128);
     float* h = device_array<float>(pairs * s.inter);
@@ -180,13 +180,13 @@ struct Call {
     float* y = device_array<float>(y_count);
     const int blocks = s.tokens * (s.hidden / 128);
     probe::quantize<<<(blocks + 127) / 128, 128>>>(s, reinterpret_cast<const __nv_bfloat16*>(args.x), values, scales);
-    probe::gate_up<<<dim3(pairs, (s.inter + 127) / 128), 128>>>(s, values, scales, args.gate_up, args.gate_up_scale,
-                                                                args.topk_ids, args.topk_weights, args.activation_clamp,
-                                                                args.routed_scaling_factor, h);
+    probe::gate_up<<<dim3(pairs, (s.inter + 127) / 128), 128>>>(
+        s, values, scales, args.weights.gate_up, args.weights.gate_up_scale, args.topk_ids, args.topk_weights,
+        args.activation_clamp, args.routed_scaling_factor, h);
     const int groups = pairs * (s.inter / 64);
     probe::requantize<<<(groups + 127) / 128, 128>>>(s, h, h_scales);
-    probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.down, args.down_scale, args.topk_ids,
-                                                              out);
+    probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.weights.down,
+                                                              args.weights.down_scale, args.topk_ids, out);
     probe::combine<<<dim3(s.tokens, (s.hidden + 127) / 128), 128>>>(s, out, args.topk_ids, y);
     CHECK(cudaGetLastError());
     CHECK(cudaDeviceSynchronize());

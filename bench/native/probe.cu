@@ -32,7 +32,7 @@ using probe::Problem;
 using probe::Weights;
 
 int check(const Problem& p, const std::string& routing, int ctas) {
-  const Weights w(p.hidden_size, p.intermediate_size, p.num_experts);
+  const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts);
   Call call(p, w, routing, 11);
   const size_t bytes = megamoe::Workspace::bytes(p);
   void* workspace = device_array<uint8_t>(bytes);
@@ -51,7 +51,7 @@ int check(const Problem& p, const std::string& routing, int ctas) {
   const double diff = difference(first, call.reference());
   const bool good = diff < 1e-4 && same;
   std::printf("%-4s H %d I %d E %d k %d T %d %s: diff %.2e, %s\n", good ? "ok" : "BAD", p.hidden_size,
-              p.intermediate_size, p.num_experts, p.top_k, p.num_tokens, routing.c_str(), diff,
+              p.intermediate_size, p.num_local_experts, p.top_k, p.num_tokens, routing.c_str(), diff,
               same ? "bitwise stable" : "CHANGES BETWEEN LAUNCHES");
   CHECK(cudaFree(workspace));
   w.release();
@@ -108,7 +108,7 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
   for (const Weights& layer : layers) layer.release();
 }
 
-// Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/tiles.h).
+// Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/thresholds.h).
 void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
   const Weights w(h, i, e);
   for (int tokens : token_counts) {

@@ -20,7 +20,7 @@ using megamoe::GroupKind;
 using megamoe::PeerBuffer;
 using megamoe::PeerView;
 
-constexpr uint64_t kLimitMicroseconds = 5 * 1000 * 1000;
+constexpr uint64_t kTimeoutMicroseconds = 5 * 1000 * 1000;
 
 // The buffers and counters of R ranks, on one GPU or on one each.
 struct Ranks {
@@ -69,20 +69,20 @@ struct Ranks {
   }
 
   // Rank r's part of a call over all tokens and experts, or of one that has its tokens only.
-  MoeArguments arguments(int r, const MoeArguments& call, const Weights& w, uint64_t limit = kLimitMicroseconds) {
+  MoeArguments arguments(int r, const MoeArguments& call, const Weights& w, uint64_t timeout = kTimeoutMicroseconds) {
     const Problem& p = problem;
     MoeArguments a = call;
     a.problem = p;
-    a.gate_up = w.gate_up, a.gate_up_scale = w.gate_up_scale, a.down = w.down, a.down_scale = w.down_scale;
+    a.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
     megamoe::take_experts_of_rank(&a, r);
     if (call.problem.num_tokens != p.num_tokens) {
       megamoe::take_tokens_of_rank(&a, r);
-      a.load += static_cast<size_t>(r) * p.num_experts;
+      a.load += static_cast<size_t>(r) * p.num_local_experts;
     }
     a.workspace.carve_local(p, scratch[r]);
     a.control = controls[r];
     a.counter_words = megamoe::CounterSet::words(p);
-    megamoe::join_peers(&a, p, r, views[r], notes + r, {limit, limit}, 0);
+    megamoe::join_peers(&a, p, r, views[r], notes + r, {timeout, timeout}, 0);
     return a;
   }
 
@@ -98,10 +98,10 @@ struct Ranks {
 };
 
 megamoe::VirtualRanksArguments virtual_arguments(Ranks& ranks, const MoeArguments& call, const Weights& w,
-                                                 uint32_t seed, uint64_t limit = kLimitMicroseconds, int late = 0) {
+                                                 uint32_t seed, uint64_t timeout = kTimeoutMicroseconds, int late = 0) {
   megamoe::VirtualRanksArguments all;
   for (int r = 0; r < ranks.problem.num_ranks; ++r) {
-    all.of_rank[r] = ranks.arguments(r, call, w, limit);
+    all.of_rank[r] = ranks.arguments(r, call, w, timeout);
     all.of_rank[r].peers.delay_seed = seed;
     all.of_rank[r].peers.late_ctas = late;
   }
@@ -110,8 +110,8 @@ megamoe::VirtualRanksArguments virtual_arguments(Ranks& ranks, const MoeArgument
 
 int check(const Problem& p, const std::string& routing, int launches, uint32_t seed, int ctas, int late) {
   const Problem whole{p.num_tokens * p.num_ranks, p.top_k, p.hidden_size, p.intermediate_size,
-                      p.num_experts * p.num_ranks};
-  const Weights w(p.hidden_size, p.intermediate_size, whole.num_experts);
+                      p.num_local_experts * p.num_ranks};
+  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts);
   constexpr int kCalls = 4;
   std::vector<Call> calls;
   std::vector<std::vector<float>> wanted;
@@ -132,7 +132,7 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
   for (int launch = 0; launch < launches; ++launch) {
     Call& call = calls[launch % kCalls];
     if (launch % 16 == 0) CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
-    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch, kLimitMicroseconds, late);
+    const auto all = virtual_arguments(ranks, call.args, w, seed == 0 ? 0 : seed + launch, kTimeoutMicroseconds, late);
     CHECK(megamoe::launch_virtual_ranks(all, p.num_ranks, ctas, nullptr));
     if (launch % 4 != 3 && launch != launches - 1) continue;
     CHECK(cudaDeviceSynchronize());
@@ -147,15 +147,15 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
   }
   const bool good = wrong == 0 && !ranks.failed();
   std::printf("%-4s %d ranks of %d CTAs, H %d I %d E %d k %d T %d %s: %d launches, seed %u, diff %.2e, %s\n",
-              good ? "ok" : "BAD", p.num_ranks, ctas, p.hidden_size, p.intermediate_size, whole.num_experts, p.top_k,
-              p.num_tokens, routing.c_str(), launches, seed, worst, same_path ? "bitwise" : "other tiles");
+              good ? "ok" : "BAD", p.num_ranks, ctas, p.hidden_size, p.intermediate_size, whole.num_local_experts,
+              p.top_k, p.num_tokens, routing.c_str(), launches, seed, worst, same_path ? "bitwise" : "other tiles");
   return good ? 0 : 1;
 }
 
 int missing(const Problem& p) {
   const Problem whole{p.num_tokens * p.num_ranks, p.top_k, p.hidden_size, p.intermediate_size,
-                      p.num_experts * p.num_ranks};
-  const Weights w(p.hidden_size, p.intermediate_size, whole.num_experts);
+                      p.num_local_experts * p.num_ranks};
+  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts);
   Call call(whole, w, "uniform", 11);
   Ranks ranks(p, true);
   const auto all = virtual_arguments(ranks, call.args, w, 0, 200 * 1000);
@@ -175,17 +175,18 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
   for (int d = 0; d < gpus; ++d) {
     CHECK(cudaSetDevice(d));
     CHECK(megamoe::prepare_kernels(one_gpu ? GroupKind::kVirtualRanks : GroupKind::kPeers));
-    weights.push_back(std::make_unique<Weights>(one.hidden_size, one.intermediate_size, one.num_experts * num_ranks));
+    weights.push_back(
+        std::make_unique<Weights>(one.hidden_size, one.intermediate_size, one.num_local_experts * num_ranks));
   }
   for (int tokens : token_counts) {
     Problem p = one;
     p.num_tokens = tokens;
     Ranks ranks(p, one_gpu);
     Problem routed = p;  // ids of all experts of the group
-    routed.num_experts = p.num_experts * num_ranks, routed.num_ranks = 1;
+    routed.num_local_experts = p.num_local_experts * num_ranks, routed.num_ranks = 1;
     if (one_gpu) routed.num_tokens *= num_ranks;
     std::vector<std::vector<Call>> calls(gpus);
-    std::vector<std::vector<char>> hit(kInputs, std::vector<char>(routed.num_experts));
+    std::vector<std::vector<char>> hit(kInputs, std::vector<char>(routed.num_local_experts));
     std::vector<cudaStream_t> streams(gpus);
     std::vector<cudaGraphExec_t> graphs(gpus);
     std::vector<cudaEvent_t> starts(gpus), stops(gpus);
@@ -220,7 +221,7 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
       int most = 0;
       for (int r = 0; r < num_ranks; ++r) {
         int count = 0;
-        for (int e = 0; e < p.num_experts; ++e) count += experts[r * p.num_experts + e];
+        for (int e = 0; e < p.num_local_experts; ++e) count += experts[r * p.num_local_experts + e];
         most = count > most ? count : most;
       }
       touched += most / static_cast<double>(kInputs);
@@ -246,7 +247,7 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
     std::sort(times.begin(), times.end());
     const double us = times[times.size() / 2];
     CHECK(cudaSetDevice(0));
-    const size_t total = static_cast<size_t>(routed.num_experts) * 2 * p.hidden_size * p.intermediate_size;
+    const size_t total = static_cast<size_t>(routed.num_local_experts) * 2 * p.hidden_size * p.intermediate_size;
     const size_t bytes = static_cast<size_t>(touched * 3.0 * p.hidden_size * p.intermediate_size) / 4096 * 4096;
     uint32_t* sink = device_array<uint32_t>(1);
     const double ceiling = graph_microseconds([&](int n, cudaStream_t stream) {
@@ -254,7 +255,7 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
                                          sink, num_sms(), stream));
     });
     std::printf("%d ranks%s, H %d I %d E %d k %d T %4d: touched %.1f, %7.1f us, ceiling %7.1f us, %.1f us beyond\n",
-                num_ranks, one_gpu ? " on one GPU" : "", p.hidden_size, p.intermediate_size, routed.num_experts,
+                num_ranks, one_gpu ? " on one GPU" : "", p.hidden_size, p.intermediate_size, routed.num_local_experts,
                 p.top_k, tokens, touched, us, ceiling, us - ceiling);
     if (ranks.failed()) std::exit(1);
     std::fflush(stdout);

@@ -7,7 +7,7 @@ import numpy as np
 EVENTS = (
     "start",
     "planned",
-    "gathered",
+    "dispatched",
     "unit landed",
     "unit multiplied",
     "unit finished",

@@ -13,7 +13,7 @@ from jax_megamoe.errors import MegaMoEError
 
 MOE_TARGET = "jax_megamoe.moe.v1"
 MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v2"
-PEER_PROBE_TARGET = "jax_megamoe.peer_probe.v1"
+WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
 
 
@@ -75,12 +75,12 @@ def peer_workspace_bytes(
     return int(_host_function("peer_workspace_bytes")(*sizes))
 
 
-def buffer_bytes(
+def peer_buffer_bytes(
     num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
 ) -> int:
     """Memory that each rank of a group shares with the others, for num_tokens of its own."""
     sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
-    return int(_host_function("buffer_bytes")(*sizes))
+    return int(_host_function("peer_buffer_bytes")(*sizes))
 
 
 def _host_function(name: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from jax_megamoe.primitives import _compat, _specs
 from jax_megamoe.primitives import _rules as rules
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.primitives.moe_local import moe_local
-from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
+from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
 
 moe_p = Primitive("jax_megamoe.moe")
 moe_p.multiple_results = True
@@ -43,7 +43,8 @@ def moe(
     """
     operands = (x, *leaves, topk_ids, topk_weights, layer)
     # Here, and not where it is used: that is while lowering, which JAX skips for a program that it knows.
-    params["limit_microseconds"], params["setup_limit_microseconds"] = limit_microseconds(), setup_limit_microseconds()
+    params["timeout_microseconds"] = timeout_from_environment()
+    params["setup_timeout_microseconds"] = setup_timeout_from_environment()
     if not mesh.manual_axes:
         y, load = moe_p.bind(*operands, mesh=mesh, axes=axes, **params)
         return y, load
@@ -132,8 +133,8 @@ def _per_device(
     mesh: AbstractMesh,
     axes: Axes,
     implementation: str | None,
-    limit_microseconds: int,
-    setup_limit_microseconds: int,
+    timeout_microseconds: int,
+    setup_timeout_microseconds: int,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part, or all of it where there is no mesh."""
@@ -143,8 +144,8 @@ def _per_device(
         group_op = functools.partial(
             moe_peers,
             axis_sizes=mesh.shape,
-            limit_microseconds=limit_microseconds,
-            setup_limit_microseconds=setup_limit_microseconds,
+            timeout_microseconds=timeout_microseconds,
+            setup_timeout_microseconds=setup_timeout_microseconds,
             implementation=implementation,
         )
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]

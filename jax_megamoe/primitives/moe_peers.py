@@ -38,12 +38,12 @@ moe_peers_p, moe_peers_call_p = Primitive("jax_megamoe.moe_peers"), Primitive("j
 moe_peers_p.multiple_results = moe_peers_call_p.multiple_results = True
 
 
-def limit_microseconds() -> int:
+def timeout_from_environment() -> int:
     """How long the fused kernel may wait for another rank; raises `MegaMoEError` for a variable that says nonsense."""
     return _microseconds_of(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_SECONDS)
 
 
-def setup_limit_microseconds() -> int:
+def setup_timeout_from_environment() -> int:
     """How long ranks may be apart when their group is set up, and in a call's first launch; raises like the other."""
     return _microseconds_of(SETUP_TIMEOUT_VARIABLE, _DEFAULT_SETUP_TIMEOUT_SECONDS)
 
@@ -77,8 +77,8 @@ def moe_peers(
     axis_sizes: Mapping[str, int],
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
-    limit_microseconds: int,
-    setup_limit_microseconds: int,
+    timeout_microseconds: int,
+    setup_timeout_microseconds: int,
     activation_clamp: float = math.inf,
     routed_scaling_factor: float = 1.0,
     implementation: str | None = None,
@@ -95,8 +95,8 @@ def moe_peers(
         axis_sizes=tuple(axis_sizes.items()),
         expert_axes=expert_axes,
         gathered_axes=gathered_axes,
-        limit_microseconds=limit_microseconds,
-        setup_limit_microseconds=setup_limit_microseconds,
+        timeout_microseconds=timeout_microseconds,
+        setup_timeout_microseconds=setup_timeout_microseconds,
         activation_clamp=float(activation_clamp),
         routed_scaling_factor=float(routed_scaling_factor),
         implementation=implementation,
@@ -189,8 +189,8 @@ def _lower_collectives(ctx: Any, *operands: Any, site: object, **params: Any) ->
 def _through_collectives(
     *operands: jax.Array,
     axis_sizes: Any,
-    limit_microseconds: int,
-    setup_limit_microseconds: int,
+    timeout_microseconds: int,
+    setup_timeout_microseconds: int,
     implementation: str | None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -203,8 +203,8 @@ def _call_kernel(
     axis_sizes: tuple[tuple[str, int], ...],
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
-    limit_microseconds: int,
-    setup_limit_microseconds: int,
+    timeout_microseconds: int,
+    setup_timeout_microseconds: int,
     call_id: int,
     implementation: str | None,
     **params: Any,
@@ -217,8 +217,8 @@ def _call_kernel(
         mesh_rank,
         workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
-        limit_microseconds=np.int64(limit_microseconds),
-        setup_limit_microseconds=np.int64(setup_limit_microseconds),
+        timeout_microseconds=np.int64(timeout_microseconds),
+        setup_timeout_microseconds=np.int64(setup_timeout_microseconds),
         call_id=np.int64(call_id),
         **_groups.group_attributes(dict(axis_sizes), expert_axes),
         **params,

@@ -33,14 +33,14 @@ from tests.support.skips import why_no_hold_sms
 
 RANKS, LAYERS = 2, 3
 TOKENS = 8  # of each rank
-LATE = 3.0  # seconds beyond the limit
+LATE = 3.0  # seconds beyond the timeout
 COMMON, MORE = 20, 4  # launches of both ranks in a loop, and then of rank 0 alone
 WATCHED = 1.5  # seconds: who looks at the notes does so twice a second
 
 Wanted = Callable[[int, Any], str]  # what a rank's part of a result is
 
 
-def limit_seconds() -> float:
+def timeout_seconds() -> float:
     return float(os.environ["JAX_MEGAMOE_TIMEOUT_SECONDS"])
 
 
@@ -129,7 +129,7 @@ def late(session: Session) -> None:
     """Rank 1 comes to a call when rank 0 has given up."""
     session.call("before")
     meet(session.place, "before")
-    session.make_rank_1_late(limit_seconds() + LATE)
+    session.make_rank_1_late(timeout_seconds() + LATE)
     session.call("parted")
     session.after_failure()
 
@@ -139,7 +139,7 @@ def late_at_first(session: Session) -> None:
     second, wanted = session.compile_chain(LAYERS, session.problem, session.placed, routed_scaling_factor=2.0)
     session.call("before")
     meet(session.place, "before")
-    session.make_rank_1_late(limit_seconds() + LATE)
+    session.make_rank_1_late(timeout_seconds() + LATE)
     session.call("first", second, wanted=wanted)
     session.call("again", second, wanted=wanted)
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.primitives import _library
-from jax_megamoe.primitives.moe_peers import limit_microseconds, moe_peers, setup_limit_microseconds
+from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
 from tests.support.cases import SHARED
 from tests.support.compare import bits
 from tests.support.meshes import mesh_of
@@ -39,8 +39,8 @@ def make_program(num_calls: int) -> Any:
                 axis_sizes={"expert": 1},
                 expert_axes=("expert",),
                 gathered_axes=("expert",),
-                limit_microseconds=limit_microseconds(),
-                setup_limit_microseconds=setup_limit_microseconds(),
+                timeout_microseconds=timeout_from_environment(),
+                setup_timeout_microseconds=setup_timeout_from_environment(),
             )
             x, y = jax.lax.optimization_barrier((x, y))
             results.append((y, load))

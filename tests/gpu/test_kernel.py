@@ -55,7 +55,7 @@ def test_routings(routing, tokens):
 @pytest.mark.parametrize(("hidden", "inter"), [(640, 384), (512, 256)])
 @pytest.mark.parametrize("tokens", [192, 260, 390, 700])
 def test_experts_of_several_chunks(tokens, hidden, inter, routing):
-    """From 192 pairs per expert on, pairs of thread blocks share weights; an odd number of tiles leaves one without work."""
+    """From 192 routes per expert on, clusters of two thread blocks share weights; an odd number of tiles leaves one without work."""
     assert_is_the_references(make_problem(tokens, Sizes(hidden, inter, 4, 4), routing))
 
 
@@ -108,7 +108,7 @@ def test_repeated_launches_give_the_same_bits(tokens):
         np.testing.assert_array_equal(np.asarray(moe(x, weights, ids, topk_weights)[0].view(jnp.uint16)), first)
 
 
-# swapAB (46 pairs per expert), the normal orientation, pairs of CTAs (from 192) against single ones, images against rows.
+# swapAB (46 pairs per expert), the normal orientation, clusters of two CTAs (from 192) against single ones, images against rows.
 @pytest.mark.parametrize(("tokens", "least", "experts"), [(92, 1, 8), (300, 93, 8), (900, 300, 8), (1300, 600, 40)])
 def test_token_does_not_depend_on_its_batch(tokens, least, experts):
     x, weights, ids, topk_weights = make_problem(tokens, Sizes(1024, 512, experts, 4))

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh
 
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.primitives import _library, peer_probe
-from jax_megamoe.primitives.peer_probe import Probe
+from jax_megamoe.primitives import _library, wire_test
+from jax_megamoe.primitives.wire_test import WireTest
 from tests.support.meshes import mesh_of
 from tests.support.skips import gpu_tests, gpus, unless, why_no_gpus
 
@@ -44,72 +44,72 @@ def run_command(*options: str) -> tuple[int, str, str]:
     return child.returncode, output, errors
 
 
-def run(mesh: Mesh, probe: Probe, launches: int = 1, axes: tuple[str, ...] = EXPERT) -> np.ndarray:
-    rows = peer_probe.peer_probe(mesh, axes, probe, launches)
-    peer_probe.check_rows(rows, mesh, axes)
+def run(mesh: Mesh, test: WireTest, launches: int = 1, axes: tuple[str, ...] = EXPERT) -> np.ndarray:
+    rows = wire_test.run(mesh, axes, test, launches)
+    wire_test.check_rows(rows, mesh, axes)
     return rows
 
 
-def start(mesh: Mesh, probe: Probe, launches: int = 1) -> Any:
+def start(mesh: Mesh, test: WireTest, launches: int = 1) -> Any:
     """Runs a program and returns it: while it lives, so does its executable, and the memory with it."""
-    program = peer_probe.program(mesh, EXPERT, probe, launches)
-    peer_probe.check_rows(peer_probe.gather_rows(program()), mesh, EXPERT)
+    program = wire_test.program(mesh, EXPERT, test, launches)
+    wire_test.check_rows(wire_test.gather_rows(program()), mesh, EXPERT)
     return program
 
 
 @pytest.mark.parametrize("num_bytes", [16, 4096, 1 << 20])
 def test_pushes_arrive(num_bytes):
-    rows = run(make_mesh(), Probe(bytes=num_bytes), launches=3)
-    assert (rows[..., peer_probe.BYTES] == num_bytes).all()
-    assert (np.diff(rows[..., peer_probe.EPOCH], axis=0) == 1).all()
+    rows = run(make_mesh(), WireTest(bytes=num_bytes), launches=3)
+    assert (rows[..., wire_test.BYTES] == num_bytes).all()
+    assert (np.diff(rows[..., wire_test.EPOCH], axis=0) == 1).all()
 
 
 def test_many_launches_in_a_captured_program():
     mesh = make_mesh()
     for _ in range(5):
-        run(mesh, Probe(bytes=4096), launches=40)
+        run(mesh, WireTest(bytes=4096), launches=40)
 
 
 def test_a_group_of_one_per_device():
-    run(make_mesh(data=len(gpus()), expert=1), Probe(bytes=4096), launches=3)
+    run(make_mesh(data=len(gpus()), expert=1), WireTest(bytes=4096), launches=3)
 
 
 @needs_two
 def test_order_of_devices():
-    run(make_mesh(devices=gpus()[::-1], expert=len(gpus())), Probe(bytes=4096), launches=3)
+    run(make_mesh(devices=gpus()[::-1], expert=len(gpus())), WireTest(bytes=4096), launches=3)
 
 
 @pytest.mark.skipif(len(gpus()) < 4, reason=f"needs 4 GPUs; this process sees {len(gpus())}")
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 2}, {"expert": 2, "model": 2}], ids=str)
 def test_groups_in_a_larger_mesh(sizes):
-    run(make_mesh(**sizes), Probe(bytes=4096), launches=3)
+    run(make_mesh(**sizes), WireTest(bytes=4096), launches=3)
 
 
 @pytest.mark.skipif(len(gpus()) < 4, reason=f"needs 4 GPUs; this process sees {len(gpus())}")
 def test_expert_axis_of_two_mesh_axes():
-    run(make_mesh(a=2, b=2), Probe(bytes=4096), launches=3, axes=("b", "a"))
+    run(make_mesh(a=2, b=2), WireTest(bytes=4096), launches=3, axes=("b", "a"))
 
 
-@pytest.mark.parametrize("mode", [peer_probe.ROUND_TRIP, peer_probe.PUSH])
+@pytest.mark.parametrize("mode", [wire_test.ROUND_TRIP, wire_test.PUSH])
 def test_modes_that_measure(mode):
     mesh = make_mesh()
-    rows = run(mesh, Probe(mode=mode, iterations=20), launches=3)
-    assert (rows[..., peer_probe.NANOSECONDS] > 0).any()
-    run(mesh, Probe())  # and checked pushes work after it
+    rows = run(mesh, WireTest(mode=mode, iterations=20), launches=3)
+    assert (rows[..., wire_test.NANOSECONDS] > 0).any()
+    run(mesh, WireTest())  # and checked pushes work after it
 
 
 def test_programs_of_one_size_share_the_memory():
     mesh = make_mesh()
-    probe = Probe(bytes=(1 << 20) + 16)
-    alive = [start(mesh, probe)]
+    test = WireTest(bytes=(1 << 20) + 16)
+    alive = [start(mesh, test)]
     before = len(_library.symmetric_memories())
     assert before > 0
-    alive.append(start(mesh, probe, launches=2))  # another executable
+    alive.append(start(mesh, test, launches=2))  # another executable
     assert len(_library.symmetric_memories()) == before
 
 
 def test_memory_is_given_back_with_the_executables():
-    program = start(make_mesh(), Probe(bytes=3 << 20))
+    program = start(make_mesh(), WireTest(bytes=3 << 20))
     assert _library.symmetric_memories()
     del program
     jax.clear_caches()
@@ -149,4 +149,4 @@ def test_one_process_per_gpu():
 
 def test_too_many_bytes_is_an_error():
     with pytest.raises((MegaMoEError, jax.errors.JaxRuntimeError), match="multiple of 16"):
-        run(make_mesh(), Probe(bytes=17))
+        run(make_mesh(), WireTest(bytes=17))

@@ -94,7 +94,7 @@ def test_calls_of_two_threads():
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("tokens", [1, 16, 150, 800])  # the last with pairs of CTAs
+@pytest.mark.parametrize("tokens", [1, 16, 150, 800])  # the last with clusters of two CTAs
 @pytest.mark.parametrize("late", ["one", "three", "all but one"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_late_ctas(num_ranks, late, tokens):

@@ -46,7 +46,7 @@ def test_model_shapes(hidden, inter):
     assert_as_one_rank(16, 8, sizes=Sizes(hidden, inter, num_experts=8, top_k=6))
 
 
-@pytest.mark.parametrize(("tokens", "repeats"), [(7, 50), (200, 3)])  # single thread blocks, and pairs of them
+@pytest.mark.parametrize(("tokens", "repeats"), [(7, 50), (200, 3)])  # single thread blocks, and clusters of two
 def test_stress(tokens, repeats):
     """Many launches of one program with pauses of random length, and another routing each time."""
     num_ranks, rounds = 4, 64
@@ -68,7 +68,7 @@ def test_stress(tokens, repeats):
 @pytest.mark.parametrize("tokens", [16, 800])
 def test_a_missing_rank_ends_in_an_error(tokens):
     problem = make_problem(tokens, SHARED)
-    call = functools.partial(on_virtual_ranks, *problem, num_ranks=4, present=3, ctas=6, limit_microseconds=200_000)
+    call = functools.partial(on_virtual_ranks, *problem, num_ranks=4, present=3, ctas=6, timeout_microseconds=200_000)
     y, _ = call()
     assert np.isnan(np.asarray(y[: tokens * 3 // 4], np.float32)).all()
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"waited in vain for rank 3, phase routing, epoch 1"):
@@ -83,7 +83,7 @@ def test_ranks_that_disagree_on_the_shape_end_in_an_error(odd_rank, tokens):
     """One rank's words have another tag; all else is right, so that without the tags nobody would notice."""
     problem = make_problem(tokens, SHARED)
     call = functools.partial(
-        on_virtual_ranks, *problem, num_ranks=4, odd_rank=odd_rank, ctas=6, limit_microseconds=200_000
+        on_virtual_ranks, *problem, num_ranks=4, odd_rank=odd_rank, ctas=6, timeout_microseconds=200_000
     )
     y, _ = call()
     assert np.isnan(np.asarray(y, np.float32)).all()

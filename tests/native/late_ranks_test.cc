@@ -26,7 +26,7 @@ void test_two_that_never_meet_at_first() {
   world.run(kMiB, {0}, kShort);
   // Meets what the other has left behind, and nothing after it.
   world.run(4 * kMiB, {1}, kShort);
-  expect_in_vain(world, 1, "plan");
+  expect_in_vain(world, 1, "topology");
   world.run(kMiB, {0}, kShort);
   expect_in_vain(world, 0, "introduction");
   world.run(kMiB);
@@ -59,7 +59,7 @@ void test_growth_that_one_begins_alone() {
   // Rank 0 gives up; rank 1 goes on to what rank 0 has not agreed to.
   world.run(4 * kMiB, {0}, kShort);
   world.run(4 * kMiB, {1}, kShort);
-  expect_in_vain(world, 1, "plan");
+  expect_in_vain(world, 1, "topology");
   EXPECT(fakes::driver().num_buffers() == before + 2);
   world.run(4 * kMiB);
   EXPECT(world.is_whole(4 * kMiB) && fakes::driver().num_buffers() == before + 2);

@@ -3,12 +3,13 @@
 // offsets of ids (both parities), header and workspace, the bytes of ids, header and workspace.
 #include <iostream>
 
-#include "host/problem.h"
+#include "host/limits.h"
 #include "layout/peer_buffer.h"
 
 int main() {
   megamoe::Problem p;
-  while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_experts >> p.num_ranks) {
+  while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_local_experts >>
+         p.num_ranks) {
     const std::string reason = megamoe::unsupported_reason(p);
     if (!reason.empty()) {
       std::cout << "unsupported\n";
@@ -26,7 +27,7 @@ int main() {
       std::cout << ' ' << size << ' ' << megamoe::PeerBuffer::holds(size, part);
       for (int parity : {0, 1}) std::cout << ' ' << offset(megamoe::PeerBuffer::ids(workspace, view.ids_bytes, parity));
       std::cout << ' ' << offset(megamoe::PeerBuffer::header(workspace)) << ' ' << offset(workspace) << ' '
-                << part.group_pairs() * sizeof(uint64_t) << ' ' << sizeof(megamoe::PeerHeader) << ' '
+                << part.group_routes() * sizeof(uint64_t) << ' ' << sizeof(megamoe::PeerHeader) << ' '
                 << megamoe::Workspace::shared_bytes(part);
     }
     std::cout << '\n';

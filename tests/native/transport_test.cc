@@ -129,24 +129,24 @@ void test_plans() {
     ranks[r].token = 10 + r;
     ranks[r].bytes = 100 - r;
   }
-  Plan plan;
-  EXPECT(make_plan(ranks, 1, &plan).empty());
+  Topology topology;
+  EXPECT(read_topology(ranks, 1, &topology).empty());
   const std::vector<Reach> wanted = {Reach::kSameProcess, Reach::kSelf, Reach::kSameHost, Reach::kSameHost};
-  EXPECT(plan.reach == wanted && plan.spans_processes && plan.may_map && !plan.may_use_windows);
-  EXPECT(plan.bytes == 100 && plan.group == 10 && plan.generation == 10 && !plan.keeps_buffers);
+  EXPECT(topology.reach == wanted && topology.spans_processes && topology.may_map && !topology.may_use_windows);
+  EXPECT(topology.bytes == 100 && topology.group == 10 && topology.generation == 10 && !topology.keeps_buffers);
   for (Introduction& rank : ranks) rank.generation = 7, rank.buffer_bytes = 100;
   ranks[2].group = 3;
-  EXPECT(make_plan(ranks, 1, &plan).empty() && plan.keeps_buffers && plan.group == 3);
+  EXPECT(read_topology(ranks, 1, &topology).empty() && topology.keeps_buffers && topology.group == 3);
   ranks[3].generation = 6;
-  EXPECT(make_plan(ranks, 1, &plan).empty() && !plan.keeps_buffers);
+  EXPECT(read_topology(ranks, 1, &topology).empty() && !topology.keeps_buffers);
   ranks[3].identity.host[1] = 1;
-  EXPECT(make_plan(ranks, 1, &plan).empty());
-  EXPECT(plan.reach[3] == Reach::kOtherHost && plan.spans_hosts && !plan.may_map);
+  EXPECT(read_topology(ranks, 1, &topology).empty());
+  EXPECT(topology.reach[3] == Reach::kOtherHost && topology.spans_hosts && !topology.may_map);
   ranks[1].device = 0;
-  EXPECT_CONTAINS(make_plan(ranks, 2, &plan), "rank 0 and rank 1 are both on device 0");
+  EXPECT_CONTAINS(read_topology(ranks, 2, &topology), "rank 0 and rank 1 are both on device 0");
   ranks[1].device = 1;
   ranks[1].version = 99;
-  EXPECT_CONTAINS(make_plan(ranks, 2, &plan), "different versions");
+  EXPECT_CONTAINS(read_topology(ranks, 2, &topology), "different versions");
 }
 
 void test_size_classes() {

@@ -3,9 +3,9 @@
 docs/expert-parallel.md describes the protocol. A launch of one rank is a set of threads that start together and are over
 together, as the CTAs of a kernel are:
 
-- two CTAs: read everybody's ids, and count as gathered then; the first has sent its rank's ids before, and writes tokens into
+- two CTAs: read everybody's ids, and count as dispatched then; the first has sent its rank's ids before, and writes tokens into
   the images of their owners;
-- a signaller: when both have gathered, releases the token flags of all ranks;
+- a signaller: when both have dispatched, releases the token flags of all ranks;
 - a worker: waits for the tokens of all ranks, reads its images, writes results into the sources' slots and releases the column
   flags of all ranks;
 - a combiner: waits for the columns of all ranks and reads its slots.
@@ -41,7 +41,7 @@ class Protocol:
     ids_buffers: int = 2
     image_buffers: int = 1
     slot_buffers: int = 1
-    releases_gathered: bool = True
+    releases_dispatched: bool = True
     releases_columns: bool = True
     # A rank whose experts have no tokens announces its columns at once, without waiting for anything but the ids.
     idle_at_once: bool = True
@@ -73,20 +73,20 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
     epoch = [Step(reads=((f"epoch[{rank}]", launch - 1),))] if p.reads_epoch else []
     # A word of ids is there when it has the launch's number; a later number would be waited for in vain.
     read_ids = [Step(((f"{ids}[{rank}][{s}]", launch),), ((f"{ids}[{rank}][{s}]", launch),)) for s in others]
-    gathered = f"gathered[{rank}]"
-    count = Step(stores=(Store(gathered, 1, is_release=p.releases_gathered, is_addition=True),))
+    dispatched = f"dispatched[{rank}]"
+    count = Step(stores=(Store(dispatched, 1, is_release=p.releases_dispatched, is_addition=True),))
 
     first = [*epoch, *(Step(stores=(Store(f"{ids}[{d}][{rank}]", launch),)) for d in others), *read_ids]
     first += [Step(stores=(Store(f"{image}[{d}][{rank}]", launch),)) for d in others if has_tokens(rank, d)]
     first.append(count)
     second = [*epoch, *read_ids, count]
-    all_gathered = ((gathered, 2 * launch),)
-    signaller = [Step(all_gathered, stores=(Store(f"tokens[{d}][{rank}]", launch),)) for d in others]
+    all_dispatched = ((dispatched, 2 * launch),)
+    signaller = [Step(all_dispatched, stores=(Store(f"tokens[{d}][{rank}]", launch),)) for d in others]
 
     announce = [Step(stores=(Store(f"columns[{d}][{rank}]", launch, is_release=p.releases_columns),)) for d in others]
     sources = [s for s in others if has_tokens(s, rank)]
     if sources or not p.idle_at_once:
-        arrived = (*all_gathered, *((f"tokens[{rank}][{s}]", launch) for s in others))
+        arrived = (*all_dispatched, *((f"tokens[{rank}][{s}]", launch) for s in others))
         worker = [Step(arrived)]
         for s in sources:
             worker.append(Step(reads=((f"{image}[{rank}][{s}]", launch),)))

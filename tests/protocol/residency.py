@@ -7,8 +7,8 @@ fill a GPU and wait for another, which runs a launch, are beyond help.
 
 A CTA is two threads, which go on independently:
 
-- the consumers send the CTA's part of the rank's ids to all ranks, claim the CTA's share of the gather, wait for all ids,
-  rank by rank, and gather their share and then those that nobody has claimed; when all are claimed they multiply what the
+- the consumers send the CTA's part of the rank's ids to all ranks, claim the CTA's share of the dispatch, wait for all ids,
+  rank by rank, and dispatch their share and then those that nobody has claimed; when all are claimed they multiply what the
   producer has queued, and at the end wait for the columns of all ranks and sum;
 - the weight producer claims the CTA's first unit at once, and queues it and those that it draws. Before it queues its first
   down unit, or ends, it looks through the first units of all CTAs and queues those that nobody has claimed.
@@ -18,8 +18,8 @@ to its own; if it finds that somebody has taken over, it subtracts it again and 
 compare-and-swap. CTAs wait for a while before they take over: here that is any time at all.
 
 What a step writes is visible at once: residency concerns atomics of one GPU, and `model.py` has the orders of stores. Hence
-flags and data are not held apart: what a rank has gathered or multiplied is what the others find. Not modelled: the count of
-the CTAs that have started, which ends the gathering earlier, and the epoch (a CTA counts after it has claimed).
+flags and data are not held apart: what a rank has dispatched or multiplied is what the others find. Not modelled: the count of
+the CTAs that have started, which ends the dispatch earlier, and the epoch (a CTA counts after it has claimed).
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class Cta(NamedTuple):
 
     consumers: str = "absent"
     heard: int = 0  # ranks whose ids are read
-    share: int = NOTHING  # claimed and to be gathered
+    share: int = NOTHING  # claimed and to be dispatched
     producer: str = "absent"
     ticket: int = NOTHING  # unit that is claimed or drawn, and not yet queued
     looks: int = 0  # first units that were looked at
@@ -107,7 +107,7 @@ class Memory(NamedTuple):
 
     launch: int = 1
     sent: frozenset[tuple[int, int]] = frozenset()  # (destination, part) of the ids
-    gathered: frozenset[int] = frozenset()
+    dispatched: frozenset[int] = frozenset()
     multiplied: frozenset[int] = frozenset()
     announced_idle: bool = False
 

@@ -59,20 +59,20 @@ class CtaSteps:
                 yield from self._read_ids(r, rank, b, memories)
             case "stores its claim":
                 stored = rank._replace(shares=put(rank.shares, cta.share, launch))
-                yield Step(f"stores a claim of share {cta.share}", _with(stored, b, consumers="gathers"))
-            case "gathers" if cta.share != NOTHING:
-                if cta.share in rank.memory.gathered:
-                    raise Wrong(f"share {cta.share} is gathered twice")
-                gathered = _write(rank, gathered=rank.memory.gathered | {cta.share})
-                yield Step(f"gathers share {cta.share}", _with(gathered, b, share=NOTHING), True)
-            case "gathers":
+                yield Step(f"stores a claim of share {cta.share}", _with(stored, b, consumers="dispatches"))
+            case "dispatches" if cta.share != NOTHING:
+                if cta.share in rank.memory.dispatched:
+                    raise Wrong(f"share {cta.share} is dispatched twice")
+                dispatched = _write(rank, dispatched=rank.memory.dispatched | {cta.share})
+                yield Step(f"dispatches share {cta.share}", _with(dispatched, b, share=NOTHING), True)
+            case "dispatches":
                 unclaimed = [place for place, claim in enumerate(rank.shares) if claim == launch - 1]
                 if not unclaimed or not m.shares.taken_over:
                     yield Step("begins to multiply", _with(rank, b, consumers="multiplies"), True)
                     return
                 for place in unclaimed:
                     claimed = rank._replace(shares=put(rank.shares, place, launch)) if m.shares.swapped else rank
-                    after = "gathers" if m.shares.swapped else "stores its claim"
+                    after = "dispatches" if m.shares.swapped else "stores its claim"
                     yield Step(f"takes over share {place}", _with(claimed, b, consumers=after, share=place))
             case "multiplies" if cta.queue:
                 yield from self._multiply(r, rank, b, memories)
@@ -94,7 +94,7 @@ class CtaSteps:
             has_all = source == order[-1]
             if has_all and self.scene.num_units(r) == 0 and (m.idle_by_first or b == 0):
                 rank = _write(rank, announced_idle=True)
-            after = "gathers" if has_all else cta.consumers
+            after = "dispatches" if has_all else cta.consumers
             yield Step(f"reads ids of rank {source}", _with(rank, b, consumers=after, heard=cta.heard + 1), True)
         elif source == r and m.ids_taken_over:
             missing = [part for part in range(len(rank.ctas)) if (r, part) not in rank.memory.sent]
@@ -110,7 +110,7 @@ class CtaSteps:
                 return
         else:
             images = {
-                (s, share): memories[s].stamp(share in memories[s].gathered)
+                (s, share): memories[s].stamp(share in memories[s].dispatched)
                 for s in self.ranks
                 for share in range(self.scene.ctas[s])
             }

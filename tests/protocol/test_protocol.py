@@ -21,7 +21,7 @@ SOUND = {
 # With who sends tokens, where that matters: None means everybody to everybody.
 BROKEN: dict[str, tuple[Protocol, Sends | None, str]] = {
     "one set of ids": (Protocol(ids_buffers=1), NOBODY, r"ids0\[\d\]\[\d\] is (\d), wanted (\d)"),
-    "gathering not released": (Protocol(releases_gathered=False), None, r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "dispatch not released": (Protocol(releases_dispatched=False), None, r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "columns not released": (Protocol(releases_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "combine does not wait": (Protocol(waits_for_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "epoch counted before all CTAs have read it": (
@@ -74,6 +74,6 @@ def test_one_set_of_ids_is_overwritten_by_the_next_launch():
 
 
 def test_a_rank_that_stops_leaves_the_others_waiting():
-    """Nothing in the protocol notices: hence the time limit of every wait."""
+    """Nothing in the protocol notices: hence the timeout of every wait."""
     outcome = explore(Protocol(), num_ranks=2, num_launches=3, delayed_stores=False, stops=(1, 2))
     assert outcome.error == "nobody can go on"

@@ -25,16 +25,16 @@ SCENES = {
     "three ranks": Scene(ctas=(2, 1, 1), gate_up=(1, 1, 0), down=(1, 1, 0), blockers=(Blocker((0, 1, 2)),)),
 }
 IDLE, DEADLOCK = SCENES["an idle rank"], "nobody can go on"
-GATHERED_TWICE, MULTIPLIED_TWICE = "share 0 is gathered twice", "unit 0 is multiplied twice"
+DISPATCHED_TWICE, MULTIPLIED_TWICE = "share 0 is dispatched twice", "unit 0 is multiplied twice"
 NONE = Claims(taken_over=False)
 BROKEN = {
     "nothing is taken over": (Mechanism(shares=NONE, units=NONE, ids_taken_over=False), Scene(), DEADLOCK),
     "shares are not": (Mechanism(shares=NONE), Scene(), DEADLOCK),
     "first units are not": (Mechanism(units=NONE), Scene(), DEADLOCK),
     "ids are not": (Mechanism(ids_taken_over=False), Scene(), DEADLOCK),
-    "a late CTA gathers all the same": (Mechanism(shares=Claims(heeded=False)), Scene(), GATHERED_TWICE),
+    "a late CTA dispatches all the same": (Mechanism(shares=Claims(heeded=False)), Scene(), DISPATCHED_TWICE),
     "a late CTA multiplies all the same": (Mechanism(units=Claims(heeded=False)), Scene(), MULTIPLIED_TWICE),
-    "shares are taken over by a store": (Mechanism(shares=Claims(swapped=False)), Scene(), GATHERED_TWICE),
+    "shares are taken over by a store": (Mechanism(shares=Claims(swapped=False)), Scene(), DISPATCHED_TWICE),
     "units are taken over by a store": (Mechanism(units=Claims(swapped=False)), Scene(), MULTIPLIED_TWICE),
     "a late CTA leaves its claim of a share": (Mechanism(shares=Claims(returned=False)), Scene(), DEADLOCK),
     "a late CTA leaves its claim of a unit": (Mechanism(units=Claims(returned=False)), Scene(), DEADLOCK),

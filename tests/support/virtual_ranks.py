@@ -20,7 +20,7 @@ one_rank: Any = jax.jit(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "limit_microseconds", "odd_rank", "late_ctas")
+    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "timeout_microseconds", "odd_rank", "late_ctas")
 )
 def on_virtual_ranks(
     x,
@@ -32,7 +32,7 @@ def on_virtual_ranks(
     present=None,
     ctas=None,
     seed=0,
-    limit_microseconds=30_000_000,
+    timeout_microseconds=30_000_000,
     odd_rank=-1,
     late_ctas=0,
 ):
@@ -68,7 +68,7 @@ def on_virtual_ranks(
         present=np.int64(present or num_ranks),
         ctas_per_rank=np.int64(ctas or 128 // num_ranks),
         delay_seed=np.int64(seed),
-        limit_microseconds=np.int64(limit_microseconds),
+        timeout_microseconds=np.int64(timeout_microseconds),
         odd_rank=np.int64(odd_rank),
         late_ctas=np.int64(late_ctas),
     )

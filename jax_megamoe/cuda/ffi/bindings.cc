@@ -1,10 +1,11 @@
 // The Python module `jax_megamoe._core`: it only hands out registrations and sizes.
 #include <pybind11/pybind11.h>
 
-#include <initializer_list>
-#include <utility>
+#include <stdexcept>
+#include <string>
 
-#include "host/problem.h"
+#include "host/choices.h"
+#include "host/limits.h"
 #include "layout/peer_buffer.h"
 #include "transport/identity.h"
 
@@ -12,8 +13,8 @@
 #include <cuda_runtime_api.h>
 
 #include "bench/hold_sms.h"
-#include "ffi/handlers.h"
 #include "common/device_scope.h"
+#include "ffi/handlers.h"
 #include "transport/registry.h"
 #endif
 
@@ -22,18 +23,17 @@ namespace py = pybind11;
 namespace {
 
 #ifdef MEGAMOE_CUDA
-// Of one target: each stage's handler.
-py::dict stages(std::initializer_list<std::pair<const char*, XLA_FFI_Handler*>> handlers) {
+// Adds what one target registers.
+void add(const megamoe::Target& target, py::dict types, py::dict targets) {
+  if (target.type_name != nullptr) {
+    py::dict type;
+    type["type_id"] = py::capsule(target.type_id);
+    type["type_info"] = py::capsule(target.type_info);
+    types[target.type_name] = type;
+  }
   py::dict capsules;
-  for (const auto& [stage, handler] : handlers) capsules[stage] = py::capsule(reinterpret_cast<void*>(handler));
-  return capsules;
-}
-
-py::dict type_of_state(void* id, void* info) {
-  py::dict type;
-  type["type_id"] = py::capsule(id);
-  type["type_info"] = py::capsule(info);
-  return type;
+  for (const auto& [stage, handler] : target.stages) capsules[stage] = py::capsule(reinterpret_cast<void*>(handler));
+  targets[target.name] = capsules;
 }
 
 // Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no driver.
@@ -77,30 +77,11 @@ py::list symmetric_memories() {
 py::dict ffi_registrations() {
   py::dict types, targets;
 #ifdef MEGAMOE_CUDA
-  types["jax_megamoe.moe_instance.v1"] =
-      type_of_state(megamoe::moe_instance_type_id(), megamoe::moe_instance_type_info());
-  types["jax_megamoe.moe_peers_instance.v1"] =
-      type_of_state(megamoe::moe_peers_instance_type_id(), megamoe::moe_peers_instance_type_info());
-  types["jax_megamoe.virtual_ranks_instance.v1"] =
-      type_of_state(megamoe::virtual_ranks_instance_type_id(), megamoe::virtual_ranks_instance_type_info());
-  types["jax_megamoe.peer_probe_instance.v1"] =
-      type_of_state(megamoe::peer_probe_instance_type_id(), megamoe::peer_probe_instance_type_info());
-
-  targets["jax_megamoe.moe.v1"] = stages({{"instantiate", megamoe::MoeInstantiate},
-                                          {"initialize", megamoe::MoeInitialize},
-                                          {"execute", megamoe::MoeExecute}});
-  targets["jax_megamoe.moe_peers.v2"] = stages({{"instantiate", megamoe::MoePeersInstantiate},
-                                                {"prepare", megamoe::MoePeersPrepare},
-                                                {"initialize", megamoe::MoePeersInitialize},
-                                                {"execute", megamoe::MoePeersExecute}});
-  targets["jax_megamoe.virtual_ranks.v1"] = stages({{"instantiate", megamoe::VirtualRanksInstantiate},
-                                                    {"initialize", megamoe::VirtualRanksInitialize},
-                                                    {"execute", megamoe::VirtualRanksExecute}});
-  targets["jax_megamoe.read_ceiling.v1"] = stages({{"execute", megamoe::ReadCeiling}});
-  targets["jax_megamoe.peer_probe.v1"] = stages({{"instantiate", megamoe::PeerProbeInstantiate},
-                                                 {"prepare", megamoe::PeerProbePrepare},
-                                                 {"initialize", megamoe::PeerProbeInitialize},
-                                                 {"execute", megamoe::PeerProbeExecute}});
+  add(megamoe::moe_target(), types, targets);
+  add(megamoe::moe_peers_target(), types, targets);
+  add(megamoe::wire_test_target(), types, targets);
+  add(megamoe::virtual_ranks_target(), types, targets);
+  add(megamoe::read_ceiling_target(), types, targets);
 #endif
   py::dict registrations;
   registrations["types"] = types;
@@ -109,28 +90,45 @@ py::dict ffi_registrations() {
 }
 
 // Of a call's largest launch.
-megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
-                                 int num_ranks) {
-  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks};
+megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size,
+                                 int num_local_experts, int num_ranks) {
+  const megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks};
   const std::string reason = megamoe::unsupported_reason(problem);
   if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
   return megamoe::per_launch(problem);
 }
 
-int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts) {
-  return megamoe::Workspace::bytes(checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, 1));
+int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts) {
+  return megamoe::Workspace::bytes(
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, 1));
 }
 
-int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
+int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
                              int num_ranks) {
   return megamoe::Workspace::local_bytes(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
 }
 
-int64_t buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_experts,
-                     int num_ranks) {
+int64_t peer_buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
+                          int num_ranks) {
   return megamoe::PeerBuffer::bytes_for(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks));
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks));
+}
+
+// What a launch is like on a device with so many SMs, all of which run clusters, and so fast a memory.
+py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
+                       int num_ranks, int num_sms, double bytes_per_microsecond) {
+  const megamoe::Device device{num_sms, num_sms, num_sms / 2, bytes_per_microsecond};
+  const megamoe::Problem problem =
+      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks);
+  const megamoe::LaunchChoice choice = megamoe::choose(problem, device, num_ranks > 1);
+  py::dict entries;
+  entries["swap_operands"] = choice.swap_operands;
+  entries["cluster_ctas"] = choice.cluster_ctas;
+  entries["gathers_rows"] = choice.gathers_rows;
+  entries["activations_stay"] = choice.activations_stay;
+  entries["weight_bytes_in_flight"] = choice.weight_bytes_in_flight;
+  return entries;
 }
 
 }  // namespace
@@ -153,12 +151,16 @@ PYBIND11_MODULE(_core, module) {
   module.def("host_identity", &megamoe::transport::host_identity,
              "The same in all processes on one running kernel, in containers too.");
   module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
-             py::arg("intermediate_size"), py::arg("num_experts"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"),
              "Bytes of scratch memory one call of the fused kernel needs on a device.");
   module.def("peer_workspace_bytes", &peer_workspace_bytes, py::arg("num_tokens"), py::arg("top_k"),
              py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
              "The same for one rank of an expert group, beside the buffer that it shares.");
-  module.def("buffer_bytes", &buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+  module.def("peer_buffer_bytes", &peer_buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"),
              "Bytes of the buffer that each rank of an expert group shares with the others.");
+  module.def("launch_choice", &launch_choice, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("num_ranks"), py::kw_only(),
+             py::arg("num_sms"), py::arg("bytes_per_microsecond"),
+             "What the largest launch of a call is like on a device with so many SMs and so fast a memory.");
 }

@@ -1,39 +1,19 @@
-// What the Python module registers with XLA.
+// What the Python module registers with XLA, one function for each handler file.
 #pragma once
 
 #include <cstdint>
 
-#include "xla/ffi/api/ffi.h"
+#include "ffi/target.h"
 
 namespace megamoe {
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInstantiate);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeInitialize);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoeExecute);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersInstantiate);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersPrepare);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersInitialize);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(MoePeersExecute);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksInstantiate);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksInitialize);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(VirtualRanksExecute);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(ReadCeiling);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeInstantiate);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbePrepare);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeInitialize);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerProbeExecute);
+Target moe_target();
+Target moe_peers_target();
+Target wire_test_target();
+Target virtual_ranks_target();
+Target read_ceiling_target();
 
-// Types of the states that call sites keep between executions.
-void* moe_instance_type_id();
-void* moe_instance_type_info();
-void* moe_peers_instance_type_id();
-void* moe_peers_instance_type_info();
-void* virtual_ranks_instance_type_id();
-void* virtual_ranks_instance_type_info();
-void* peer_probe_instance_type_id();
-void* peer_probe_instance_type_info();
-
-// How often the execute handler ran in this process: a replayed command buffer does not call it.
+// How often the execute handler of one device ran in this process: a replayed command buffer does not call it.
 int64_t moe_execute_count();
 
 }  // namespace megamoe

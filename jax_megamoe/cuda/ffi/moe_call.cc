@@ -1,158 +1,161 @@
 #include "ffi/moe_call.h"
 
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <initializer_list>
+#include <sstream>
+#include <string>
+#include <utility>
 
-#include "host/counter_arena.h"
-#include "common/device_scope.h"
+#include "ffi/errors.h"
+#include "layout/weights.h"
 
 namespace megamoe {
 
 namespace {
 
-std::string shape_text(const ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (int64_t d : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(d);
-  return text + "]";
+// Operands and results in the order of the call.
+enum Operand : size_t { kX, kFirstLeaf, kTopkIds = kFirstLeaf + kNumLeaves, kTopkWeights, kLayer, kNumOperands };
+enum Result : size_t { kY, kLoad, kWorkspace, kNumResults };
+
+// As "f32[16, 4]".
+std::string type_text(const ffi::AnyBuffer& buffer) {
+  std::ostringstream text;
+  text << buffer.element_type();
+  std::string name = text.str();
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::string dims;
+  for (int64_t d : buffer.dimensions()) dims += (dims.empty() ? "" : ", ") + std::to_string(d);
+  return name + "[" + dims + "]";
 }
 
 ffi::Error wrong(const char* name, const ffi::AnyBuffer& got, const std::string& wanted) {
-  return moe_failure(std::string(name) + " has shape " + shape_text(got) +
-                     " or another dtype than the kernel takes; wanted " + wanted + ".");
+  return moe_failure(std::string(name) + " is " + type_text(got) + "; wanted " + wanted + ".");
 }
 
-bool matches(const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> tail,
-             int64_t leading = 1) {
-  if (buffer.element_type() != dtype) return false;
+ffi::DataType type_of(Element element) { return element == Element::kF32 ? ffi::F32 : ffi::F8E4M3FN; }
+
+std::string wanted_text(const WeightLeaf& leaf) {
+  return std::string(leaf.element == Element::kF32 ? "f32" : "f8e4m3fn") + leaf.text;
+}
+
+// Whether the last dimensions are these, and the product of those before them is `leading`.
+template <typename Dims>
+bool matches(const ffi::AnyBuffer& buffer, ffi::DataType dtype, const Dims& tail, int64_t leading = 1) {
   const auto dims = buffer.dimensions();
-  if (dims.size() < tail.size()) return false;
+  if (buffer.element_type() != dtype || dims.size() < tail.size()) return false;
+  const auto* const end_of_lead = dims.end() - tail.size();
+  if (!std::equal(tail.begin(), tail.end(), end_of_lead)) return false;
   int64_t product = 1;
-  const size_t extra = dims.size() - tail.size();
-  for (size_t i = 0; i < extra; ++i) product *= dims[i];
-  size_t i = extra;
-  for (int64_t d : tail) {
-    if (dims[i++] != d) return false;
-  }
+  for (const auto* d = dims.begin(); d != end_of_lead; ++d) product *= *d;
   return product == leading;
+}
+
+bool matches(const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> dims) {
+  return matches<std::initializer_list<int64_t>>(buffer, dtype, dims);
 }
 
 }  // namespace
 
-ffi::Error moe_failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.moe: " + what); }
-
-ffi::Error moe_cuda_failure(const char* what, cudaError_t error) {
-  return ffi::Error::Internal(std::string("jax_megamoe.moe: ") + what + " failed: " + cudaGetErrorString(error) + ".");
+ffi::ErrorOr<MoeCall> MoeCall::parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
+                                     int num_more) {
+  const size_t num_operands = kNumOperands + num_more;
+  if (args.size() != num_operands || rets.size() != kNumResults) {
+    return ffi::Unexpected(moe_failure("the call has " + std::to_string(args.size()) + " operands and " +
+                                       std::to_string(rets.size()) + " results; wanted " +
+                                       std::to_string(num_operands) + " and " + std::to_string(kNumResults) +
+                                       ": trace the program anew with this version of the package."));
+  }
+  MoeCall call;
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto operand = args.get<ffi::AnyBuffer>(i);
+    if (operand.has_error()) return ffi::Unexpected(std::move(operand).error());
+    call.operands_.push_back(operand.value());
+  }
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto result = rets.get<ffi::AnyBuffer>(i);
+    if (result.has_error()) return ffi::Unexpected(std::move(result).error());
+    call.results_.push_back(*result.value());
+  }
+  ffi::Error error = call.check(num_ranks);
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  return call;
 }
 
-ffi::Error read_problem(const MoeOperands& operands, int num_ranks, Problem* problem, int* num_layers) {
-  const auto& [x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer] = operands;
-  const auto x_dims = x.dimensions();
-  const auto id_dims = topk_ids.dimensions();
-  const auto gate_up_dims = gate_up.dimensions();
-  if (x_dims.size() != 2 || x.element_type() != ffi::BF16) return wrong("x", x, "bf16 [T, H]");
+ffi::Error MoeCall::check(int num_ranks) {
+  const ffi::AnyBuffer &x = operands_[kX], &topk_ids = operands_[kTopkIds], &topk_weights = operands_[kTopkWeights];
+  const ffi::AnyBuffer &first_leaf = operands_[kFirstLeaf], &layer = operands_[kLayer];
+  const auto x_dims = x.dimensions(), id_dims = topk_ids.dimensions(), leaf_dims = first_leaf.dimensions();
+  if (x_dims.size() != 2 || x.element_type() != ffi::BF16) return wrong("x", x, "bf16[T, H]");
   if (id_dims.size() != 2 || id_dims[0] != x_dims[0] || topk_ids.element_type() != ffi::S32) {
-    return wrong("topk_ids", topk_ids, "int32 [T, k]");
+    return wrong("topk_ids", topk_ids, "s32[T, k]");
   }
-  if (gate_up_dims.size() != 4 && gate_up_dims.size() != 5) {
-    return wrong("gate_up", gate_up, "f8e4m3fn [(L,) E, I/64, H/128, 16384]");
+  const size_t leaf_rank = std::tuple_size_v<decltype(WeightLeaf::dims)> + 1;
+  if (leaf_dims.size() != leaf_rank && leaf_dims.size() != leaf_rank + 1) {
+    const WeightLeaf leaf = weight_leaves(0, 0)[0];
+    return wrong(leaf.name, first_leaf, wanted_text(leaf));
   }
-  const bool stacked = gate_up_dims.size() == 5;
-  const int64_t layers = stacked ? gate_up_dims[0] : 1;
-  const int64_t experts = gate_up_dims[stacked];
-  const int64_t tokens = x_dims[0], hidden = x_dims[1], intermediate = gate_up_dims[stacked + 1] * kGateUpTileColumns;
-  constexpr int64_t kLimit = 1 << 28;
+  const bool stacked = leaf_dims.size() == leaf_rank + 1;
+  const int64_t layers = stacked ? leaf_dims[0] : 1, experts = leaf_dims[stacked];
+  const int64_t tokens = x_dims[0], hidden = x_dims[1], intermediate = leaf_dims[stacked + 1] * kGateUpTileColumns;
+  constexpr int64_t kMost = 1 << 28;
   if (layers < 1) return moe_failure("the weights are of no layer; pass at least one.");
-  if (hidden > kLimit || intermediate > kLimit || experts > kLimit || tokens > kLimit || layers > kLimit) {
+  if (std::max({hidden, intermediate, experts, tokens, layers}) > kMost) {
     return moe_failure("a dimension exceeds 2^28; pass smaller arrays.");
   }
-  *problem = {static_cast<int>(tokens),       static_cast<int>(id_dims[1]), static_cast<int>(hidden),
+  problem_ = {static_cast<int>(tokens),       static_cast<int>(id_dims[1]), static_cast<int>(hidden),
               static_cast<int>(intermediate), static_cast<int>(experts),    num_ranks};
-  *num_layers = static_cast<int>(layers);
-  const std::string reason = unsupported_reason(*problem);
+  num_layers_ = static_cast<int>(layers);
+  const std::string reason = unsupported_reason(problem_);
   if (!reason.empty()) return moe_failure(reason);
-  const int64_t leading = layers * experts;
-  const int64_t gate_up_tiles = intermediate / kGateUpTileColumns, gate_up_blocks = hidden / kBlockK;
-  const int64_t down_tiles = hidden / kDownTileColumns, down_blocks = intermediate / kBlockK;
-  if (!matches(gate_up, ffi::F8E4M3FN, {gate_up_tiles, gate_up_blocks, kBlockWeightBytes}, leading)) {
-    return wrong("gate_up", gate_up, "f8e4m3fn [(L,) E, I/64, H/128, 16384]");
+  const auto leaves = weight_leaves(hidden, intermediate);
+  for (int i = 0; i < kNumLeaves; ++i) {
+    const ffi::AnyBuffer& operand = operands_[kFirstLeaf + i];
+    if (!matches(operand, type_of(leaves[i].element), leaves[i].dims, layers * experts)) {
+      return wrong(leaves[i].name, operand, wanted_text(leaves[i]));
+    }
   }
-  if (!matches(gate_up_scale, ffi::F32, {gate_up_tiles, gate_up_blocks, kScaleVectorFloats}, leading)) {
-    return wrong("gate_up_scale", gate_up_scale, "f32 [(L,) E, I/64, H/128, 4]");
-  }
-  if (!matches(down, ffi::F8E4M3FN, {down_tiles, down_blocks, kPlaneBytes}, leading)) {
-    return wrong("down", down, "f8e4m3fn [(L,) E, H/64, I/128, 8192]");
-  }
-  if (!matches(down_scale, ffi::F32, {down_tiles, (down_blocks + 1) / 2, kScaleVectorFloats}, leading)) {
-    return wrong("down_scale", down_scale, "f32 [(L,) E, H/64, ceil(I/256), 4]");
-  }
-  if (!matches(topk_weights, ffi::F32, {tokens, id_dims[1]})) return wrong("topk_weights", topk_weights, "f32 [T, k]");
-  if (layer.element_type() != ffi::S32 || layer.element_count() != 1) return wrong("layer", layer, "int32 []");
+  if (!matches(topk_weights, ffi::F32, {tokens, id_dims[1]})) return wrong("topk_weights", topk_weights, "f32[T, k]");
+  if (layer.element_type() != ffi::S32 || layer.element_count() != 1) return wrong("layer", layer, "s32[]");
   return ffi::Error::Success();
 }
 
-ffi::Error read_buffers(const MoeOperands& operands, const MoeResults& results, size_t workspace_bytes,
-                        MoeArguments* arguments) {
-  const Problem& p = arguments->problem;
-  ffi::AnyBuffer y = *results.y, load = *results.load, workspace = *results.workspace;
-  arguments->y_is_f32 = y.element_type() == ffi::F32;
-  if (!matches(y, arguments->y_is_f32 ? ffi::F32 : ffi::BF16, {p.num_tokens, p.hidden_size})) {
-    return wrong("y", y, "bf16 or f32 [T, H]");
+ffi::AnyBuffer MoeCall::more(int index) const { return operands_[kNumOperands + index]; }
+
+void* MoeCall::workspace() const { return results_[kWorkspace].untyped_data(); }
+
+ffi::Error MoeCall::fill(const ffi::Dictionary& attributes, size_t workspace_bytes, MoeArguments* arguments) const {
+  const auto clamp = attributes.get<float>("activation_clamp");
+  const auto factor = attributes.get<float>("routed_scaling_factor");
+  if (clamp.has_error() || factor.has_error()) {
+    return moe_failure("the call lacks the attribute activation_clamp or routed_scaling_factor.");
   }
-  if (!matches(load, ffi::S32, {p.num_experts})) return wrong("load", load, "int32 [E]");
+  const ffi::AnyBuffer &y = results_[kY], &load = results_[kLoad], &workspace = results_[kWorkspace];
+  const bool y_is_f32 = y.element_type() == ffi::F32;
+  if (!matches(y, y_is_f32 ? ffi::F32 : ffi::BF16, {problem_.num_tokens, problem_.hidden_size})) {
+    return wrong("y", y, "bf16 or f32[T, H]");
+  }
+  if (!matches(load, ffi::S32, {problem_.num_local_experts})) return wrong("load", load, "s32[E]");
   if (workspace.size_bytes() < workspace_bytes) {
     return moe_failure("the workspace has " + std::to_string(workspace.size_bytes()) + " bytes; wanted " +
                        std::to_string(workspace_bytes) + ".");
   }
-  arguments->x = static_cast<const uint16_t*>(operands.x.untyped_data());
-  arguments->gate_up = static_cast<const uint8_t*>(operands.gate_up.untyped_data());
-  arguments->gate_up_scale = static_cast<const float*>(operands.gate_up_scale.untyped_data());
-  arguments->down = static_cast<const uint8_t*>(operands.down.untyped_data());
-  arguments->down_scale = static_cast<const float*>(operands.down_scale.untyped_data());
-  arguments->topk_ids = static_cast<const int32_t*>(operands.topk_ids.untyped_data());
-  arguments->topk_weights = static_cast<const float*>(operands.topk_weights.untyped_data());
-  arguments->layer = static_cast<const int32_t*>(operands.layer.untyped_data());
+  arguments->problem = problem_;
+  arguments->num_layers = num_layers_;
+  std::array<const void*, kNumLeaves> leaves;
+  for (int i = 0; i < kNumLeaves; ++i) leaves[i] = operands_[kFirstLeaf + i].untyped_data();
+  arguments->weights = ExpertWeights::at(leaves);
+  arguments->x = static_cast<const uint16_t*>(operands_[kX].untyped_data());
+  arguments->topk_ids = static_cast<const int32_t*>(operands_[kTopkIds].untyped_data());
+  arguments->topk_weights = static_cast<const float*>(operands_[kTopkWeights].untyped_data());
+  arguments->layer = static_cast<const int32_t*>(operands_[kLayer].untyped_data());
+  arguments->activation_clamp = clamp.value();
+  arguments->routed_scaling_factor = factor.value();
   arguments->y = y.untyped_data();
+  arguments->y_is_f32 = y_is_f32;
   arguments->load = static_cast<int32_t*>(load.untyped_data());
   return ffi::Error::Success();
-}
-
-CallSite::~CallSite() {
-  for (const auto& [ordinal, state] : devices_) {
-    CounterArena::of_device(state.device).give_back(state.control, state.control_bytes);
-  }
-}
-
-ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem, GroupKind kind) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (devices_.count(ordinal) != 0) return ffi::Error::Success();
-  const DeviceScope scope(device);
-  if (scope.status() != cudaSuccess) return moe_cuda_failure("choosing the device", scope.status());
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (major != 9 || minor != 0) {
-    return moe_failure("the device has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-                       "; the fused kernel needs 9.0 (Hopper): pass implementation=\"reference\".");
-  }
-  Device state;
-  state.device = device;
-  cudaError_t error = cudaDeviceGetAttribute(&state.num_ctas, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return moe_cuda_failure("reading the number of SMs", error);
-  error = prepare_kernels(kind);
-  if (error != cudaSuccess) return moe_cuda_failure("loading the kernels", error);
-  state.control_bytes = Control::bytes(problem);
-  state.counter_words = CounterSet::words(problem);
-  void* control = nullptr;
-  error = CounterArena::of_device(device).take(state.control_bytes, &control);
-  if (error != cudaSuccess) return moe_cuda_failure("allocating the counters", error);
-  state.control = static_cast<Control*>(control);
-  devices_[ordinal] = state;
-  return ffi::Error::Success();
-}
-
-const CallSite::Device* CallSite::find(int ordinal) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = devices_.find(ordinal);
-  return found == devices_.end() ? nullptr : &found->second;
 }
 
 }  // namespace megamoe

@@ -9,8 +9,6 @@
 
 namespace megamoe {
 
-namespace ffi = xla::ffi;
-
 namespace {
 
 constexpr int64_t kGranularity = 32 * 1024;
@@ -41,14 +39,17 @@ ffi::Error execute_read_ceiling(cudaStream_t stream, int32_t device, ffi::AnyBuf
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ReadCeiling, execute_read_ceiling,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("start")
-                                  .Attr<int64_t>("bytes"),
-                              {ffi::Traits::kCmdBufferCompatible});
+Target read_ceiling_target() {
+  XLA_FFI_DEFINE_HANDLER(kExecute, execute_read_ceiling,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                             .Ctx<ffi::DeviceOrdinal>()
+                             .Arg<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Attr<int64_t>("start")
+                             .Attr<int64_t>("bytes"),
+                         {ffi::Traits::kCmdBufferCompatible});
+  return {"jax_megamoe.read_ceiling.v1", {{"execute", kExecute}}};
+}
 
 }  // namespace megamoe

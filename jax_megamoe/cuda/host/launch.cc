@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "host/choices.h"
+#include "host/device.h"
 #include "host/launchers.h"
 
 namespace megamoe {
@@ -20,29 +22,31 @@ cudaError_t prepare(GroupKind kind) {
   }
 }
 
+// One launch for each slice of the tokens.
 template <typename Group>
-cudaError_t launch_slice(const MoeArguments& arguments, bool swap, int num_ctas, cudaStream_t stream) {
-  return swap ? Launcher<true, Group>::launch(arguments, num_ctas, stream)
-              : Launcher<false, Group>::launch(arguments, num_ctas, stream);
-}
-
-template <typename Group>
-cudaError_t launch(const MoeArguments& call, int most, int num_ctas, cudaStream_t stream) {
+cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
+  using SwapAb = Launcher<true, Group>;
+  using Normal = Launcher<false, Group>;
+  Device device = current_device(num_ctas);
+  device.num_clusters = Normal::num_clusters();
   const int tokens = call.problem.num_tokens;
-  // Of all slices as of the first one, for which the workspace was made.
+  // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
   part.num_tokens = std::min(tokens, most);
-  const bool swap = part.swap_operands();
+  const OperandOrder order = part.swap_operands() ? OperandOrder::kSwapped : OperandOrder::kNormal;
   for (int first = 0; first < tokens; first += most) {
     MoeArguments slice = call;
     const size_t values = static_cast<size_t>(first) * call.problem.hidden_size;
     slice.problem.num_tokens = std::min(tokens - first, most);
+    slice.problem.order = order;
     slice.x += values;
     slice.topk_ids += static_cast<size_t>(first) * call.problem.top_k;
     slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
-    const cudaError_t error = launch_slice<Group>(slice, swap, num_ctas, stream);
+    const LaunchChoice choice = choose(slice.problem, device, has_peers);
+    const cudaError_t error = choice.swap_operands ? SwapAb::launch(slice, choice, num_ctas, stream)
+                                                   : Normal::launch(slice, choice, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -56,18 +60,22 @@ cudaError_t prepare_kernels(GroupKind kind) {
 }
 
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
-  return launch<OneRank>(arguments, tokens_per_launch, num_ctas, stream);
+  return launch<OneRank>(arguments, /*has_peers=*/false, tokens_per_launch, num_ctas, stream);
 }
 
 cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
-  return launch<PeerRanks>(arguments, tokens_per_launch, num_ctas, stream);
+  return launch<PeerRanks>(arguments, /*has_peers=*/true, tokens_per_launch, num_ctas, stream);
 }
 
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
                                  cudaStream_t stream) {
-  return arguments.of_rank[0].problem.swap_operands()
-             ? VirtualRanksLauncher<true>::launch(arguments, present, ctas_per_rank, stream)
-             : VirtualRanksLauncher<false>::launch(arguments, present, ctas_per_rank, stream);
+  using SwapAb = VirtualRanksLauncher<true>;
+  using Normal = VirtualRanksLauncher<false>;
+  Device device = current_device(ctas_per_rank);
+  device.num_clusters = Normal::num_clusters() / present;
+  const LaunchChoice choice = choose(arguments.of_rank[0].problem, device, /*has_peers=*/true);
+  return choice.swap_operands ? SwapAb::launch(arguments, choice, present, ctas_per_rank, stream)
+                              : Normal::launch(arguments, choice, present, ctas_per_rank, stream);
 }
 
 }  // namespace megamoe

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "host/problem.h"
+#include "host/limits.h"
 #include "kernels/arguments.h"
 
 namespace megamoe {

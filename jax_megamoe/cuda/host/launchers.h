@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "host/choices.h"
 #include "kernels/arguments.h"
 
 namespace megamoe {
@@ -13,15 +14,19 @@ struct PeerRanks;
 template <bool kSwap, typename Group>
 struct Launcher {
   static cudaError_t prepare();
-  static cudaError_t launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
+  // Of two CTAs, that the current device runs at the same time.
+  static int num_clusters();
+  static cudaError_t launch(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas,
+                            cudaStream_t stream);
 };
 
 // Several ranks on one GPU.
 template <bool kSwap>
 struct VirtualRanksLauncher {
   static cudaError_t prepare();
-  static cudaError_t launch(const VirtualRanksArguments& arguments, int num_ranks, int ctas_per_rank,
-                            cudaStream_t stream);
+  static int num_clusters();
+  static cudaError_t launch(const VirtualRanksArguments& arguments, const LaunchChoice& choice, int num_ranks,
+                            int ctas_per_rank, cudaStream_t stream);
 };
 
 }  // namespace megamoe

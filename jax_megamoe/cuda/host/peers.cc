@@ -10,7 +10,7 @@ uint32_t call_tag(const Problem& p, uint32_t call_id) {
   uint32_t hash = 2166136261u;
   for (uint32_t value : {static_cast<uint32_t>(p.num_tokens), static_cast<uint32_t>(p.top_k),
                          static_cast<uint32_t>(p.hidden_size), static_cast<uint32_t>(p.intermediate_size),
-                         static_cast<uint32_t>(p.num_experts), static_cast<uint32_t>(p.num_ranks), call_id}) {
+                         static_cast<uint32_t>(p.num_local_experts), static_cast<uint32_t>(p.num_ranks), call_id}) {
     hash = (hash ^ value) * 16777619u;
     hash ^= hash >> 15;
   }
@@ -43,25 +43,20 @@ void take_tokens_of_rank(MoeArguments* arguments, int rank) {
 
 void take_experts_of_rank(MoeArguments* arguments, int rank) {
   const Problem& p = arguments->problem;
-  const size_t first = static_cast<size_t>(rank) * p.num_experts;
-  const size_t gate_up_tiles = p.intermediate_size / kGateUpTileColumns, gate_up_blocks = p.hidden_size / kBlockK;
-  const size_t down_tiles = p.hidden_size / kDownTileColumns, down_blocks = p.intermediate_size / kBlockK;
-  arguments->gate_up += first * gate_up_tiles * gate_up_blocks * kBlockWeightBytes;
-  arguments->gate_up_scale += first * gate_up_tiles * gate_up_blocks * kScaleVectorFloats;
-  arguments->down += first * down_tiles * down_blocks * kPlaneBytes;
-  arguments->down_scale += first * down_tiles * ((down_blocks + 1) / 2) * kScaleVectorFloats;
+  const size_t first = static_cast<size_t>(rank) * p.num_local_experts;
+  arguments->weights = arguments->weights.from_expert(first, p.hidden_size, p.intermediate_size);
 }
 
 void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,
-                const PeerLimits& limits, uint32_t call_id) {
+                const PeerTimeouts& timeouts, uint32_t call_id) {
   Peers& peers = arguments->peers;
   peers = {};
   peers.view = view;
   peers.rank = rank;
   peers.num_ranks = arguments->problem.num_ranks;
   peers.note = note;
-  peers.limit_nanoseconds = limits.microseconds * 1000;
-  peers.first_limit_nanoseconds = std::max(limits.microseconds, limits.first_microseconds) * 1000;
+  peers.timeout_nanoseconds = timeouts.microseconds * 1000;
+  peers.first_timeout_nanoseconds = std::max(timeouts.microseconds, timeouts.first_microseconds) * 1000;
   peers.call_tag = call_tag(arguments->problem, call_id);
   arguments->workspace.carve_shared(part, nullptr);
 }

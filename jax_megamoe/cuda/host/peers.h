@@ -14,7 +14,7 @@ void take_tokens_of_rank(MoeArguments* arguments, int rank);
 void take_experts_of_rank(MoeArguments* arguments, int rank);
 
 // What a call over a group waits for, and how long.
-struct PeerLimits {
+struct PeerTimeouts {
   uint64_t microseconds;        // of each wait
   uint64_t first_microseconds;  // ... in the first launch of a call site, if that is longer
 };
@@ -23,7 +23,7 @@ struct PeerLimits {
 // in the memory of the rank's device, `note` in memory that the host sees, too. `call_id` is the same on all ranks for the same
 // call, and for no other one that might take its place.
 void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,
-                const PeerLimits& limits, uint32_t call_id);
+                const PeerTimeouts& timeouts, uint32_t call_id);
 
 // A sentence that says of a PeerFailure what rank `rank` has to do with it; nothing for zero.
 std::string failure_text(uint64_t failure, int rank);

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
+#include "host/device.h"
 #include "host/launchers.h"
-#include "host/memory.h"
-#include "host/per_device.h"
 #include "kernels/moe_sm90.cuh"
 
 namespace megamoe {
@@ -39,65 +38,39 @@ class ClusterLaunch {
   cudaLaunchConfig_t config_ = {};
 };
 
-// Whether `ctas` CTAs run at the same time as pairs, as their waits for each other need.
+// Clusters of two CTAs of the kernel that the current device runs at the same time.
 template <auto kKernel>
-bool pairs_run_together(int ctas) {
-  static PerDevice pairs_and_one_more;
-  const auto ask = [](int) {
+int most_clusters() {
+  static PerDevice<int> known;
+  return known.get([](int) {
     const ClusterLaunch launch(dim3(2), 2, nullptr);
-    int pairs = 0;
-    if (cudaOccupancyMaxActiveClusters(&pairs, kKernel, &launch.config()) == cudaSuccess) return pairs + 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config()) == cudaSuccess) return clusters;
     cudaGetLastError();  // a device without clusters is no error of the launch that follows
-    return 1;
-  };
-  return ctas <= 2 * (pairs_and_one_more.get(ask, 1) - 1);
+    return 0;
+  });
 }
 
-// Pairs of CTAs share the weights of experts that have several chunks of tokens. `rows`: of CTAs, in one launch.
-template <bool kSwap, auto kKernel>
-int cluster_ctas(const Problem& p, int num_ctas, int rows) {
-  const bool wanted = !kSwap && p.num_pairs() >= kLeastPairsPerExpertOfTwoCtas * p.num_experts;
-  return wanted && num_ctas % 2 == 0 && pairs_run_together<kKernel>(num_ctas * rows) ? 2 : 1;
-}
-
-// The normal orientation with a chunk for most experts and more time for its weights than for its multiplies.
-inline bool waits_for_memory(const Problem& p) {
-  return p.num_pairs() <= most_pairs_per_expert_waiting() * p.num_experts;
-}
-
-// With fewer units than SMs nothing hides that rows are found late.
+// What the choice and the sizes come to, in numbers that the kernel would have to work out.
 template <bool kSwap, typename Group>
-bool gathers_rows(const Problem& p) {
-  return kMayGatherRows<kSwap, Group> && waits_for_memory(p) && p.normal_units() >= kSms;
-}
-
-// With more gate/up weights, activations have left the L2 before their down units come, whatever it is told; measured.
-template <bool kSwap>
-bool activations_stay(const Problem& p) {
-  constexpr size_t kMostGateUpBytes = 1 << 30;
-  const size_t bytes = size_t{2} * p.num_experts * p.intermediate_size * p.hidden_size;
-  return !kSwap && waits_for_memory(p) && bytes <= kMostGateUpBytes;
-}
-
-template <bool kSwap, typename Group>
-LaunchConstants launch_constants(const MoeArguments& arguments, int num_ctas, int cluster_ctas) {
+LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas) {
   const Problem& p = arguments.problem;
   LaunchConstants c;
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
-  c.gather_blocks = Divisor(ceil_div(p.hidden_size, Orientation<kSwap>::kGatherColumns));
-  c.gather_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.gather_blocks.value()), num_ctas);
+  c.dispatch_blocks = Divisor(ceil_div(p.hidden_size, Orientation<kSwap>::kDispatchColumns));
+  c.dispatch_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.dispatch_blocks.value()), num_ctas);
   c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation<kSwap>::kUnitTiles));
   c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation<kSwap>::kUnitTiles));
-  c.cluster_ctas = cluster_ctas;
-  c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), cluster_ctas));
-  c.down_tickets = Divisor(ceil_div(c.down_units.value(), cluster_ctas));
-  c.gathers_rows = gathers_rows<kSwap, Group>(p);
-  c.activations_stay = activations_stay<kSwap>(p);
-  const Plan plan(p.num_experts, p.num_ranks, 0);
+  c.cluster_ctas = choice.cluster_ctas;
+  c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), choice.cluster_ctas));
+  c.down_tickets = Divisor(ceil_div(c.down_units.value(), choice.cluster_ctas));
+  c.gathers_rows = choice.gathers_rows;
+  c.activations_stay = choice.activations_stay;
+  const Plan plan(p.num_local_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
     c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
   }
-  const int wanted = ceil_div(weight_bytes_in_flight(), Orientation<kSwap>::kStageWeightBytes);
+  const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation<kSwap>::kStageWeightBytes);
   c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation<kSwap>::kTokenTile / 8 - 1]);
   return c;
 }
@@ -108,12 +81,16 @@ cudaError_t Launcher<kSwap, Group>::prepare() {
 }
 
 template <bool kSwap, typename Group>
-cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream) {
-  constexpr auto kKernel = moe_sm90<kSwap, Group>;
-  const int cluster = cluster_ctas<kSwap, kKernel>(arguments.problem, num_ctas, 1);
+int Launcher<kSwap, Group>::num_clusters() {
+  return most_clusters<moe_sm90<kSwap, Group>>();
+}
+
+template <bool kSwap, typename Group>
+cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas,
+                                           cudaStream_t stream) {
   MoeArguments complete = arguments;
-  complete.constants = launch_constants<kSwap, Group>(arguments, num_ctas, cluster);
-  return ClusterLaunch(dim3(num_ctas), cluster, stream).run(kKernel, complete);
+  complete.constants = launch_constants<kSwap, Group>(arguments, choice, num_ctas);
+  return ClusterLaunch(dim3(num_ctas), choice.cluster_ctas, stream).run(moe_sm90<kSwap, Group>, complete);
 }
 
 template <bool kSwap>
@@ -122,17 +99,22 @@ cudaError_t VirtualRanksLauncher<kSwap>::prepare() {
 }
 
 template <bool kSwap>
-cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arguments, int num_ranks,
-                                                int ctas_per_rank, cudaStream_t stream) {
-  constexpr auto kKernel = moe_virtual_ranks<kSwap>;
-  const int cluster = cluster_ctas<kSwap, kKernel>(arguments.of_rank[0].problem, ctas_per_rank, num_ranks);
+int VirtualRanksLauncher<kSwap>::num_clusters() {
+  return most_clusters<moe_virtual_ranks<kSwap>>();
+}
+
+template <bool kSwap>
+cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arguments, const LaunchChoice& choice,
+                                                int num_ranks, int ctas_per_rank, cudaStream_t stream) {
+  const int cluster = choice.cluster_ctas;
   VirtualRanksArguments complete = arguments;
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
-    one.constants = launch_constants<kSwap, VirtualRanks>(one, ctas_per_rank, cluster);
-    one.peers.late_ctas = std::min(round_up(one.peers.late_ctas, cluster), ctas_per_rank - cluster);  // both of a pair
+    one.constants = launch_constants<kSwap, VirtualRanks>(one, choice, ctas_per_rank);
+    one.peers.late_ctas =
+        std::min(round_up(one.peers.late_ctas, cluster), ctas_per_rank - cluster);  // both of a cluster
   }
-  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(kKernel, complete);
+  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(moe_virtual_ranks<kSwap>, complete);
 }
 
 }  // namespace megamoe

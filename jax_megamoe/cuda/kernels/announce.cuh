@@ -17,7 +17,7 @@ class CounterAdvance {
   __device__ void operator()(uint32_t* counter) const {
     if constexpr (Group::kHasPeers) {
       const CounterSet& counters = SharedMap<kSwap>::counters(args_);
-      if (counter == counters.quantized_shares()) {
+      if (counter == counters.dispatched_shares()) {
         if (is_last(counter, gridDim.x)) announce_tokens();
         return;
       }

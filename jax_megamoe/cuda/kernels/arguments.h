@@ -5,6 +5,7 @@
 
 #include "common/divisor.h"
 #include "layout/peer_buffer.h"
+#include "layout/weights.h"
 #include "layout/workspace.h"
 
 namespace megamoe {
@@ -12,12 +13,12 @@ namespace megamoe {
 // What follows from the problem and the number of CTAs, so that the start of the kernel does not have to compute it.
 struct LaunchConstants {
   CounterSet counters[2];
-  int gather_items_per_cta;
-  Divisor gather_blocks;  // items per token
-  Divisor gate_up_units;  // per chunk
+  int dispatch_items_per_cta;
+  Divisor dispatch_blocks;  // items per token
+  Divisor gate_up_units;    // per chunk
   Divisor down_units;
-  int cluster_ctas;         // 1, or 2 that share weights (kernels/cta_pair.cuh)
-  Divisor gate_up_tickets;  // per chunk: units, or pairs of them
+  int cluster_ctas;         // 1, or 2 that share weights (kernels/cluster.cuh)
+  Divisor gate_up_tickets;  // per chunk: units, or two of them for a cluster
   Divisor down_tickets;
   bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first
   bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)
@@ -29,19 +30,16 @@ struct MoeArguments {
   Problem problem;
   int num_layers;  // 1 unless the weights of several layers are stacked
 
-  const uint16_t* x;           // [T, H] bf16
-  const uint8_t* gate_up;      // [L, E, I/64, H/128, 2 planes] e4m3
-  const float* gate_up_scale;  // [L, E, I/64, H/128, 4]
-  const uint8_t* down;         // [L, E, H/64, I/128, 1 plane] e4m3
-  const float* down_scale;     // [L, E, H/64, ceil(I/256), 4]
-  const int32_t* topk_ids;     // [T, k] of the group's experts; others: unused
-  const float* topk_weights;   // [T, k]
-  const int32_t* layer;        // scalar in device memory, clamped to [0, L)
-  float activation_clamp;      // +inf: none
+  const uint16_t* x;          // [T, H] bf16
+  ExpertWeights weights;      // [L, E, ...]
+  const int32_t* topk_ids;    // [T, k] of the group's experts; others: unused
+  const float* topk_weights;  // [T, k]
+  const int32_t* layer;       // scalar in device memory, clamped to [0, L)
+  float activation_clamp;     // +inf: none
   float routed_scaling_factor;
 
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`
-  int32_t* load;  // [E] (token, slot) pairs per expert
+  int32_t* load;  // [E] routes per expert
   bool y_is_f32;
   bool adds_to_load;  // a launch for some of the tokens, after others
 

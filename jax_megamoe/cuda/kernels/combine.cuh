@@ -19,7 +19,7 @@ constexpr int kCombineTokens =
 template <typename Group>
 __device__ __forceinline__ void find_used_slots(const MoeArguments& args, const int (&tokens)[2], uint32_t (&used)[2]) {
   const Problem& p = args.problem;
-  const int num_experts = Group::num_ranks(args) * p.num_experts;
+  const int num_experts = Group::num_ranks(args) * p.num_local_experts;
   used[0] = used[1] = 0;
 #pragma unroll 1
   for (int slot = threadIdx.x % 8; slot < p.top_k; slot += 8) {
@@ -237,7 +237,7 @@ class CombineStream {
     const int groups = ceil_div(args.problem.num_tokens, kCombineTokens);
     const int warps_per_group = warps / groups;
     int items;
-    if (warps_per_group >= kLeastWarpsPerGroup) {
+    if (warps_per_group >= kLeastWarpsPerTokenGroup) {
       // Columns that are complete early go to all warps, the tokens stay the same.
       columns_apart_ = warps_per_group;
       ahead_ = {warp / groups, warp % groups};
@@ -290,8 +290,6 @@ class CombineStream {
   }
 
  private:
-  static constexpr int kLeastWarpsPerGroup = 4;
-
   struct Position {
     int column_tile;
     int token_group;

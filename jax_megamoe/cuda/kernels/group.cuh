@@ -32,7 +32,7 @@ class PeerWait {
     if (start_ == 0) start_ = now;
     constexpr int kOwnLimits = 4;
     const bool own = peer == peers_.rank;
-    if (now - start_ <= (own ? kOwnLimits : 1) * shared_header().limit_nanoseconds) return true;
+    if (now - start_ <= (own ? kOwnLimits : 1) * shared_header().timeout_nanoseconds) return true;
     fail(peers_, own ? PeerFailure::kOwn : phase, peer);
     return false;
   }
@@ -71,23 +71,23 @@ class PeerWait {
 struct OneRank {
   static constexpr bool kHasPeers = false;
 
-  // What a launch asks for before anything else: the id of the thread's first pair.
+  // What a launch asks for before anything else: the id of the thread's first route.
   struct Opening {
     int id;
     __device__ explicit Opening(const MoeArguments& args)
-        : id(threadIdx.x < args.problem.num_pairs() ? __ldg(args.topk_ids + threadIdx.x) : -1) {}
+        : id(threadIdx.x < args.problem.num_routes() ? __ldg(args.topk_ids + threadIdx.x) : -1) {}
   };
 
   __device__ static int num_ranks(const MoeArguments&) { return 1; }
   __device__ static int rank(const MoeArguments&) { return 0; }
   __device__ static int rank_of_expert(const MoeArguments&, int) { return 0; }
-  __device__ static uint16_t* slot_row(const MoeArguments& args, int pair) {
-    return args.workspace.slot_outputs + static_cast<size_t>(pair) * args.problem.hidden_size;
+  __device__ static uint16_t* slot_row(const MoeArguments& args, int route) {
+    return args.workspace.slot_outputs + static_cast<size_t>(route) * args.problem.hidden_size;
   }
-  __device__ static int pair_of_group(const MoeArguments&, int pair) { return pair; }
-  __device__ static int pair_number(const MoeArguments&, int pair) { return pair; }
-  __device__ static int id_of_pair(const MoeArguments& args, int pair) { return __ldg(args.topk_ids + pair); }
-  __device__ static bool places_pairs() { return true; }
+  __device__ static int route_with_rank(const MoeArguments&, int route) { return route; }
+  __device__ static int route_in_group(const MoeArguments&, int route) { return route; }
+  __device__ static int id_of_route(const MoeArguments& args, int route) { return __ldg(args.topk_ids + route); }
+  __device__ static bool has_ids() { return true; }
   __device__ static bool has_tokens() { return true; }
   template <typename T>
   __device__ static T* on(int, T* pointer) {
@@ -111,7 +111,7 @@ struct PeerRanks {
   __device__ static int num_ranks(const MoeArguments& args) { return args.peers.num_ranks; }
   __device__ static int rank(const MoeArguments& args) { return args.peers.rank; }
   __device__ static int rank_of_expert(const MoeArguments& args, int expert) {
-    return expert / args.problem.num_experts;
+    return expert / args.problem.num_local_experts;
   }
 
   // Of the workspace that ranks share: `offset` is a place in it, as arguments have it.
@@ -124,17 +124,18 @@ struct PeerRanks {
     return reinterpret_cast<T*>(shared_header().own_workspace + reinterpret_cast<uintptr_t>(offset));
   }
 
-  __device__ static int pair_of_group(const MoeArguments& args, int pair) {
-    return args.peers.rank << kPairRankShift | pair;
+  __device__ static int route_with_rank(const MoeArguments& args, int route) {
+    return args.peers.rank << kRouteRankShift | route;
   }
   // Counted over the group.
-  __device__ static int pair_number(const MoeArguments& args, int pair) {
-    return args.peers.rank * args.problem.num_pairs() + pair;
+  __device__ static int route_in_group(const MoeArguments& args, int route) {
+    return args.peers.rank * args.problem.num_routes() + route;
   }
-  // Where the result of a pair goes: to the rank whose token it is. Of what is no pair: nowhere, but some rank has to be named.
-  __device__ static uint16_t* slot_row(const MoeArguments& args, int pair) {
-    const size_t own = pair & ((1 << kPairRankShift) - 1);
-    return on(pair >> kPairRankShift & (kMaxRanks - 1), args.workspace.slot_outputs) + own * args.problem.hidden_size;
+  // Where the result of a route goes: to the rank whose token it is. Of what is no route: nowhere, but some rank has to be
+  // named.
+  __device__ static uint16_t* slot_row(const MoeArguments& args, int route) {
+    const size_t own = route & ((1 << kRouteRankShift) - 1);
+    return on(route >> kRouteRankShift & (kMaxRanks - 1), args.workspace.slot_outputs) + own * args.problem.hidden_size;
   }
 
   // Work of this rank, which may have to wait for others first.
@@ -164,10 +165,10 @@ struct PeerRanks {
     return came;
   }
 
-  // One warp, the token producer's: waits for the tokens of all ranks. Own ones that don't come may wait for CTAs that have not
-  // started; those that do come find no stage that is still needed to gather.
+  // One warp, the token producer's: waits for the tokens of all ranks. Own ones that don't come may wait for CTAs that
+  // have not started; those that do come find no stage that is still needed for dispatch.
   __device__ static void await_tokens(const MoeArguments& args) {
-    await(&shared_header().gathered, 0);
+    await(&shared_header().dispatched, 0);
     SharePatience patience(args);
     const bool came = wait_for_ranks(args, own_peer_header()->tokens_sent, 1, shared_header().epoch,
                                      PeerFailure::kTokens, [&](int rank) {
@@ -198,7 +199,7 @@ struct PeerRanks {
     uint64_t ids_bytes;
     uint8_t* workspace = nullptr;  // of the rank of the lane's number
     int mesh_rank = -1;
-    int id = -1;  // of the lane's first pair
+    int id = -1;  // of the lane's first route
 
     __device__ explicit Opening(const MoeArguments& args) {
       const PeerView* view = args.peers.view;
@@ -207,8 +208,8 @@ struct PeerRanks {
       const int lane = threadIdx.x % 32;
       if (lane < args.peers.num_ranks) workspace = reinterpret_cast<uint8_t*>(__ldcg(&view->workspace[lane]));
       if (args.peers.mesh_rank != nullptr) mesh_rank = __ldg(args.peers.mesh_rank);
-      const int pair = first_pair_to_send() + lane;
-      if (pair < args.problem.num_pairs()) id = __ldg(args.topk_ids + pair);
+      const int route = first_route_to_send() + lane;
+      if (route < args.problem.num_routes()) id = __ldg(args.topk_ids + route);
     }
   };
 
@@ -218,23 +219,23 @@ struct PeerRanks {
   }
 
   // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs. A lane sends its
-  // pair's word to all ranks, last to its own: who finds it there knows that it is under way.
+  // route's word to all ranks, last to its own: who finds it there knows that it is under way.
   __device__ static void send_ids(const MoeArguments& args, const Opening& opening) {
     if (!in_order(args, opening.mesh_rank)) return;
-    const int pairs = args.problem.num_pairs(), num_ranks = args.peers.num_ranks;
+    const int routes = args.problem.num_routes(), num_ranks = args.peers.num_ranks;
     int id = opening.id;
 #pragma unroll 1
-    for (int first = first_pair_to_send(); first < pairs; first += gridDim.x * kCtaThreads) {
-      const int pair = first + static_cast<int>(threadIdx.x % 32);
-      if (first != first_pair_to_send() && pair < pairs) id = __ldg(args.topk_ids + pair);
+    for (int first = first_route_to_send(); first < routes; first += gridDim.x * kCtaThreads) {
+      const int route = first + static_cast<int>(threadIdx.x % 32);
+      if (first != first_route_to_send() && route < routes) id = __ldg(args.topk_ids + route);
       const uint64_t word = word_of_id(args, opening.epoch, id);
       int rank = args.peers.rank;
 #pragma unroll 1
       do {
         rank = rank + 1 == num_ranks ? 0 : rank + 1;
         const uint64_t workspace = __shfl_sync(~0u, reinterpret_cast<uint64_t>(opening.workspace), rank);
-        if (pair < pairs) {
-          store_word(args, reinterpret_cast<uint8_t*>(workspace), opening.ids_bytes, opening.epoch, pair, word);
+        if (route < routes) {
+          store_word(args, reinterpret_cast<uint8_t*>(workspace), opening.ids_bytes, opening.epoch, route, word);
         }
       } while (rank != args.peers.rank);
     }
@@ -254,13 +255,13 @@ struct PeerRanks {
   // Reads of a word, of a microsecond at most, before it is asked why it does not come.
   static constexpr int kIdsPatience = 64;
 
-  // The id of a pair, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not come was to be
-  // sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
-  __device__ static int await_id(const MoeArguments& args, uint64_t epoch, int pair) {
-    const int rank = pair / args.problem.num_pairs();
+  // The id of a route, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not
+  // come was to be sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
+  __device__ static int await_id(const MoeArguments& args, uint64_t epoch, int route) {
+    const int rank = route / args.problem.num_routes();
     PeerWait wait(args.peers);
     for (bool is_first = true;; is_first = false) {
-      const uint64_t word = ptx::load_relaxed_system(words(epoch) + pair);
+      const uint64_t word = ptx::load_relaxed_system(words(epoch) + route);
       if (is_there(args, epoch, word)) return id_of_word(word);
       if (shared_header().ids_missing || !wait.again(PeerFailure::kIds, rank)) {
         shared_header().ids_missing = 1;
@@ -269,7 +270,7 @@ struct PeerRanks {
       if (!is_first || rank != args.peers.rank) continue;
       const int mesh_rank = args.peers.mesh_rank == nullptr ? -1 : __ldg(args.peers.mesh_rank);
       if (in_order(args, mesh_rank)) {
-        send_id(args, epoch, pair - rank * args.problem.num_pairs());
+        send_id(args, epoch, route - rank * args.problem.num_routes());
       } else {
         PeerWait::fail(args.peers, PeerFailure::kRankOrder, mesh_rank);
       }
@@ -277,11 +278,11 @@ struct PeerRanks {
   }
 
   // The same once all are there.
-  __device__ static int id_of_pair(const MoeArguments& args, int pair) {
-    return id_of_word(ptx::load_relaxed_system(words(shared_header().epoch) + pair));
+  __device__ static int id_of_route(const MoeArguments& args, int route) {
+    return id_of_word(ptx::load_relaxed_system(words(shared_header().epoch) + route));
   }
-  // Without all ids, nobody knows where a pair's token goes.
-  __device__ static bool places_pairs() { return shared_header().ids_missing == 0; }
+  // Without all ids, nobody knows where a route's token goes.
+  __device__ static bool has_ids() { return shared_header().ids_missing == 0; }
   // Whether all tokens have come. Without them, nobody knows whose tokens a unit's rows are: the memory may hold another call's.
   // For consumers that have had a stage.
   __device__ static bool has_tokens() { return shared_header().tokens_missing == 0; }
@@ -295,22 +296,22 @@ struct PeerRanks {
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
     return static_cast<uint32_t>(epoch) ^ args.peers.call_tag;
   }
-  // Of the own pairs, each warp has 32 and then others: neighbours in different CTAs.
-  __device__ static int first_pair_to_send() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; }
+  // Of the own routes, each warp has 32 and then others: neighbours in different CTAs.
+  __device__ static int first_route_to_send() { return (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; }
   __device__ static uint64_t word_of_id(const MoeArguments& args, uint64_t epoch, int id) {
     return static_cast<uint64_t>(word_tag(args, epoch)) << 32 | static_cast<uint32_t>(id);
   }
   __device__ static void store_word(const MoeArguments& args, uint8_t* workspace, uint64_t ids_bytes, uint64_t epoch,
-                                    int pair, uint64_t word) {
-    const size_t place = static_cast<size_t>(args.peers.rank) * args.problem.num_pairs() + pair;
+                                    int route, uint64_t word) {
+    const size_t place = static_cast<size_t>(args.peers.rank) * args.problem.num_routes() + route;
     ptx::store_relaxed_system(PeerBuffer::ids(workspace, ids_bytes, epoch % 2) + place, word);
   }
-  __device__ static void send_id(const MoeArguments& args, uint64_t epoch, int pair) {
+  __device__ static void send_id(const MoeArguments& args, uint64_t epoch, int route) {
     const SharedHeader& header = shared_header();
-    const uint64_t word = word_of_id(args, epoch, __ldg(args.topk_ids + pair));
+    const uint64_t word = word_of_id(args, epoch, __ldg(args.topk_ids + route));
 #pragma unroll 1
     for (int r = 0; r < args.peers.num_ranks; ++r) {
-      store_word(args, header.workspace[r], header.ids_bytes, epoch, pair, word);
+      store_word(args, header.workspace[r], header.ids_bytes, epoch, route, word);
     }
   }
 };

@@ -2,15 +2,15 @@
 //
 //   all warps          count the ids
 //   a producer warp    plan: lay out chunks and units
-//   consumers (2 WGs)  gather: quantise a share of the tokens, into images or row by row -> counter `quantized_shares`
+//   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> counter `dispatched_shares`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
-//   token producer     images or rows into the same stages once they exist (gate/up: all gathered; down: `gate_up_done[chunk]`)
+//   token producer     images or rows into the same stages once they exist (gate/up: all dispatched; down: `gate_up_done[chunk]`)
 //   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
 //                      -> `down_done[tile]`; then combine
 //
-// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many tokens for each
-// expert CTAs work in pairs, which share tickets and weights (cta_pair.cuh).
+// Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many
+// tokens for each expert CTAs work in clusters of two, which share tickets and weights (cluster.cuh).
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 #include "kernels/announce.cuh"
 #include "kernels/arguments.h"
 #include "kernels/combine.cuh"
-#include "kernels/gather.cuh"
+#include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
 #include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
@@ -70,7 +70,7 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
   return true;
 }
 
-// All units; before them, what tokens no other CTA gathers. swapAB looks for these while it waits for its first unit, which is 1 % of a
+// All units; before them, what tokens no other CTA dispatches. swapAB looks for these while it waits for its first unit, which is 1 % of a
 // launch of 128 tokens; the normal orientation has no registers left for that.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan, const SharedMap<kSwap>& map,
@@ -78,11 +78,11 @@ __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan
   if constexpr (kSwap) {
 #pragma unroll 1
     while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
-      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
     }
   } else {
     if (!expected(await_unless(&shared_header().tokens_full[0], 0, vacant_shares_wanted))) {
-      gather_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
     }
     consume<kSwap, Group>(args, map, signaller, tracer);
   }
@@ -141,12 +141,12 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
   // What comes from memory is asked for first, before the weights flood its queues.
-  const GatherShare share(args, blockIdx.x);
+  const DispatchShare share(args, blockIdx.x);
   const typename Group::Opening opening(args);
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
-  PairsAhead first_pairs;
-  if (warp == 0) first_pairs.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
+  RoutesAhead first_routes;
+  if (warp == 0) first_routes.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if constexpr (kSwap && !Group::kHasPeers) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
   }
@@ -154,11 +154,11 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
   if (claims) place.claim(args.control);
   if (threadIdx.x == kTokenProducerWarp * 32) {
-    init_pipeline(shared_header(), CtaPair<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
+    init_pipeline(shared_header(), Cluster<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
     if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
   }
   __syncwarp();
-  CtaPair<kSwap>::announce_barriers();
+  Cluster<kSwap>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) {
     SharedHeader& header = shared_header();
     header.launch = __ldcg(&args.control->launch);
@@ -166,10 +166,10 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       header.epoch = opening.epoch;
       header.ids_bytes = opening.ids_bytes;
       const Peers& peers = args.peers;
-      header.limit_nanoseconds = header.launch == 0 ? peers.first_limit_nanoseconds : peers.limit_nanoseconds;
+      header.timeout_nanoseconds = header.launch == 0 ? peers.first_timeout_nanoseconds : peers.timeout_nanoseconds;
     }
   }
-  int first_pair = share.first_token() * p.top_k;
+  int first_route = share.first_token() * p.top_k;
   if constexpr (Group::kHasPeers) {
     if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
       shared_header().workspace[lane] = opening.workspace;
@@ -178,13 +178,13 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 0);
     Group::send_ids(args, opening);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
-    first_pair += Group::rank(args) * p.num_pairs();
+    first_route += Group::rank(args) * p.num_routes();
   }
 
-  const Plan plan(p.num_experts, Group::num_ranks(args), Group::rank(args));
-  count_pairs<kSwap, Group>(args, plan, first_pair, opening.id);
-  CtaPair<kSwap>::await_barriers();
-  if constexpr (Group::kHasPeers) CtaPair<kSwap>(args).agree_on_missing_ids(shared_header());
+  const Plan plan(p.num_local_experts, Group::num_ranks(args), Group::rank(args));
+  count_routes<kSwap, Group>(args, plan, first_route, opening.id);
+  Cluster<kSwap>::await_barriers();
+  if constexpr (Group::kHasPeers) Cluster<kSwap>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {
@@ -211,13 +211,13 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 1);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
-      gather_share<kSwap, Group>(args, plan, share, first_item, first_pairs, map, signaller, tracer);
+      dispatch_share<kSwap, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
-    end_gathering<kSwap>(args);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kGathered);
+    end_dispatch<kSwap>(args);
+    if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
-      for (int e = threadIdx.x; e < p.num_experts; e += kConsumerThreads) {
+      for (int e = threadIdx.x; e < p.num_local_experts; e += kConsumerThreads) {
         args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }

@@ -1,4 +1,4 @@
-// Normal orientation: gathered tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
+// Normal orientation: a chunk's tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
 // after the other. Where a chunk has no more than 64 tokens, both warpgroups take all of them, and a tile each.
 // Accumulator fragment: thread (warp w, lane l) holds tokens 16w + l/4 and + 8; for every 8 weight rows b, rows 8b + 2*(l%4)
 // and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down projection rows q of block
@@ -91,7 +91,7 @@ class NormalConsumer {
 
   // This warpgroup's share of the unit is stored.
   __device__ __forceinline__ void announce(uint32_t* counter) {
-    if (note_.rows() == 0) return;  // the other CTA of the pair has a tile, and this one has none
+    if (note_.rows() == 0) return;  // the cluster's other CTA has a tile, and this one has none
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
   }
@@ -232,7 +232,7 @@ class NormalConsumer {
     const bool odd_lane = (threadIdx.x & 1) != 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint16_t* row = Group::slot_row(args_, source_[half].pair) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
+      uint16_t* row = Group::slot_row(args_, source_[half].route) + tile * kDownUnitColumns + (odd_lane ? 16 : 0) +
                       8 * (quad_lane() / 2);
       const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll

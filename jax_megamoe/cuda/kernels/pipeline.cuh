@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/ptx.cuh"
-#include "kernels/cta_pair.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
 #include "kernels/waiting.cuh"
@@ -19,15 +19,15 @@ __device__ __forceinline__ int swizzled_offset(int row, int column) {
   return row * kBlockK + swizzled_column(row, column);
 }
 
-// Where a pair's token goes: worked out once for all its columns; used while the tokens are gathered.
-struct PairTarget {
+// Where a route's token goes: worked out once for all its columns; used while the tokens are dispatched.
+struct RouteTarget {
   uint32_t image_row;  // of 128 bytes, in the plane of the first K block, counted over all chunks' images
   uint32_t packed;     // rank << 16 | swizzle << 8 | padded rows of the chunk
 
   static constexpr uint32_t kUnused = ~0u;
 
-  __device__ static PairTarget unused() { return {kUnused, 0}; }
-  __device__ static PairTarget at(int rank, int chunk_image_row, int row, int padded_rows) {
+  __device__ static RouteTarget unused() { return {kUnused, 0}; }
+  __device__ static RouteTarget at(int rank, int chunk_image_row, int row, int padded_rows) {
     return {static_cast<uint32_t>(chunk_image_row + row),
             static_cast<uint32_t>(rank << 16 | swizzled_column(row, 0) << 8 | padded_rows)};
   }
@@ -37,7 +37,7 @@ struct PairTarget {
   __device__ uint32_t swizzle() const { return packed >> 8 & 0xff; }
   __device__ int rank() const { return packed >> 16; }
 };
-constexpr int kPairBatch = 256;
+constexpr int kRouteBatch = 256;
 
 constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
 static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");
@@ -74,14 +74,14 @@ class SharedMap {
     return args.constants.counters[launch() % 2];
   }
 
-  // [kPairBatch], shares the epilogue scratch: tokens are gathered before the first epilogue.
-  __device__ PairTarget* pair_targets() const { return reinterpret_cast<PairTarget*>(scratch()); }
+  // [kRouteBatch], shares the epilogue scratch: tokens are dispatched before the first epilogue.
+  __device__ RouteTarget* route_targets() const { return reinterpret_cast<RouteTarget*>(scratch()); }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
   __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
   // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
   __device__ uint32_t* row_offsets() const {
     static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
-                  kPairBatch * sizeof(PairTarget));
+                  kRouteBatch * sizeof(RouteTarget));
     return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
   }
   // swapAB: [warpgroups][max_rows]
@@ -105,7 +105,7 @@ class SharedMap {
   __device__ uint8_t* scratch() const { return shared_memory() + (kSwap ? scratch_offset_ : header().plan_end); }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
-    const int targets = kPairBatch * static_cast<int>(sizeof(PairTarget));
+    const int targets = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     const int epilogue = kSwap ? rows * kRowBytes : 0;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
     for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
   }
   ptx::mbarrier_init(&header.planned, 32 + 1);  // the weight producer's warp, and who claims the CTA's place
-  ptx::mbarrier_init(&header.gathered, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
+  ptx::mbarrier_init(&header.dispatched, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
   ptx::mbarrier_init(&header.vacant_shares_wanted, 1);
   ptx::mbarrier_init(&header.vacant_shares_done, kEveryLaneArrives ? kConsumerThreads : 1);
   header.ids_missing = 0;
@@ -204,11 +204,11 @@ __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHe
   if constexpr (kSwap) {
     if (kEveryLaneArrives || lane == 0) ptx::mbarrier_arrive(&header.empty[stage]);
   } else if constexpr (kEveryLaneArrives) {
-    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&header.empty[stage], rank);
     }
   } else {
-    if (lane < CtaPair<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
+    if (lane < Cluster<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
   }
 }
 

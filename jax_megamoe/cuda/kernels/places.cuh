@@ -23,7 +23,7 @@ class OwnPlace {
  public:
   __device__ void claim(Control* control) {
     shares_before_ = ptx::fetch_add_relaxed(control->share_claims + blockIdx.x, 1);
-    units_before_ = ptx::fetch_add_relaxed(control->unit_claims + blockIdx.x, 1);  // of a pair, the first counts
+    units_before_ = ptx::fetch_add_relaxed(control->unit_claims + blockIdx.x, 1);  // of a cluster, the first counts
   }
 
   // Tells the CTA what of it is its own, and takes the other claims back.
@@ -89,7 +89,7 @@ class SharePatience {
   bool has_ended_ = false, has_asked_ = false;
 };
 
-// For consumers that wait for the first tokens. They gather what is wanted once.
+// For consumers that wait for the first tokens. They dispatch what is wanted once.
 __device__ __forceinline__ bool vacant_shares_wanted() {
   SharedHeader& header = shared_header();
   return ptx::mbarrier_test_wait(&header.vacant_shares_wanted, 0) &&

@@ -1,16 +1,16 @@
-// The routing plan: how many tokens each expert has, where their gathered rows lie, and the list of GEMM units.
+// The routing plan: how many tokens each expert has, where their rows lie in the images, and the list of GEMM units.
 // Every CTA computes the same plan from the ids, so no CTA waits for another one before it streams weights.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/arguments.h"
-#include "kernels/cta_pair.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/group.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
-#include "layout/pair_share.h"
+#include "layout/cluster_share.h"
 
 namespace megamoe {
 
@@ -20,10 +20,10 @@ struct Unit {
   int expert;
   int tile;
   int chunk;       // global chunk number, names the activation counter
-  int row_base;    // first gathered row of the chunk
-  int rows;        // tokens in the chunk; none: nothing to do for this CTA of a pair
+  int row_base;    // first row of the chunk
+  int rows;        // tokens in the chunk; none: nothing to do for this CTA of the cluster
   int only_chunk;  // of the expert: nobody else reads the weights
-  // With the other CTA of the pair, which has another chunk, or another tile.
+  // With the cluster's other CTA, which has another chunk, or another tile.
   int shares_weights;
   int shares_tokens;
 };
@@ -44,12 +44,11 @@ class Plan {
   __device__ int group_experts() const { return group_experts_; }
   __device__ int num_experts() const { return num_experts_; }    // of this rank
   __device__ int first_expert() const { return first_expert_; }  // of this rank, in the group
-  // By expert of the group.
-  // Pairs per expert.
+  // Arrays by expert of the group: how many routes it has.
   __device__ int& count(int expert) const { return storage()[expert]; }
-  // First gathered row, on the expert's rank.
+  // First row of the expert's images, on its rank.
   __device__ int& row_base(int expert) const { return storage()[group_experts_ + expert]; }
-  // Pairs of earlier CTAs' tokens, then a running position.
+  // Routes of earlier CTAs' tokens, then a running position.
   __device__ int& before(int expert) const { return storage()[2 * group_experts_ + expert]; }
   // First chunk, by expert of this rank; one past the last: the number of chunks.
   __device__ int& chunk_base(int expert) const { return storage()[3 * group_experts_ + expert]; }
@@ -68,81 +67,81 @@ class Plan {
   int first_expert_;
 };
 
-__device__ __forceinline__ void count_pair(const Plan& plan, int expert, bool before) {
+__device__ __forceinline__ void count_route(const Plan& plan, int expert, bool before) {
   if (expert < 0 || expert >= plan.group_experts()) return;
   atomicAdd(&plan.count(expert), 1);
   if (before) atomicAdd(&plan.before(expert), 1);
 }
 
-// Counts the group's pairs per expert, in all and before `first_pair`. All threads of the CTA; with one rank `expert` is the id of
-// the thread's first pair, which it asked for beforehand. Begins and ends with a CTA barrier.
+// Counts the group's routes per expert, in all and before `first_route`. All threads of the CTA; with one rank `expert` is
+// the id of the thread's first route, loaded before. Begins and ends with a CTA barrier.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void count_pairs(const MoeArguments& args, const Plan& plan, int first_pair, int expert) {
+__device__ __forceinline__ void count_routes(const MoeArguments& args, const Plan& plan, int first_route, int expert) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
   constexpr int kIdsInFlight = Orientation<kSwap>::kIdsInFlight;
   if constexpr (Group::kHasPeers) {
-    const int num_pairs = args.problem.group_pairs();
+    const int num_routes = args.problem.group_routes();
     const uint64_t epoch = shared_header().epoch;
     const uint64_t* ids = Group::words(epoch);
     constexpr int kWordsInFlight = 8;  // there are more of them than of one rank
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_pairs; first += kWordsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * kCtaThreads) {
       uint64_t words[kWordsInFlight];
       bool all_there = false;
       for (int tries = 0; !all_there && tries < Group::kIdsPatience; ++tries) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          words[i] = pair < num_pairs ? ptx::load_relaxed_system(ids + pair) : 0;
+          const int route = first + i * kCtaThreads;
+          words[i] = route < num_routes ? ptx::load_relaxed_system(ids + route) : 0;
         }
         all_there = true;
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          if (first + i * kCtaThreads < num_pairs) all_there = all_there && Group::is_there(args, epoch, words[i]);
+          if (first + i * kCtaThreads < num_routes) all_there = all_there && Group::is_there(args, epoch, words[i]);
         }
       }
       if (all_there) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          if (pair < num_pairs) count_pair(plan, Group::id_of_word(words[i]), pair < first_pair);
+          const int route = first + i * kCtaThreads;
+          if (route < num_routes) count_route(plan, Group::id_of_word(words[i]), route < first_route);
         }
       } else {
 #pragma unroll 1
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int pair = first + i * kCtaThreads;
-          if (pair < num_pairs) count_pair(plan, Group::await_id(args, epoch, pair), pair < first_pair);
+          const int route = first + i * kCtaThreads;
+          if (route < num_routes) count_route(plan, Group::await_id(args, epoch, route), route < first_route);
         }
       }
     }
   } else {
-    const int num_pairs = args.problem.num_pairs();
+    const int num_routes = args.problem.num_routes();
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_pairs; first += kIdsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kIdsInFlight * kCtaThreads) {
       int experts[kIdsInFlight];
 #pragma unroll
       for (int i = 0; i < kIdsInFlight; ++i) {
-        const int pair = first + i * kCtaThreads;
-        experts[i] = pair == threadIdx.x ? expert : pair < num_pairs ? __ldg(args.topk_ids + pair) : -1;
+        const int route = first + i * kCtaThreads;
+        experts[i] = route == threadIdx.x ? expert : route < num_routes ? __ldg(args.topk_ids + route) : -1;
       }
 #pragma unroll
-      for (int i = 0; i < kIdsInFlight; ++i) count_pair(plan, experts[i], first + i * kCtaThreads < first_pair);
+      for (int i = 0; i < kIdsInFlight; ++i) count_route(plan, experts[i], first + i * kCtaThreads < first_route);
     }
   }
   __syncthreads();
 }
 
-// Counts the pairs before `first_pair` anew, of the tokens of a CTA whose place is taken over. All consumers.
+// Counts the routes before `first_route` anew, of the tokens of a CTA whose place is taken over. All consumers.
 template <typename Group>
-__device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_pair) {
+__device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_route) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kConsumerThreads) plan.before(e) = 0;
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 #pragma unroll 1
-  for (int pair = threadIdx.x; pair < first_pair; pair += kConsumerThreads) {
-    const int expert = Group::id_of_pair(args, pair);
+  for (int route = threadIdx.x; route < first_route; route += kConsumerThreads) {
+    const int expert = Group::id_of_route(args, route);
     if (expert >= 0 && expert < plan.group_experts()) atomicAdd(&plan.before(expert), 1);
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
@@ -211,13 +210,13 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 // experts go tile by tile over all these experts, so that columns are complete one after the other and are summed meanwhile; not so
 // where that would be most of them, which would wait for the last gate/up units. In swapAB the chunk with the fewest tokens has the last
 // down units: nothing else is left to do by then, and they take the less time the fewer tokens they have. A ticket is a unit, or
-// one for each CTA of a pair.
+// one for each CTA of a cluster.
 template <bool kSwap>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
-      : constants_(args.constants), pair_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
-    if (kSwap || pair_.exists()) return;  // pairs share an expert's chunks in an order of their own
+      : constants_(args.constants), cluster_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
+    if (kSwap || cluster_.has_partner()) return;  // two CTAs share an expert's chunks in an order of their own
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
     if (2 * chunks > num_chunks()) return;
     first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(num_chunks() - chunks));
@@ -231,7 +230,7 @@ class UnitSchedule {
     return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
   }
 
-  // Of CTA `rank` of a pair.
+  // Of CTA `rank` of a cluster.
   __device__ Unit unit(uint32_t ticket, int rank) const {
     Unit u;
     const uint32_t first_down = num_gate_up();
@@ -258,10 +257,10 @@ class UnitSchedule {
     }
     const int first_chunk = plan_.chunk_base(u.expert);
     const int count = plan_.count(plan_.first_expert() + u.expert);
-    PairShare share{group, member};
-    if (pair_.exists()) {
+    ClusterShare share{group, member};
+    if (cluster_.has_partner()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
-      share = pair_share(count, tiles.value(), group, member, rank);
+      share = cluster_share(count, tiles.value(), group, member, rank);
     }
     u.tile = share.tile;
     u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
@@ -275,7 +274,6 @@ class UnitSchedule {
 
  private:
   static constexpr int kTile = Orientation<kSwap>::kTokenTile;
-  static constexpr int kTailUnitsPerCta = 2;
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {
@@ -292,7 +290,7 @@ class UnitSchedule {
   }
 
   const LaunchConstants& constants_;
-  CtaPair<kSwap> pair_;
+  Cluster<kSwap> cluster_;
   Plan plan_;
   int first_tail_chunk_;  // from which on chunks take turns
 };

@@ -17,7 +17,8 @@ __device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
 __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& args, int expert) {
   const Problem& p = args.problem;
   const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
-  return args.gate_up + (static_cast<size_t>(clamped_layer(args)) * p.num_experts + expert) * expert_bytes;
+  return args.weights.gate_up +
+         (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
 }
 
 // Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be
@@ -25,8 +26,8 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int expert = lane < p.num_pairs() ? __ldg(args.topk_ids + lane) - rank * p.num_experts : -1;
-  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_experts);
+  const int expert = lane < p.num_routes() ? __ldg(args.topk_ids + lane) - rank * p.num_local_experts : -1;
+  const uint32_t own = __ballot_sync(~0u, expert >= 0 && expert < p.num_local_experts);
   if (own == 0) return;
   const int count = __popc(own);
   const size_t expert_bytes = 2 * static_cast<size_t>(p.intermediate_size) * p.hidden_size;
@@ -44,24 +45,24 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
 }
 
 // The CTA's first unit if all experts have one chunk each, before anybody has looked at the ids: its first two stages. With as many
-// pairs as experts most experts have one, and the memory has nothing else to do. One thread.
+// routes as experts most experts have one, and the memory has nothing else to do. One thread.
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   using O = Orientation<true>;
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
-  if (p.num_pairs() < p.num_experts || expert >= p.num_experts) return;
+  if (p.num_routes() < p.num_local_experts || expert >= p.num_local_experts) return;
   prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
 }
 
 // The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
-// before the weight producer comes to it. Only where CTAs have next to nothing to gather: else that is waited for longer.
+// before the weight producer comes to it. Only if the CTA has little to dispatch; otherwise the prefetch delays that.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
-  constexpr int kMostItems = kConsumerWarps / 4;
   using O = Orientation<true>;
   const int tiles = args.constants.gate_up_units.value();
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
-  if (args.constants.gather_items_per_cta > kMostItems || within < 0 || within >= chunks * tiles) return;
+  if (args.constants.dispatch_items_per_cta > kMostItemsBesidePrefetch || within < 0 || within >= chunks * tiles)
+    return;
   const int tile = chunks == 1 ? within : within / chunks;
   prefetch_unit(args, expert, tile, O::kStageBlocks);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "layout/thresholds.h"
 #include "layout/tiles.h"
 
 namespace megamoe {
@@ -37,13 +38,8 @@ constexpr bool kEveryLaneArrives = false;
 
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
-// Tickets that the first CTA of a pair may be ahead of the other: for units of one stage each, a ring of them and two more.
+// Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
-
-// Weights on their way at any time. About 48 KB per SM saturate the memory; what goes beyond that only queues, and every flag,
-// atomic and token of the whole device waits in the same queues (docs/performance-log.md, "in flight"). The least: faster
-// memories want more (host/memory.h).
-constexpr int kWeightBytesInFlight = 64 * 1024;
 
 // What differs between the two orientations besides the multiply itself.
 template <bool kSwap>
@@ -57,13 +53,11 @@ struct Orientation {
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
-  // The first stages come one by one: tokens are being gathered, and their way through the memory matters more.
-  static constexpr int kStagesAtStart = 3;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
-  static constexpr int kGatherColumns = kSwap ? 256 : 512;
+  static constexpr int kDispatchColumns = kSwap ? 256 : 512;
   // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;

@@ -2,7 +2,7 @@
 //
 // A chunk's image comes by one copy, but a token is in the images of all its experts, and these are written to the device's memory
 // before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save that. The price: two warps find
-// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/memory.h).
+// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/choices.h).
 #pragma once
 
 #include <cstdint>
@@ -43,9 +43,9 @@ class RowGather {
 #pragma unroll
     for (int i = lane; i < kRowsPerCopy * kCopies; i += 32) {
       const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
-      const int pair = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].pair);
-      // Fits, as scratch memory has a limit (host/problem.h).
-      offsets[i] = static_cast<uint32_t>(pair / args.problem.top_k) * args.problem.hidden_size;
+      const int route = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].route);
+      // Fits, as scratch memory has a limit (host/limits.h).
+      offsets[i] = static_cast<uint32_t>(route / args.problem.top_k) * args.problem.hidden_size;
     }
     __syncwarp();
     offsets_ = reinterpret_cast<const uint4*>(offsets + lane / kLanesPerRow * kCopies);

@@ -44,16 +44,16 @@ struct SharedHeader {
   uint64_t tokens_full[kMaxStages];   // ... its tokens
   uint64_t empty[kMaxStages];         // every consumer warp has finished with the stage
   uint64_t planned;                   // the plan is complete
-  uint64_t gathered;                  // this CTA and its partner need the stages' token parts no more for gathering
+  uint64_t dispatched;                // this CTA and its partner need the stages' token parts no more for dispatch
   uint64_t vacant_shares_wanted;      // of the tokens: those of CTAs that have not started
-  uint64_t vacant_shares_done;        // ... are gathered
+  uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint64_t ticket_told[kTicketSlots];  // of a pair of CTAs
+  uint64_t ticket_told[kTicketSlots];  // from the cluster's first CTA to the other
   uint32_t ticket[kTicketSlots];
   int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)
   int plan_end;
-  uint32_t ids_missing;     // in a group: some did not come in time, to this CTA or to the other one of its pair
+  uint32_t ids_missing;     // in a group: some did not come in time, to this CTA or to its partner
   uint32_t launch;          // its number at this call site
   uint32_t has_share;       // of the tokens, or somebody has taken it over
   uint32_t has_unit;        // ... the first one of this CTA
@@ -61,7 +61,7 @@ struct SharedHeader {
   VacantUnits vacant_units;
   // In a group: the launch's number there, how long to wait for other ranks, and their memory (PeerView).
   uint64_t epoch;
-  uint64_t limit_nanoseconds;
+  uint64_t timeout_nanoseconds;
   uint64_t ids_bytes;
   uint8_t* workspace[kMaxRanks];
   uint8_t* own_workspace;

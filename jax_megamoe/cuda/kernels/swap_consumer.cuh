@@ -1,7 +1,7 @@
 // swapAB consumers: weights on the WGMMA M dimension, a chunk's tokens (padded to eight) on N. Each warpgroup multiplies 64 of
 // the unit's 128 weight rows.
 // Accumulator fragment: thread (warp w, lane l) of a warpgroup holds, for every 8 tokens j, rows 16w + l/4 and + 8 of tokens
-// 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two neighbouring hidden columns) into such a row pair.
+// 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two neighbouring hidden columns) into such two rows.
 //
 // kN is the chunk's number of tokens, padded: what the padding holds is multiplied and dropped. Loops are rolled where that
 // costs little: instructions come from the same memory as the weights, and each variant of the loops is first met while the
@@ -81,7 +81,6 @@ class SwapConsumer {
   // The activations have a scale for each half of a K block, so that down units have a partial sum for each half. A step, what is
   // multiplied and promoted at a time, is a K block, or with more tokens half of one: measured, and from 40 tokens on a matter of
   // registers.
-  static constexpr int kMostTokensOfWholeSteps = 16;
   template <bool kDown>
   static constexpr int kStepParts = kDown && kN <= kMostTokensOfWholeSteps ? kActivationScalesPerBlock : 1;
   template <bool kDown>
@@ -273,11 +272,11 @@ class SwapConsumer {
     const int r = quad_row();
     const uint32_t neighbour = __shfl_xor_sync(~0u, mine, 4);
     // bytes: (even token, columns r and r+1), (odd token, columns r and r+1)
-    const uint32_t pair = (r & 1) == 0 ? __byte_perm(mine, neighbour, 0x5140) : __byte_perm(neighbour, mine, 0x5140);
-    const uint32_t other = __shfl_xor_sync(~0u, pair, 8);
+    const uint32_t two = (r & 1) == 0 ? __byte_perm(mine, neighbour, 0x5140) : __byte_perm(neighbour, mine, 0x5140);
+    const uint32_t other = __shfl_xor_sync(~0u, two, 8);
     const bool first = (r & 2) == 0;
-    const uint32_t low = first ? pair : other;
-    const uint32_t high = first ? other : pair;
+    const uint32_t low = first ? two : other;
+    const uint32_t high = first ? other : two;
     if ((r & 3) < 2) {
       const uint32_t word = (r & 1) == 0 ? __byte_perm(low, high, 0x5410) : __byte_perm(low, high, 0x7632);
       const int token = 8 * j + quad_token() + (r & 1);
@@ -312,7 +311,7 @@ class SwapConsumer {
     for (int token = thread_in_group() / kLanesPerRow; token < note_.rows() && Group::has_tokens();
          token += kWarpgroupThreads / kLanesPerRow) {
       ptx::store(
-          Group::slot_row(args_, sources()[token].pair) + column,
+          Group::slot_row(args_, sources()[token].route) + column,
           *reinterpret_cast<const uint4*>(tile + swizzled_offset(token, piece * static_cast<int>(sizeof(uint4)))),
           !Group::kHasPeers);
     }

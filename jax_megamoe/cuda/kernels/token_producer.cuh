@@ -10,7 +10,7 @@
 
 namespace megamoe {
 
-// Gate/up units need all tokens gathered, down units the activations of their chunk. One thread; with `kRows` the two warps that
+// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two warps that
 // gather the rows of gate/up units, of which the first brings what are images.
 template <bool kSwap, typename Group, bool kRows>
 class TokenProducer {
@@ -21,12 +21,12 @@ class TokenProducer {
       : args_(args),
         map_(map),
         row_warp_(row_warp),
-        rank_(CtaPair<kSwap>(args).rank()),
+        rank_(Cluster<kSwap>(args).rank()),
         tokens_ready_(Group::kHasPeers),  // other ranks' have been waited for
         tracer_(args, TraceRole::kTokenProducer) {}
 
   __device__ __forceinline__ void run() {
-    await(&header().gathered, 0);
+    await(&header().dispatched, 0);
     while (true) {
       await_claim();
       const UnitNote note = header().note[cursor_.stage];
@@ -87,7 +87,7 @@ class TokenProducer {
   // Of one rank, before the first gate/up unit. Those of CTAs that have not started are taken over after a while.
   __device__ __forceinline__ void await_all_shares() {
     tokens_ready_ = true;
-    const uint32_t* quantized = SharedMap<kSwap>::counters(args_).quantized_shares();
+    const uint32_t* quantized = SharedMap<kSwap>::counters(args_).dispatched_shares();
     SharePatience patience(args_);
     WaitLimit limit;
     while (true) {

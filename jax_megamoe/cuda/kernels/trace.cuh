@@ -12,7 +12,7 @@ enum class TraceRole : int { kConsumer, kWeightProducer, kTokenProducer };
 enum class TraceEvent : uint64_t {
   kStart,
   kPlanned,
-  kGathered,
+  kDispatched,
   kUnitLanded,      // the first stage of a unit
   kUnitMultiplied,  // its last stage
   kUnitFinished,    // its epilogue
@@ -22,7 +22,7 @@ enum class TraceEvent : uint64_t {
   kDownAsked,
   kTokensReady,
   kCounted,
-  kPlaced,  // the share's pairs have targets
+  kPlaced,  // the share's routes have targets
   kStored,  // the share's images are stored
 };
 

@@ -16,17 +16,17 @@ class WeightProducer {
 
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
-      : args_(args), map_(map), pair_(args), first_expert_(clamped_layer(args) * args.problem.num_experts) {}
+      : args_(args), map_(map), cluster_(args), first_expert_(clamped_layer(args) * args.problem.num_local_experts) {}
 
   // One thread.
   __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
-    const uint32_t rank = pair_.rank();
+    const uint32_t rank = cluster_.rank();
     // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
-    const bool few_units = kSwap && schedule.num_gate_up() <= 2 * gridDim.x;
+    const bool few_units = kSwap && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
     most_in_flight_ = few_units ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
-    UnitTickets<kSwap> tickets(args_, pair_, schedule);
-    const bool no_units = pair_.exists() && map_.header().ids_missing != 0;
+    UnitTickets<kSwap> tickets(args_, cluster_, schedule);
+    const bool no_units = cluster_.has_partner() && map_.header().ids_missing != 0;
     uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
     bool settled = tickets.is_unit(ticket);
     // In this order, what is seldom done lies behind what is often done.
@@ -54,7 +54,7 @@ class WeightProducer {
     map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
-    if (pair_.exists()) await_last_releases();
+    if (cluster_.has_partner()) await_last_releases();
   }
 
  private:
@@ -66,7 +66,7 @@ class WeightProducer {
     int k_blocks;
     bool down;
     bool once;           // leaves the L2 first
-    bool shared;         // with the other CTA of the pair: each brings a tile to both
+    bool shared;         // with the cluster's other CTA: each brings a tile to both
     size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
     int scale_distance;  // floats, likewise
   };
@@ -76,7 +76,7 @@ class WeightProducer {
   template <bool kYields>
   __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<kSwap>& schedule, const Unit& u,
                                                 UnitTickets<kSwap>& tickets, uint32_t next) {
-    const uint32_t rank = pair_.rank();
+    const uint32_t rank = cluster_.rank();
     Stream s = stream(u);
     const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
     bool yields = kYields;
@@ -109,18 +109,19 @@ class WeightProducer {
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;
     if (u.down) {
-      const int pairs = p.hidden_size / kDownUnitColumns;
+      const int tile_pairs = p.hidden_size / kDownUnitColumns;
       const int vectors = ceil_div(s.k_blocks, 2);
-      const size_t pair = expert * pairs + u.tile * O::kUnitTiles;
-      s.weights = args_.down + pair * s.tile_bytes;
-      s.scales = args_.down_scale + 2 * pair * vectors * kScaleVectorFloats;
+      const size_t tile_pair = expert * tile_pairs + u.tile * O::kUnitTiles;
+      s.weights = args_.weights.down + tile_pair * s.tile_bytes;
+      s.scales = args_.weights.down_scale + 2 * tile_pair * vectors * kScaleVectorFloats;
       s.scale_distance = 2 * vectors * kScaleVectorFloats;
-      // An odd last pair comes twice: its copy is multiplied and dropped.
-      if ((u.tile + 1) * O::kUnitTiles > pairs) s.tile_bytes = s.scale_distance = 0;
+      // An odd last one comes twice: its copy is multiplied and dropped.
+      if ((u.tile + 1) * O::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
       const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * O::kUnitTiles;
-      s.weights = args_.gate_up + tile * s.tile_bytes;
-      s.scales = args_.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
+      s.weights = args_.weights.gate_up + tile * s.tile_bytes;
+      s.scales =
+          args_.weights.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
     }
     return s;
   }
@@ -140,7 +141,7 @@ class WeightProducer {
   }
 
   __device__ __forceinline__ void claim() {
-    if (in_flight_ >= (claimed_ < O::kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
+    if (in_flight_ >= (claimed_ < kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
     ++in_flight_;
     await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
@@ -157,12 +158,10 @@ class WeightProducer {
   // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
     constexpr int kPieceBytes = O::kStageWeightBytes;
-    constexpr int kPieceCycles = 1800;
-    constexpr int kMostBytes = 192 * 1024;
-    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytes);
+    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytesAheadOfRing);
     for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
       const int64_t begin = clock64();
-      while (clock64() - begin < kPieceCycles) {
+      while (clock64() - begin < kCyclesPerStageAheadOfRing) {
         if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
       }
       ptx::bulk_prefetch(s.weights + asked, kPieceBytes);
@@ -237,7 +236,7 @@ class WeightProducer {
 
   const MoeArguments& args_;
   const SharedMap<kSwap>& map_;
-  CtaPair<kSwap> pair_;
+  Cluster<kSwap> cluster_;
   int first_expert_;
   int most_in_flight_ = 1;
   StageCursor cursor_;

@@ -10,8 +10,8 @@ namespace megamoe {
 
 constexpr int kMaxRanks = 32;         // a warp waits for all of them at once
 constexpr int kMaxColumnTiles = 512;  // of kDownUnitColumns: hidden sizes up to 65536
-constexpr int kPairRankShift = 25;    // a pair of the group: its rank above, its number there below
-constexpr int kMaxGroupPairs = 1 << 30;
+constexpr int kRouteRankShift = 25;   // a route of the group: its rank above, its number there below
+constexpr int kMaxGroupRoutes = 1 << 30;
 
 // What ranks tell each other. Flags hold epochs, which only grow.
 struct PeerHeader {
@@ -74,7 +74,7 @@ class PeerBuffer {
   // Each half's share of the buffer: little, and enough for hidden sizes from 1024.
   static constexpr size_t kIdsShare = 128;
 
-  static size_t ids_bytes(const Problem& p) { return static_cast<size_t>(p.group_pairs()) * sizeof(uint64_t); }
+  static size_t ids_bytes(const Problem& p) { return static_cast<size_t>(p.group_routes()) * sizeof(uint64_t); }
   static size_t half_bytes(size_t bytes) { return bytes / kIdsShare / Workspace::kAlignment * Workspace::kAlignment; }
 };
 
@@ -109,11 +109,11 @@ struct Peers {
   int num_ranks;
   const int32_t* mesh_rank;  // where the program takes this rank to be; null or negative: nobody asks
   uint64_t* note;            // for the host, in memory that both see: a PeerFailure
-  uint64_t limit_nanoseconds;
-  uint64_t first_limit_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling
-  uint32_t call_tag;                 // ranks in different calls don't take each other's ids
-  uint32_t delay_seed;               // virtual ranks only
-  int late_ctas;                     // virtual ranks only: of each rank, begin when all others are through
+  uint64_t timeout_nanoseconds;
+  uint64_t first_timeout_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling
+  uint32_t call_tag;                   // ranks in different calls don't take each other's ids
+  uint32_t delay_seed;                 // virtual ranks only
+  int late_ctas;                       // virtual ranks only: of each rank, begin when all others are through
 };
 
 }  // namespace megamoe

@@ -34,21 +34,11 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
-// swapAB serves calls of up to so many (token, slot) pairs per expert, on average: beyond, the memory does not hide that 56 tokens
-// take longer than 128 on M do. The normal orientation starts and ends with units twice as large, which matters the more the fewer
-// gate/up units it has. Measured (docs/performance-log.md, "Where swapAB ends").
-constexpr int kSms = 132;  // of an H100 or H200
-__host__ __device__ constexpr int most_swap_pairs_per_expert(int normal_units) {
-  return normal_units < kSms ? 46 : normal_units < 2 * kSms ? 34 : normal_units < 8 * kSms ? 28 : 18;
-}
-
-// Pairs of CTAs share the weights of experts with two full chunks: from so many (token, slot) pairs per expert on.
-constexpr int kLeastPairsPerExpertOfTwoCtas = 192;
 
 constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
-constexpr int kMaxTokens = 1 << 20;  // keeps pair numbers within 32 bits
+constexpr int kMaxTokens = 1 << 20;  // keeps the numbers of routes within 32 bits
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

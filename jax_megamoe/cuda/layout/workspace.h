@@ -1,48 +1,17 @@
-// The problem, its scratch memory and its counters: the only place that computes offsets into either.
+// Scratch memory and counters of a call: the only place that computes offsets into either.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "layout/tiles.h"
+#include "layout/problem.h"
 
 namespace megamoe {
 
-// Whether tokens and weights change places in the multiply. Only measurements say so themselves (`probe crossover`).
-enum class OperandOrder : int { kByRule, kSwapped, kNormal };
-
-// Sizes of one call on one device; `num_tokens` and `num_experts` are what this device holds.
-struct Problem {
-  int num_tokens;
-  int top_k;
-  int hidden_size;
-  int intermediate_size;
-  int num_experts;
-  int num_ranks = 1;  // of the expert group; each has as many tokens and experts
-  OperandOrder order = OperandOrder::kByRule;
-
-  // By pairs per expert, of which one rank has as many as several that share the experts.
-  __host__ __device__ bool swap_operands() const {
-    if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    return num_pairs() <= most_swap_pairs_per_expert(normal_units()) * num_experts;
-  }
-  // The normal orientation's gate/up units, with a chunk per expert.
-  __host__ __device__ int normal_units() const { return num_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
-  __host__ __device__ int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
-  __host__ __device__ int num_pairs() const { return num_tokens * top_k; }
-  __host__ __device__ int group_pairs() const { return num_ranks * num_pairs(); }
-  __host__ __device__ int group_experts() const { return num_ranks * num_experts; }
-  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
-  __host__ __device__ int max_chunks() const {
-    return (num_experts < group_pairs() ? num_experts : group_pairs()) + group_pairs() / token_tile();
-  }
-  // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
-  __host__ __device__ int max_rows() const { return group_pairs() + 7 * max_chunks(); }
-};
-
-// Which (token, slot) pair a gathered row came from, and its routing weight times the routed scaling factor.
+// Which route a row of an image came from, and its routing weight times the routed scaling factor. A route is a (token,
+// slot) pair: number token * k + slot, so that topk_ids[route] is its expert.
 struct RowSource {
-  int pair;  // with its rank above (kPairRankShift) where there is a group
+  int route;  // with its rank above (kRouteRankShift) where there is a group
   float weight;
 };
 
@@ -80,7 +49,7 @@ struct Workspace {
     token_planes = carver.take<uint8_t>(rows * p.hidden_size);
     token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
     row_sources = carver.take<RowSource>(rows);
-    slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_pairs()) * p.hidden_size);
+    slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_routes()) * p.hidden_size);
     return carver.bytes();
   }
   size_t carve_local(const Problem& p, void* base) {
@@ -125,7 +94,7 @@ struct Control : ControlHead {
   uint32_t unit_claims[kMaxCtas];
   // followed by two CounterSets of `CounterSet::words(problem)` words each
 
-  __host__ __device__ static size_t bytes(const Problem& p);
+  static size_t bytes(const Problem& p);
 };
 
 class CounterSet {
@@ -136,14 +105,14 @@ class CounterSet {
       : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
         gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
 
-  __host__ __device__ static int words(const Problem& p) {
+  static int words(const Problem& p) {
     return round_up(2 * kLineWords + p.hidden_size / kDownUnitColumns + p.max_chunks(), kLineWords);
   }
 
   // Tickets of the units after the first of each CTA. The first of `words` counters that follow each other.
   __host__ __device__ uint32_t* next_unit() const { return base_; }
   // Shares of the tokens that are in the token images; there is one for each CTA.
-  __host__ __device__ uint32_t* quantized_shares() const { return base_ + kLineWords; }
+  __host__ __device__ uint32_t* dispatched_shares() const { return base_ + kLineWords; }
   // CTAs that found nothing to multiply, where no expert of the rank has tokens.
   __host__ __device__ uint32_t* idle_ctas() const { return base_ + kLineWords + 1; }
   // [H/128] signals of finished down units of these columns.
@@ -158,7 +127,7 @@ class CounterSet {
   int gate_up_offset_ = 0;
 };
 
-__host__ __device__ inline size_t Control::bytes(const Problem& p) {
+inline size_t Control::bytes(const Problem& p) {
   return sizeof(Control) + 2 * sizeof(uint32_t) * static_cast<size_t>(CounterSet::words(p));
 }
 

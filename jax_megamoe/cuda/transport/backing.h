@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "transport/bootstrap.h"
-#include "transport/plan.h"
+#include "transport/topology.h"
 
 namespace megamoe::transport {
 
@@ -19,7 +19,7 @@ class Backing {
   virtual ~Backing() = default;  // gives nothing back
   virtual std::string allocate(const Bootstrap& bootstrap, uint64_t bytes) = 0;
   // Fills mapped->at(r) with rank r's buffer as this rank sees it. May gather.
-  virtual std::string map(Bootstrap& bootstrap, const Plan& plan, std::vector<void*>* mapped) = 0;
+  virtual std::string map(Bootstrap& bootstrap, const Topology& topology, std::vector<void*>* mapped) = 0;
   virtual void unmap() = 0;    // the buffers of others
   virtual void release() = 0;  // the own buffer, when all ranks have unmapped it
   virtual const char* name() const = 0;

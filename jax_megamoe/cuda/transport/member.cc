@@ -61,10 +61,10 @@ std::string Member::build(const Wish& wish, State* state) {
   std::vector<Introduction> ranks;
   std::string failure = bootstrap_.gather("introduction", introduction(wish), &ranks);
   if (!failure.empty()) return failure;
-  Plan plan;
-  const std::string disagreement = make_plan(ranks, rank(), &plan);
+  Topology topology;
+  const std::string disagreement = read_topology(ranks, rank(), &topology);
   // What one rank finds wrong another may find right: that of two versions, say.
-  failure = bootstrap_.agree("plan", own_failure.empty() ? disagreement : own_failure);
+  failure = bootstrap_.agree("topology", own_failure.empty() ? disagreement : own_failure);
   if (!failure.empty()) return failure;
   for (int peer = 0; peer < num_ranks(); ++peer) {
     if (ranks[peer].failure == 0) continue;
@@ -72,18 +72,18 @@ std::string Member::build(const Wish& wish, State* state) {
     return layout_.read_note(ranks[peer].failure, peer);
   }
 
-  if (!plan.keeps_buffers) failure = buffer_.replace(bootstrap_, plan);
+  if (!topology.keeps_buffers) failure = buffer_.replace(bootstrap_, topology);
   if (!failure.empty()) return failure;
   failure = buffer_.clear(bootstrap_);
   if (failure.empty()) failure = write_view();
   failure = bootstrap_.agree("view", failure);
-  if (failure.empty() && !plan.spans_hosts && !bootstrap_.has_mailbox()) {
-    failure = bootstrap_.make_mailbox(mailbox_name(plan.group));
+  if (failure.empty() && !topology.spans_hosts && !bootstrap_.has_mailbox()) {
+    failure = bootstrap_.make_mailbox(mailbox_name(topology.group));
   }
   if (!failure.empty()) return failure;
-  largest_ = plan.bytes;
-  group_ = plan.group;
-  generation_ = plan.generation;
+  largest_ = topology.bytes;
+  group_ = topology.group;
+  generation_ = topology.generation;
   return {};
 }
 

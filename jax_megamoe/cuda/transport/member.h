@@ -7,7 +7,7 @@
 #include <string>
 
 #include "transport/bootstrap.h"
-#include "transport/plan.h"
+#include "transport/topology.h"
 #include "transport/symmetric_buffer.h"
 #include "transport/watcher.h"
 

@@ -21,7 +21,7 @@ class PeerBacking : public Backing {
     return no_memory("cudaMalloc", bytes, cudaGetErrorString(error));
   }
 
-  std::string map(Bootstrap& bootstrap, const Plan& plan, std::vector<void*>* mapped) override {
+  std::string map(Bootstrap& bootstrap, const Topology& topology, std::vector<void*>* mapped) override {
     struct Offer {
       uint64_t address;
       int32_t device;
@@ -29,7 +29,7 @@ class PeerBacking : public Backing {
     };
     Offer own = {reinterpret_cast<uint64_t>(buffer_), device_, {}};
     std::string own_failure;
-    if (plan.spans_processes) {
+    if (topology.spans_processes) {
       const cudaError_t error = cudaIpcGetMemHandle(&own.handle, buffer_);
       if (error != cudaSuccess) own_failure = cuda_failure("cudaIpcGetMemHandle", error);
     }
@@ -40,7 +40,7 @@ class PeerBacking : public Backing {
     for (size_t peer = 0; peer < offers.size() && own_failure.empty(); ++peer) {
       const Offer& offer = offers[peer];
       void* address = reinterpret_cast<void*>(offer.address);
-      switch (plan.reach[peer]) {
+      switch (topology.reach[peer]) {
         case Reach::kSelf:
           break;
         case Reach::kSameProcess:

@@ -4,17 +4,17 @@
 
 namespace megamoe::transport {
 
-std::string SymmetricBuffer::replace(Bootstrap& bootstrap, const Plan& plan) {
+std::string SymmetricBuffer::replace(Bootstrap& bootstrap, const Topology& topology) {
   std::string failure = give_back(bootstrap, "release");
   if (!failure.empty()) return failure;
   std::string failures;
   // Peer access and IPC first: they ask nothing but the driver. Windows depend on the version and settings of NCCL, and
   // are what reaches memory where IPC does not, as between hosts that share an NVLink domain.
   for (const bool use_windows : {false, true}) {
-    if (use_windows ? !plan.may_use_windows : !plan.may_map) continue;
+    if (use_windows ? !topology.may_use_windows : !topology.may_map) continue;
     backing_ = use_windows ? make_window_backing() : make_peer_backing();
     std::string unreachable;
-    failure = open(bootstrap, plan, &unreachable);
+    failure = open(bootstrap, topology, &unreachable);
     if (!failure.empty() || unreachable.empty()) return failure;
     failures += (failures.empty() ? "" : "; ") + std::string(backing_->name()) + ": " + unreachable;
     failure = give_back(bootstrap, "unmapping");
@@ -22,29 +22,29 @@ std::string SymmetricBuffer::replace(Bootstrap& bootstrap, const Plan& plan) {
   }
   const std::string remedy = "; where GPUs can't reach each other's memory, pass implementation=\"collective\"";
   if (!failures.empty()) return "no rank can reach the memory of all others (" + failures + ")" + remedy;
-  if (!plan.spans_hosts) return "this NCCL, or this build, does not offer windows, and nothing else was asked for";
+  if (!topology.spans_hosts) return "this NCCL, or this build, does not offer windows, and nothing else was asked for";
   return "the ranks are on several hosts, whose memory only NCCL's windows could map, and this NCCL, or this build, "
          "does not offer them" +
          remedy;
 }
 
-std::string SymmetricBuffer::open(Bootstrap& bootstrap, const Plan& plan, std::string* unreachable) {
-  std::string failure = bootstrap.agree("allocation", backing_->allocate(bootstrap, plan.bytes));
+std::string SymmetricBuffer::open(Bootstrap& bootstrap, const Topology& topology, std::string* unreachable) {
+  std::string failure = bootstrap.agree("allocation", backing_->allocate(bootstrap, topology.bytes));
   if (!failure.empty()) {
     // Nobody has mapped anything yet.
     if (bootstrap.is_in_step()) close();
     return failure;
   }
-  failure = backing_->map(bootstrap, plan, &mapped_);
+  failure = backing_->map(bootstrap, topology, &mapped_);
   if (!bootstrap.is_in_step()) return failure;
   failure = bootstrap.agree("mapping", failure);
   if (!bootstrap.is_in_step()) return failure;
   *unreachable = failure;
   if (!failure.empty()) return {};
-  generation_ = plan.generation;
-  spans_processes_ = plan.spans_processes;
+  generation_ = topology.generation;
+  spans_processes_ = topology.spans_processes;
   transport_ = backing_->name();
-  bytes_ = plan.bytes;
+  bytes_ = topology.bytes;
   return {};
 }
 

@@ -9,7 +9,7 @@
 
 #include "transport/backing.h"
 #include "transport/bootstrap.h"
-#include "transport/plan.h"
+#include "transport/topology.h"
 
 namespace megamoe::transport {
 
@@ -24,10 +24,10 @@ class SymmetricBuffer {
   // communicator that it needs in order to be given back.
   bool is_kept() const { return spans_processes_ || (backing_ != nullptr && backing_->needs_communicator()); }
 
-  // Gives back what there is, and makes a buffer of plan.bytes. All ranks do so at the same time, in an operation of
+  // Gives back what there is, and makes a buffer of topology.bytes. All ranks do so at the same time, in an operation of
   // the bootstrap, while no kernel uses what there is. All fail or none does, unless one does not come; then it can be
   // called again.
-  std::string replace(Bootstrap& bootstrap, const Plan& plan);
+  std::string replace(Bootstrap& bootstrap, const Topology& topology);
   // Of the own buffer, for the memory of this rank.
   std::string clear(Bootstrap& bootstrap);
   // Gives back what a group in one process has, once all devices are idle.
@@ -35,7 +35,7 @@ class SymmetricBuffer {
 
  private:
   std::string give_back(Bootstrap& bootstrap, const char* phase);
-  std::string open(Bootstrap& bootstrap, const Plan& plan, std::string* unreachable);
+  std::string open(Bootstrap& bootstrap, const Topology& topology, std::string* unreachable);
 
   std::unique_ptr<Backing> backing_;  // also that of an unfinished buffer
   std::vector<void*> mapped_;

@@ -22,7 +22,7 @@ class WindowBacking : public Backing {
     return no_memory("ncclMemAlloc", bytes, nccl_->error_string(result));
   }
 
-  std::string map(Bootstrap& bootstrap, const Plan&, std::vector<void*>* mapped) override {
+  std::string map(Bootstrap& bootstrap, const Topology&, std::vector<void*>* mapped) override {
     // All ranks take part in a registration, so that none may come without the others: all have allocated by now.
     const int registered =
         nccl_->register_window(communicator_, buffer_, bytes_, &window_, NcclApi::kCollectiveSymmetricWindow);

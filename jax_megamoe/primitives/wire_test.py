@@ -16,11 +16,11 @@ from jax_megamoe.primitives import _groups, _library
 VERIFY, ROUND_TRIP, PUSH = 0, 1, 2
 TRANSPORTS = {"any": 0, "peer": 1, "window": 2}
 PHASES = ("none", "inbox free", "flag", "round trip", "arrival", "acknowledgement")
-# Fields of a row, `ProbeRow` in cuda/transport/peer_probe.h.
+# Fields of a row, `WireTestRow` in cuda/diagnostics/wire_test.h.
 PHASE, EPOCH, WANTED, SEEN, NANOSECONDS, MISMATCHES, AXIS_INDEX, BYTES = range(8)
 
 
-class Probe(NamedTuple):
+class WireTest(NamedTuple):
     """What a launch does; the numbers are the attributes of the FFI call."""
 
     mode: int = VERIFY
@@ -28,36 +28,36 @@ class Probe(NamedTuple):
     iterations: int = 1
     shift: int = 0  # PUSH: to the rank that is so much higher, around the end; 0 means to all others at once
     mute: int = -1  # a rank that keeps silent
-    limit_microseconds: int = 30_000_000
+    timeout_microseconds: int = 30_000_000
     transport: int = TRANSPORTS["any"]
 
 
-def peer_probe(mesh: Mesh, expert_axes: tuple[str, ...], probe: Probe, launches: int = 1) -> np.ndarray:
+def run(mesh: Mesh, expert_axes: tuple[str, ...], test: WireTest, launches: int = 1) -> np.ndarray:
     """Rows int64[launches, num_devices, num_ranks, 8] of that many launches in one program, one after the other.
 
     Devices are in the order of the mesh; row r is what the device found out about rank r of its group. Every process
     gets all rows.
     """
-    return gather_rows(program(mesh, expert_axes, probe, launches)())
+    return gather_rows(program(mesh, expert_axes, test, launches)())
 
 
 def gather_rows(words: jax.Array) -> np.ndarray:
-    """The result of a `program` as `peer_probe` returns it."""
+    """The result of a `program` as `run` returns it."""
     gathered: Any = multihost_utils.process_allgather(words, tiled=True)
     return np.ascontiguousarray(np.asarray(gathered, np.uint32)).view(np.int64)
 
 
-def program(mesh: Mesh, expert_axes: tuple[str, ...], probe: Probe, launches: int) -> Any:
-    """The jitted program behind `peer_probe`: no operands -> uint32[launches, num_devices, num_ranks, 16]."""
+def program(mesh: Mesh, expert_axes: tuple[str, ...], test: WireTest, launches: int) -> Any:
+    """The jitted program behind `run`: no operands -> uint32[launches, num_devices, num_ranks, 16]."""
     _library.check_kernel_available()
-    attributes: dict[str, Any] = {name: np.int64(value) for name, value in probe._asdict().items()}
+    attributes: dict[str, Any] = {name: np.int64(value) for name, value in test._asdict().items()}
     attributes |= _groups.group_attributes(dict(mesh.shape), expert_axes)
     num_ranks = math.prod(mesh.shape[axis] for axis in expert_axes)
 
     def launch(rank: jax.Array) -> jax.Array:
         # Eight int64 as pairs of words: JAX has none by default.
         result = jax.ShapeDtypeStruct((num_ranks, 16), jnp.uint32)
-        return jax.ffi.ffi_call(_library.PEER_PROBE_TARGET, result, has_side_effect=True)(rank, **attributes)
+        return jax.ffi.ffi_call(_library.WIRE_TEST_TARGET, result, has_side_effect=True)(rank, **attributes)
 
     def per_device() -> jax.Array:
         rank = jax.lax.axis_index(expert_axes).reshape(1) if expert_axes else jnp.zeros(1, jnp.int32)

@@ -15,16 +15,16 @@
 namespace megamoe {
 
 // Work is cut into (token, 256 or 512 hidden columns) items, one warp each, in contiguous shares per CTA.
-struct GatherShare {
+struct DispatchShare {
   Divisor blocks;  // items per token
   int first_item;
   int end_item;
 
   // Of the CTA at `place`.
-  __device__ GatherShare(const MoeArguments& args, int place) : blocks(args.constants.gather_blocks) {
+  __device__ DispatchShare(const MoeArguments& args, int place) : blocks(args.constants.dispatch_blocks) {
     const int items = args.problem.num_tokens * blocks.value();  // x would need a terabyte to overflow this
-    first_item = min(items, place * args.constants.gather_items_per_cta);
-    end_item = min(items, first_item + args.constants.gather_items_per_cta);
+    first_item = min(items, place * args.constants.dispatch_items_per_cta);
+    end_item = min(items, first_item + args.constants.dispatch_items_per_cta);
   }
 
   __device__ int token_of(int item) const { return blocks.divide(item); }
@@ -34,14 +34,14 @@ struct GatherShare {
 };
 
 // A warp's place among the items of its CTA's share.
-struct GatherCursor {
+struct DispatchCursor {
   int item;
   int token;
   int block;  // of the token's columns
 
-  __device__ GatherCursor(const GatherShare& share, int first)
+  __device__ DispatchCursor(const DispatchShare& share, int first)
       : item(first), token(share.token_of(first)), block(first - share.first_item_of(token)) {}
-  __device__ __forceinline__ void advance(const GatherShare& share) {
+  __device__ __forceinline__ void advance(const DispatchShare& share) {
     item += kConsumerWarps;
     for (block += kConsumerWarps; block >= share.blocks.value(); block -= share.blocks.value()) ++token;
   }
@@ -50,23 +50,23 @@ struct GatherCursor {
 // Piece by piece of eight columns: lane l has pieces l, and l + 32 where an item is 512 columns.
 template <bool kSwap>
 struct ItemPieces {
-  static constexpr int kPieces = Orientation<kSwap>::kGatherColumns / 8 / 32;
+  static constexpr int kPieces = Orientation<kSwap>::kDispatchColumns / 8 / 32;
   uint4 piece[kPieces];
 };
 
 // Where a piece of an item is, as the caller has it; null where there is none.
 template <bool kSwap>
-__device__ __forceinline__ const uint16_t* piece_of_item(const MoeArguments& args, const GatherShare& share,
-                                                         const GatherCursor& at, int piece) {
-  const int column = at.block * Orientation<kSwap>::kGatherColumns + piece * 8;
+__device__ __forceinline__ const uint16_t* piece_of_item(const MoeArguments& args, const DispatchShare& share,
+                                                         const DispatchCursor& at, int piece) {
+  const int column = at.block * Orientation<kSwap>::kDispatchColumns + piece * 8;
   if (at.item >= share.end_item || column >= args.problem.hidden_size) return nullptr;
   return args.x + static_cast<size_t>(at.token) * args.problem.hidden_size + column;
 }
 
 // A warp's first item, asked for before anything else.
 template <bool kSwap>
-__device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments& args, const GatherShare& share) {
-  const GatherCursor at(share, share.first_item + threadIdx.x / 32);
+__device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments& args, const DispatchShare& share) {
+  const DispatchCursor at(share, share.first_item + threadIdx.x / 32);
   ItemPieces<kSwap> item;
 #pragma unroll
   for (int i = 0; i < ItemPieces<kSwap>::kPieces; ++i) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments&
 }
 
 // A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The memory is
-// the token parts of the ring, which are empty until all tokens are gathered. Two warps share a stage, which has 2 KB for swapAB's
+// the token parts of the ring, which are empty until all tokens are dispatched. Two warps share a stage, which has 2 KB for swapAB's
 // two items each and 8 KB for the normal orientation's four, or three warps one of 16 KB.
 template <bool kSwap>
 class ItemStream {
@@ -87,8 +87,9 @@ class ItemStream {
 
  public:
   // `first` has come already.
-  __device__ __forceinline__ ItemStream(const MoeArguments& args, const GatherShare& share, const SharedMap<kSwap>& map,
-                                        const GatherCursor& at, const ItemPieces<kSwap>& first)
+  __device__ __forceinline__ ItemStream(const MoeArguments& args, const DispatchShare& share,
+                                        const SharedMap<kSwap>& map, const DispatchCursor& at,
+                                        const ItemPieces<kSwap>& first)
       : args_(args), share_(share), ahead_(at) {
     const int warp = threadIdx.x / 32;
     const int warps_per_stage = ceil_div(kConsumerWarps, map.num_stages);
@@ -131,46 +132,46 @@ class ItemStream {
   }
 
   const MoeArguments& args_;
-  const GatherShare& share_;
-  GatherCursor ahead_;
+  const DispatchShare& share_;
+  DispatchCursor ahead_;
   uint8_t* buffer_;
   int slot_;
 };
 
-// Ids and weights of the next 32 pairs that are to be placed, asked for before they are needed.
-struct PairsAhead {
+// Ids and weights of the next 32 routes that are to be placed, loaded before they are needed.
+struct RoutesAhead {
   int expert = -1;
   float weight = 0.0f;
 
-  // A warp, of pairs [first, end).
+  // A warp, of routes [first, end).
   __device__ __forceinline__ void ask(const MoeArguments& args, int first, int end) {
-    const int pair = first + static_cast<int>(threadIdx.x % 32);
-    expert = pair < end ? __ldg(args.topk_ids + pair) : -1;
-    weight = pair < end ? __ldg(args.topk_weights + pair) : 0.0f;
+    const int route = first + static_cast<int>(threadIdx.x % 32);
+    expert = route < end ? __ldg(args.topk_ids + route) : -1;
+    weight = route < end ? __ldg(args.topk_weights + route) : 0.0f;
   }
 };
 
-// Finds the image row of every pair of tokens [token_begin, token_end) by counting earlier pairs of the same expert. One
-// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` are the first pairs,
-// and afterwards the first ones after these tokens.
+// Finds the image row of every route of tokens [token_begin, token_end) by counting earlier routes of the same expert. One
+// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` holds the
+// first routes, and afterwards the first ones after these tokens.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                            int token_begin, int token_end, PairsAhead& ahead, PairTarget* targets) {
+__device__ __forceinline__ void place_routes(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
+                                             int token_begin, int token_end, RoutesAhead& ahead, RouteTarget* targets) {
   constexpr int kTile = Orientation<kSwap>::kTokenTile;
   const int lane = threadIdx.x % 32;
   const int top_k = args.problem.top_k;
-  const int first_pair = token_begin * top_k;
-  const int end_pair = token_end * top_k;
+  const int first_route = token_begin * top_k;
+  const int end_route = token_end * top_k;
   const int k_blocks = args.problem.hidden_size / kBlockK;
-  for (int base = first_pair; base < end_pair; base += 32) {
-    const int pair = base + lane;
-    int expert = pair < end_pair ? ahead.expert : -1;
+  for (int base = first_route; base < end_route; base += 32) {
+    const int route = base + lane;
+    int expert = route < end_route ? ahead.expert : -1;
     const float weight = ahead.weight;
-    ahead.ask(args, min(base + 32, end_pair), share.end_token() * top_k);
-    if (expert < 0 || expert >= plan.group_experts() || !Group::places_pairs()) expert = -1;
+    ahead.ask(args, min(base + 32, end_route), share.end_token() * top_k);
+    if (expert < 0 || expert >= plan.group_experts() || !Group::has_ids()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
-    PairTarget target = PairTarget::unused();
+    RouteTarget target = RouteTarget::unused();
     int position = 0;
     if (expert >= 0) position = plan.before(expert) + earlier;
     __syncwarp();
@@ -181,29 +182,29 @@ __device__ __forceinline__ void place_pairs(const MoeArguments& args, const Plan
       const int padded = round_up(min(kTile, plan.count(expert) - chunk * kTile), 8);
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
-      // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
-      target = PairTarget::at(rank, chunk_row_base * k_blocks, row, padded);
+      // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/limits.h).
+      target = RouteTarget::at(rank, chunk_row_base * k_blocks, row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
-      if (share.first_item_of(pair / top_k) >= share.first_item) {
-        Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::pair_of_group(args, pair),
+      if (share.first_item_of(route / top_k) >= share.first_item) {
+        Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::route_with_rank(args, route),
                                                                              weight * args.routed_scaling_factor};
       }
     }
     __syncwarp();
-    if (pair < end_pair) targets[pair - first_pair] = target;
+    if (route < end_route) targets[route - first_route] = target;
   }
 }
 
 // Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the
 // token's used slots; where rows are gathered, once, and for the slots its scales.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void gather_item(const MoeArguments& args, const GatherCursor& at,
-                                            const ItemPieces<kSwap>& item, const PairTarget* token_targets) {
+__device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
+                                              const ItemPieces<kSwap>& item, const RouteTarget* token_targets) {
   constexpr int kPieces = ItemPieces<kSwap>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column = at.block * Orientation<kSwap>::kGatherColumns + lane * 8 * kPieces;
+  const int column = at.block * Orientation<kSwap>::kDispatchColumns + lane * 8 * kPieces;
   float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
@@ -238,7 +239,7 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
-    PairTarget target[kSlotsAtOnce];
+    RouteTarget target[kSlotsAtOnce];
     uint8_t* plane[kSlotsAtOnce];
     float* scales[kSlotsAtOnce];
 #pragma unroll
@@ -265,27 +266,27 @@ __device__ __forceinline__ void gather_item(const MoeArguments& args, const Gath
   }
 }
 
-// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `pairs` warp 0's first pairs,
-// asked for before. Ends by counting the share as done, for all CTAs to know.
+// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `routes` are warp
+// 0's first routes, both loaded before. Ends by counting the share as done, for all CTAs to know.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void gather_share(const MoeArguments& args, const Plan& plan, const GatherShare& share,
-                                             const ItemPieces<kSwap>& first, PairsAhead& pairs,
-                                             const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
+__device__ __forceinline__ void dispatch_share(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
+                                               const ItemPieces<kSwap>& first, RoutesAhead& routes,
+                                               const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
-  const int tokens_per_batch = kPairBatch / top_k;
+  const int tokens_per_batch = kRouteBatch / top_k;
   const int end_token = share.end_token();
-  PairTarget* targets = map.pair_targets();
-  GatherCursor at(share, share.first_item + warp);
+  RouteTarget* targets = map.route_targets();
+  DispatchCursor at(share, share.first_item + warp);
   ItemStream<kSwap> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
-    if (warp == 0) place_pairs<kSwap, Group>(args, plan, share, token_begin, token_end, pairs, targets);
+    if (warp == 0) place_routes<kSwap, Group>(args, plan, share, token_begin, token_end, routes, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));
     for (; at.item < end_item; at.advance(share)) {
-      gather_item<kSwap, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
+      dispatch_item<kSwap, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
@@ -295,7 +296,7 @@ __device__ __forceinline__ void gather_share(const MoeArguments& args, const Pla
   ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
-    uint32_t* counter = SharedMap<kSwap>::counters(args).quantized_shares();
+    uint32_t* counter = SharedMap<kSwap>::counters(args).dispatched_shares();
     if constexpr (Group::kHasPeers) {
       signaller.post(counter);
     } else {
@@ -304,13 +305,12 @@ __device__ __forceinline__ void gather_share(const MoeArguments& args, const Pla
   }
 }
 
-// Tells the token producer, and that of the other CTA of a pair, that this CTA gathers no more: they may fill stages with tokens. All
-// consumers, once they are through with the CTA's own share.
+// Tells the token producers of the cluster's CTAs that this CTA dispatches no more: they may fill stages with tokens. All consumers, once they are through with the CTA's own share.
 template <bool kSwap>
-__device__ __forceinline__ void end_gathering(const MoeArguments& args) {
+__device__ __forceinline__ void end_dispatch(const MoeArguments& args) {
   if (kEveryLaneArrives || threadIdx.x == 0) {
-    for (uint32_t rank = 0; rank < CtaPair<kSwap>(args).ctas(); ++rank) {
-      ptx::mbarrier_arrive_in_cluster(&shared_header().gathered, rank);
+    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
+      ptx::mbarrier_arrive_in_cluster(&shared_header().dispatched, rank);
     }
   }
 }
@@ -318,7 +318,7 @@ __device__ __forceinline__ void end_gathering(const MoeArguments& args) {
 // The next share of a CTA that has not started, from `place` on; past the last one: there is none any more. All consumers.
 template <bool kSwap>
 __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<kSwap>& map, int place) {
-  int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are gathered
+  int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are dispatched
   const int places = static_cast<int>(gridDim.x);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
@@ -331,21 +331,22 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
   return place;
 }
 
-// The shares of CTAs that have not started, which the token producer has asked for. It fills no stage until it has its answer, and no
-// stage of any CTA has tokens before all shares are gathered: the items' memory is free. All consumers.
+// The shares of CTAs that have not started, which the token producer has asked for. It fills no stage until it has its
+// answer, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
 template <bool kSwap, typename Group>
-__device__ __forceinline__ void gather_vacant_shares(const MoeArguments& args, const Plan& plan,
-                                                     const SharedMap<kSwap>& map, Signaller& signaller,
-                                                     Tracer& tracer) {
+__device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args, const Plan& plan,
+                                                       const SharedMap<kSwap>& map, Signaller& signaller,
+                                                       Tracer& tracer) {
   int place = -1;
 #pragma unroll 1
   while ((place = take_vacant_share(args, map, place + 1)) < static_cast<int>(gridDim.x)) {
-    const GatherShare share(args, place);
-    const int first_pair = share.first_token() * args.problem.top_k;
-    recount_before<Group>(args, plan, Group::pair_number(args, first_pair));
-    PairsAhead pairs;
-    if (threadIdx.x / 32 == 0) pairs.ask(args, first_pair, share.end_token() * args.problem.top_k);
-    gather_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), pairs, map, signaller, tracer);
+    const DispatchShare share(args, place);
+    const int first_route = share.first_token() * args.problem.top_k;
+    recount_before<Group>(args, plan, Group::route_in_group(args, first_route));
+    RoutesAhead routes;
+    if (threadIdx.x / 32 == 0) routes.ask(args, first_route, share.end_token() * args.problem.top_k);
+    dispatch_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), routes, map, signaller,
+                                 tracer);
   }
   if (kEveryLaneArrives || threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // all of them see it

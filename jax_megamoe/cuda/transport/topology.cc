@@ -1,4 +1,4 @@
-#include "transport/plan.h"
+#include "transport/topology.h"
 
 #include <algorithm>
 
@@ -10,14 +10,14 @@ bool same(const uint64_t a[2], const uint64_t b[2]) { return a[0] == b[0] && a[1
 
 }  // namespace
 
-std::string make_plan(const std::vector<Introduction>& ranks, int rank, Plan* plan) {
+std::string read_topology(const std::vector<Introduction>& ranks, int rank, Topology* topology) {
   const Introduction& own = ranks[rank];
-  *plan = Plan();
+  *topology = Topology();
   // Compared with rank 0 and not with this rank, so that all ranks come to the same result.
   const Introduction& first = ranks[0];
   bool all_have_windows = true;
-  plan->generation = first.token;
-  plan->keeps_buffers = first.generation != 0;
+  topology->generation = first.token;
+  topology->keeps_buffers = first.generation != 0;
   for (size_t peer = 0; peer < ranks.size(); ++peer) {
     const Introduction& other = ranks[peer];
     const std::string pair = "rank " + std::to_string(peer) + " and rank " + std::to_string(rank);
@@ -35,20 +35,20 @@ std::string make_plan(const std::vector<Introduction>& ranks, int rank, Plan* pl
       }
     }
     all_have_windows = all_have_windows && other.has_windows != 0;
-    plan->spans_processes = plan->spans_processes || !same(other.identity.process, first.identity.process);
-    plan->spans_hosts = plan->spans_hosts || !same(other.identity.host, first.identity.host);
-    plan->reach.push_back(static_cast<int>(peer) == rank                       ? Reach::kSelf
-                          : same(other.identity.process, own.identity.process) ? Reach::kSameProcess
-                          : same(other.identity.host, own.identity.host)       ? Reach::kSameHost
-                                                                               : Reach::kOtherHost);
-    plan->bytes = std::max(plan->bytes, other.bytes);
-    plan->keeps_buffers = plan->keeps_buffers && other.generation == first.generation;
-    if (plan->group == 0) plan->group = other.group;
+    topology->spans_processes = topology->spans_processes || !same(other.identity.process, first.identity.process);
+    topology->spans_hosts = topology->spans_hosts || !same(other.identity.host, first.identity.host);
+    topology->reach.push_back(static_cast<int>(peer) == rank                       ? Reach::kSelf
+                              : same(other.identity.process, own.identity.process) ? Reach::kSameProcess
+                              : same(other.identity.host, own.identity.host)       ? Reach::kSameHost
+                                                                                   : Reach::kOtherHost);
+    topology->bytes = std::max(topology->bytes, other.bytes);
+    topology->keeps_buffers = topology->keeps_buffers && other.generation == first.generation;
+    if (topology->group == 0) topology->group = other.group;
   }
-  if (plan->group == 0) plan->group = first.token;
-  plan->keeps_buffers = plan->keeps_buffers && first.buffer_bytes >= plan->bytes;
-  plan->may_map = !plan->spans_hosts && own.wanted != Wanted::kWindow;
-  plan->may_use_windows = all_have_windows && own.wanted != Wanted::kPeerAccess;
+  if (topology->group == 0) topology->group = first.token;
+  topology->keeps_buffers = topology->keeps_buffers && first.buffer_bytes >= topology->bytes;
+  topology->may_map = !topology->spans_hosts && own.wanted != Wanted::kWindow;
+  topology->may_use_windows = all_have_windows && own.wanted != Wanted::kPeerAccess;
   return {};
 }
 

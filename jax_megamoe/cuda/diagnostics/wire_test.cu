@@ -1,8 +1,8 @@
-#include "transport/peer_probe.h"
+#include "diagnostics/wire_test.h"
 
 #include "common/system_flags.cuh"
 
-namespace megamoe::transport {
+namespace megamoe {
 
 namespace {
 
@@ -25,7 +25,7 @@ struct alignas(128) Cell {
 struct Header {
   alignas(128) uint64_t epoch;  // launches that are over
   unsigned int finished;        // blocks of this launch that are
-  Cell cells[kProbeMaxRanks];
+  Cell cells[kWireTestMaxRanks];
 };
 
 constexpr size_t kInboxOffset = (sizeof(Header) + 4095) / 4096 * 4096;
@@ -38,22 +38,22 @@ __device__ uint64_t pattern(int src, int dst, uint64_t epoch, int64_t word) {
   return value ^ (value >> 29);
 }
 
-class Probe {
+class WireTest {
  public:
-  __device__ explicit Probe(const ProbeArguments& arguments) : a_(arguments), own_(header(arguments.rank)) {
+  __device__ explicit WireTest(const WireTestArguments& arguments) : a_(arguments), own_(header(arguments.rank)) {
     // Before any block of this launch can have ended, hence before the last one advances it.
     epoch_ = own_->epoch + 1;
   }
 
   __device__ void run() {
     switch (a_.mode) {
-      case ProbeMode::kVerify:
+      case WireTestMode::kVerify:
         verify(blockIdx.y);
         break;
-      case ProbeMode::kRoundTrip:
+      case WireTestMode::kRoundTrip:
         if (threadIdx.x == 0) round_trip(blockIdx.y);
         break;
-      case ProbeMode::kPush: {
+      case WireTestMode::kPush: {
         const int shift = a_.shift != 0 ? a_.shift : static_cast<int>(blockIdx.y);
         // In a ring of shifts each rank sends to one and hears from one.
         const int dst = (a_.rank + shift) % a_.num_ranks, src = (a_.rank - shift + a_.num_ranks) % a_.num_ranks;
@@ -72,7 +72,7 @@ class Probe {
 
   // One thread waits, the whole block learns how it ended. What the peer did before it set the flag is visible to all
   // threads afterwards: acquired by one, passed on by the barrier.
-  __device__ bool block_wait(const uint64_t* flag, uint64_t target, ProbePhase phase, int peer) {
+  __device__ bool block_wait(const uint64_t* flag, uint64_t target, WireTestPhase phase, int peer) {
     __shared__ bool came;
     if (threadIdx.x == 0) came = wait(flag, target, phase, peer);
     __syncthreads();
@@ -81,10 +81,10 @@ class Probe {
     return result;
   }
 
-  __device__ bool wait(const uint64_t* flag, uint64_t target, ProbePhase phase, int peer) {
+  __device__ bool wait(const uint64_t* flag, uint64_t target, WireTestPhase phase, int peer) {
     uint64_t seen;
-    if (ptx::wait_system(flag, target, a_.limit_nanoseconds, &seen)) return true;
-    ProbeRow& row = a_.rows[peer];
+    if (ptx::wait_system(flag, target, a_.timeout_nanoseconds, &seen)) return true;
+    WireTestRow& row = a_.rows[peer];
     row.failed_phase = static_cast<int64_t>(phase);
     row.wanted = static_cast<int64_t>(target);
     row.seen = static_cast<int64_t>(seen);
@@ -109,7 +109,7 @@ class Probe {
     begin_row(peer);
     Cell& cell = own_->cells[peer];
     Cell& there = header(peer)->cells[a_.rank];
-    if (!block_wait(&cell.ack, cell.pushed, ProbePhase::kInboxFree, peer)) return;
+    if (!block_wait(&cell.ack, cell.pushed, WireTestPhase::kInboxFree, peer)) return;
     if (!is_mute()) {
       fill(peer, threadIdx.x, kThreads);
       __syncthreads();
@@ -118,7 +118,7 @@ class Probe {
         ptx::store_release_system(&there.flag, epoch_);
       }
     }
-    if (!block_wait(&cell.flag, epoch_, ProbePhase::kFlag, peer)) return;
+    if (!block_wait(&cell.flag, epoch_, WireTestPhase::kFlag, peer)) return;
     const uint4* in = inbox(a_.rank, peer);
     int wrong = 0;
     for (int64_t i = threadIdx.x; i < a_.bytes / 16; i += kThreads) {
@@ -146,13 +146,13 @@ class Probe {
     for (int round = 0; round <= a_.iterations; ++round) {
       // Round 0 waits for the peer to have started, and is not timed.
       if (round == 1) start = ptx::global_nanoseconds();
-      const uint64_t value = epoch_ * kProbeMaxIterations * 2 + round;
+      const uint64_t value = epoch_ * kWireTestMaxIterations * 2 + round;
       if (a_.rank <= peer && !is_mute()) ptx::store_release_system(&there.ping, value);
       if (a_.rank >= peer) {
-        if (!wait(&cell.ping, value, ProbePhase::kPing, peer)) return;
+        if (!wait(&cell.ping, value, WireTestPhase::kPing, peer)) return;
         if (!is_mute()) ptx::store_release_system(&there.pong, value);
       }
-      if (a_.rank <= peer && !wait(&cell.pong, value, ProbePhase::kPing, peer)) return;
+      if (a_.rank <= peer && !wait(&cell.pong, value, WireTestPhase::kPing, peer)) return;
     }
     a_.rows[peer].nanoseconds = static_cast<int64_t>(ptx::global_nanoseconds() - start);
   }
@@ -161,7 +161,7 @@ class Probe {
     begin_row(dst);
     Cell& to = own_->cells[dst];
     Cell& from = own_->cells[src];
-    if (!block_wait(&to.ack, to.pushed, ProbePhase::kInboxFree, dst)) return;
+    if (!block_wait(&to.ack, to.pushed, WireTestPhase::kInboxFree, dst)) return;
     const uint64_t start = ptx::global_nanoseconds();
     for (int i = 0; i < a_.iterations && !is_mute(); ++i)
       fill(dst, blockIdx.x * kThreads + threadIdx.x, kPushBlocks * kThreads);
@@ -169,10 +169,10 @@ class Probe {
     if (threadIdx.x == 0 && !is_mute()) ptx::add_release_system(&header(dst)->cells[a_.rank].arrived, uint64_t{1});
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
     const uint64_t target = from.expected + kPushBlocks;
-    if (!wait(&from.arrived, target, ProbePhase::kArrival, dst)) return;
+    if (!wait(&from.arrived, target, WireTestPhase::kArrival, dst)) return;
     from.expected = target;
     ptx::store_release_system(&header(src)->cells[a_.rank].ack, epoch_);
-    if (!wait(&to.ack, epoch_, ProbePhase::kAcknowledgement, dst)) return;
+    if (!wait(&to.ack, epoch_, WireTestPhase::kAcknowledgement, dst)) return;
     a_.rows[dst].nanoseconds = static_cast<int64_t>(ptx::global_nanoseconds() - start);
     a_.rows[dst].bytes = a_.bytes * a_.iterations;
   }
@@ -187,29 +187,29 @@ class Probe {
     own_->epoch = epoch_;
   }
 
-  const ProbeArguments& a_;
+  const WireTestArguments& a_;
   Header* own_;
   uint64_t epoch_;
 };
 
-__global__ void __launch_bounds__(kThreads) peer_probe(const __grid_constant__ ProbeArguments arguments) {
-  Probe(arguments).run();
+__global__ void __launch_bounds__(kThreads) wire_test(const __grid_constant__ WireTestArguments arguments) {
+  WireTest(arguments).run();
 }
 
 }  // namespace
 
-size_t probe_bytes(int num_ranks, int64_t bytes) { return kInboxOffset + static_cast<size_t>(num_ranks) * bytes; }
+size_t wire_test_bytes(int num_ranks, int64_t bytes) { return kInboxOffset + static_cast<size_t>(num_ranks) * bytes; }
 
-cudaError_t prepare_probe() {
+cudaError_t prepare_wire_test() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, peer_probe);
+  return cudaFuncGetAttributes(&attributes, wire_test);
 }
 
-cudaError_t launch_probe(const ProbeArguments& arguments, cudaStream_t stream) {
-  const bool is_push = arguments.mode == ProbeMode::kPush;
+cudaError_t launch_wire_test(const WireTestArguments& arguments, cudaStream_t stream) {
+  const bool is_push = arguments.mode == WireTestMode::kPush;
   const dim3 grid(is_push ? kPushBlocks : 1, is_push && arguments.shift != 0 ? 1 : arguments.num_ranks);
-  peer_probe<<<grid, kThreads, 0, stream>>>(arguments);
+  wire_test<<<grid, kThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 
-}  // namespace megamoe::transport
+}  // namespace megamoe

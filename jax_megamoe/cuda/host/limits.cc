@@ -1,4 +1,4 @@
-#include "host/problem.h"
+#include "host/limits.h"
 
 #include "layout/peer_buffer.h"
 
@@ -16,8 +16,8 @@ std::string unsupported_reason(const Problem& p) {
     return "intermediate_size is " + text(p.intermediate_size) + "; it has to be a positive multiple of 128.";
   }
   if (p.top_k < 1 || p.top_k > kMaxTopK) return "top_k is " + text(p.top_k) + "; it has to be 1 to 32.";
-  if (p.num_experts < 1 || p.num_experts > kMaxExperts) {
-    return "the device holds " + text(p.num_experts) + " experts; the kernel serves 1 to 1024.";
+  if (p.num_local_experts < 1 || p.num_local_experts > kMaxExperts) {
+    return "the device holds " + text(p.num_local_experts) + " experts; the kernel serves 1 to 1024.";
   }
   if (p.num_ranks < 1 || p.num_ranks > kMaxRanks) {
     return "the expert group has " + text(p.num_ranks) + " ranks; the kernel serves 1 to " + text(kMaxRanks) + ".";
@@ -26,7 +26,7 @@ std::string unsupported_reason(const Problem& p) {
     if (p.group_experts() > kMaxExperts) {
       return "the expert group has " + text(p.group_experts()) + " experts; the kernel serves 1 to 1024.";
     }
-    if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupPairs) {
+    if (static_cast<int64_t>(p.num_ranks) * p.num_tokens * p.top_k > kMaxGroupRoutes) {
       return "the ranks have " + text(p.num_tokens) + " tokens each; pass at most 2^30 (token, slot) pairs in all.";
     }
   }

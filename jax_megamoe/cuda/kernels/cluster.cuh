@@ -2,8 +2,9 @@
 // brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full chunks left, each has
 // a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
 //
-// What a pair must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the tickets and
-// tells the other one; neither ends before the last arrival from the other one is here (WeightProducer::await_last_releases).
+// What the two must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the
+// tickets and tells its partner; neither ends before the partner's last arrival is here
+// (WeightProducer::await_last_releases).
 // Waits for the other CTA need no limit: the two start together, and whatever else they wait for has one.
 #pragma once
 
@@ -17,18 +18,19 @@
 
 namespace megamoe {
 
-constexpr uint16_t kBothCtas = 3;  // of a pair, a bit for each rank
+constexpr uint16_t kBothCtas = 3;  // a bit for each rank in the cluster
 
-// swapAB is bound by the memory and has one chunk per expert: its CTAs are alone, and the compiler knows.
+// The CTA's place in its cluster, of two CTAs or of one. swapAB is bound by the memory and has one chunk per expert: its
+// CTAs are alone, and the compiler knows.
 template <bool kSwap>
-class CtaPair {
+class Cluster {
  public:
-  __device__ explicit CtaPair(const MoeArguments& args) : ctas_(args.constants.cluster_ctas) {}
+  __device__ explicit Cluster(const MoeArguments& args) : ctas_(args.constants.cluster_ctas) {}
 
-  __device__ bool exists() const { return !kSwap && ctas_ == 2; }
+  __device__ bool has_partner() const { return !kSwap && ctas_ == 2; }
   __device__ uint32_t ctas() const { return kSwap ? 1 : ctas_; }
-  __device__ uint32_t rank() const { return exists() ? ptx::cluster_rank() : 0; }
-  // Of the grid's pairs, or single CTAs.
+  __device__ uint32_t rank() const { return has_partner() ? ptx::cluster_rank() : 0; }
+  // Of the grid's clusters.
   __device__ uint32_t index() const { return blockIdx.x / ctas(); }
   __device__ uint32_t count() const { return gridDim.x / ctas(); }
 
@@ -40,10 +42,11 @@ class CtaPair {
     if constexpr (!kSwap) ptx::cluster_wait();
   }
 
-  // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its ids and others
-  // not, and the two of a pair would make different plans and wait for each other's stages: then both have no units.
+  // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its ids
+  // and others not. The two of a cluster would make different plans and wait for each other's stages: then both have no
+  // units.
   __device__ __forceinline__ void agree_on_missing_ids(SharedHeader& header) const {
-    if (!exists()) return;
+    if (!has_partner()) return;
     if (threadIdx.x == 0 && header.ids_missing != 0) ptx::store_in_cluster(&header.ids_missing, 1, rank() ^ 1);
     __syncwarp();
     ptx::cluster_arrive();

@@ -1,4 +1,4 @@
-"""Walks through all orders of events in the rings of a pair of thread blocks (jax_megamoe/cuda/kernels/cta_pair.cuh)."""
+"""Walks through all orders of events in the rings of a cluster of two thread blocks (jax_megamoe/cuda/kernels/cluster.cuh)."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

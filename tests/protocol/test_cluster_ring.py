@@ -1,8 +1,8 @@
-"""A pair of thread blocks neither overwrites what the other one still needs nor waits for ever, in any order of events."""
+"""A cluster of two thread blocks neither overwrites what the other one still needs nor waits for ever, in any order of events."""
 
 import pytest
 
-from tests.protocol.pair_ring import Ring, Unit, explore
+from tests.protocol.cluster_ring import Ring, Unit, explore
 
 WEIGHTS, TOKENS = Unit(2, shares_weights=True), Unit(2, shares_tokens=True)
 SHORT_WEIGHTS, SHORT_TOKENS, ALONE = Unit(1, shares_weights=True), Unit(1, shares_tokens=True), Unit(1)

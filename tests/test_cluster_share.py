@@ -1,4 +1,4 @@
-"""How pairs of thread blocks share an expert's units, compiled for the host."""
+"""How the thread blocks of a cluster share an expert's units, compiled for the host."""
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ CHUNK, WARPGROUP = 128, 64
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compile_program(tmp_path_factory.mktemp("native"), "pair_share_test")
+    return compile_program(tmp_path_factory.mktemp("native"), "cluster_share_test")
 
 
 @settings(deadline=None, max_examples=100)

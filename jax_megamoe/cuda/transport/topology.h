@@ -32,7 +32,7 @@ struct Introduction {
 // How the memory of one rank reaches another.
 enum class Reach { kSelf, kSameProcess, kSameHost, kOtherHost };
 
-struct Plan {
+struct Topology {
   std::vector<Reach> reach;  // of each rank's memory, seen from this rank
   bool spans_processes = false;
   bool spans_hosts = false;
@@ -44,8 +44,8 @@ struct Plan {
   uint64_t generation = 0;     // names this set-up
 };
 
-// Fills the plan; returns what is wrong with the group, or nothing. `rank` is the caller's.
-std::string make_plan(const std::vector<Introduction>& ranks, int rank, Plan* plan);
+// Fills the topology; returns what is wrong with the group, or nothing. `rank` is the caller's.
+std::string read_topology(const std::vector<Introduction>& ranks, int rank, Topology* topology);
 
 // Sizes are rounded up to one of eight steps between powers of two, 2 MiB at least, so that few are made anew.
 uint64_t size_class(uint64_t bytes);

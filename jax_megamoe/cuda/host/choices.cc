@@ -1,0 +1,56 @@
+#include "host/choices.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace megamoe {
+
+namespace {
+
+// Of its memory, and of each SM; 0: nobody knows.
+double bytes_per_microsecond_and_sm(const Device& device) {
+  return device.num_sms > 0 ? device.bytes_per_microsecond / device.num_sms : 0.0;
+}
+
+int most_routes_per_expert_waiting(const Device& device) {
+  const double rate = bytes_per_microsecond_and_sm(device) * 1e-3;
+  if (rate <= 0.0) return kMostRoutesPerExpertWaiting;
+  return static_cast<int>(std::min<double>(kMostRoutesPerExpertWaiting, kRoutesPerExpertTimesRate / rate));
+}
+
+// More time for its weights than for its multiplies.
+bool waits_for_memory(const Problem& p, const Device& device) {
+  return p.num_routes() <= most_routes_per_expert_waiting(device) * p.num_local_experts;
+}
+
+int cluster_ctas(const Problem& p, const Device& device) {
+  const bool wanted = p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
+  // All have to run at the same time, as their waits for each other need.
+  return wanted && device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters ? 2 : 1;
+}
+
+int64_t gate_up_bytes(const Problem& p) {
+  return int64_t{2} * p.num_local_experts * p.intermediate_size * p.hidden_size;
+}
+
+int weight_bytes_in_flight(const Device& device) {
+  const double wanted = kMicrosecondsInFlight * bytes_per_microsecond_and_sm(device);
+  return std::max(kWeightBytesInFlight, static_cast<int>(wanted));
+}
+
+}  // namespace
+
+LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
+  LaunchChoice choice = {};
+  choice.swap_operands = p.swap_operands();
+  choice.cluster_ctas = 1;
+  choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
+  if (choice.swap_operands) return choice;  // its chunks are too small for the rest
+  choice.cluster_ctas = cluster_ctas(p, device);
+  // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is used.
+  choice.gathers_rows = !has_peers && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
+  choice.activations_stay = waits_for_memory(p, device) && gate_up_bytes(p) <= kMostGateUpBytesBesideActivations;
+  return choice;
+}
+
+}  // namespace megamoe

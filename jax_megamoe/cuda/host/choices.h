@@ -1,0 +1,33 @@
+// Every decision about a launch, in one pure function of the problem and the device: no CUDA, so that tests ask it on a CPU
+// (tests/test_choices.py). The numbers that it goes by are in layout/thresholds.h; instantiations/ does what it says.
+#pragma once
+
+#include "layout/problem.h"
+
+namespace megamoe {
+
+// What a launch may use of a device.
+struct Device {
+  int num_sms;
+  int num_ctas;                  // of the launch, or of each rank in it: one for each SM, but in tests
+  int num_clusters;              // of two CTAs that can run at the same time, for each rank of the launch
+  double bytes_per_microsecond;  // from its memory; 0: the driver does not say
+};
+
+struct LaunchChoice {
+  // Tokens and weights change places in the multiply (swapAB).
+  bool swap_operands;
+  // 1, or 2 that share the weights of experts with several chunks of tokens.
+  int cluster_ctas;
+  // Tokens are quantised once and gathered row by row, instead of into the images of all their experts.
+  bool gathers_rows;
+  // Activations stay in the L2 until they are used: gate/up weights of experts with one chunk leave it first.
+  bool activations_stay;
+  // Bytes of weights that an SM has on their way, at most.
+  int weight_bytes_in_flight;
+};
+
+// For one launch, of `problem`. `has_peers`: other ranks write tokens to this one's memory.
+LaunchChoice choose(const Problem& problem, const Device& device, bool has_peers);
+
+}  // namespace megamoe

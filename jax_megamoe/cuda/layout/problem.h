@@ -1,0 +1,49 @@
+// The sizes of one call, and what follows from them alone.
+#pragma once
+
+#include "layout/thresholds.h"
+#include "layout/tiles.h"
+
+namespace megamoe {
+
+// Whether tokens and weights change places in the multiply. The rule decides, but for measurements (`probe crossover`) and
+// for the launches of one call, which all take the first one's side.
+enum class OperandOrder : int { kByRule, kSwapped, kNormal };
+
+// `num_tokens` and `num_local_experts` are what this device holds.
+struct Problem {
+  int num_tokens;
+  int top_k;
+  int hidden_size;
+  int intermediate_size;
+  int num_local_experts;
+  int num_ranks = 1;  // of the expert group; each has as many tokens and experts
+  OperandOrder order = OperandOrder::kByRule;
+
+  // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from it:
+  // it is asked where a program is lowered, too, and never of a device.
+  bool swap_operands() const {
+    if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
+    int most = kLeastSwapLimit;
+    for (const SwapLimit& limit : kSwapLimits) {
+      if (normal_units() >= limit.units_per_sm * kMeasuredSms) continue;
+      most = limit.routes_per_expert;
+      break;
+    }
+    return num_routes() <= most * num_local_experts;
+  }
+  // The normal orientation's gate/up units, with a chunk per expert.
+  int normal_units() const { return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
+  int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
+  __host__ __device__ int num_routes() const { return num_tokens * top_k; }
+  __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
+  __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }
+  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
+  int max_chunks() const {
+    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) + group_routes() / token_tile();
+  }
+  // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
+  int max_rows() const { return group_routes() + 7 * max_chunks(); }
+};
+
+}  // namespace megamoe

@@ -1,0 +1,210 @@
+"""What a launch is like, by problem and device: the function that decides it, compiled for the host, and its numbers."""
+
+import re
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.native_program import CUDA, compile_program
+
+LOG = CUDA.parent.parent / "docs" / "performance-log.md"
+THRESHOLDS = CUDA / "layout" / "thresholds.h"
+
+
+class Problem(NamedTuple):
+    tokens: int
+    top_k: int
+    hidden: int
+    inter: int
+    experts: int
+    ranks: int = 1
+    has_peers: bool = False
+
+
+class Device(NamedTuple):
+    sms: int = 132
+    ctas: int = 132
+    clusters: int = 66
+    bytes_per_microsecond: int = 3_352_320
+
+
+class Choice(NamedTuple):
+    swap: bool
+    cluster_ctas: int
+    gathers_rows: bool
+    activations_stay: bool
+    bytes_in_flight: int
+
+
+H100, H200 = Device(), Device(bytes_per_microsecond=4_916_736)
+KB = 1024
+
+
+def flash(tokens, **changes):
+    return Problem(tokens, 6, 4096, 2048, 32)._replace(**changes)
+
+
+def pro(tokens, **changes):
+    return Problem(tokens, 6, 7168, 3072, 48)._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def choose(tmp_path_factory):
+    """From (problem, device) pairs to choices."""
+    source = CUDA / "host" / "choices.cc"
+    program = compile_program(tmp_path_factory.mktemp("native"), "choices_test", source)
+
+    def ask(calls):
+        lines = program("\n".join(" ".join(str(int(n)) for n in (*problem, *device)) for problem, device in calls))
+        numbers = [list(map(int, line.split())) for line in lines.splitlines()]
+        return [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), n[4]) for n in numbers]
+
+    return ask
+
+
+# Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, activations_stay, bytes_in_flight.
+CASES = {
+    "decode": (flash(8), H100, (True, 1, False, False, 64 * KB)),
+    "decode, a faster memory": (flash(8), H200, (True, 1, False, False, 74496)),
+    "swapAB's last": (flash(149), H100, (True, 1, False, False, 64 * KB)),
+    "normal's first": (flash(150), H100, (False, 1, True, True, 64 * KB)),
+    "swapAB's last, many units": (pro(144), H100, (True, 1, False, False, 64 * KB)),
+    "normal's first, too many bytes to stay": (pro(145), H100, (False, 1, True, False, 64 * KB)),
+    "waits for memory": (flash(597), H100, (False, 1, True, True, 64 * KB)),
+    "multiplies longer": (flash(598), H100, (False, 1, False, False, 64 * KB)),
+    "waits for a faster memory": (flash(405), H200, (False, 1, True, True, 74496)),
+    "multiplies longer, a faster memory": (flash(406), H200, (False, 1, False, False, 74496)),
+    "a memory that nobody knows": (flash(597), H100._replace(bytes_per_microsecond=0), (False, 1, True, True, 64 * KB)),
+    "... multiplies longer": (flash(598), H100._replace(bytes_per_microsecond=0), (False, 1, False, False, 64 * KB)),
+    "peers write rows where they are used": (flash(200, has_peers=True), H100, (False, 1, False, True, 64 * KB)),
+    "fewer units than SMs": (Problem(100, 8, 2048, 768, 16), H100, (False, 1, False, True, 64 * KB)),
+    "... of this device": (Problem(100, 8, 2048, 768, 16), H100._replace(sms=96), (False, 1, True, True, 69840)),
+    "alone": (flash(1023), H100, (False, 1, False, False, 64 * KB)),
+    "clusters": (flash(1024), H100, (False, 2, False, False, 64 * KB)),
+    "an odd number of CTAs": (flash(1024), H100._replace(ctas=131), (False, 1, False, False, 64 * KB)),
+    "clusters that do not all run": (flash(1024), H100._replace(clusters=65), (False, 1, False, False, 64 * KB)),
+}
+
+
+@pytest.mark.parametrize("problem, device, wanted", CASES.values(), ids=CASES)
+def test_every_branch(choose, problem, device, wanted):
+    assert choose([(problem, device)]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "experts, inter, most",
+    [(16, 768, 46), (16, 1536, 34), (32, 2048, 28), (32, 4096, 28), (33, 4096, 18), (48, 3072, 18)],
+    ids=["below a unit per SM", "below two", "below eight", "eight less a bit", "eight", "more"],
+)
+def test_where_swap_ends(choose, experts, inter, most):
+    """The routes per expert of docs/kernel.md, exactly."""
+    calls = [(Problem(tokens, 1, 1024, inter, experts), H100) for tokens in (most * experts, most * experts + 1)]
+    assert [choice.swap for choice in choose(calls)] == [True, False]
+
+
+problems = st.builds(
+    Problem,
+    tokens=st.integers(1, 1 << 20),
+    top_k=st.integers(1, 32),
+    hidden=st.integers(1, 64).map(lambda blocks: 128 * blocks),
+    inter=st.integers(1, 64).map(lambda blocks: 128 * blocks),
+    experts=st.integers(1, 1024),
+    ranks=st.just(1),
+    has_peers=st.just(False),
+)
+devices = st.builds(
+    Device,
+    sms=st.integers(16, 256),
+    ctas=st.integers(16, 256),
+    clusters=st.integers(0, 128),
+    bytes_per_microsecond=st.one_of(st.just(0), st.integers(1_000_000, 20_000_000)),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, tokens=st.lists(st.integers(1, 1 << 20), min_size=2, max_size=20))
+def test_more_tokens_never_turn_back(choose, problem, device, tokens):
+    choices = choose([(problem._replace(tokens=t), device) for t in sorted(tokens)])
+    normal = [choice for choice in choices if not choice.swap]
+    swap = [choice.swap for choice in choices]
+    assert swap == sorted(swap, reverse=True)
+    for field in ("gathers_rows", "activations_stay"):
+        values = [getattr(choice, field) for choice in normal]
+        assert values == sorted(values, reverse=True), field
+    sizes = [choice.cluster_ctas for choice in choices]
+    assert sizes == sorted(sizes)
+    # Beyond 56 routes, the chunk's limit, most experts would have two chunks.
+    for t, choice in zip(sorted(tokens), choices, strict=True):
+        assert not (choice.swap and t * problem.top_k > 56 * problem.experts)
+
+
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, has_peers=st.booleans())
+def test_what_goes_together(choose, problem, device, has_peers):
+    (choice,) = choose([(problem._replace(has_peers=has_peers), device)])
+    if choice.swap:
+        assert choice[1:4] == (1, False, False)
+    if choice.cluster_ctas == 2:
+        assert device.ctas % 2 == 0 and device.ctas <= 2 * device.clusters
+        assert not choice.gathers_rows, "rows are gathered for a CTA that is alone"
+    if choice.gathers_rows:
+        assert not has_peers and problem.experts * (problem.inter // 128) >= device.sms
+    assert choice.bytes_in_flight >= 64 * KB
+    (faster,) = choose([(problem, device._replace(bytes_per_microsecond=2 * device.bytes_per_microsecond))])
+    assert faster.bytes_in_flight >= choice.bytes_in_flight
+
+
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, ranks=st.integers(2, 8), other=devices)
+def test_ranks_and_devices_do_not_change_the_orientation(choose, problem, device, ranks, other):
+    """All ranks of a group, and whoever sizes the scratch memory of a program without a GPU, come to the same."""
+    calls = [(problem, device), (problem._replace(ranks=ranks, has_peers=True), device), (problem, other)]
+    assert len({choice.swap for choice in choose(calls)}) == 1
+
+
+def test_decode_and_prefill(choose):
+    """The shapes that matter most, as one rank of eight: decode is swapAB's, prefill is not."""
+    calls = [(model(tokens), H100) for model in (flash, pro) for tokens in (1, 128, 512, 8192)]
+    assert [choice.swap for choice in choose(calls)] == [True, True, False, False] * 2
+
+
+def test_the_module_tells_it_too():
+    """For tests that have to know which path a call takes, whatever the rule is."""
+    core = pytest.importorskip("jax_megamoe._core")
+    if not hasattr(core, "launch_choice"):
+        pytest.skip("jax_megamoe._core has no launch_choice: build it anew")
+    found = core.launch_choice(150, 6, 4096, 2048, 32, 1, num_sms=132, bytes_per_microsecond=3_352_320)
+    wanted = Choice(*CASES["normal's first"][2])
+    names = ("swap_operands", "cluster_ctas", "gathers_rows", "activations_stay", "weight_bytes_in_flight")
+    assert found == dict(zip(names, wanted, strict=True))
+
+
+# The table.
+
+
+def test_every_threshold_says_its_unit_and_where_it_was_measured():
+    headings = set(re.findall(r"^## (.*)$", LOG.read_text(), re.MULTILINE))
+    for block in THRESHOLDS.read_text().split("\n\n"):
+        names = re.findall(r"^constexpr [\w ]+ (k\w+)", block, re.MULTILINE)
+        if not names:
+            continue
+        comment = " ".join(line.removeprefix("//").strip() for line in block.splitlines() if line.startswith("//"))
+        found = re.search(r'Unit: [^.]+\. Measured: "([^"]+)"\.$', comment)
+        assert found, f"{names}: wanted a comment that ends with Unit and Measured"
+        assert found[1] in headings, f"{names}: docs/performance-log.md has no section {found[1]!r}"
+
+
+def test_every_threshold_is_used():
+    code = "".join(path.read_text() for path in CUDA.rglob("*") if path.is_file() and path != THRESHOLDS)
+    names = re.findall(r"^constexpr [\w ]+ (k\w+)", THRESHOLDS.read_text(), re.MULTILINE)
+    assert len(names) > 12
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_the_number_of_sms_is_asked_of_the_device():
+    for path in CUDA.rglob("*"):
+        if path.is_file() and path != THRESHOLDS:
+            code = re.sub(r"//.*", "", path.read_text())
+            assert not re.search(r"\b132\b", code), f"{path}: wanted Device::num_sms"

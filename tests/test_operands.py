@@ -1,0 +1,106 @@
+"""What the C++ handlers make of a call's operands and weights, compiled for the host and handed to them as XLA would."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jax_megamoe import layout
+from jax_megamoe.weights import DATA_FIELDS, ExpertWeights
+from tests.support.native_program import CUDA, compile_program, cuda_include
+
+# T 3, k 2, H 256, I 384, E 4, in the order of primitives/_kernel_call.py.
+RIGHT = "T 3 k 2 H 256 I 384 E 4 L 1 at 0 1 2 3 4 5 6 7 8 9 10 bf16 7 2.5"
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """From changes of a call that is right, "operand type dims...", to what comes of it."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    assert jaxlib is not None and jaxlib.origin is not None
+    # The runtime's error texts are all that is called of CUDA.
+    flags: list[str | Path] = ["-isystem", Path(jaxlib.origin).parent / "include", "-isystem", cuda_include()]
+    sources = [
+        CUDA / "ffi" / "moe_call.cc",
+        CUDA / "host" / "limits.cc",
+        CUDA.parent.parent / "tests/native/fake_cuda.cc",
+    ]
+    program = compile_program(tmp_path_factory.mktemp("native"), "moe_call_test", *sources, flags=flags)
+    return lambda change: program(change + "\n").strip()
+
+
+def test_operands_and_results_get_where_they_belong(call):
+    assert call("none") == RIGHT
+    assert call("8 f32 3 256") == RIGHT.replace("bf16", "f32")
+
+
+def test_layers_are_stacked(call):
+    leaves = "1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4"
+    assert call(leaves) == RIGHT.replace("L 1", "L 5")
+
+
+WRONG = {
+    "x dtype": ("0 f16 3 256", "x is f16[3, 256]; wanted bf16[T, H]"),
+    "x rank": ("0 bf16 3 2 128", "x is bf16[3, 2, 128]; wanted bf16[T, H]"),
+    "hidden size": (
+        "0 bf16 3 128",
+        "gate_up is f8e4m3fn[4, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+    ),
+    "gate_up rank": (
+        "1 f8e4m3fn 6 2 16384",
+        "gate_up is f8e4m3fn[6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+    ),
+    "gate_up dtype": (
+        "1 u8 4 6 2 16384",
+        "gate_up is u8[4, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+    ),
+    "gate_up_scale": ("2 f32 4 6 2 2", "gate_up_scale is f32[4, 6, 2, 2]; wanted f32[(L,) E, I/64, H/128, 4]"),
+    "down": (
+        "3 f8e4m3fn 4 4 2 8192",
+        "down is f8e4m3fn[4, 4, 2, 8192]; wanted f8e4m3fn[(L,) E, H/64, I/128, 8192]",
+    ),
+    "down of another layer count": ("3 f8e4m3fn 2 4 4 3 8192", "down is f8e4m3fn[2, 4, 4, 3, 8192]; wanted"),
+    "down_scale": ("4 bf16 4 4 2 4", "down_scale is bf16[4, 4, 2, 4]; wanted f32[(L,) E, H/64, ceil(I/256), 4]"),
+    "topk_ids dtype": ("5 s64 3 2", "topk_ids is s64[3, 2]; wanted s32[T, k]"),
+    "topk_ids tokens": ("5 s32 4 2", "topk_ids is s32[4, 2]; wanted s32[T, k]"),
+    "topk_weights": ("6 f32 3 1", "topk_weights is f32[3, 1]; wanted f32[T, k]"),
+    "layer": ("7 s32 2", "layer is s32[2]; wanted s32[]"),
+    "y": ("8 f16 3 256", "y is f16[3, 256]; wanted bf16 or f32[T, H]"),
+    "load": ("9 s32 5", "load is s32[5]; wanted s32[E]"),
+    "workspace": ("10 u8 100", "the workspace has 100 bytes; wanted 4096"),
+    "no layer": ("1 f8e4m3fn 0 4 6 2 16384", "the weights are of no layer"),
+    "too large": (f"0 bf16 {1 << 29} 256;5 s32 {1 << 29} 2", "a dimension exceeds 2^28"),
+    "what the kernel does not serve": ("5 s32 3 33", "top_k is 33; it has to be 1 to 32"),
+    "fewer": ("fewer", "the call has 7 operands and 3 results; wanted 8 and 3: trace the program anew"),
+}
+
+
+@pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
+def test_an_error_says_what_it_got_and_wanted(call, change, message):
+    assert call(change).startswith(f"jax_megamoe.moe: {message}")
+
+
+SIZES = [(128, 128), (256, 384), (4096, 2048), (7168, 3072)]
+
+
+@pytest.fixture(scope="module")
+def weights_in_cpp(tmp_path_factory):
+    """Format and layout, and the leaves of each of SIZES."""
+    program = compile_program(tmp_path_factory.mktemp("native"), "weights_test")
+    head, *blocks = program("\n".join(f"{h} {i}" for h, i in SIZES)).strip().split("\n\n")
+    return head.split(), [[line.split() for line in block.splitlines()] for block in blocks]
+
+
+def test_weights_are_the_same_in_cpp(weights_in_cpp):
+    (format_name, tag), blocks = weights_in_cpp
+    assert tag == layout.LAYOUT_TAG
+    for (hidden, inter), leaves in zip(SIZES, blocks, strict=True):
+        shapes = layout.leaf_shapes(1, hidden, inter)
+        assert tuple(leaf[0] for leaf in leaves) == DATA_FIELDS == shapes._fields
+        for (name, dtype, *numbers), shape in zip(leaves, shapes, strict=True):
+            *dims, num_bytes = map(int, numbers)
+            assert tuple(dims) == shape[1:], name
+            assert dtype == ("float32" if name.endswith("scale") else "float8_e4m3fn")
+            assert num_bytes == shape[1] * shape[2] * shape[3] * (4 if dtype == "float32" else 1)
+    weights = ExpertWeights(*(None,) * 4, num_experts=1, hidden_size=128, intermediate_size=128)  # type: ignore[arg-type]
+    assert weights.format == format_name
