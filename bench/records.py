@@ -4,12 +4,12 @@ import json
 import pathlib
 from typing import Any
 
-from jax_megamoe import machine
+from jax_megamoe import provenance
 
 
 def describe(commit: str | None, method: str) -> dict[str, Any]:
     """What the figures were measured on and with, and how; starts JAX."""
-    return {**machine.describe(commit), "method": method}
+    return {**provenance.describe(commit), "method": method}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

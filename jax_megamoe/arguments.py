@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import layout
+from jax_megamoe import weight_layout
 from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
@@ -120,7 +120,7 @@ def _check_weights(weights: object) -> ExpertWeights:
     h = weights.hidden_size
     if h > MAX_HIDDEN_SIZE:
         raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
-    shapes = layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
+    shapes = weight_layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
     tails = {name: shape[1:] for name, shape in shapes.items()}
     leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
     for name, leaf in leaves.items():

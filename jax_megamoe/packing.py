@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import layout as layouts
-from jax_megamoe import quantization, weight_checks
+from jax_megamoe import quantization, weight_checks, weight_layout
 from jax_megamoe.arrays import Array, as_array, require_device_memory, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import LayoutError, ShapeError
 from jax_megamoe.weight_checks import Order
@@ -120,11 +119,11 @@ def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) 
     def gate_up_tiles(*parts: jax.Array) -> tuple[jax.Array, jax.Array]:
         quantized = [_materialize(quantization.quantize_blocks(part)) for part in parts]
         values, scale = (jnp.concatenate(both, axis=1) for both in zip(*quantized, strict=True))
-        return layouts.pack_gate_up(values), layouts.pack_gate_up_scale(scale)
+        return weight_layout.pack_gate_up(values), weight_layout.pack_gate_up_scale(scale)
 
     def down_tiles(part: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, scale = _materialize(quantization.quantize_blocks(part))
-        return layouts.pack_down(values), layouts.pack_down_scale(scale)
+        return weight_layout.pack_down(values), weight_layout.pack_down_scale(scale)
 
     columns_axis = 3 - row_axis
     return ExpertWeights(
@@ -155,17 +154,17 @@ def _map_parts(
     split and not experts, which may be split over devices.
     """
     num_rows, num_columns = weights[0].shape[row_axis], weights[0].shape[3 - row_axis]
-    row_parts = num_rows // layouts.BLOCK
+    row_parts = num_rows // weight_layout.BLOCK
     wanted = -(-_MIN_PARTS // row_parts)
-    units = num_columns // (column_blocks * layouts.BLOCK)
-    is_whole = num_columns % (column_blocks * layouts.BLOCK) == 0
+    units = num_columns // (column_blocks * weight_layout.BLOCK)
+    is_whole = num_columns % (column_blocks * weight_layout.BLOCK) == 0
     column_parts = next((n for n in range(wanted, units + 1) if units % n == 0), units) if is_whole and units else 1
     width = num_columns // column_parts
 
     def tiles_of(row_part: jax.Array, column_part: jax.Array) -> tuple[jax.Array, jax.Array]:
         parts = []
         for weight in weights:
-            part = jax.lax.dynamic_slice_in_dim(weight, row_part * layouts.BLOCK, layouts.BLOCK, row_axis)
+            part = jax.lax.dynamic_slice_in_dim(weight, row_part * weight_layout.BLOCK, weight_layout.BLOCK, row_axis)
             part = jax.lax.dynamic_slice_in_dim(part, column_part * width, width, 3 - row_axis)
             parts.append(part if row_axis == 1 else part.swapaxes(1, 2))
         return make_tiles(*parts)
@@ -194,10 +193,10 @@ def _map_parts(
 def _pack(gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array) -> ExpertWeights:
     num_experts, hidden_size, intermediate_size = down.shape
     return ExpertWeights(
-        gate_up=layouts.pack_gate_up(gate_up),
-        gate_up_scale=layouts.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
-        down=layouts.pack_down(down),
-        down_scale=layouts.pack_down_scale(quantization.widen_scale(down_scale)),
+        gate_up=weight_layout.pack_gate_up(gate_up),
+        gate_up_scale=weight_layout.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
+        down=weight_layout.pack_down(down),
+        down_scale=weight_layout.pack_down_scale(quantization.widen_scale(down_scale)),
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

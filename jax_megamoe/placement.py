@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from jax_megamoe import _compat
 from jax_megamoe.arrays import require_device_memory
 from jax_megamoe.errors import ShapeError, ShardingError
-from jax_megamoe.primitives import _compat, _specs
+from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
 from jax_megamoe.weights import ExpertWeights
 

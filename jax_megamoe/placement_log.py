@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from jax_megamoe import _compat
 from jax_megamoe.placement import AxisNames, DefaultAxes, mesh_text, weights_by_name
-from jax_megamoe.primitives import _compat, _specs
+from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
 from jax_megamoe.weights import ExpertWeights
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from jax_megamoe import arguments, exchange, layout, quantization
+from jax_megamoe import arguments, collectives, quantization, weight_layout
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.options import typed_by_load
@@ -118,8 +118,8 @@ def _per_device(
 ) -> tuple[jax.Array, jax.Array]:
     num_tokens = math.prod(x.shape[:-1])
     tokens, ids, weights = (value.reshape(num_tokens, value.shape[-1]) for value in (x, topk_ids, topk_weights))
-    group_op = functools.partial(exchange.through_collectives, moe_local)
-    y, load = exchange.moe_per_device(
+    group_op = functools.partial(collectives.through_collectives, moe_local)
+    y, load = collectives.moe_per_device(
         moe_local, group_op, tokens, leaves, ids, weights, layer, axis_sizes=dict(axis_sizes), **params
     )
     return y.reshape(x.shape), load
@@ -221,17 +221,17 @@ def _expert(
     activation_clamp: float,
 ) -> jax.Array:
     """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R]."""
-    intermediate_size = gate_up.shape[0] * layout.PLANE_ROWS
-    gate_up_scale = layout.unpack_gate_up_scale(gate_up_scale)
-    down_scale = layout.unpack_down_scale(down_scale, intermediate_size)
+    intermediate_size = gate_up.shape[0] * weight_layout.PLANE_ROWS
+    gate_up_scale = weight_layout.unpack_gate_up_scale(gate_up_scale)
+    down_scale = weight_layout.unpack_down_scale(down_scale, intermediate_size)
 
-    both = _scaled_matmul(tokens, token_scales, layout.unpack_gate_up(gate_up), gate_up_scale)
+    both = _scaled_matmul(tokens, token_scales, weight_layout.unpack_gate_up(gate_up), gate_up_scale)
     gate = jnp.minimum(both[:, :intermediate_size], activation_clamp)
     up = jnp.clip(both[:, intermediate_size:], -activation_clamp, activation_clamp)
     activations = gate / (1.0 + jnp.exp(-gate)) * up * routing[:, None]
 
     quantized, scales = quantization.quantize_activations(activations)
-    return _scaled_matmul(quantized, scales, layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
+    return _scaled_matmul(quantized, scales, weight_layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
 
 
 def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
@@ -247,14 +247,14 @@ def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.
     # BF16 holds every E4M3 value, and FP32 every product of two: as exact as FP32 operands, on every backend.
     a_blocks = jnp.moveaxis(a.astype(jnp.bfloat16).reshape(num_rows, num_blocks, block), 1, 0)
     b_blocks = jnp.moveaxis(b.astype(jnp.bfloat16).reshape(num_columns, num_blocks, block), 1, 0)
-    b_scales = jnp.repeat(b_scale.T, layout.BLOCK // block, axis=0)
+    b_scales = jnp.repeat(b_scale.T, weight_layout.BLOCK // block, axis=0)
 
     def add_block(accumulator: jax.Array, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         a_block, b_block, row_scale, column_scale = operands
         partial = jax.lax.dot_general(
             a_block, b_block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision="highest"
         )
-        scale = row_scale[:, None] * jnp.repeat(column_scale, layout.BLOCK)[None, :]
+        scale = row_scale[:, None] * jnp.repeat(column_scale, weight_layout.BLOCK)[None, :]
         return accumulator + scale * partial, None
 
     start = _zeros_like_varying((num_rows, num_columns), jnp.float32, a, a_scale, b, b_scale)

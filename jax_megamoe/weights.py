@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_megamoe import layout as layouts
+from jax_megamoe import weight_layout
 from jax_megamoe.arrays import Array, as_array, require_device_memory, type_of, unwrap
 from jax_megamoe.errors import LayoutError
 from jax_megamoe.operands import Leaves
@@ -41,7 +41,7 @@ class ExpertWeights:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    layout: str = layouts.LAYOUT_TAG
+    layout: str = weight_layout.LAYOUT_TAG
 
     def __post_init__(self) -> None:
         # Nothing about the leaves: transformations put specs, None and plain objects there.
@@ -134,7 +134,7 @@ class ExpertWeights:
         fields = read_header(np.asarray(jax.device_get(header)).tobytes())
         weights = cls(*leaves, *fields)
         lead = leaves.gate_up.shape[:-3]
-        wanted = layouts.leaf_shapes(lead[-1] if lead else 0, weights.hidden_size, weights.intermediate_size)
+        wanted = weight_layout.leaf_shapes(lead[-1] if lead else 0, weights.hidden_size, weights.intermediate_size)
         for name, leaf, shape in zip(DATA_FIELDS, leaves, wanted, strict=True):
             if leaf.shape != (*lead[:-1], *shape):
                 raise LayoutError(
@@ -158,7 +158,7 @@ class ExpertWeights:
         """
         for name, leaf in self.leaves._asdict().items():
             require_device_memory(f"weights.{name}", leaf, "weights")
-        return layouts.unpack(*self.leaves, intermediate_size=self.intermediate_size)
+        return weight_layout.unpack(*self.leaves, intermediate_size=self.intermediate_size)
 
 
 jax.tree_util.register_dataclass(ExpertWeights, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)
@@ -183,9 +183,9 @@ def read_header(header: bytes) -> tuple[Any, ...]:
 
 
 def _check_layout(found: str) -> None:
-    if found != layouts.LAYOUT_TAG:
+    if found != weight_layout.LAYOUT_TAG:
         raise LayoutError(
-            f"weights have layout {found!r}, this version wants {layouts.LAYOUT_TAG!r}: "
+            f"weights have layout {found!r}, this version wants {weight_layout.LAYOUT_TAG!r}: "
             "unpack them with the version that wrote them and call pack_experts."
         )
 

@@ -67,7 +67,7 @@ def run_demo(devices: list[Any]) -> list[str]:
 
 def check_sharing_of_facts(processes: int, process: int) -> None:
     """What the choice of the implementation rests on: all processes learn the same about each other."""
-    from jax_megamoe.primitives import _compat
+    from jax_megamoe import _compat
 
     for round_ in range(2):  # the second one overwrites
         found = _compat.share_between_processes("test", f"fact {process}", range(processes), 40)

@@ -10,8 +10,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe.primitives import _compat, _gpus, _library, _peers, moe_peers
-from jax_megamoe.primitives._peers import Place
+from jax_megamoe import _compat
+from jax_megamoe.primitives import _gpus, _library, _reachability, moe_peers
+from jax_megamoe.primitives._reachability import Place
 from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
 from tests.support.expert_layer import make_layer
 from tests.support.meshes import mesh_of, place_all
@@ -28,10 +29,10 @@ class Job:
         self.facts: dict[int, dict[str, Any]] = {}
         self.devices = jax.devices("cpu")[:8]
         self._places: list[Place] = []
-        monkeypatch.setattr(_peers, "_gpus_of_job", lambda: self.devices[: len(self._places)])
-        monkeypatch.setattr(_peers, "_place", lambda device: self._places[self.devices.index(device)])
-        monkeypatch.setattr(_peers, "_facts_of", self._facts_of)
-        _peers._reason.cache_clear()
+        monkeypatch.setattr(_reachability, "_gpus_of_job", lambda: self.devices[: len(self._places)])
+        monkeypatch.setattr(_reachability, "_place", lambda device: self._places[self.devices.index(device)])
+        monkeypatch.setattr(_reachability, "_facts_of", self._facts_of)
+        _reachability._reason.cache_clear()
 
     def _facts_of(self, processes: list[int]) -> list[dict[str, Any]]:
         self.asked.update(processes)
@@ -47,15 +48,15 @@ class Job:
             self.facts[p] = {**names, "gpus": gpus, "unreachable": pairs}
 
     def ask(self, devices: list[Any] | None, **sizes: int) -> str | None:
-        _peers._reason.cache_clear()
+        _reachability._reason.cache_clear()
         self.asked.clear()
-        return _peers.reason_for_collectives(devices, sizes, ("expert",))
+        return _reachability.reason_for_collectives(devices, sizes, ("expert",))
 
 
 @pytest.fixture
 def job(monkeypatch):
     yield Job(monkeypatch)
-    _peers._reason.cache_clear()
+    _reachability._reason.cache_clear()
 
 
 # Devices that are known.
@@ -150,7 +151,7 @@ def test_no_gpu_says_nothing():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has GPUs")
     for devices in (None, jax.devices("cpu")[:4]):
-        assert _peers.reason_for_collectives(devices, {"expert": 4}, ("expert",)) is None
+        assert _reachability.reason_for_collectives(devices, {"expert": 4}, ("expert",)) is None
 
 
 # Programs.
@@ -216,7 +217,7 @@ def test_without_set_mesh(job, way, caplog):
     job.place("aa", 4)
     assert way(mesh) == [FUSED]
     job.place("ab", 4)
-    _peers._reason.cache_clear()
+    _reachability._reason.cache_clear()
     moe_peers._log_once.cache_clear()
     assert way(mesh) == [LOCAL]
     assert UNKNOWN in caplog.records[-1].message
@@ -255,7 +256,7 @@ def own_facts(monkeypatch):
         monkeypatch.setattr(_gpus, "bus_ids", lambda: bus_ids)
         monkeypatch.setattr(_gpus, "unreachable", lambda own, visible: [(min(own), "hidden")])
         monkeypatch.setattr(_library, "can_access_peer", lambda *pair: pair not in refused)
-        return _peers._own_facts.__wrapped__()
+        return _reachability._own_facts.__wrapped__()
 
     return facts
 
@@ -263,7 +264,7 @@ def own_facts(monkeypatch):
 def test_places_of_other_processes_need_no_number_that_only_those_know():
     """JAX gives `local_hardware_id` for a process's own devices only."""
     device = type("Device", (), {"process_index": 1, "id": 5, "local_hardware_id": None})()
-    assert _peers._place(device) == _peers.Place(1, 5)
+    assert _reachability._place(device) == _reachability.Place(1, 5)
 
 
 def test_own_facts(own_facts):

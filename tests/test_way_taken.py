@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.primitives import _library, _peers, moe_peers
+from jax_megamoe.primitives import _library, _reachability, moe_peers
 from tests.support.cuda_lowering import FUSED, LOCAL, attribute, calls, cuda_text
 from tests.support.expert_layer import make_layer
 from tests.support.meshes import AUTO, EXPLICIT, MESHES, make_mesh, place_all
@@ -81,7 +81,9 @@ def because_of_check_vma() -> tuple[Callable, Any, str]:
 
 
 def because_of_peers(monkeypatch) -> tuple[Callable, Any, str]:
-    monkeypatch.setattr(_peers, "reason_for_collectives", lambda devices, sizes, axes: f"peers {dict(sizes)} {axes}")
+    monkeypatch.setattr(
+        _reachability, "reason_for_collectives", lambda devices, sizes, axes: f"peers {dict(sizes)} {axes}"
+    )
     mesh = make_mesh(MESHES["expert x model"], AUTO)
     return mm.moe, place_all(mesh, make_layer()), "peers {'expert': 4, 'model': 2} ('expert',)"
 

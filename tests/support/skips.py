@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.primitives import _library, _peers
+from jax_megamoe.primitives import _library, _reachability
 
 
 def gpus() -> list[Any]:
@@ -55,7 +55,7 @@ def why_no_group() -> str | None:
     """No GPUs that one kernel can serve together."""
     if reason := why_no_gpus(2) or why_no_kernel():
         return reason
-    return _peers.reason_for_collectives(gpus(), {"expert": len(gpus())}, ("expert",))
+    return _reachability.reason_for_collectives(gpus(), {"expert": len(gpus())}, ("expert",))
 
 
 def why_no_kernel() -> str | None:
