@@ -5,7 +5,7 @@ import sys
 
 from bench.presets import MODELS
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.peers import buffer_bytes
+from jax_megamoe.expert_parallel import buffer_bytes
 
 NUM_RANKS = 8
 TOKENS = (8, 128, 512, 8192)

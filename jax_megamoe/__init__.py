@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from jax_megamoe import errors, reference
+from jax_megamoe import errors, expert_parallel, reference
 from jax_megamoe.api import moe
 from jax_megamoe.export import DISABLE_JAX_EXPORT_CHECKS
 from jax_megamoe.packing import pack_experts, quantize_experts, stack_experts
@@ -18,6 +18,7 @@ __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
     "ExpertWeights",
     "errors",
+    "expert_parallel",
     "moe",
     "pack_experts",
     "quantize_experts",

@@ -1,11 +1,12 @@
 """`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
 
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 
 from jax_megamoe import arguments
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.operands import Operands
 from jax_megamoe.options import Implementation, typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
 from jax_megamoe.placement_log import log_costs
@@ -90,14 +91,9 @@ def moe(
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     with_load = bool(return_expert_load)
     log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
-    leaves: Any = weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale
-    x, topk_ids, topk_weights, *leaves = tell_devices((x, topk_ids, topk_weights, *leaves))
+    operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
     y, load = primitive.moe(
-        x,
-        tuple(leaves),
-        topk_ids,
-        topk_weights,
-        layer,
+        Operands.of(tell_devices(operands.row)),
         mesh=mesh,
         axes=axes,
         num_experts=weights.num_experts,

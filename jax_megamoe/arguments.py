@@ -20,7 +20,7 @@ MAX_HIDDEN_SIZE = 65536
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-class Operands(NamedTuple):
+class Arguments(NamedTuple):
     """What a call of `moe` goes on with: arrays out of their boxes, those of NumPy as they are, and plain numbers."""
 
     x: jax.Array
@@ -41,8 +41,8 @@ def check(
     activation_clamp: object,
     routed_scaling_factor: object,
     layer: Any,
-) -> Operands:
-    """The operands that `moe` goes on with.
+) -> Arguments:
+    """The arguments that `moe` goes on with.
 
     Raises `ShapeError`, `DTypeError`, `LayoutError` or `MegaMoEError` for arguments that `moe` cannot take.
     """
@@ -92,7 +92,7 @@ def check(
     number = _check_layer(layer, weights)
     if isinstance(number, int):
         number = _place(number, x, weights.gate_up)
-    return Operands(x, weights, topk_ids, topk_weights, number, clamp, factor)
+    return Arguments(x, weights, topk_ids, topk_weights, number, clamp, factor)
 
 
 def _as_float(value: object) -> float:

@@ -1,7 +1,7 @@
 """What one device does inside a manual region, and how XLA's collectives give it other ranks' tokens and results."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,19 +9,16 @@ import jax.numpy as jnp
 
 from jax_megamoe import _compat
 from jax_megamoe.errors import ShapeError
+from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.primitives._specs import axes_text
 
 Op = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def moe_per_device(
+    operands: Operands,
     local_op: Op,
     group_op: Op,
-    x: jax.Array,
-    leaves: tuple[jax.Array, ...],
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
     *,
     num_experts: int,
     expert_axes: tuple[str, ...],
@@ -35,30 +32,30 @@ def moe_per_device(
     The ranks along `expert_axes` hold E_local = num_experts / n experts each, in the order of the axes; over some of
     these axes, over all or none, the tokens are split, along the others every rank has the same tokens. topk_ids
     int32[T, k] are global. Where a device has all experts, `local_op` serves, which has the signature of
-    `reference.moe_local`; else `group_op`, that of `through_collectives` without its first argument.
+    `reference.moe_local`; else `group_op`, that of `through_collectives` without its second argument.
 
     Where the compiler marks what varies (check_vma=True), the marks tell how the tokens are split; else `token_axes`.
     They also tell whether a device has all experts where the axes could split them; nothing else does.
     Without `with_load`, load is zero, and nothing has to be added up.
     """
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
-    num_local_experts = leaves[0].shape[-4]
-    _check_share(leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
+    num_local_experts = operands.num_local_experts
+    _check_share(operands.leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
     is_split = num_local_experts != num_experts
     no_load = jnp.zeros(num_local_experts, jnp.int32)  # Varies over no axis.
-    if x.shape[0] == 0:
-        return x, no_load
+    if operands.x.shape[0] == 0:
+        return operands.x, no_load
     if _compat.tracks_varying():
-        split_axes = _compat.varying_axes(x, topk_ids, topk_weights)
+        split_axes = _compat.varying_axes(operands.x, operands.topk_ids, operands.topk_weights)
     else:
         split_axes = frozenset(token_axes) & frozenset(axis_sizes)
 
-    operands = _compat.align_varying((x, *leaves, topk_ids, topk_weights, layer))
+    operands = Operands.of(_compat.align_varying(operands.row))
     if is_split:
         gathered = tuple(axis for axis in expert_axes if axis in split_axes)
-        y, load = group_op(*operands, expert_axes=expert_axes, gathered_axes=gathered, **params)
+        y, load = group_op(operands, expert_axes=expert_axes, gathered_axes=gathered, **params)
     else:
-        y, load = local_op(*operands, **params)
+        y, load = local_op(operands, **params)
         same = tuple(axis for axis in expert_axes if axis not in split_axes)
         if num_ranks == 1 and same:
             # This changes nothing but the mark: the result varies like the tokens, not like the weights.
@@ -72,7 +69,7 @@ def moe_per_device(
 
 
 def _check_share(
-    leaves: Sequence[jax.Array],
+    leaves: Leaves,
     num_local_experts: int,
     num_experts: int,
     expert_axes: tuple[str, ...],
@@ -107,15 +104,8 @@ def _check_share(
 
 
 def through_collectives(
+    operands: Operands,
     local_op: Op,
-    x: jax.Array,
-    gate_up: jax.Array,
-    gate_up_scale: jax.Array,
-    down: jax.Array,
-    down_scale: jax.Array,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
     *,
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
@@ -128,16 +118,13 @@ def through_collectives(
     tokens are split: they are gathered, and results go back to their ranks. Along the others every rank has the same
     tokens, so that results are only added up.
     """
-    num_tokens, num_local_experts = x.shape[0], gate_up.shape[-4]
+    num_tokens, num_local_experts = operands.x.shape[0], operands.num_local_experts
     if gathered_axes:
-        x, topk_ids, topk_weights = (
-            jax.lax.all_gather(value, gathered_axes, axis=0, tiled=True) for value in (x, topk_ids, topk_weights)
-        )
+        operands = operands.map_tokens(lambda value: jax.lax.all_gather(value, gathered_axes, axis=0, tiled=True))
     # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
-    local_ids = topk_ids - jax.lax.axis_index(expert_axes) * num_local_experts
-    leaves = (gate_up, gate_up_scale, down, down_scale)
+    local_ids = operands.topk_ids - jax.lax.axis_index(expert_axes) * num_local_experts
     # Rounded once, after all ranks' sums have been added.
-    y, load = local_op(x, *leaves, local_ids, topk_weights, layer, out_dtype=jnp.float32, **params)
+    y, load = local_op(operands._replace(topk_ids=local_ids), out_dtype=jnp.float32, **params)
     if gathered_axes:
         y = _sum_over_ranks(y, gathered_axes, num_tokens)
     if added_axes := tuple(axis for axis in expert_axes if axis not in gathered_axes):

@@ -1,12 +1,61 @@
-"""The arrays of a call by name: those of the weights."""
+"""The arrays of a call by name. Primitives and FFI calls want them in one row: `Operands.row` and `Operands.of`.
 
+A format of weights with other arrays changes `Leaves`; one more operand of the layer changes `Operands`, the handlers'
+counterpart in cuda/ffi/moe_call.cc, and whoever makes or uses the new one.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
 class Leaves(NamedTuple):
-    """One thing for each array of `ExpertWeights`, in their order: the arrays, their shapes, or specs."""
+    """One thing for each array of `ExpertWeights`, in their order: the arrays, their types, shapes, specs."""
 
     gate_up: Any
     gate_up_scale: Any
     down: Any
     down_scale: Any
+
+
+class Operands(NamedTuple):
+    """One thing for each operand: the arrays, their types, or the axes that `jax.vmap` maps.
+
+    x bf16[..., H]; leaves lead with E, or with L, E; topk_ids int32[..., k]; topk_weights f32[..., k]; layer int32[].
+    """
+
+    x: Any
+    leaves: Leaves
+    topk_ids: Any
+    topk_weights: Any
+    layer: Any
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """All of them one after the other."""
+        return (self.x, *self.leaves, self.topk_ids, self.topk_weights, self.layer)
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> "Operands":
+        """The inverse of `row`."""
+        num_leaves = len(Leaves._fields)
+        return cls(row[0], Leaves(*row[1 : 1 + num_leaves]), *row[1 + num_leaves :])
+
+    def map_tokens(self, function: Callable[[Any], Any]) -> "Operands":
+        """Each operand that has a row for every token through the function, the others as they are."""
+        x, ids, weights = map(function, (self.x, self.topk_ids, self.topk_weights))
+        return self._replace(x=x, topk_ids=ids, topk_weights=weights)
+
+    @property
+    def num_local_experts(self) -> int:
+        """The experts whose weights are here: those of one device, where devices have different ones."""
+        return int(self.leaves.gate_up.shape[-4])
+
+
+class Sizes(NamedTuple):
+    """What the memory of a call on one device follows from."""
+
+    num_tokens: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    num_local_experts: int

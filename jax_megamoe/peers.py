@@ -1,6 +1,4 @@
-"""The memory that expert parallelism takes, and a command that tries the wires between the GPUs.
-
-`python -m jax_megamoe.peers` says how the GPUs of an expert axis reach each other, and how fast.
+"""`python -m jax_megamoe.peers` says how the GPUs of an expert axis reach each other, and how fast.
 
 Prints the topology, who can access whose memory, the transport that was chosen, a check of pushed data over many
 launches, the round trip of a flag in microseconds and pushes in GB/s. One process with all GPUs, or with
@@ -14,62 +12,23 @@ import pathlib
 import socket
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jax_megamoe import provenance
-from jax_megamoe.errors import MegaMoEError, ShapeError
+from jax_megamoe.errors import MegaMoEError
+
+# Functions of this module before they had one of their own.
+from jax_megamoe.expert_parallel import buffer_bytes as buffer_bytes
+from jax_megamoe.expert_parallel import failures as failures
 from jax_megamoe.primitives import _library, wire_test
 from jax_megamoe.primitives.wire_test import WireTest
 
 _ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
 _AXES = ("expert",)
-
-
-class BufferBytes(NamedTuple):
-    """Memory on each GPU of an expert group."""
-
-    symmetric: int  # shared with the other ranks; a group has one buffer, as large as its largest call so far wants it
-    scratch: int  # from XLA's own memory, for the time of a call
-
-
-def buffer_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_experts: int, num_ranks: int
-) -> BufferBytes:
-    """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
-
-    `num_tokens` are those of one rank; `num_experts` those of all ranks together. A group has one symmetric buffer,
-    which serves all layers and every smaller call: with buckets of sizes, ask for the largest. The first call of a
-    larger size makes all ranks replace the buffer by a larger one, together; run the largest size first, and it is made
-    once. It may be larger than said here by up to an eighth. Not XLA's memory: leave room for it
-    (XLA_PYTHON_CLIENT_MEM_FRACTION).
-
-    Raises:
-      ShapeError: num_experts is no multiple of num_ranks.
-      ValueError: sizes that the kernel does not serve.
-      MegaMoEError: the package is not built, or its compiled module is of another version.
-    """
-    if num_ranks < 1 or num_experts % num_ranks:
-        raise ShapeError(
-            f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
-        )
-    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, num_ranks)
-    return BufferBytes(_library.peer_buffer_bytes(*sizes), _library.peer_workspace_bytes(*sizes))
-
-
-def failures() -> list[str]:
-    """What ranks of this process have waited for in vain, or were told of, a sentence each; empty while all is well.
-
-    Each names rank, peer, phase and epoch: "rank 0 waited in vain for rank 1, phase routing, epoch 7: ..." on the rank
-    that gave up, "rank 1 was told that rank 0 waited in vain for ..." on the others. The results of that call are NaN.
-    The next run of any program of the group, in a CUDA graph too, raises the sentence as an error, and the run after
-    that sets the group up anew: no process has to be restarted. Asks no GPU, so that it can be called at any time; a
-    failure goes with the memory that it is about.
-    """
-    return [memory["failure"] for memory in _library.symmetric_memories() if memory["failure"]]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jax_megamoe import _compat
+from jax_megamoe.operands import Leaves
 from jax_megamoe.placement import AxisNames, DefaultAxes, mesh_text, weights_by_name
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
@@ -94,7 +95,7 @@ def _about_tokens(
     found = set(axes.tokens)
     if _specs.axes_of_type(mesh, AxisType.Explicit) and x.ndim > 1:
         # Nothing is padded there: axes that don't divide the first dimension are left out.
-        avals = [jax.typeof(leaf) for leaf in leaves.values()]
+        avals = Leaves(*(jax.typeof(leaf) for leaf in leaves.values()))
         found &= {axis for dim in _specs.choose_specs(jax.typeof(x), avals, mesh, axes).tokens for axis in dim}
     dims = _dims_of_concrete(x) or [()]
     if dims[-1] and not _specs.axes_of_type(mesh, AxisType.Explicit):  # Explicit ones are an error.

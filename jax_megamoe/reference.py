@@ -10,10 +10,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jax_megamoe import arguments, collectives, quantization, weight_layout
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.operands import Leaves
+from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.primitives import _specs
+from jax_megamoe.primitives import _transforms as transforms
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.weights import ExpertWeights
 
@@ -70,24 +71,25 @@ def moe(
         activation_clamp=clamp,
         routed_scaling_factor=factor,
     )
-    y, load = _on_mesh(per_device, mesh, axes, x, weights.leaves)(x, weights.leaves, topk_ids, topk_weights, layer)
+    operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
+    y, load = _on_mesh(per_device, mesh, axes, operands)(operands)
     return (y, load) if return_expert_load else y
 
 
-def _on_mesh(function: Any, mesh: AbstractMesh, axes: Axes, x: jax.Array, leaves: Leaves) -> Any:
+def _on_mesh(function: Any, mesh: AbstractMesh, axes: Axes, operands: Operands) -> Any:
     """The function with explicit axes as automatic ones inside, and results typed as those of `jax_megamoe.moe`."""
     explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
     if not explicit_axes:
         return function
-    specs = _specs.choose_specs(jax.typeof(x), [jax.typeof(leaf) for leaf in leaves], mesh, axes)
-    out_specs = ((specs.token_spec(), x.ndim), (specs.load_spec(), 1))
+    specs = _specs.choose_specs(jax.typeof(operands.x), Leaves(*map(jax.typeof, operands.leaves)), mesh, axes)
+    out_specs = ((specs.token_spec(), operands.x.ndim), (specs.load_spec(), 1))
     shardings = tuple(NamedSharding(mesh, _specs.restrict(spec, explicit_axes, ndim)) for spec, ndim in out_specs)
     automatic = jax.sharding.auto_axes(function, axes=tuple(explicit_axes), out_sharding=shardings)
 
-    def run(*operands: Any) -> Any:
+    def run(operands: Operands) -> Any:
         # The mesh of the arguments' types may not be that of the context.
         with jax.sharding.use_abstract_mesh(mesh):
-            return automatic(*operands)
+            return automatic(operands)
 
     return run
 
@@ -107,33 +109,20 @@ def _on_mesh(function: Any, mesh: AbstractMesh, axes: Axes, x: jax.Array, leaves
     ),
 )
 def _per_device(
-    x: jax.Array,
-    leaves: Leaves,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
-    *,
-    axis_sizes: tuple[tuple[str, int], ...],
-    **params: Any,
+    operands: Operands, *, axis_sizes: tuple[tuple[str, int], ...], **params: Any
 ) -> tuple[jax.Array, jax.Array]:
-    num_tokens = math.prod(x.shape[:-1])
-    tokens, ids, weights = (value.reshape(num_tokens, value.shape[-1]) for value in (x, topk_ids, topk_weights))
-    group_op = functools.partial(collectives.through_collectives, moe_local)
     y, load = collectives.moe_per_device(
-        moe_local, group_op, tokens, leaves, ids, weights, layer, axis_sizes=dict(axis_sizes), **params
+        operands.map_tokens(transforms.join_leading_dimensions),
+        moe_local,
+        functools.partial(collectives.through_collectives, local_op=moe_local),
+        axis_sizes=dict(axis_sizes),
+        **params,
     )
-    return y.reshape(x.shape), load
+    return y.reshape(operands.x.shape), load
 
 
 def moe_local(
-    x: jax.Array,
-    gate_up: jax.Array,
-    gate_up_scale: jax.Array,
-    down: jax.Array,
-    down_scale: jax.Array,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: int | jax.Array = 0,
+    operands: Operands,
     *,
     activation_clamp: float = math.inf,
     routed_scaling_factor: float = 1.0,
@@ -145,11 +134,9 @@ def moe_local(
     exist, so time follows the number of pairs, and memory holds one BF16 row per pair beside a tile's temporaries.
 
     Args:
-      x: bf16[T, H].
-      gate_up, gate_up_scale, down, down_scale: packed leaves (`layout`) that lead with E_local, or with L, E_local.
-      topk_ids: int32[T, k], local ids; anything outside [0, E_local) is an unused slot.
-      topk_weights: f32[T, k].
-      layer: int32[], which layer of stacked leaves; clamped to [0, L).
+      operands: x bf16[T, H]; packed leaves that lead with E_local, or with L, E_local; topk_ids int32[T, k], local
+        ids, of which anything outside [0, E_local) is an unused slot; topk_weights f32[T, k]; layer int32[], which
+        layer of stacked leaves, clamped to [0, L).
       activation_clamp: bound of gate and up; infinity for none.
       routed_scaling_factor: multiplies topk_weights.
       out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
@@ -157,10 +144,13 @@ def moe_local(
     Returns:
       y out_dtype[T, H] and load int32[E_local].
     """
+    x, packed, topk_ids, topk_weights, layer = operands
     # XLA on CPUs slices FP8 arrays by converting them to half precision, whole; bytes it just slices.
-    gate_up, down = (jax.lax.bitcast_convert_type(leaf, jnp.uint8) for leaf in (gate_up, down))
-    leaves = [jnp.asarray(leaf) for leaf in (gate_up, gate_up_scale, down, down_scale)]
-    if gate_up.ndim == 4:
+    leaves = [
+        jax.lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.itemsize == 1 else jnp.asarray(leaf)
+        for leaf in packed
+    ]
+    if leaves[0].ndim == 4:
         leaves, layer = [leaf[None] for leaf in leaves], 0
     num_layers, num_experts = leaves[0].shape[:2]
     layer = jnp.clip(layer, 0, num_layers - 1)
@@ -199,7 +189,7 @@ def moe_local(
         # Rows beyond the expert's last pair are those of later experts, whose tiles come later and overwrite them.
         return jax.lax.dynamic_update_slice_in_dim(results, result, first, 0)
 
-    results = _zeros_like_varying((num_pairs + rows, hidden_size), jnp.bfloat16, x, gate_up, topk_ids, topk_weights)
+    results = _zeros_like_varying((num_pairs + rows, hidden_size), jnp.bfloat16, x, leaves[0], topk_ids, topk_weights)
     results = jax.lax.fori_loop(0, last_tile[-1], run_tile, results)
 
     row_of_pair = jnp.zeros_like(order).at[order].set(jnp.arange(num_pairs, dtype=order.dtype)).reshape(used.shape)

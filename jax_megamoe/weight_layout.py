@@ -19,11 +19,12 @@ leading dimensions. FP8 arrays may come as their bytes.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_megamoe.operands import Leaves
 
 LAYOUT_TAG = "sm90_v1"
 BLOCK = 128  # a weight scale covers BLOCK x BLOCK weights
@@ -33,19 +34,10 @@ PLANE_BYTES = PLANE_ROWS * BLOCK
 SCALES_PER_ROW = 4
 
 
-class LeafShapes(NamedTuple):
-    """The shapes of the packed leaves of one layer."""
-
-    gate_up: tuple[int, ...]
-    gate_up_scale: tuple[int, ...]
-    down: tuple[int, ...]
-    down_scale: tuple[int, ...]
-
-
-def leaf_shapes(num_experts: int, hidden_size: int, intermediate_size: int) -> LeafShapes:
+def leaf_shapes(num_experts: int, hidden_size: int, intermediate_size: int) -> Leaves:
     """The shapes of the packed leaves of `num_experts` experts (E, or E_local on one device)."""
     e, h, i = num_experts, hidden_size, intermediate_size
-    return LeafShapes(
+    return Leaves(
         gate_up=(e, i // PLANE_ROWS, h // BLOCK, 2 * PLANE_BYTES),
         gate_up_scale=(e, i // PLANE_ROWS, h // BLOCK, SCALES_PER_ROW),
         down=(e, h // PLANE_ROWS, i // BLOCK, PLANE_BYTES),

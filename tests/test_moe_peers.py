@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
+from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, moe_peers
 from jax_megamoe.primitives.moe_peers import moe_peers_p
 from tests.support.cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
@@ -296,9 +297,8 @@ def test_the_layer_by_itself_on_cpus():
     mesh, layer = make_mesh(MESHES["expert x model"], AUTO), make_layer()
 
     def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
-        leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
         return moe_peers.moe_peers(
-            *(x, *leaves, ids, probs, jnp.int32(0)),
+            Operands(x, weights.leaves, ids, probs, jnp.int32(0)),
             axis_sizes=mesh.shape,
             expert_axes=("expert",),
             gathered_axes=("expert",),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_megamoe import peers, provenance
+from jax_megamoe import expert_parallel, peers, provenance
 from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _groups, _library, wire_test
 from jax_megamoe.primitives.wire_test import WireTest
@@ -106,9 +106,9 @@ def test_failures_are_those_of_the_buffers(monkeypatch):
     memories = [{"failure": ""}, {"failure": "rank 1 waited in vain for rank 0"}]
     fake = types.SimpleNamespace(has_cuda=True, symmetric_memories=lambda: memories)
     monkeypatch.setattr(_library, "_core", fake)
-    assert peers.failures() == ["rank 1 waited in vain for rank 0"]
+    assert expert_parallel.failures() == ["rank 1 waited in vain for rank 0"]
     monkeypatch.setattr(_library, "_core", None)
-    assert peers.failures() == []
+    assert expert_parallel.failures() == []
 
 
 def test_what_a_result_file_says_of_the_machine(monkeypatch):
@@ -147,30 +147,30 @@ def test_buffer_bytes(monkeypatch):
     monkeypatch.setattr(
         _library, "_core", types.SimpleNamespace(peer_buffer_bytes=fake(2), peer_workspace_bytes=fake(1))
     )
-    found = peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+    found = expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + 8) and found.symmetric == found[0]
     with pytest.raises(ShapeError, match="num_experts is 256 and num_ranks 6, wanted a multiple"):
-        peers.buffer_bytes(8, 6, 4096, 2048, 256, 6)
+        expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 6)
     with pytest.raises(ShapeError, match="num_ranks 0"):
-        peers.buffer_bytes(8, 6, 4096, 2048, 256, 0)
+        expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 0)
     monkeypatch.setattr(_library, "_core", types.SimpleNamespace())
     with pytest.raises(MegaMoEError, match="_core has no peer_buffer_bytes, wanted a build of the same version"):
-        peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+        expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8)
     monkeypatch.setattr(_library, "_core", None)
     with pytest.raises(MegaMoEError, match="_core is not built"):
-        peers.buffer_bytes(8, 6, 4096, 2048, 256, 8)
+        expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8)
 
 
 def test_buffer_bytes_of_this_build():
     core: Any = _library._core
     if not hasattr(core, "peer_buffer_bytes"):
         pytest.skip("jax_megamoe._core has no peer_buffer_bytes")
-    found = peers.buffer_bytes(128, 6, 7168, 3072, 384, 8)
+    found = expert_parallel.buffer_bytes(128, 6, 7168, 3072, 384, 8)
     # At the least, each other rank's tokens in FP8.
     assert found.symmetric >= 7 * 128 * 7168 and found.scratch > 0
-    larger = peers.buffer_bytes(256, 6, 7168, 3072, 384, 8)
+    larger = expert_parallel.buffer_bytes(256, 6, 7168, 3072, 384, 8)
     assert larger.symmetric > found.symmetric
     with pytest.raises(ValueError):
-        peers.buffer_bytes(128, 6, 7168 + 1, 3072, 384, 8)
+        expert_parallel.buffer_bytes(128, 6, 7168 + 1, 3072, 384, 8)
     with pytest.raises(ValueError):
-        peers.buffer_bytes(128, 33, 7168, 3072, 384, 8)
+        expert_parallel.buffer_bytes(128, 33, 7168, 3072, 384, 8)

@@ -11,6 +11,7 @@ import pytest
 
 import jax_megamoe as mm
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_local import moe_local, moe_local_p
 from tests.support.cuda_lowering import WORKSPACE, cuda_text
@@ -134,16 +135,16 @@ def test_a_broken_build_is_not_taken_for_a_missing_one(monkeypatch):
         _library._load()
 
 
-def local_operands(layer: Layer) -> tuple[Any, ...]:
-    return layer.x, *jax.tree.leaves(layer.weights), layer.ids, layer.probs, jnp.int32(0)
+def local_operands(layer: Layer) -> Operands:
+    return Operands(layer.x, layer.weights.leaves, layer.ids, layer.probs, jnp.int32(0))
 
 
 def test_moe_local_by_itself():
     layer = make_layer()
-    y, load = moe_local(*local_operands(layer))
+    y, load = moe_local(local_operands(layer))
     check(y, layer)
     np.testing.assert_array_equal(load, layer.load)
-    partial_sums, _ = jax.jit(lambda *a: moe_local(*a, out_dtype=jnp.float32))(*local_operands(layer))
+    partial_sums, _ = jax.jit(lambda a: moe_local(a, out_dtype=jnp.float32))(local_operands(layer))
     assert partial_sums.dtype == jnp.float32
     np.testing.assert_array_equal(partial_sums.astype(jnp.bfloat16), y)
 
@@ -153,16 +154,16 @@ def test_moe_local_under_vmap_is_one_call():
     operands = local_operands(layer)
 
     def local(x: jax.Array, ids: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return moe_local(*(x, *operands[1:5], ids, probs, operands[7]))
+        return moe_local(operands._replace(x=x, topk_ids=ids, topk_weights=probs))
 
     f = jax.vmap(local, in_axes=(1, 1, 1), out_axes=1)
-    arguments = tuple(operands[i].reshape(4, 4, -1) for i in (0, 5, 6))
+    arguments = tuple(value.reshape(4, 4, -1) for value in (layer.x, layer.ids, layer.probs))
     (call,) = [e for e in jax.make_jaxpr(f)(*arguments).eqns if e.primitive is moe_local_p]
     assert str(call.invars[0].aval) == f"bfloat16[16,{H}]"
     check(f(*arguments)[0], layer)
 
 
 def test_moe_local_has_no_derivative():
-    x, *others = local_operands(make_layer())
+    operands = local_operands(make_layer())
     with pytest.raises(NotImplementedError, match="inference only"):
-        jax.grad(lambda x: moe_local(x, *others, out_dtype=jnp.float32)[0].sum())(x)
+        jax.grad(lambda x: moe_local(operands._replace(x=x), out_dtype=jnp.float32)[0].sum())(operands.x)

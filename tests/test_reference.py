@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import reference
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from jax_megamoe.operands import Operands
 from tests.support import numpy_model
 from tests.support.compare import difference
 
@@ -169,8 +170,8 @@ def test_local_parts_add_up_over_an_expert_axis(weights, check_vma):
 
     def local(x, w, ids, probs):
         first = jax.lax.axis_index("expert") * w.gate_up.shape[0]
-        leaves = w.gate_up, w.gate_up_scale, w.down, w.down_scale
-        y, load = reference.moe_local(x, *leaves, ids - first, probs, out_dtype=jnp.float32)
+        operands = Operands(x, w.leaves, ids - first, probs, jnp.int32(0))
+        y, load = reference.moe_local(operands, out_dtype=jnp.float32)
         return jax.lax.psum(y, "expert").astype(jnp.bfloat16), load
 
     in_specs, out_specs = (P(), P("expert"), P(), P()), (P(), P("expert"))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.operands import Sizes
 
 MOE_TARGET = "jax_megamoe.moe.v1"
 MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v2"
@@ -59,28 +60,19 @@ def check_kernel_available() -> None:
         )
 
 
-def workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int
-) -> int:
+def workspace_bytes(sizes: Sizes) -> int:
     """Scratch memory that one call of the fused kernel needs on a device."""
-    assert _core is not None, "check_kernel_available comes first"
-    return int(_core.workspace_bytes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts))
+    return int(_host_function("workspace_bytes")(*sizes))
 
 
-def peer_workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
-) -> int:
+def peer_workspace_bytes(sizes: Sizes, num_ranks: int) -> int:
     """Scratch memory that one call of the fused kernel over a group needs on a device, for num_tokens of its own."""
-    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
-    return int(_host_function("peer_workspace_bytes")(*sizes))
+    return int(_host_function("peer_workspace_bytes")(*sizes, num_ranks))
 
 
-def peer_buffer_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
-) -> int:
+def peer_buffer_bytes(sizes: Sizes, num_ranks: int) -> int:
     """Memory that each rank of a group shares with the others, for num_tokens of its own."""
-    sizes = (num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks)
-    return int(_host_function("peer_buffer_bytes")(*sizes))
+    return int(_host_function("peer_buffer_bytes")(*sizes, num_ranks))
 
 
 def _host_function(name: str) -> Callable[..., Any]:

@@ -9,8 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.errors import ShapeError, ShardingError
-
-_LEAF_NAMES = ("gate_up", "gate_up_scale", "down", "down_scale")
+from jax_megamoe.operands import Leaves, Operands
 
 
 class Axes(NamedTuple):
@@ -34,6 +33,12 @@ class Specs(NamedTuple):
         """The spec of a weight leaf, with or without layers in front."""
         return P(*(None,) * (ndim - 4), self.experts or None)
 
+    def operand_specs(self, operands: Operands) -> Operands:
+        """The spec of each operand."""
+        tokens = self.token_spec()
+        leaves = Leaves(*(self.leaf_spec(leaf.ndim) for leaf in operands.leaves))
+        return Operands(tokens, leaves, tokens, tokens, P())
+
     def load_spec(self) -> P:
         """The spec of the expert load."""
         return P(self.experts or None)
@@ -54,7 +59,7 @@ def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
     return frozenset(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == axis_type)
 
 
-def choose_specs(x: Any, leaves: Iterable[Any], mesh: AbstractMesh, axes: Axes) -> Specs:
+def choose_specs(x: Any, leaves: Leaves, mesh: AbstractMesh, axes: Axes) -> Specs:
     """The specs of a call whose tokens keep their leading dimensions, from the arguments' abstract values.
 
     Explicit axes split what the types say. Automatic axes split the first dimension of the tokens where they divide it,
@@ -75,13 +80,13 @@ def choose_specs(x: Any, leaves: Iterable[Any], mesh: AbstractMesh, axes: Axes) 
     return Specs(tuple(tokens), _expert_axes(leaves, mesh, axes.experts))
 
 
-def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> tuple[str, ...]:
+def _expert_axes(leaves: Leaves, mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> tuple[str, ...]:
     explicit_axes = axes_of_type(mesh, AxisType.Explicit)
     wanted = tuple(axis for axis in expert_axes if axis not in mesh.manual_axes)
     # Types may leave out axes of size one.
     typed = tuple(axis for axis in wanted if axis in explicit_axes and mesh.shape[axis] > 1)
     found = {}
-    for name, leaf in zip(_LEAF_NAMES, leaves, strict=True):
+    for name, leaf in leaves._asdict().items():
         dims = _axes_of_dims(f"weights.{name}", leaf)
         dim_of_experts = len(dims) - 4
         others = [axes for dim, axes in enumerate(dims) if dim != dim_of_experts and axes]
@@ -102,13 +107,14 @@ def _expert_axes(leaves: Iterable[Any], mesh: AbstractMesh, expert_axes: tuple[s
                 f"weights have {num_experts} experts, wanted a multiple of the {num_ranks} ranks along "
                 f"{axes_text(wanted)}: choose another mesh, or pad the weights with experts that no id names."
             )
-    if found["gate_up"] != found["down"]:
-        raise ShardingError(
-            f"weights.gate_up has its experts over {axes_text(found['gate_up'])} and weights.down over "
-            f"{axes_text(found['down'])}, "
-            "wanted the same: reshard the weights with one spec."
-        )
-    return wanted if found["gate_up"] == typed else ()
+    first = Leaves._fields[0]
+    for name in Leaves._fields[1:]:
+        if found[name] != found[first]:
+            raise ShardingError(
+                f"weights.{first} has its experts over {axes_text(found[first])} and weights.{name} over "
+                f"{axes_text(found[name])}, wanted the same: reshard the weights with one spec."
+            )
+    return wanted if found[first] == typed else ()
 
 
 def _axes_of_dims(name: str, value: Any) -> list[tuple[str, ...]]:

@@ -1,15 +1,12 @@
-"""What both primitives do alike under `jax.vmap` and `jax.grad`."""
+"""What all primitives of the layer do alike under `jax.vmap` and `jax.grad`."""
 
+import math
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-# Positions among the operands of both primitives: x, four weight leaves, topk_ids, topk_weights, layer.
-WEIGHTS = (1, 2, 3, 4)
-TOPK_IDS = 5
-TOKENS = (0, TOPK_IDS, 6)
-LAYER = 7
+from jax_megamoe.operands import Operands
 
 
 def refuse_differentiation(*_: Any, **__: Any) -> NoReturn:
@@ -20,25 +17,29 @@ def refuse_differentiation(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def move_mapped_axis_to_front(operands: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
-    """The operands with the mapped axis in front of all token operands; raises where weights or layer have one."""
-    if any(dims[i] is not None for i in WEIGHTS):
+def move_mapped_axis_to_front(operands: Operands, dims: Operands) -> Operands:
+    """The operands with the mapped axis in front of all that have tokens; raises where weights or layer have one."""
+    if any(dim is not None for dim in dims.leaves):
         raise NotImplementedError(
             "weights are mapped by jax.vmap, and jax_megamoe.moe maps over tokens only: "
             "pass in_axes=None for them, or stack them and loop with jax.lax.scan and layer=i."
         )
-    if dims[LAYER] is not None:
+    if dims.layer is not None:
         raise NotImplementedError(
             "layer is mapped by jax.vmap, and jax_megamoe.moe takes one layer a call: loop with jax.lax.scan."
         )
-    size = next(operands[i].shape[dims[i]] for i in TOKENS if dims[i] is not None)
-    moved = list(operands)
-    for i in TOKENS:
-        if dims[i] is None:
-            moved[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape))
-        else:
-            moved[i] = jnp.moveaxis(operands[i], dims[i], 0)
-    return moved
+    mapped = [(operands.x, dims.x), (operands.topk_ids, dims.topk_ids), (operands.topk_weights, dims.topk_weights)]
+    size = next(value.shape[dim] for value, dim in mapped if dim is not None)
+    x, ids, weights = (
+        jnp.broadcast_to(value, (size, *value.shape)) if dim is None else jnp.moveaxis(value, dim, 0)
+        for value, dim in mapped
+    )
+    return operands._replace(x=x, topk_ids=ids, topk_weights=weights)
+
+
+def join_leading_dimensions(value: jax.Array) -> jax.Array:
+    """[..., n] -> [T, n]."""
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
 def load_per_element(topk_ids: jax.Array, num_experts: int) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, collectives
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, _library, _reachability
 from jax_megamoe.primitives import _transforms as transforms
 from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
@@ -65,14 +66,7 @@ def _microseconds_of(variable: str, default_seconds: float) -> int:
 
 
 def moe_peers(
-    x: jax.Array,
-    gate_up: jax.Array,
-    gate_up_scale: jax.Array,
-    down: jax.Array,
-    down_scale: jax.Array,
-    topk_ids: jax.Array,
-    topk_weights: jax.Array,
-    layer: jax.Array,
+    operands: Operands,
     *,
     axis_sizes: Mapping[str, int],
     expert_axes: tuple[str, ...],
@@ -89,9 +83,8 @@ def moe_peers(
     y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. `axis_sizes` are those of the whole mesh, in
     its order. `implementation` is None, or "cuda" for an error instead of collectives.
     """
-    operands = (x, gate_up, gate_up_scale, down, down_scale, topk_ids, topk_weights, layer)
     y, load = moe_peers_p.bind(
-        *_compat.align_varying(operands),
+        *_compat.align_varying(operands.row),
         axis_sizes=tuple(axis_sizes.items()),
         expert_axes=expert_axes,
         gathered_axes=gathered_axes,
@@ -105,56 +98,56 @@ def moe_peers(
 
 
 def _abstract_eval(
-    x: Any, gate_up: Any, *others: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
+    *avals: Any, expert_axes: tuple[str, ...], gathered_axes: tuple[str, ...], **_: Any
 ) -> tuple[Any, Any]:
-    _compat.check_varying(moe_peers_p.name, x, gate_up, *others)
-    y = _compat.output_aval(x, x.shape, jnp.bfloat16, P(None, None))
+    _compat.check_varying(moe_peers_p.name, *avals)
+    operands = Operands.of(avals)
+    y = _compat.output_aval(operands.x, operands.x.shape, jnp.bfloat16, P(None, None))
     # Ranks with the same tokens get the same results.
     return (
         _compat.without_varying(y, frozenset(expert_axes) - frozenset(gathered_axes)),
-        _compat.output_aval(x, (gate_up.shape[-4],), jnp.int32, P(None)),
+        _compat.output_aval(operands.x, (operands.num_local_experts,), jnp.int32, P(None)),
     )
 
 
-def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
-    batched = transforms.move_mapped_axis_to_front(operands, dims)
-    x, topk_ids = batched[0], batched[transforms.TOPK_IDS]
-    for i in transforms.TOKENS:
-        batched[i] = batched[i].reshape(-1, batched[i].shape[-1])
-    y, load = moe_peers_p.bind(*batched, **params)
+def _batch(row: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
+    batched = transforms.move_mapped_axis_to_front(Operands.of(row), Operands.of(dims))
+    y, load = moe_peers_p.bind(*batched.map_tokens(transforms.join_leading_dimensions).row, **params)
     # Of each element the load that the tokens of all ranks make, for this rank's experts.
     expert_axes, gathered_axes, num_local_experts = params["expert_axes"], params["gathered_axes"], load.shape[0]
-    loads = transforms.load_per_element(topk_ids, num_local_experts * jax.lax.axis_size(expert_axes))
+    loads = transforms.load_per_element(batched.topk_ids, num_local_experts * jax.lax.axis_size(expert_axes))
     if gathered_axes:
         loads = jax.lax.psum(loads, gathered_axes)
     first = jax.lax.axis_index(expert_axes) * num_local_experts
-    return (y.reshape(x.shape), jax.lax.dynamic_slice_in_dim(loads, first, num_local_experts, 1)), (0, 0)
+    loads = jax.lax.dynamic_slice_in_dim(loads, first, num_local_experts, 1)
+    return (y.reshape(batched.x.shape), loads), (0, 0)
 
 
-def _lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+def _lower(ctx: Any, *row: Any, **params: Any) -> Any:
     """The same with a `site` of its own, which no other call has: JAX takes no lowering again for an equal call."""
     # Not by `cacheable=False` for moe_peers_call_p: JAX fails then where platforms have different transforms.
-    return mlir.lower_fun(functools.partial(moe_peers_call_p.bind, site=object()))(ctx, *operands, **params)
+    return mlir.lower_fun(functools.partial(moe_peers_call_p.bind, site=object()))(ctx, *row, **params)
 
 
-def _lower_cuda(ctx: Any, *operands: Any, site: object, **params: Any) -> Any:
+def _lower_cuda(ctx: Any, *row: Any, site: object, **params: Any) -> Any:
     _library.check_kernel_available()
-    reason = _reason_for_collectives(_compat.devices_of_program(ctx), *ctx.avals_in, **params)
+    reason = _reason_for_collectives(_compat.devices_of_program(ctx), Operands.of(ctx.avals_in), **params)
     if reason is None:
         call_id = zlib.crc32(_compat.call_site(ctx).encode())
-        return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *operands, call_id=call_id, **params)
+        return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *row, call_id=call_id, **params)
     if params["implementation"] == "cuda":
         raise MegaMoEError(
             f"implementation is 'cuda' and {reason}, wanted ranks that one kernel serves: "
             "pass None or 'collective' for XLA's collectives around the kernel of one device."
         )
     _log_once(reason)
-    return _lower_collectives(ctx, *operands, site=site, **params)
+    return _lower_collectives(ctx, *row, site=site, **params)
 
 
 def _reason_for_collectives(
     devices: tuple[Any, ...] | None,
-    *avals: Any,
+    operands: Operands,
+    *,
     axis_sizes: Any,
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
@@ -164,7 +157,7 @@ def _reason_for_collectives(
     if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
         return f"the tokens are not split over {axes_text(same)}, of the axes {axes_text(expert_axes)} of the experts"
     try:
-        _workspace_bytes(*avals, axis_sizes=axis_sizes, expert_axes=expert_axes)
+        _workspace_bytes(operands, axis_sizes=axis_sizes, expert_axes=expert_axes)
     except MegaMoEError:
         raise
     except ValueError as error:  # what the kernel does not serve: too many ranks or experts
@@ -172,9 +165,9 @@ def _reason_for_collectives(
     return _reachability.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
 
 
-def _workspace_bytes(*operands: Any, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
+def _workspace_bytes(operands: Operands, *, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
     num_ranks = math.prod(dict(axis_sizes)[axis] for axis in expert_axes)
-    return _library.peer_workspace_bytes(*sizes_of(*operands), num_ranks)
+    return _library.peer_workspace_bytes(sizes_of(operands), num_ranks)
 
 
 @functools.cache
@@ -182,12 +175,12 @@ def _log_once(reason: str) -> None:
     _log.warning("implementation='collective' is used instead of the fused kernel across ranks: %s.", reason)
 
 
-def _lower_collectives(ctx: Any, *operands: Any, site: object, **params: Any) -> Any:
-    return mlir.lower_fun(_through_collectives, multiple_results=True)(ctx, *operands, **params)
+def _lower_collectives(ctx: Any, *row: Any, site: object, **params: Any) -> Any:
+    return mlir.lower_fun(_through_collectives, multiple_results=True)(ctx, *row, **params)
 
 
 def _through_collectives(
-    *operands: jax.Array,
+    *row: jax.Array,
     axis_sizes: Any,
     timeout_microseconds: int,
     setup_timeout_microseconds: int,
@@ -195,11 +188,11 @@ def _through_collectives(
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     local_op = functools.partial(moe_local, implementation=implementation)
-    return collectives.through_collectives(local_op, *operands, **params)
+    return collectives.through_collectives(Operands.of(row), local_op, **params)
 
 
 def _call_kernel(
-    *operands: jax.Array,
+    *row: jax.Array,
     axis_sizes: tuple[tuple[str, int], ...],
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
@@ -209,13 +202,14 @@ def _call_kernel(
     implementation: str | None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    operands = Operands.of(row)
     # Compared with the communicator's rank: a wrong order would give tokens to the wrong experts.
     mesh_rank = jax.lax.axis_index(expert_axes)
     return call_kernel(
         _library.MOE_PEERS_TARGET,
-        *operands,
+        operands,
         mesh_rank,
-        workspace_bytes=_workspace_bytes(*operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
+        workspace_bytes=_workspace_bytes(operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
         timeout_microseconds=np.int64(timeout_microseconds),
         setup_timeout_microseconds=np.int64(setup_timeout_microseconds),
@@ -225,7 +219,7 @@ def _call_kernel(
     )
 
 
-moe_peers_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_peers_p, *operands, **params))
+moe_peers_p.def_impl(lambda *row, **params: xla.apply_primitive(moe_peers_p, *row, **params))
 for primitive in (moe_peers_p, moe_peers_call_p):
     primitive.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_peers_p] = _batch

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe import peers
+from jax_megamoe import expert_parallel
 from jax_megamoe.primitives import _library
 from tests.support import chain as chains
 from tests.support.compare import judge
@@ -247,9 +247,9 @@ def run_all(way: Way, runs: int, before_each: Callable[[int], None]) -> tuple[in
             for number, result in zip(numbers_of_runs, results, strict=True):
                 if (wrong := counts(result)).any():
                     text = f"wrong numbers {wrong.tolist()} (of the layers, of what is beside them; for each rank)"
-                    return number, f"{text}; failures {peers.failures()}"
+                    return number, f"{text}; failures {expert_parallel.failures()}"
         except jax.errors.JaxRuntimeError as error:
-            return first, f"{type(error).__name__}: {str(error)[:400]}; failures {peers.failures()}"
+            return first, f"{type(error).__name__}: {str(error)[:400]}; failures {expert_parallel.failures()}"
     return runs, ""
 
 
@@ -365,7 +365,7 @@ def time_runs(call: Callable[[], Any], runs: int = 50) -> dict[str, Any]:
             jax.block_until_ready(results)
             rounds.append((time.monotonic() - begun) / runs * 1e6)
     except jax.errors.JaxRuntimeError as error:
-        return {"error": str(error)[:300], "failures": peers.failures()}
+        return {"error": str(error)[:300], "failures": expert_parallel.failures()}
     layers_wrong = int(counts(results[-1])[:, 0].sum())
     return {"best_us": round(min(rounds), 1), "median_us": round(sorted(rounds)[3], 1), "layers_wrong": layers_wrong}
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe import peers
+from jax_megamoe import expert_parallel
 from jax_megamoe.primitives import _library
 from tests.support import chain as chains
 from tests.support.compare import bits, judge
@@ -95,7 +95,7 @@ def main(order: str) -> None:
         bucket.take(compiled[i, 0], compiled[i, 1])
     if devices[0].platform == "gpu":
         assert all(is_fused(bucket.compiled) for bucket in buckets)
-        limit = peers.buffer_bytes(
+        limit = expert_parallel.buffer_bytes(
             max(token_counts), sizes.top_k, sizes.hidden, sizes.inter, sizes.num_experts, ranks
         ).symmetric
         say(largest_bytes=limit, local_devices=jax.local_device_count())

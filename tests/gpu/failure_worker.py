@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe import peers
+from jax_megamoe import expert_parallel
 from jax_megamoe.primitives import _library
 from tests.support import chain as chains
 from tests.support.cases import SHARED
@@ -92,7 +92,7 @@ class Session:
         except jax.errors.JaxRuntimeError as raised:
             error, ranks = str(raised), {}
         seconds = round(time.monotonic() - begun, 2)
-        say(call=name, ranks=ranks, error=error, seconds=seconds, failures=peers.failures())
+        say(call=name, ranks=ranks, error=error, seconds=seconds, failures=expert_parallel.failures())
         return error is None and all(rank["outcome"] == "right" for rank in ranks.values())
 
     def parts(self, result: Any) -> list[tuple[int, Any]]:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
+from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
 from tests.support.cases import SHARED
@@ -27,15 +28,10 @@ def make_program(num_calls: int) -> Any:
     mesh = mesh_of(gpus(), {"expert": 1})
 
     def calls(x, weights, ids, topk_weights, layer):
-        leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
         results = []
         for _ in range(num_calls):
             y, load = moe_peers(
-                x,
-                *leaves,
-                ids,
-                topk_weights,
-                layer,
+                Operands(x, weights.leaves, ids, topk_weights, layer),
                 axis_sizes={"expert": 1},
                 expert_axes=("expert",),
                 gathered_axes=("expert",),

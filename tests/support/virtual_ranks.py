@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_megamoe as mm
+from jax_megamoe.operands import Operands
+from jax_megamoe.operands import Sizes as CallSizes
 from jax_megamoe.primitives import _library
 from tests.support.cases import SHARED
 from tests.support.compare import bits
@@ -40,14 +42,14 @@ def on_virtual_ranks(
 
     So many late CTAs of each rank, which `seed` chooses, begin only when all others have done their part.
     """
-    core = _library._core
-    assert core is not None
-    scratch = core.peer_workspace_bytes(
-        x.shape[0] // num_ranks,
-        ids.shape[1],
-        weights.hidden_size,
-        weights.intermediate_size,
-        weights.num_experts // num_ranks,
+    scratch = _library.peer_workspace_bytes(
+        CallSizes(
+            x.shape[0] // num_ranks,
+            ids.shape[1],
+            weights.hidden_size,
+            weights.intermediate_size,
+            weights.num_experts // num_ranks,
+        ),
         num_ranks,
     )
     results = (
@@ -55,13 +57,8 @@ def on_virtual_ranks(
         jax.ShapeDtypeStruct((weights.num_experts,), jnp.int32),
         jax.ShapeDtypeStruct((num_ranks * scratch,), jnp.uint8),
     )
-    leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
     y, load, _ = jax.ffi.ffi_call("jax_megamoe.virtual_ranks.v1", results)(
-        x,
-        *leaves,
-        ids,
-        topk_weights,
-        jnp.int32(0),
+        *Operands(x, weights.leaves, ids, topk_weights, jnp.int32(0)).row,
         activation_clamp=np.float32(CLAMP),
         routed_scaling_factor=np.float32(FACTOR),
         num_ranks=np.int64(num_ranks),
