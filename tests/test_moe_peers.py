@@ -266,6 +266,8 @@ def fused_on_cpu(built, monkeypatch):
         pytest.skip("jax_megamoe._core is not built")
     if not core.has_cuda:
         pytest.skip("jax_megamoe._core is built without CUDA")
+    if not core.has_testing:
+        pytest.skip("jax_megamoe._core was built without MEGAMOE_TESTING")
     # Any handler will do that has no state; no other test of the process has CPU programs with this target.
     handler = core.ffi_registrations()["targets"]["jax_megamoe.read_ceiling.v1"]
     jax.ffi.register_ffi_target(FUSED, handler, platform="cpu")

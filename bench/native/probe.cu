@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/read_ceiling.h"
 #include "calls.cuh"
 #include "kernels/trace.cuh"
+#include "testing/read_ceiling.h"
 #include "timing.h"
 
 namespace {
@@ -168,7 +168,7 @@ int main(int argc, char** argv) {
                  "usage: probe check H I E k T [routing] | probe (time | turns | apart | crossover) H I E k T...\n");
     return 2;
   }
-  CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
+  CHECK(megamoe::prepare_moe());
   auto number = [&](int i) { return std::atoi(argv[i]); };
   if (std::string(argv[1]) == "check") {
     return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform",

@@ -59,6 +59,23 @@ def check_kernel_available() -> None:
         )
 
 
+def why_no_testing() -> str | None:
+    """Why the module has not what only tests and benchmarks call, None where it has."""
+    if getattr(_core, "has_testing", False):
+        return None
+    state = "is not built" if _core is None else "was built without what only tests and benchmarks call"
+    return (
+        f"jax_megamoe._core {state}: install the package by `pip install -e .`, or build its wheel with "
+        "`-C cmake.define.MEGAMOE_TESTING=ON`"
+    )
+
+
+def check_testing_available() -> None:
+    """Raises `MegaMoEError` where `why_no_testing` says something."""
+    if reason := why_no_testing():
+        raise MegaMoEError(f"{reason}.")
+
+
 def workspace_bytes(
     num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int
 ) -> int:

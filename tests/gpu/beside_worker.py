@@ -288,9 +288,7 @@ def spin(number: int) -> None:
 
 
 def why_not(kind: str) -> str:
-    if kind == "spinner" and not hasattr(_library._core, "hold_sms"):
-        return "jax_megamoe._core has no hold_sms"
-    return ""
+    return (_library.why_no_testing() or "") if kind == "spinner" else ""
 
 
 def check_kinds(place: Place) -> None:

@@ -103,11 +103,11 @@ class Session:
             time.sleep(seconds if self.place.process == 1 else 0.0)
             return
         device = self.mesh.devices.flat[1]
-        hold = getattr(_library._core, "hold_sms", None)
-        if hold is None:
-            say(skip="jax_megamoe._core has no hold_sms")
+        if reason := _library.why_no_testing():
+            say(skip=reason)
             leave(self.place, alone=True)
-        hold(device.local_hardware_id, getattr(device, "core_count", 132), round(seconds * 1000))
+        core: Any = _library._core
+        core.hold_sms(device.local_hardware_id, getattr(device, "core_count", 132), round(seconds * 1000))
         time.sleep(0.1)
 
     def after_failure(self) -> None:

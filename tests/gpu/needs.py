@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from jax_megamoe.primitives import _library
+
 
 def why_not() -> str | None:
     try:
@@ -14,4 +16,6 @@ def why_not() -> str | None:
 
 
 _REASON = why_not()
+_NO_TESTING = _library.why_no_testing()
+needs_testing = pytest.mark.skipif(_NO_TESTING is not None, reason=str(_NO_TESTING))
 needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]

@@ -16,7 +16,7 @@ from jax.experimental.compute_on import compute_on
 
 import jax_megamoe as mm
 from gpu.inputs import make_inputs, make_weights
-from gpu.needs import needs_hopper
+from gpu.needs import needs_hopper, needs_testing
 from gpu.test_virtual_ranks import compare
 from jax_megamoe.primitives import _library
 
@@ -24,9 +24,6 @@ pytestmark = needs_hopper
 
 EXPERTS, HIDDEN, INTER, TOP_K = 16, 512, 384, 4
 moe: Any = jax.jit(mm.moe)
-needs_spinner = pytest.mark.skipif(
-    not hasattr(_library._core, "hold_sms"), reason="jax_megamoe._core has no hold_sms: needs a build that has it"
-)
 
 
 def make_call(tokens: int, seed: int = 0) -> tuple[Any, ...]:
@@ -38,7 +35,7 @@ def bits(y: Any) -> np.ndarray:
     return np.asarray(y).view(np.uint16)
 
 
-@needs_spinner
+@needs_testing
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("ctas", "milliseconds"), [(100, 50), (131, 50), (132, 50), (100, 2500)])
 @pytest.mark.parametrize("tokens", [1, 128, 800])

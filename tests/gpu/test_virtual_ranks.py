@@ -10,10 +10,10 @@ import pytest
 
 import jax_megamoe as mm
 from gpu.inputs import difference, make_inputs, make_weights
-from gpu.needs import needs_hopper
+from gpu.needs import needs_hopper, needs_testing
 from jax_megamoe.primitives import _library
 
-pytestmark = needs_hopper
+pytestmark = [*needs_hopper, needs_testing]
 
 CLAMP, FACTOR = 6.0, 1.5
 one_rank: Any = jax.jit(

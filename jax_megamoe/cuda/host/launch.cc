@@ -10,16 +10,10 @@ namespace megamoe {
 
 namespace {
 
-template <bool kSwap>
-cudaError_t prepare(GroupKind kind) {
-  switch (kind) {
-    case GroupKind::kOneRank:
-      return Launcher<kSwap, OneRank>::prepare();
-    case GroupKind::kPeers:
-      return Launcher<kSwap, PeerRanks>::prepare();
-    default:
-      return VirtualRanksLauncher<kSwap>::prepare();
-  }
+template <typename Group>
+cudaError_t prepare() {
+  const cudaError_t error = Launcher<true, Group>::prepare();
+  return error != cudaSuccess ? error : Launcher<false, Group>::prepare();
 }
 
 // One launch for each slice of the tokens.
@@ -54,10 +48,9 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
 
 }  // namespace
 
-cudaError_t prepare_kernels(GroupKind kind) {
-  const cudaError_t error = prepare<true>(kind);
-  return error != cudaSuccess ? error : prepare<false>(kind);
-}
+cudaError_t prepare_moe() { return prepare<OneRank>(); }
+
+cudaError_t prepare_moe_peers() { return prepare<PeerRanks>(); }
 
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
   return launch<OneRank>(arguments, /*has_peers=*/false, tokens_per_launch, num_ctas, stream);
@@ -65,17 +58,6 @@ cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int
 
 cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
   return launch<PeerRanks>(arguments, /*has_peers=*/true, tokens_per_launch, num_ctas, stream);
-}
-
-cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
-                                 cudaStream_t stream) {
-  using SwapAb = VirtualRanksLauncher<true>;
-  using Normal = VirtualRanksLauncher<false>;
-  Device device = current_device(ctas_per_rank);
-  device.num_clusters = Normal::num_clusters() / present;
-  const LaunchChoice choice = choose(arguments.of_rank[0].problem, device, /*has_peers=*/true);
-  return choice.swap_operands ? SwapAb::launch(arguments, choice, present, ctas_per_rank, stream)
-                              : Normal::launch(arguments, choice, present, ctas_per_rank, stream);
 }
 
 }  // namespace megamoe

@@ -1,5 +1,5 @@
 // How fast the device can stream bytes into shared memory: one CTA per SM, one thread, a ring of 1-D bulk copies.
-#include "bench/read_ceiling.h"
+#include "testing/read_ceiling.h"
 
 #include "common/ptx.cuh"
 

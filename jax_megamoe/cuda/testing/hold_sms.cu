@@ -1,4 +1,4 @@
-#include "bench/hold_sms.h"
+#include "testing/hold_sms.h"
 #include "common/ptx.cuh"
 
 namespace megamoe {

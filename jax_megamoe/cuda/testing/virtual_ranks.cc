@@ -1,0 +1,30 @@
+#include "testing/virtual_ranks.h"
+
+#include "host/choices.h"
+#include "host/device.h"
+#include "host/launchers.h"
+
+namespace megamoe {
+
+namespace {
+
+using SwapAb = VirtualRanksLauncher<true>;
+using Normal = VirtualRanksLauncher<false>;
+
+}  // namespace
+
+cudaError_t prepare_virtual_ranks() {
+  const cudaError_t error = SwapAb::prepare();
+  return error != cudaSuccess ? error : Normal::prepare();
+}
+
+cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
+                                 cudaStream_t stream) {
+  Device device = current_device(ctas_per_rank);
+  device.num_clusters = Normal::num_clusters() / present;
+  const LaunchChoice choice = choose(arguments.of_rank[0].problem, device, /*has_peers=*/true);
+  return choice.swap_operands ? SwapAb::launch(arguments, choice, present, ctas_per_rank, stream)
+                              : Normal::launch(arguments, choice, present, ctas_per_rank, stream);
+}
+
+}  // namespace megamoe
