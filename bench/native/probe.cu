@@ -1,5 +1,5 @@
-// Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph beside the
-// device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
+// Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph
+// beside the device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing [ctas]]  routing: uniform, one (all on one expert), masked, none; more CTAs than SMs start late
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
@@ -58,8 +58,9 @@ int check(const Problem& p, const std::string& routing, int ctas) {
   return good ? 0 : 1;
 }
 
-// Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in the L2 of its
-// weights is of no use to the next. `apart`: each call has scratch of its own. `touched`: experts that a call reads, on average.
+// Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in
+// the L2 of its weights is of no use to the next. `apart`: each call has scratch of its own. `touched`: experts that a
+// call reads, on average.
 double call_microseconds(const Problem& p, const std::vector<Weights>& layers, bool apart, double* touched) {
   std::vector<void*> scratch(apart ? kInputs : 1);
   for (void*& one : scratch) one = device_array<uint8_t>(megamoe::Workspace::bytes(p));

@@ -1,5 +1,6 @@
 // What a stream of weights reaches before any arithmetic: chunk sizes, access patterns, token tiles loaded beside the
-// weights, and how long flags take while the memory is busy. The steps before the fused kernel in docs/performance-log.md.
+// weights, and how long flags take while the memory is busy. The steps before the fused kernel in
+// docs/performance-log.md.
 //   stream [MB...]
 #include <cuda_runtime.h>
 
@@ -18,8 +19,8 @@ using namespace megamoe;
 constexpr int kKilo = 1024;
 using probe::kInputs;
 
-// Chunks of consecutive CTAs neighbour each other, or every CTA reads units of its own: the first two thirds of the bytes
-// in units of `gate_up_kb`, the rest in units of `down_kb`, in turn or by ticket.
+// Chunks of consecutive CTAs neighbour each other, or every CTA reads units of its own: the first two thirds of the
+// bytes in units of `gate_up_kb`, the rest in units of `down_kb`, in turn or by ticket.
 enum class Pattern { kInterleaved, kUnits, kTickets };
 
 struct Setup {

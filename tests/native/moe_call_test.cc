@@ -1,6 +1,6 @@
-// The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of one operand
-// (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. Out: the error, or the sizes and what each argument
-// points at, by the number of the operand.
+// The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of
+// one operand (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. Out: the error, or the sizes
+// and what each argument points at, by the number of the operand.
 #include <cstdint>
 #include <iostream>
 #include <map>

@@ -9,7 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPushBlocks = 16;  // for each target: 8 targets leave no block of an H100 waiting for an SM
 
-// What rank `src` and this rank tell each other, in this rank's buffer; one cache line, so that pairs don't disturb others.
+// What rank `src` and this rank tell each other, in this rank's buffer; one cache line, so that pairs don't disturb
+// others.
 struct alignas(128) Cell {
   // Written by the peer.
   uint64_t flag;     // epoch whose pattern has arrived

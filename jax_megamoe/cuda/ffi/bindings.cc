@@ -40,7 +40,8 @@ void add(const megamoe::Target& target, py::dict types, py::dict targets) {
   targets[target.name] = capsules;
 }
 
-// Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no driver.
+// Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no
+// driver.
 bool can_access_peer(int from, int to) {
   if (from == to) return true;
   int possible = 0;

@@ -1,4 +1,5 @@
-// XLA FFI handlers of the fused expert layer on one device: buffers and attributes in, one launch out. No device code here.
+// XLA FFI handlers of the fused expert layer on one device: buffers and attributes in, one launch out. No device code
+// here.
 #include <atomic>
 #include <cstdint>
 #include <utility>

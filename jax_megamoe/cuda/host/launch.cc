@@ -12,8 +12,11 @@ namespace {
 
 template <typename Group>
 cudaError_t prepare() {
-  const cudaError_t error = Launcher<true, Group>::prepare();
-  return error != cudaSuccess ? error : Launcher<false, Group>::prepare();
+  cudaError_t error = Launcher<true, Group>::prepare();
+  if (error == cudaSuccess) error = Launcher<false, Group>::prepare();
+  if (error == cudaSuccess)
+    Launcher<false, Group>::num_clusters();  // asked here, so that no launch is the first to ask
+  return error;
 }
 
 // One launch for each slice of the tokens.

@@ -8,13 +8,13 @@
 
 namespace megamoe {
 
-// Load the kernels of one device, or of a group's, on the current device and raise their limit of shared memory. Outside the
-// hot path: module loading may synchronise.
+// Load the kernels of one device, or of a group's, on the current device and raise their limit of shared memory.
+// Outside the hot path: module loading may synchronise.
 cudaError_t prepare_moe();
 cudaError_t prepare_moe_peers();
 
-// Enqueues a call: launches for `tokens_per_launch` tokens at a time, those of `per_launch`; capturable. `num_ctas` is at most
-// the number of SMs.
+// Enqueues a call: launches for `tokens_per_launch` tokens at a time, those of `per_launch`; capturable. `num_ctas` is
+// at most the number of SMs.
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream);
 
 // The same on each GPU of a group, whose `arguments.peers` are set.

@@ -14,8 +14,10 @@ using Normal = VirtualRanksLauncher<false>;
 }  // namespace
 
 cudaError_t prepare_virtual_ranks() {
-  const cudaError_t error = SwapAb::prepare();
-  return error != cudaSuccess ? error : Normal::prepare();
+  cudaError_t error = SwapAb::prepare();
+  if (error == cudaSuccess) error = Normal::prepare();
+  if (error == cudaSuccess) Normal::num_clusters();  // as in host/launch.cc
+  return error;
 }
 
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,

@@ -1,5 +1,5 @@
-// For tests: the ranks of a group on one GPU, each with a part of its SMs. Operands and results are those of the one-device
-// call over all tokens and experts, so that the two compare bit by bit.
+// For tests: the ranks of a group on one GPU, each with a part of its SMs. Operands and results are those of the
+// one-device call over all tokens and experts, so that the two compare bit by bit.
 #include <cstdint>
 #include <memory>
 #include <string>
