@@ -207,7 +207,8 @@ __device__ __forceinline__ void store(void* destination, const Value& value, boo
 
 constexpr int kLineBytes = 128;
 
-// Nobody reads the line again before it is written anew: its bytes leave the L2 without a way to the memory. Aligned.
+// Nobody reads the line again before it is written anew: its bytes leave the L2 and are never written to the memory.
+// Aligned.
 __device__ __forceinline__ void discard_line(const void* line) {
   asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
 }
@@ -244,7 +245,7 @@ __device__ __forceinline__ void bulk_copy_global_to_cluster(void* destination, c
       : "memory");
 }
 
-// Asks for bytes without a place to put them: they are in the L2 when somebody wants them.
+// Brings bytes into the L2, without a place for them in shared memory yet.
 __device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }

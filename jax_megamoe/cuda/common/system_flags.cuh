@@ -8,7 +8,7 @@
 namespace megamoe::ptx {
 
 // Everything this thread wrote before, or has observed, is visible to whoever observes what it writes later. __threadfence_system
-// would also order it among all such fences, which nobody asks for, and takes longer.
+// would also order it among all such fences, which nobody needs, and takes longer.
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Everything this thread wrote before, and what it has observed of other threads through a barrier, is visible to whoever

@@ -1,4 +1,5 @@
-// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it tells the other ranks.
+// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it announces that to the
+// other ranks.
 #pragma once
 
 #include <cstdint>

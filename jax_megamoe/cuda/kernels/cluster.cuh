@@ -3,7 +3,7 @@
 // a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
 //
 // What the two must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the
-// tickets and tells its partner; neither ends before the partner's last arrival is here
+// tickets and publishes them to its partner; neither ends before the partner's last arrival is here
 // (WeightProducer::await_last_releases).
 // Waits for the other CTA need no limit: the two start together, and whatever else they wait for has one.
 #pragma once
@@ -53,15 +53,15 @@ class Cluster {
     ptx::cluster_wait();
   }
 
-  // One thread of rank 0 tells the ticket of the unit number `unit`; the weight producer of rank 1 waits for it.
-  __device__ __forceinline__ void tell_ticket(SharedHeader& header, uint32_t unit, uint32_t ticket) const {
+  // One thread of rank 0 publishes the ticket of the unit number `unit`; the weight producer of rank 1 waits for it.
+  __device__ __forceinline__ void publish_ticket(SharedHeader& header, uint32_t unit, uint32_t ticket) const {
     const uint32_t slot = unit % kTicketSlots;
-    ptx::store_in_cluster(&header.ticket[slot], ticket, &header.ticket_told[slot], 1);
+    ptx::store_in_cluster(&header.ticket[slot], ticket, &header.ticket_published[slot], 1);
   }
   __device__ __forceinline__ uint32_t await_ticket(SharedHeader& header, uint32_t unit) const {
     const uint32_t slot = unit % kTicketSlots;
-    ptx::mbarrier_arrive_expect_tx(&header.ticket_told[slot], sizeof(uint32_t));
-    await(&header.ticket_told[slot], unit / kTicketSlots % 2);
+    ptx::mbarrier_arrive_expect_tx(&header.ticket_published[slot], sizeof(uint32_t));
+    await(&header.ticket_published[slot], unit / kTicketSlots % 2);
     return header.ticket[slot];
   }
 

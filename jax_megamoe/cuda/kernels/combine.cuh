@@ -181,7 +181,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   }
 }
 
-// Which of the down units are complete, as one warp knows: the first so many.
+// How many of the first down units are complete, as far as one warp knows.
 template <typename Group>
 class CompleteUnits {
  public:
@@ -194,7 +194,7 @@ class CompleteUnits {
       if (!wait_for_units<false, Group>(args_, num_chunks_, complete_, unit + 1)) return false;
       complete_ = unit + 1;
     } else {
-      // Looks at as many as there are lanes: what is complete already is not asked for again.
+      // Looks at as many as there are lanes: what is complete already is not read again.
       const uint32_t signals = num_chunks_ * Orientation<false>::kDownSignals;
       const int units = args_.constants.down_units.value();
       WaitLimit limit;
@@ -254,9 +254,9 @@ class CombineStream {
   }
 
   __device__ __forceinline__ void run() {
-    CombineItem asked, at;
+    CombineItem ahead, at;
     int complete_steps = steps_;
-    for (int step = 0; step < kStepsAhead; ++step) ask(step, step, asked, complete_steps);
+    for (int step = 0; step < kStepsAhead; ++step) issue(step, step, ahead, complete_steps);
     float sum[2][8] = {};
     int stage = 0;
 #pragma unroll 1
@@ -284,7 +284,7 @@ class CombineStream {
         }
       }
       advance(here_);
-      ask(step + kStepsAhead, stage, asked, complete_steps);
+      issue(step + kStepsAhead, stage, ahead, complete_steps);
       stage = stage + 1 == kStepsAhead ? 0 : stage + 1;
     }
   }
@@ -313,7 +313,7 @@ class CombineStream {
   }
 
   // A group of copies, empty beyond the last step. A slot that is not used adds zero, which changes no sum that began with +0.
-  __device__ __forceinline__ void ask(int step, int stage, CombineItem& item, int& complete_steps) {
+  __device__ __forceinline__ void issue(int step, int stage, CombineItem& item, int& complete_steps) {
     if (step < complete_steps) {
       const int unit = ahead_.column_tile * kCombineColumns / (O::kUnitTiles * kDownUnitColumns);
       if (units_.await(unit)) {

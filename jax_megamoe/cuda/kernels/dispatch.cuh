@@ -63,7 +63,7 @@ __device__ __forceinline__ const uint16_t* piece_of_item(const MoeArguments& arg
   return args.x + static_cast<size_t>(at.token) * args.problem.hidden_size + column;
 }
 
-// A warp's first item, asked for before anything else.
+// A warp's first item, loaded before anything else.
 template <bool kSwap>
 __device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments& args, const DispatchShare& share) {
   const DispatchCursor at(share, share.first_item + threadIdx.x / 32);
@@ -98,7 +98,7 @@ class ItemStream {
     for (int i = 0; i < kPieces; ++i) *place(0, threadIdx.x % 32 + 32 * i) = first.piece[i];
     ptx::commit_copies();
     ahead_.advance(share);
-    for (slot_ = 1; slot_ < kItems; ++slot_) ask();
+    for (slot_ = 1; slot_ < kItems; ++slot_) issue();
     slot_ = 0;
   }
 
@@ -110,7 +110,7 @@ class ItemStream {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) item.piece[i] = *place(slot_, threadIdx.x % 32 * kPieces + i);
     __syncwarp();
-    ask();
+    issue();
     slot_ = slot_ + 1 == kItems ? 0 : slot_ + 1;
     return item;
   }
@@ -120,7 +120,7 @@ class ItemStream {
     return reinterpret_cast<uint4*>(buffer_ + slot * kItemBytes) + piece;
   }
 
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void issue() {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int piece = threadIdx.x % 32 + 32 * i;
@@ -144,7 +144,7 @@ struct RoutesAhead {
   float weight = 0.0f;
 
   // A warp, of routes [first, end).
-  __device__ __forceinline__ void ask(const MoeArguments& args, int first, int end) {
+  __device__ __forceinline__ void load(const MoeArguments& args, int first, int end) {
     const int route = first + static_cast<int>(threadIdx.x % 32);
     expert = route < end ? __ldg(args.topk_ids + route) : -1;
     weight = route < end ? __ldg(args.topk_weights + route) : 0.0f;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
     const int route = base + lane;
     int expert = route < end_route ? ahead.expert : -1;
     const float weight = ahead.weight;
-    ahead.ask(args, min(base + 32, end_route), share.end_token() * top_k);
+    ahead.load(args, min(base + 32, end_route), share.end_token() * top_k);
     if (expert < 0 || expert >= plan.group_experts() || !Group::has_ids()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -331,8 +331,8 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
   return place;
 }
 
-// The shares of CTAs that have not started, which the token producer has asked for. It fills no stage until it has its
-// answer, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
+// The shares of CTAs that have not started, once the token producer has requested it. It fills no stage until they are
+// done, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
 template <bool kSwap, typename Group>
 __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args, const Plan& plan,
                                                        const SharedMap<kSwap>& map, Signaller& signaller,
@@ -344,7 +344,7 @@ __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args,
     const int first_route = share.first_token() * args.problem.top_k;
     recount_before<Group>(args, plan, Group::route_in_group(args, first_route));
     RoutesAhead routes;
-    if (threadIdx.x / 32 == 0) routes.ask(args, first_route, share.end_token() * args.problem.top_k);
+    if (threadIdx.x / 32 == 0) routes.load(args, first_route, share.end_token() * args.problem.top_k);
     dispatch_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), routes, map, signaller,
                                  tracer);
   }

@@ -102,7 +102,7 @@ __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& pla
   const CounterAdvance<kSwap, Group> advance(args, plan);
   const int first = threadIdx.x / 32 - kFirstSignalWarp;
   if (first == 0) {
-    pass_turn<Group>(args);
+    advance_launch<Group>(args);
     if constexpr (Group::kHasPeers) advance.announce_if_idle();
   }
   serve_signals<kQueues>(shared_header().signals + first, advance);
@@ -136,17 +136,17 @@ template <bool kSwap, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Group::come_late(args);
+  Group::start_late(args);
   Tracer tracer(args, TraceRole::kConsumer);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
-  // What comes from memory is asked for first, before the weights flood its queues.
+  // Loads come first, before the weights fill the memory's queues.
   const DispatchShare share(args, blockIdx.x);
   const typename Group::Opening opening(args);
   ItemPieces<kSwap> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
   RoutesAhead first_routes;
-  if (warp == 0) first_routes.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
+  if (warp == 0) first_routes.load(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if constexpr (kSwap && !Group::kHasPeers) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
   }
@@ -226,7 +226,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     Group::dawdle(args, 4);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
-    Group::go(args);
+    Group::finish(args);
   }
 }
 

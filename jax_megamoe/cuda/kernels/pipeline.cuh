@@ -156,14 +156,14 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
   }
   if (ctas > 1) {
 #pragma unroll
-    for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
+    for (uint64_t& published : header.ticket_published) ptx::mbarrier_init(&published, 1);
   }
   ptx::mbarrier_init(&header.planned, 32 + 1);  // the weight producer's warp, and who claims the CTA's place
   ptx::mbarrier_init(&header.dispatched, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
   ptx::mbarrier_init(&header.vacant_shares_wanted, 1);
   ptx::mbarrier_init(&header.vacant_shares_done, kEveryLaneArrives ? kConsumerThreads : 1);
   header.ids_missing = 0;
-  header.vacant_units.looked_at = 0;
+  header.vacant_units.places_tried = 0;
   ptx::mbarrier_init_fence();
 }
 

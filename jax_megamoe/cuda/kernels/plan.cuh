@@ -90,7 +90,7 @@ __device__ __forceinline__ void count_routes(const MoeArguments& args, const Pla
     for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * kCtaThreads) {
       uint64_t words[kWordsInFlight];
       bool all_there = false;
-      for (int tries = 0; !all_there && tries < Group::kIdsPatience; ++tries) {
+      for (int tries = 0; !all_there && tries < Group::kQuickTries; ++tries) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
           const int route = first + i * kCtaThreads;

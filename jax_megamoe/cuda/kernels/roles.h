@@ -64,7 +64,7 @@ struct Orientation {
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
   static constexpr int kDispatchColumns = kSwap ? 256 : 512;
-  // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
+  // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
   static constexpr int kItemsInFlight = kSwap ? 2 : 4;

@@ -8,7 +8,7 @@
 
 namespace megamoe {
 
-// Told by the weight producer in the first stage of every unit.
+// Written by the weight producer in the first stage of every unit, for the token producer and the consumers.
 struct UnitNote {
   int tile;  // negative: no more units
   int chunk;
@@ -34,8 +34,8 @@ struct SignalQueue {
 // What the weight producer knows of the first units of CTAs that have not started (kernels/tickets.cuh).
 struct VacantUnits {
   alignas(16) ControlHead control;  // as it was when the last ticket was drawn
-  uint32_t looked_at;               // so many places
-  uint32_t put_off;                 // a ticket that was drawn, until a vacant unit is done
+  uint32_t places_tried;            // places that need no second look
+  uint32_t deferred_ticket;         // drawn, and kept until a vacant unit is done
 };
 
 // Fixed part of shared memory.
@@ -49,7 +49,7 @@ struct SharedHeader {
   uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint64_t ticket_told[kTicketSlots];  // from the cluster's first CTA to the other
+  uint64_t ticket_published[kTicketSlots];  // from the cluster's first CTA to the other
   uint32_t ticket[kTicketSlots];
   int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)
   int plan_end;

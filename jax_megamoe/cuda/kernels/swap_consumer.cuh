@@ -173,13 +173,13 @@ class SwapConsumer {
     Scales<kDown> scales[2];
 #pragma unroll
     for (float& value : acc) value = 0.0f;
-    const auto ask = [&](const Stage& from, int step) {
+    const auto issue = [&](const Stage& from, int step) {
       start<kDown>(from, step, token_plane_bytes, sums[step % 2]);
       scales[step % 2] = load_scales<kDown>(from, step);
     };
     Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    ask(stage, 0);
+    issue(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
@@ -189,16 +189,16 @@ class SwapConsumer {
       const Stage here = stage;
 #pragma unroll
       for (int step = 1; step < kSteps - 1; ++step) {
-        ask(here, step);
+        issue(here, step);
         add(step - 1);
       }
-      ask(here, kSteps - 1);
+      issue(here, kSteps - 1);
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       stage = Stage(map_, cursor.stage, first_plane);
       const StageQuery next(map_.header(), cursor);
       add(kSteps - 2);
       next.wait();
-      ask(stage, 0);
+      issue(stage, 0);
       add(kSteps - 1);
       release_stage<true>(args_, map_.header(), here.index);
     }

@@ -88,13 +88,13 @@ class TokenProducer {
   __device__ __forceinline__ void await_all_shares() {
     tokens_ready_ = true;
     const uint32_t* quantized = SharedMap<kSwap>::counters(args_).dispatched_shares();
-    SharePatience patience(args_);
+    VacantShareWatch vacant_shares(args_);
     WaitLimit limit;
     while (true) {
       const bool here = ptx::load_acquire(quantized) >= gridDim.x;
       // The lanes go on together: only so, one of them leads.
       if (kRows ? __all_sync(~0u, here) : here) break;
-      if (brings_images() && leads()) patience.check();
+      if (brings_images() && leads()) vacant_shares.check();
       limit.check();
     }
   }

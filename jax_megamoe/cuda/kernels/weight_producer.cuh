@@ -33,7 +33,7 @@ class WeightProducer {
     for (uint32_t number = 0;;) {
       if (settled) {
         const Unit u = schedule.unit(ticket, rank);
-        tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
+        tracer.mark(u.down ? TraceEvent::kDownIssued : TraceEvent::kGateUpIssued);
         ++number;
         uint32_t drawn;
         if (kSwap && u.down && few_units) {
@@ -59,7 +59,7 @@ class WeightProducer {
 
  private:
   // What a unit's weights look like to the copies: tiles of two planes' rows, and what the next K blocks are away. Worked out once
-  // for each unit: the thread that asks for the weights is on the critical path of every stage.
+  // for each unit: the thread that issues the copies is on the critical path of every stage.
   struct Stream {
     const uint8_t* weights;  // the next K blocks of the first tile
     const float* scales;
@@ -126,7 +126,7 @@ class WeightProducer {
   }
 
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
-  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
+  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk is the last one to be complete.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
            args_.constants.gate_up_units.value() * O::kGateUpSignals;
@@ -146,7 +146,8 @@ class WeightProducer {
     await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
-  // Nobody leaves the stage that says so, and everybody the other ones.
+  // The stage with the end mark is never released; every other stage is. Wait for those, so that no arrival from the
+  // partner hits a CTA that has exited.
   __device__ __forceinline__ void await_last_releases() {
     for (int i = 1; i < map_.num_stages; ++i, cursor_.advance(map_.num_stages)) {
       await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
@@ -160,12 +161,12 @@ class WeightProducer {
     constexpr int kPieceCycles = 1800;
     constexpr int kMostBytes = 192 * 1024;
     const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytes);
-    for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
+    for (int prefetched = 0; prefetched + kPieceBytes <= bytes; prefetched += kPieceBytes) {
       const int64_t begin = clock64();
       while (clock64() - begin < kPieceCycles) {
         if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
       }
-      ptx::bulk_prefetch(s.weights + asked, kPieceBytes);
+      ptx::bulk_prefetch(s.weights + prefetched, kPieceBytes);
     }
   }
 
