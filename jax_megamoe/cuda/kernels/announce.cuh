@@ -44,11 +44,11 @@ class CounterAdvance {
 
   __device__ int column_tiles() const { return args_.constants.down_units.value(); }
   __device__ void announce_tokens() const {
-    Group::dawdle(args_, 2);
+    Group::inject_delay(args_, DelayPoint::kBeforeTokensFlag);
     Group::announce(args_, [](PeerHeader* header) { return header->tokens_sent; }, shared_header().epoch);
   }
   __device__ void announce_columns(int tile) const {
-    Group::dawdle(args_, 3);
+    Group::inject_delay(args_, DelayPoint::kBeforeColumnsFlag);
     Group::announce(args_, [tile](PeerHeader* header) { return header->columns_done[tile]; }, shared_header().epoch);
   }
 

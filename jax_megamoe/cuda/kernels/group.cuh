@@ -67,6 +67,9 @@ class PeerWait {
   uint64_t start_ = 0;
 };
 
+// Where a rank may be slow: virtual ranks pause there in tests, to shuffle the order of events.
+enum class DelayPoint : int { kBeforeIds, kBeforeDispatch, kBeforeTokensFlag, kBeforeColumnsFlag, kBeforeCombine };
+
 // All experts on one device.
 struct OneRank {
   static constexpr bool kHasPeers = false;
@@ -99,7 +102,7 @@ struct OneRank {
   }
   __device__ static void start_late(const MoeArguments&) {}
   __device__ static void finish(const MoeArguments&) {}
-  __device__ static void dawdle(const MoeArguments&, int) {}
+  __device__ static void inject_delay(const MoeArguments&, DelayPoint) {}
   __device__ static void wait_local(const MoeArguments&, const uint32_t* counter, uint32_t target) {
     await_at_least(counter, target);
   }
@@ -289,8 +292,7 @@ struct PeerRanks {
 
   __device__ static void start_late(const MoeArguments&) {}
   __device__ static void finish(const MoeArguments&) {}
-  // Called at the points of the protocol where a rank may be slow.
-  __device__ static void dawdle(const MoeArguments&, int) {}
+  __device__ static void inject_delay(const MoeArguments&, DelayPoint) {}
 
  private:
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
@@ -316,20 +318,20 @@ struct PeerRanks {
   }
 };
 
-// Ranks that share one GPU, in tests: the same, with pauses of random length to shuffle the order of events, and CTAs that begin only
-// when all others of their rank are through.
+// Ranks that share one GPU, in tests: the same, with delays of random length, and CTAs that start only when all others of
+// their rank have finished.
 struct VirtualRanks : PeerRanks {
-  __device__ static void dawdle(const MoeArguments& args, int point) {
+  __device__ static void inject_delay(const MoeArguments& args, DelayPoint point) {
     if (args.peers.delay_seed == 0) return;
     uint32_t v = args.peers.delay_seed ^ (__ldcg(&args.control->launch) * 2654435761u) ^
-                 (args.peers.rank * 97u + blockIdx.x % 4 * 1009u + point) * 2246822519u;
+                 (args.peers.rank * 97u + blockIdx.x % 4 * 1009u + static_cast<uint32_t>(point)) * 2246822519u;
     v ^= v >> 15, v *= 0x2c1b3c6du, v ^= v >> 12;
     if (v % 4 != 0) return;
     const uint64_t end = ptx::global_nanoseconds() + v / 4 % 20000;
     while (ptx::global_nanoseconds() < end) __nanosleep(200);
   }
 
-  // All threads of a CTA, before it takes part in anything: late ones follow each other, from one that the seed chooses.
+  // All threads of a CTA, before it does anything: late CTAs follow each other, from one that the seed chooses.
   __device__ static void start_late(const MoeArguments& args) {
     const uint32_t ctas = gridDim.x, late = args.peers.late_ctas, first = args.peers.delay_seed * 2u % ctas;
     if ((blockIdx.x + ctas - first) % ctas >= late) return;
@@ -337,7 +339,7 @@ struct VirtualRanks : PeerRanks {
     while (static_cast<int32_t>(ptx::load_acquire(&args.control->finished) - target) < 0) __nanosleep(200);
     __syncthreads();
   }
-  // All consumers of a CTA that is through.
+  // All consumers of a CTA, at the end.
   __device__ static void finish(const MoeArguments& args) {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) ptx::add_release(&args.control->finished, 1);

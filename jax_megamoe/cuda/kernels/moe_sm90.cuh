@@ -175,7 +175,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       shared_header().workspace[lane] = opening.workspace;
       if (lane == args.peers.rank) shared_header().own_workspace = opening.workspace;
     }
-    Group::dawdle(args, 0);
+    Group::inject_delay(args, DelayPoint::kBeforeIds);
     Group::send_ids(args, opening);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
     first_route += Group::rank(args) * p.num_routes();
@@ -208,7 +208,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     await(&shared_header().planned, 0);
     const SharedMap<kSwap> map(args, plan);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
-    Group::dawdle(args, 1);
+    Group::inject_delay(args, DelayPoint::kBeforeDispatch);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
       dispatch_share<kSwap, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
@@ -223,7 +223,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     }
     consume_all<kSwap, Group>(args, plan, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
-    Group::dawdle(args, 4);
+    Group::inject_delay(args, DelayPoint::kBeforeCombine);
     combine_tokens<kSwap, Group>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
     Group::finish(args);

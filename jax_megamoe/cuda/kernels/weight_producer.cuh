@@ -51,7 +51,7 @@ class WeightProducer {
       }
     }
     claim();
-    map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
+    map_.header().note[cursor_.stage].set_end();
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
     if (cluster_.has_partner()) await_last_releases();
@@ -78,7 +78,7 @@ class WeightProducer {
                                                 UnitTickets<kSwap>& tickets, uint32_t next) {
     const uint32_t rank = cluster_.rank();
     Stream s = stream(u);
-    const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
+    const auto note = UnitNote::make(u.tile, u.chunk, u.row_base, u.rows, u.down, u.shares_tokens);
     bool yields = kYields;
     uint32_t drawn = 0;
     for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
