@@ -183,7 +183,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
       // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/problem.h).
-      target = RouteTarget::at(rank, chunk_row_base * k_blocks, row, padded);
+      target = RouteTarget::at(rank, Image::first_row(chunk_row_base, k_blocks), row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(route / top_k) >= share.first_item) {
         Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::route_with_rank(args, route),
@@ -235,30 +235,28 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   if constexpr (kPieces == 2) {
     if (rows) ptx::store_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
   }
-  // Some slots at a time, without branches, so that the ways to their addresses overlap.
+  // Some slots at a time, without branches, so that the loads of their targets overlap.
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
     RouteTarget target[kSlotsAtOnce];
-    uint8_t* plane[kSlotsAtOnce];
+    uint8_t* place[kSlotsAtOnce];
     float* scales[kSlotsAtOnce];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      const uint32_t row = target[i].image_row + k_block * target[i].padded_rows();
-      const uint32_t byte = row * kBlockK + (column % kBlockK ^ target[i].swizzle());
-      plane[i] = Group::on(target[i].rank(), args.workspace.token_planes) + byte;
-      scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + row;
+      place[i] = Group::on(target[i].rank(), args.workspace.token_planes) + target[i].byte(k_block, column);
+      scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + target[i].row(k_block);
     }
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
       const bool used = slot + i < p.top_k && target[i].used();
       if (used && !rows) {
         if constexpr (kPieces == 1) {
-          ptx::store(plane[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
+          ptx::store(place[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
         } else {
-          *reinterpret_cast<uint4*>(plane[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+          *reinterpret_cast<uint4*>(place[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
         }
       }
       if (used && lane % kLanesPerScale == 0) *scales[i] = scale;

@@ -7,37 +7,11 @@
 #include "kernels/cluster.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
+#include "kernels/route_target.cuh"
 #include "kernels/waiting.cuh"
+#include "layout/image.h"
 
 namespace megamoe {
-
-// Where byte `column % 128` lies in image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
-__device__ __forceinline__ int swizzled_column(int row, int column) {
-  return ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
-}
-__device__ __forceinline__ int swizzled_offset(int row, int column) {
-  return row * kBlockK + swizzled_column(row, column);
-}
-
-// Where a route's token goes: worked out once for all its columns; used while the tokens are dispatched.
-struct RouteTarget {
-  uint32_t image_row;  // of 128 bytes, in the plane of the first K block, counted over all chunks' images
-  uint32_t packed;     // rank << 16 | swizzle << 8 | padded rows of the chunk
-
-  static constexpr uint32_t kUnused = ~0u;
-
-  __device__ static RouteTarget unused() { return {kUnused, 0}; }
-  __device__ static RouteTarget at(int rank, int chunk_image_row, int row, int padded_rows) {
-    return {static_cast<uint32_t>(chunk_image_row + row),
-            static_cast<uint32_t>(rank << 16 | swizzled_column(row, 0) << 8 | padded_rows)};
-  }
-
-  __device__ bool used() const { return image_row != kUnused; }
-  __device__ uint32_t padded_rows() const { return packed & 0xff; }
-  __device__ uint32_t swizzle() const { return packed >> 8 & 0xff; }
-  __device__ int rank() const { return packed >> 16; }
-};
-constexpr int kRouteBatch = 256;
 
 constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
 static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");

@@ -14,6 +14,7 @@
 
 #include "common/fp8.cuh"
 #include "common/wgmma.cuh"
+#include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
@@ -45,7 +46,7 @@ class SwapConsumer {
  private:
   static constexpr int kTokenGroups = kN / 8;
   static constexpr int kStageBlocks = Orientation<true>::kStageBlocks;
-  static constexpr int kActivationScaleColumns = Orientation<true>::kActivationScaleColumns;
+
   static constexpr int kActivationScalesPerBlock = Orientation<true>::kActivationScalesPerBlock;
   using Partial = float[kN / 2];
 
@@ -235,13 +236,10 @@ class SwapConsumer {
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
-    const Problem& p = args_.problem;
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
-    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
-                     static_cast<size_t>(column / kBlockK) * padded * kBlockK;
-    float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
-                    static_cast<size_t>(note_.tile) * padded;
+    const Image image = activation_image<true>(args_, note_);
+    uint8_t* plane = image.plane(column / kBlockK);
+    float* scales = image.scales(note_.tile);
 #pragma unroll 1
     for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
       float2 amax = make_float2(0.0f, 0.0f);

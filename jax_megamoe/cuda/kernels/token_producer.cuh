@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"
@@ -150,7 +151,7 @@ class TokenProducer {
   __device__ __forceinline__ void gather_unit(const UnitNote& note) {
     const int rows = note.padded_rows();
     const int blocks = k_blocks(note);
-    const float* scales = args_.workspace.token_scales + static_cast<size_t>(note.row_base) * blocks;
+    const float* scales = token_image<Group>(args_, note, blocks).scales(0);
     const int scale_bytes = rows * static_cast<int>(sizeof(float));
     RowGather gather(args_, map_, row_warp_, note);
 #pragma unroll 1
