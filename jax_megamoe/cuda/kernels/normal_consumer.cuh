@@ -164,6 +164,7 @@ class NormalConsumer {
     }
     if constexpr (kTiles == 1) exchange_maxima(amax);
 
+    // activation_image's plane and scales, written out: through it, nvcc moves other code around.
     uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
                      static_cast<size_t>(note_.tile) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +

@@ -112,6 +112,7 @@ class TokenProducer {
     const int rows = note.padded_rows();
     const int blocks = k_blocks(note);
     const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
+    // An Image, written out: through it, nvcc moves other code around.
     const uint8_t* planes =
         (note.down() ? args_.workspace.activation_planes : Group::own(args_.workspace.token_planes)) +
         static_cast<size_t>(note.row_base) * (blocks * kBlockK);
