@@ -14,7 +14,7 @@ namespace {
 
 using namespace megamoe;
 
-using O = Orientation<false>;
+using O = Normal;
 constexpr int kTiles = O::kUnitTiles, kStages = 4;
 constexpr int kTokenBytes = kNormalTokenTile * kBlockK, kStageBytes = kTokenBytes + O::kStageWeightBytes;
 constexpr int kTileRows = 2 * kPlaneRows;

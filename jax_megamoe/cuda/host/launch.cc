@@ -8,22 +8,22 @@ namespace megamoe {
 
 namespace {
 
-template <bool kSwap>
+template <typename Orientation>
 cudaError_t prepare(GroupKind kind) {
   switch (kind) {
     case GroupKind::kOneRank:
-      return Launcher<kSwap, OneRank>::prepare();
+      return Launcher<Orientation, OneRank>::prepare();
     case GroupKind::kPeers:
-      return Launcher<kSwap, PeerRanks>::prepare();
+      return Launcher<Orientation, PeerRanks>::prepare();
     default:
-      return VirtualRanksLauncher<kSwap>::prepare();
+      return VirtualRanksLauncher<Orientation>::prepare();
   }
 }
 
 template <typename Group>
 cudaError_t launch_slice(const MoeArguments& arguments, bool swap, int num_ctas, cudaStream_t stream) {
-  return swap ? Launcher<true, Group>::launch(arguments, num_ctas, stream)
-              : Launcher<false, Group>::launch(arguments, num_ctas, stream);
+  return swap ? Launcher<SwapAb, Group>::launch(arguments, num_ctas, stream)
+              : Launcher<Normal, Group>::launch(arguments, num_ctas, stream);
 }
 
 template <typename Group>
@@ -51,8 +51,8 @@ cudaError_t launch(const MoeArguments& call, int most, int num_ctas, cudaStream_
 }  // namespace
 
 cudaError_t prepare_kernels(GroupKind kind) {
-  const cudaError_t error = prepare<true>(kind);
-  return error != cudaSuccess ? error : prepare<false>(kind);
+  const cudaError_t error = prepare<SwapAb>(kind);
+  return error != cudaSuccess ? error : prepare<Normal>(kind);
 }
 
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
@@ -66,8 +66,8 @@ cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launc
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
                                  cudaStream_t stream) {
   return arguments.of_rank[0].problem.swap_operands()
-             ? VirtualRanksLauncher<true>::launch(arguments, present, ctas_per_rank, stream)
-             : VirtualRanksLauncher<false>::launch(arguments, present, ctas_per_rank, stream);
+             ? VirtualRanksLauncher<SwapAb>::launch(arguments, present, ctas_per_rank, stream)
+             : VirtualRanksLauncher<Normal>::launch(arguments, present, ctas_per_rank, stream);
 }
 
 }  // namespace megamoe

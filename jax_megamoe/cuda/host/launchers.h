@@ -7,17 +7,19 @@
 
 namespace megamoe {
 
+struct SwapAb;
+struct Normal;
 struct OneRank;
 struct PeerRanks;
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 struct Launcher {
   static cudaError_t prepare();
   static cudaError_t launch(const MoeArguments& arguments, int num_ctas, cudaStream_t stream);
 };
 
 // Several ranks on one GPU.
-template <bool kSwap>
+template <typename Orientation>
 struct VirtualRanksLauncher {
   static cudaError_t prepare();
   static cudaError_t launch(const VirtualRanksArguments& arguments, int num_ranks, int ctas_per_rank,

@@ -2,4 +2,4 @@
 #define MEGAMOE_OUTLINE_TRAPS    // common/ptx.cuh says why
 #include "instantiations/launchers.cuh"
 
-template struct megamoe::Launcher<false, megamoe::PeerRanks>;
+template struct megamoe::Launcher<megamoe::Normal, megamoe::PeerRanks>;

@@ -2,4 +2,4 @@
 #define MEGAMOE_OUTLINE_TRAPS    // common/ptx.cuh says why
 #include "instantiations/launchers.cuh"
 
-template struct megamoe::VirtualRanksLauncher<false>;
+template struct megamoe::VirtualRanksLauncher<megamoe::Normal>;

@@ -10,21 +10,21 @@
 
 namespace megamoe {
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 class CounterAdvance {
  public:
   __device__ CounterAdvance(const MoeArguments& args, const Plan& plan) : args_(args), plan_(plan) {}
 
   __device__ void operator()(uint32_t* counter) const {
     if constexpr (Group::kHasPeers) {
-      const CounterSet& counters = SharedMap<kSwap>::counters(args_);
+      const CounterSet& counters = SharedMap<Orientation>::counters(args_);
       if (counter == counters.dispatched_shares()) {
         if (is_last(counter, gridDim.x)) announce_tokens();
         return;
       }
       const int64_t tile = counter - counters.down_done(0);
       if (tile >= 0 && tile < column_tiles()) {
-        if (is_last(counter, plan_.num_chunks() * Orientation<kSwap>::kDownSignals)) announce_columns(tile);
+        if (is_last(counter, plan_.num_chunks() * Orientation::kDownSignals)) announce_columns(tile);
         return;
       }
     }
@@ -35,7 +35,7 @@ class CounterAdvance {
   // announces.
   __device__ void announce_if_idle() const {
     if (plan_.num_chunks() != 0) return;
-    if (ptx::fetch_add(SharedMap<kSwap>::counters(args_).idle_ctas(), 1) != 0) return;
+    if (ptx::fetch_add(SharedMap<Orientation>::counters(args_).idle_ctas(), 1) != 0) return;
     for (int tile = 0; tile < column_tiles(); ++tile) announce_columns(tile);
   }
 

@@ -22,13 +22,13 @@ constexpr uint16_t kBothCtas = 3;  // a bit for each rank in the cluster
 
 // The CTA's place in its cluster, of two CTAs or of one. swapAB is bound by the memory and has one chunk per expert: its
 // CTAs are alone, and the compiler knows.
-template <bool kSwap>
+template <typename Orientation>
 class Cluster {
  public:
   __device__ explicit Cluster(const MoeArguments& args) : ctas_(args.constants.cluster_ctas) {}
 
-  __device__ bool has_partner() const { return !kSwap && ctas_ == 2; }
-  __device__ uint32_t ctas() const { return kSwap ? 1 : ctas_; }
+  __device__ bool has_partner() const { return !Orientation::kSwapsOperands && ctas_ == 2; }
+  __device__ uint32_t ctas() const { return Orientation::kSwapsOperands ? 1 : ctas_; }
   __device__ uint32_t rank() const { return has_partner() ? ptx::cluster_rank() : 0; }
   // Of the grid's clusters.
   __device__ uint32_t index() const { return blockIdx.x / ctas(); }
@@ -36,10 +36,10 @@ class Cluster {
 
   // All threads; between the two, the barriers of both CTAs' shared memory come to exist. A CTA that is alone is a cluster too.
   __device__ static void announce_barriers() {
-    if constexpr (!kSwap) ptx::cluster_arrive_relaxed();
+    if constexpr (!Orientation::kSwapsOperands) ptx::cluster_arrive_relaxed();
   }
   __device__ static void await_barriers() {
-    if constexpr (!kSwap) ptx::cluster_wait();
+    if constexpr (!Orientation::kSwapsOperands) ptx::cluster_wait();
   }
 
   // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its ids

@@ -9,7 +9,7 @@
 namespace megamoe {
 
 // What the unit's gate/up epilogue writes and its chunk's down units read.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ Image activation_image(const MoeArguments& args, const UnitNote& note) {
   const int columns = args.problem.intermediate_size;
   return {args.workspace.activation_planes,
@@ -17,7 +17,7 @@ __device__ __forceinline__ Image activation_image(const MoeArguments& args, cons
           note.row_base,
           note.padded_rows(),
           columns,
-          columns / Orientation<kSwap>::kActivationScaleColumns};
+          columns / Orientation::kActivationScaleColumns};
 }
 
 // What a gate/up unit multiplies.

@@ -20,7 +20,7 @@ constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory 
 
 // Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage is
 // sized by the largest chunk of this launch, which every CTA knows from its plan.
-template <bool kSwap>
+template <typename Orientation>
 class SharedMap {
  public:
   int max_rows;
@@ -29,7 +29,7 @@ class SharedMap {
   // For a plan that is complete.
   __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
     // The normal path reads 64 or 128 rows, the padding ones included.
-    max_rows = kSwap ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
+    max_rows = Orientation::kSwapsOperands ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
     scratch_offset_ = plan.end();
     ring_offset_ = ring_begin(plan, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];
@@ -69,26 +69,28 @@ class SharedMap {
   __device__ uint8_t* weights(int stage) const {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
   }
-  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation<kSwap>::kStageWeightBytes; }
+  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightBytes; }
   __device__ float* token_scales(int stage) const {
     return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
   }
 
  private:
   // The normal orientation's consumers have no register for it.
-  __device__ uint8_t* scratch() const { return shared_memory() + (kSwap ? scratch_offset_ : header().plan_end); }
+  __device__ uint8_t* scratch() const {
+    return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
+  }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
     const int targets = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
-    const int epilogue = kSwap ? rows * kRowBytes : 0;
+    const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }
-  __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
+  __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
-    const int scales = Orientation<kSwap>::kStageBlocks * Orientation<kSwap>::kActivationScalesPerBlock * rows;
-    return Orientation<kSwap>::kStageWeightBytes + token_bytes(rows) +
+    const int scales = Orientation::kStageBlocks * Orientation::kActivationScalesPerBlock * rows;
+    return Orientation::kStageWeightBytes + token_bytes(rows) +
            round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
 
@@ -171,18 +173,18 @@ class StageQuery {
 };
 
 // One arrival per consumer warp, in every CTA that shares the stage: the warp has no more use of it.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHeader& header, int stage) {
   __syncwarp();
   const uint32_t lane = threadIdx.x % 32;
-  if constexpr (kSwap) {
+  if constexpr (Orientation::kSwapsOperands) {
     if (kEveryLaneArrives || lane == 0) ptx::mbarrier_arrive(&header.empty[stage]);
   } else if constexpr (kEveryLaneArrives) {
-    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<Orientation>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&header.empty[stage], rank);
     }
   } else {
-    if (lane < Cluster<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
+    if (lane < Cluster<Orientation>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
   }
 }
 

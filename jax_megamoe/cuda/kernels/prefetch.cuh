@@ -46,12 +46,11 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
 // The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With as
 // many routes as experts most experts have one, and the memory has nothing else to do. One thread.
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
-  using O = Orientation<true>;
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
   if (p.num_routes() < p.num_experts || expert >= p.num_experts) return;
-  prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
+  prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * SwapAb::kStageBlocks);
 }
 
 // The first stage of the CTA's first unit, if that is one of the expert's `chunks` chunks from `first_chunk` on; a
@@ -59,12 +58,11 @@ __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
 // delays that.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
   constexpr int kMostItems = kConsumerWarps / 4;
-  using O = Orientation<true>;
   const int tiles = args.constants.gate_up_units.value();
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
   if (args.constants.dispatch_items_per_cta > kMostItems || within < 0 || within >= chunks * tiles) return;
   const int tile = chunks == 1 ? within : within / chunks;
-  prefetch_unit(args, expert, tile, O::kStageBlocks);
+  prefetch_unit(args, expert, tile, SwapAb::kStageBlocks);
 }
 
 }  // namespace megamoe

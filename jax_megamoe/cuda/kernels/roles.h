@@ -45,9 +45,10 @@ constexpr int kTicketSlots = 2 * kMaxStages;
 // memories want more (host/memory.h).
 constexpr int kWeightBytesInFlight = 64 * 1024;
 
-// What differs between the two orientations besides the multiply itself.
+// What differs between the two orientations besides the multiply itself, side by side.
 template <bool kSwap>
-struct Orientation {
+struct OrientationConstants {
+  static constexpr bool kSwapsOperands = kSwap;
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less per
@@ -77,5 +78,10 @@ struct Orientation {
 
   __device__ static int stages(int k_blocks) { return ceil_div(k_blocks, kStageBlocks); }
 };
+
+// swapAB: weights on WGMMA's M dimension, tokens on N, which may be as small as eight. For few tokens per expert.
+struct SwapAb : OrientationConstants<true> {};
+// Tokens on M, weights on N. For many.
+struct Normal : OrientationConstants<false> {};
 
 }  // namespace megamoe

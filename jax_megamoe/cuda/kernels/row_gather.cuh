@@ -14,12 +14,12 @@ namespace megamoe {
 
 // Not with peers, which write straight into the image on the expert's rank, and not for swapAB, whose chunks are too small
 // to gain.
-template <bool kSwap, typename Group>
-constexpr bool kMayGatherRows = !kSwap && !Group::kHasPeers;
+template <typename Orientation, typename Group>
+constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Group::kHasPeers;
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {
-  return kMayGatherRows<kSwap, Group> && args.constants.gathers_rows;
+  return kMayGatherRows<Orientation, Group> && args.constants.gathers_rows;
 }
 
 __device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int token) {
@@ -36,7 +36,7 @@ class RowGather {
 
  public:
   // All tokens are quantised, and their places known.
-  __device__ __forceinline__ RowGather(const MoeArguments& args, const SharedMap<false>& map, int row_warp,
+  __device__ __forceinline__ RowGather(const MoeArguments& args, const SharedMap<Normal>& map, int row_warp,
                                        const UnitNote& note)
       : rows_(note.rows()), policy_(ptx::keep_policy()) {
     const int lane = threadIdx.x % 32;

@@ -24,7 +24,7 @@ namespace megamoe {
 template <int kN, typename Group>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<SwapAb>& map, const UnitNote& note,
                                           Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     fetch_sources();
@@ -45,9 +45,9 @@ class SwapConsumer {
 
  private:
   static constexpr int kTokenGroups = kN / 8;
-  static constexpr int kStageBlocks = Orientation<true>::kStageBlocks;
+  static constexpr int kStageBlocks = SwapAb::kStageBlocks;
 
-  static constexpr int kActivationScalesPerBlock = Orientation<true>::kActivationScalesPerBlock;
+  static constexpr int kActivationScalesPerBlock = SwapAb::kActivationScalesPerBlock;
   using Partial = float[kN / 2];
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
@@ -75,7 +75,7 @@ class SwapConsumer {
     wgmma::Descriptor weights;
     wgmma::Descriptor tokens;
 
-    __device__ __forceinline__ Stage(const SharedMap<true>& map, int stage, int first_plane)
+    __device__ __forceinline__ Stage(const SharedMap<SwapAb>& map, int stage, int first_plane)
         : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
   };
 
@@ -167,7 +167,7 @@ class SwapConsumer {
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
     static_assert(kSteps % 2 == 0, "a stage begins with the first of two sums and ends with the second");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = Orientation<true>::stages(k_blocks);
+    const int num_stages = SwapAb::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
     const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
     Step<kDown> sums[2];
@@ -201,7 +201,7 @@ class SwapConsumer {
       next.wait();
       issue(stage, 0);
       add(kSteps - 1);
-      release_stage<true>(args_, map_.header(), here.index);
+      release_stage<SwapAb>(args_, map_.header(), here.index);
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);
@@ -237,7 +237,7 @@ class SwapConsumer {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
-    const Image image = activation_image<true>(args_, note_);
+    const Image image = activation_image<SwapAb>(args_, note_);
     uint8_t* plane = image.plane(column / kBlockK);
     float* scales = image.scales(note_.tile);
 #pragma unroll 1
@@ -319,7 +319,7 @@ class SwapConsumer {
   }
 
   const MoeArguments& args_;
-  const SharedMap<true>& map_;
+  const SharedMap<SwapAb>& map_;
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;

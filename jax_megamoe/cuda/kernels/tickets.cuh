@@ -13,10 +13,11 @@ namespace megamoe {
 
 // One thread of each CTA, the weight producer. The one of rank 0 in the cluster draws, and tells its partner. What is
 // seldom needed is kept in shared memory (VacantUnits): the thread has no registers to spare.
-template <bool kSwap>
+template <typename Orientation>
 class UnitTickets {
  public:
-  __device__ UnitTickets(const MoeArguments& args, const Cluster<kSwap>& cluster, const UnitSchedule<kSwap>& schedule)
+  __device__ UnitTickets(const MoeArguments& args, const Cluster<Orientation>& cluster,
+                         const UnitSchedule<Orientation>& schedule)
       : args_(args), cluster_(cluster), schedule_(schedule), runnable_end_(schedule.num_gate_up()) {}
 
   static constexpr uint32_t kEnd = ~0u;  // there are no more
@@ -85,7 +86,7 @@ class UnitTickets {
   // Counted behind the units that are a CTA's own; draws nothing while a ticket is deferred.
   __device__ __forceinline__ uint32_t draw_any() const {
     if (runnable_end_ == kDeferring) return 0;
-    const uint32_t drawn = atomicAdd(SharedMap<kSwap>::counters(args_).next_unit(), 1);
+    const uint32_t drawn = atomicAdd(SharedMap<Orientation>::counters(args_).next_unit(), 1);
     if (runnable_end_ != schedule_.size()) fetch_control();
     return drawn;
   }
@@ -113,8 +114,8 @@ class UnitTickets {
   }
 
   const MoeArguments& args_;
-  const Cluster<kSwap>& cluster_;
-  const UnitSchedule<kSwap>& schedule_;
+  const Cluster<Orientation>& cluster_;
+  const UnitSchedule<Orientation>& schedule_;
   uint32_t runnable_end_;  // tickets below it need no settling: gate/up units, or all units once nothing is vacant
 };
 
