@@ -1,11 +1,14 @@
 // What a large FP8 matrix product with a promotion per K block reaches, in the normal path's shape: 128 tokens x 256 weight
 // rows a CTA, 64 x 256 a warpgroup. `resident` multiplies what lies in shared memory, `L2` has every K block brought from the
 // L2, as the fused kernel does. Long enough for the clock to settle at the power limit.
-#define MEGAMOE_OUTLINE_TRAPS  // common/ptx.cuh says why
+#define MEGAMOE_OUTLINE_TRAPS  // common/bounded_wait.cuh says why
 #include <cuda_fp8.h>
 
 #include <random>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/registers.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/pipeline.cuh"
 #include "timing.h"
@@ -41,7 +44,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
     if (threadIdx.x != kConsumerThreads) return;
     for (int b = 0; b < kBlocks; ++b, cursor.advance(kStages)) {
       const int stage = cursor.stage;
-      ptx::mbarrier_wait(&empty[stage], cursor.parity ^ 1);
+      megamoe::await(&empty[stage], cursor.parity ^ 1);
       if (!kFromL2) {
         ptx::mbarrier_arrive(&full[stage]);
         continue;
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
     const uint8_t* base = shared + stage * kStageBytes;
     const wgmma::Descriptor tokens(base + threadIdx.x / kWarpgroupThreads * kWarpgroupTokens * kBlockK),
         weights(base + kTokenBytes);
-    ptx::mbarrier_wait(&full[stage], cursor.parity);
+    megamoe::await(&full[stage], cursor.parity);
     const float token[2] = {scales[row], scales[row + 8]};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/ptx/memory_order.cuh"
 #include "kernels/group.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"

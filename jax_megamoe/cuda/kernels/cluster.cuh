@@ -10,11 +10,12 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
 #include "kernels/arguments.h"
 #include "kernels/roles.h"
 #include "kernels/shared_header.cuh"
-#include "kernels/waiting.cuh"
 
 namespace megamoe {
 

@@ -6,6 +6,11 @@
 #include <cstdint>
 
 #include "common/bf16.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"
 

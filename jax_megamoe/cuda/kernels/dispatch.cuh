@@ -7,6 +7,12 @@
 
 #include "common/bf16.cuh"
 #include "common/fp8.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
-#include "common/system_flags.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/clock.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/arguments.h"
 #include "kernels/places.cuh"
 #include "kernels/shared_header.cuh"
-#include "kernels/waiting.cuh"
 
 namespace megamoe {
 

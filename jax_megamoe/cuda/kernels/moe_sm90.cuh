@@ -15,6 +15,12 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/expected.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/registers.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/announce.cuh"
 #include "kernels/arguments.h"
 #include "kernels/combine.cuh"

@@ -13,6 +13,9 @@
 #include <cstdint>
 
 #include "common/fp8.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"

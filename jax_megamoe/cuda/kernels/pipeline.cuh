@@ -3,12 +3,13 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
 #include "kernels/cluster.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
 #include "kernels/route_target.cuh"
-#include "kernels/waiting.cuh"
 #include "layout/image.h"
 
 namespace megamoe {

@@ -9,10 +9,13 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/expected.cuh"
+#include "common/ptx/clock.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "kernels/arguments.h"
 #include "kernels/shared_header.cuh"
-#include "kernels/waiting.cuh"
 
 namespace megamoe {
 

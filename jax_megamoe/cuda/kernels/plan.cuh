@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/arguments.h"
 #include "kernels/cluster.cuh"
 #include "kernels/group.cuh"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/ptx/bulk_copy.cuh"
 #include "kernels/arguments.h"
 #include "kernels/roles.h"
 

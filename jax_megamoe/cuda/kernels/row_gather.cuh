@@ -8,6 +8,9 @@
 
 #include <cstdint>
 
+#include "common/ptx/address.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
 #include "kernels/pipeline.cuh"
 
 namespace megamoe {

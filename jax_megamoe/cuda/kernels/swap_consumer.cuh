@@ -13,6 +13,10 @@
 #include <cstdint>
 
 #include "common/fp8.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/clock.cuh"
 #include "kernels/cluster.cuh"
-#include "kernels/places.cuh"
 #include "kernels/pipeline.cuh"
-#include "kernels/waiting.cuh"
+#include "kernels/places.cuh"
 
 namespace megamoe {
 

@@ -3,6 +3,11 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"

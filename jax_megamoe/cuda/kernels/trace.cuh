@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/ptx/clock.cuh"
 #include "kernels/arguments.h"
 
 namespace megamoe {

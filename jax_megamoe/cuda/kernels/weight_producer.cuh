@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/tickets.cuh"

@@ -1,6 +1,8 @@
 #include "transport/peer_probe.h"
 
-#include "common/system_flags.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/clock.cuh"
+#include "common/ptx/memory_order.cuh"
 
 namespace megamoe::transport {
 
@@ -83,7 +85,7 @@ class Probe {
 
   __device__ bool wait(const uint64_t* flag, uint64_t target, ProbePhase phase, int peer) {
     uint64_t seen;
-    if (ptx::wait_system(flag, target, a_.limit_nanoseconds, &seen)) return true;
+    if (megamoe::wait_system(flag, target, a_.limit_nanoseconds, &seen)) return true;
     ProbeRow& row = a_.rows[peer];
     row.failed_phase = static_cast<int64_t>(phase);
     row.wanted = static_cast<int64_t>(target);
