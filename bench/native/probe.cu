@@ -5,7 +5,7 @@
 //   probe turns H I E k T...            the same with the weights of two layers in turn
 //   probe apart H I E k T...            ... and scratch of its own for each call, as a compiler may place it
 //   probe crossover H I E k T...        both orientations, whichever the rule would choose
-//   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
+//   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (build/probe_trace); read by show_trace.py
 #include <cuda_runtime.h>
 
 #include <cstdio>

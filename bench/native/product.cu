@@ -1,7 +1,7 @@
 // What a large FP8 matrix product with a promotion per K block reaches, in the normal path's shape: 128 tokens x 256
 // weight rows a CTA, 64 x 256 a warpgroup. `resident` multiplies what lies in shared memory, `L2` has every K block
 // brought from the L2, as the fused kernel does. Long enough for the clock to settle at the power limit.
-#define MEGAMOE_OUTLINE_TRAPS  // common/ptx.cuh says why
+#define MEGAMOE_OUTLINE_TRAPS  // common/bounded_wait.cuh says why
 #include <cuda_fp8.h>
 
 #include <random>

@@ -9,7 +9,10 @@
 #include <cstdlib>
 #include <vector>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "timing.h"
 
 namespace {
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(64, 1) stream(const Setup s) {
   uint32_t parity = 0, sum = 0;
   for (int i = 0; i < kStages; ++i) in_flight += load(i);
   while (in_flight > 0) {
-    ptx::mbarrier_wait(&shared.full[stage], parity);
+    megamoe::await(&shared.full[stage], parity);
     sum += shared.ring[stage][0];
     --in_flight;
     in_flight += load(stage);

@@ -12,20 +12,18 @@ namespace {
 
 template <typename Group>
 cudaError_t prepare() {
-  cudaError_t error = Launcher<true, Group>::prepare();
-  if (error == cudaSuccess) error = Launcher<false, Group>::prepare();
-  if (error == cudaSuccess)
-    Launcher<false, Group>::num_clusters();  // asked here, so that no launch is the first to ask
+  cudaError_t error = Launcher<SwapAb, Group>::prepare();
+  if (error == cudaSuccess) error = Launcher<Normal, Group>::prepare();
+  // Asked here, so that no launch is the first to ask.
+  if (error == cudaSuccess) Launcher<Normal, Group>::num_clusters();
   return error;
 }
 
 // One launch for each slice of the tokens.
 template <typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
-  using SwapAb = Launcher<true, Group>;
-  using Normal = Launcher<false, Group>;
   Device device = current_device(num_ctas);
-  device.num_clusters = Normal::num_clusters();
+  device.num_clusters = Launcher<Normal, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
@@ -42,8 +40,8 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
     const LaunchChoice choice = choose(slice.problem, device, has_peers);
-    const cudaError_t error = choice.swap_operands ? SwapAb::launch(slice, choice, num_ctas, stream)
-                                                   : Normal::launch(slice, choice, num_ctas, stream);
+    const cudaError_t error = choice.swap_operands ? Launcher<SwapAb, Group>::launch(slice, choice, num_ctas, stream)
+                                                   : Launcher<Normal, Group>::launch(slice, choice, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -1,5 +1,5 @@
 #include "testing/hold_sms.h"
-#include "common/ptx.cuh"
+#include "common/ptx/clock.cuh"
 
 namespace megamoe {
 
