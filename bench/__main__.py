@@ -6,8 +6,9 @@ import pathlib
 import sys
 from typing import Any
 
-from bench import buffer_sizes, compare, layers, plot, presets, ranks, records, rivals, table
+from bench import buffer_sizes, compare, layers, plot, presets, ranks, records
 from bench.measure import METHOD
+from bench.rival import INSTALL, client
 from bench.run import Plan, run
 
 COMMANDS = (
@@ -66,8 +67,8 @@ def run_measure(arguments: list[str]) -> int:
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512")
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
     parser.add_argument("--alternatives", action="store_true", help="also jnp reference, ragged_dot and dense bf16")
-    parser.add_argument("--rivals", action="store_true", help=f"also the public peer ({table.INSTALL})")
-    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has the peer and torch")
+    parser.add_argument("--rivals", action="store_true", help=f"also the public rival ({INSTALL})")
+    parser.add_argument("--rival-python", default=sys.executable, help="an interpreter that has the rival and torch")
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
     options = parser.parse_args(arguments)
@@ -76,14 +77,14 @@ def run_measure(arguments: list[str]) -> int:
         checked(parser, "--routing", presets.select_routings, options.routing),
         checked(parser, "--tokens", numbers, options.tokens),
         options.alternatives,
-        options.peer_python if options.rivals else None,
+        options.rival_python if options.rivals else None,
         options.output,
     )
     about_rivals: dict[str, Any] = {}
-    if plan.peer_python is not None:
-        # The peer's process needs memory of the same device.
+    if plan.rival_python is not None:
+        # The rival's process needs memory of the same device.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        about_rivals["rivals"] = rivals.peer_versions(plan.peer_python)
+        about_rivals["rivals"] = client.versions_of(plan.rival_python)
     run(plan, {**records.describe(options.commit, METHOD), "routing": options.routing, **about_rivals, "shapes": {}})
     return 0
 

@@ -18,9 +18,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
                 continue
             title = f"{label(name, _key(row)[1])} {row['tokens']:>5} tokens"
             lines.append(f"{title}: {_change(old, row)}")
-            peers = [side.get("peer", {"error": ""}) for side in (old, row)]
-            if not any("error" in peer for peer in peers):
-                lines.append(f"{title}, peer: {_change(*peers)}")
+            rivals = [side.get("rival", {"error": ""}) for side in (old, row)]
+            if not any("error" in rival for rival in rivals):
+                lines.append(f"{title}, rival: {_change(*rivals)}")
     return lines if len(lines) > 1 else [*lines, "The files have no rows in common."]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import jax_megamoe as mm
 from bench.presets import ROUTINGS, Shape
 from bench.timing import NUM_CALLS
-from jax_megamoe import layout
+from jax_megamoe import weight_layout
 
 
 class Inputs(NamedTuple):
@@ -45,12 +45,13 @@ def make_weights(shape: Shape) -> mm.ExpertWeights:
 
     make = jax.jit(bytes_of, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = layout.leaf_shapes(e, h, i)
+    shapes = weight_layout.leaf_shapes(e, h, i)
+    block = weight_layout.BLOCK
     return mm.ExpertWeights(
         gate_up=make(keys[0], shapes.gate_up),
-        gate_up_scale=layout.pack_gate_up_scale(scales_of(keys[2], e, 2 * i // layout.BLOCK, h // layout.BLOCK)),
+        gate_up_scale=weight_layout.pack_gate_up_scale(scales_of(keys[2], e, 2 * i // block, h // block)),
         down=make(keys[1], shapes.down),
-        down_scale=layout.pack_down_scale(scales_of(keys[3], e, h // layout.BLOCK, i // layout.BLOCK)),
+        down_scale=weight_layout.pack_down_scale(scales_of(keys[3], e, h // block, i // block)),
         num_experts=e,
         hidden_size=h,
         intermediate_size=i,

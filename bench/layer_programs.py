@@ -64,12 +64,12 @@ def measure(shape: Shape, tokens: int, routing: str, layers: int, stack: int) ->
     inputs = make_inputs(shape, tokens, routing, seed=tokens)
     operands = (weights, inputs.x[0], inputs.topk_ids[0], inputs.topk_weights[0])
 
-    def calls(weights: mm.ExpertWeights, x: jax.Array, ids: jax.Array, probs: jax.Array) -> list[jax.Array]:
+    def calls(weights: mm.ExpertWeights, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array) -> list[jax.Array]:
         results: list[jax.Array] = []
         for n in range(NUM_CALLS):
             if results:  # one after the other, as in `measure.program_of`
                 x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(mm.moe(x, weights, ids, probs, layer=n % stack))
+            results.append(mm.moe(x, weights, topk_ids, topk_weights, layer=n % stack))
         return results
 
     report: dict[str, Any] = {"calls": timed(jax.jit(calls), operands, NUM_CALLS)}
@@ -90,15 +90,15 @@ def run_layers(
     numbers: np.ndarray,
     weights: mm.ExpertWeights,
     x: jax.Array,
-    ids: jax.Array,
-    probs: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
     """All layers, one after the other."""
 
     def layer(y: jax.Array, number: Any) -> jax.Array:
         # A part of the result, on top of the first input: values stay in range for any number of layers.
-        return x + 0.125 * mm.moe(y, weights, ids, probs, layer=number)
+        return x + 0.125 * mm.moe(y, weights, topk_ids, topk_weights, layer=number)
 
     return form(layer, x, numbers, count)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import jax_megamoe as mm
 from bench.inputs import Inputs
+from bench.metric import relative_difference
 from bench.presets import Shape
 from bench.timing import NUM_CALLS, Timing, time_per_call
 from jax_megamoe.primitives import _library
@@ -19,7 +20,7 @@ METHOD = (
     "are enqueued back to back until 30 ms are filled; host clock from the first enqueue to the end of the last, "
     "divided by the number of calls: median, least and most of 7 such runs after a warm-up. The read ceiling is a "
     "kernel that streams as many bytes of the same weights through a ring of bulk copies, called and timed alike. "
-    "The peer, where it was asked for, has a process of its own on the same device and gets the same weights and "
+    "The rival, where it was asked for, has a process of its own on the same device and gets the same weights and "
     "inputs; its program is a CUDA graph of as many calls, each with its quantise-and-stage kernel, timed alike."
 )
 
@@ -42,11 +43,11 @@ def program_of(layer: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(weights: Any, inputs: Inputs) -> list[Any]:
         results: list[Any] = []
-        for x, ids, routing in zip(*inputs, strict=True):
+        for x, topk_ids, topk_weights in zip(*inputs, strict=True):
             if results:
                 # XLA would merge the products of independent calls that share their weights into one.
                 x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(layer(x, weights, ids, routing))
+            results.append(layer(x, weights, topk_ids, topk_weights))
         return results
 
     return jax.jit(run)
@@ -64,35 +65,33 @@ def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def ragged_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+def ragged_layer(x: jax.Array, weights: Any, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     """The layer as a JAX user writes it today: sort, `jax.lax.ragged_dot` in bf16, unsort."""
     gate_up, down = weights
     # Unused slots go behind the last group, where rows belong to no expert.
-    routing = jnp.where(ids < 0, 0, routing)
-    ids = jnp.where(ids < 0, len(gate_up), ids)
-    order = jnp.argsort(ids.ravel(), stable=True)
-    rows = x[order // ids.shape[1]]
-    sizes = jnp.bincount(ids.ravel(), length=len(gate_up)).astype(jnp.int32)
+    topk_weights = jnp.where(topk_ids < 0, 0, topk_weights)
+    topk_ids = jnp.where(topk_ids < 0, len(gate_up), topk_ids)
+    order = jnp.argsort(topk_ids.ravel(), stable=True)
+    rows = x[order // topk_ids.shape[1]]
+    sizes = jnp.bincount(topk_ids.ravel(), length=len(gate_up)).astype(jnp.int32)
     gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-    hidden = (jax.nn.silu(gate) * up * routing.ravel()[order, None]).astype(jnp.bfloat16)
+    hidden = (jax.nn.silu(gate) * up * topk_weights.ravel()[order, None]).astype(jnp.bfloat16)
     out = jax.lax.ragged_dot(hidden, down, sizes)
-    return jnp.zeros_like(out).at[order].set(out).reshape(*ids.shape, -1).sum(axis=1)
+    return jnp.zeros_like(out).at[order].set(out).reshape(*topk_ids.shape, -1).sum(axis=1)
 
 
-def dense_layer(x: jax.Array, weights: Any, ids: jax.Array, routing: jax.Array) -> jax.Array:
+def dense_layer(x: jax.Array, weights: Any, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     """Every token through every expert in bf16, then a weighted sum."""
     gate_up, down = weights
     gate, up = jnp.split(jnp.einsum("th,ehi->eti", x, gate_up), 2, axis=-1)
-    share = (jax.nn.one_hot(ids, gate_up.shape[0]) * routing[..., None]).sum(axis=1)
+    share = (jax.nn.one_hot(topk_ids, gate_up.shape[0]) * topk_weights[..., None]).sum(axis=1)
     hidden = (jax.nn.silu(gate) * up * share.T[..., None]).astype(jnp.bfloat16)
     return jnp.einsum("eti,eih->th", hidden, down)
 
 
 def difference(a: jax.Array, b: jax.Array) -> float:
-    """1 - 2<a,b> / (<a,a> + <b,b>) in float64."""
-    left, right = (np.asarray(v, np.float64).ravel() for v in (a, b))
-    norm = left @ left + right @ right
-    return float(1 - 2 * (left @ right) / norm) if norm else 0.0
+    """How far two arrays are apart."""
+    return relative_difference(*(np.asarray(array, np.float64).ravel() for array in (a, b)))
 
 
 def measure_row(

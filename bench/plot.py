@@ -34,7 +34,7 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[Line]]:
                     _line(f"jax_megamoe, {where}", [(row, row["us"]) for row in kept], is_ours=True),
                     _line(
                         f"sgl-deep-gemm, {where}",
-                        [(row, row["peer"]["us"]) for row in kept if "us" in row.get("peer", {})],
+                        [(row, row["rival"]["us"]) for row in kept if "us" in row.get("rival", {})],
                     ),
                     *(
                         _line(f"{title}, {where}", [(row, row[key]) for row in kept if key in row])

@@ -4,12 +4,12 @@ import json
 import pathlib
 from typing import Any
 
-from jax_megamoe import machine
+from jax_megamoe import provenance
 
 
 def describe(commit: str | None, method: str) -> dict[str, Any]:
     """What the figures were measured on and with, and how; starts JAX."""
-    return {**machine.describe(commit), "method": method}
+    return {**provenance.describe(commit), "method": method}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         for row in rows:
             # Until rows named it, a file had one kind of routing.
             row.setdefault("routing", result.get("routing", "uniform"))
+            _name_the_rival(row)
     return result
 
 
@@ -32,3 +33,12 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
 def label(name: str, routing: str) -> str:
     """A shape and its routing in a title; the latter only where it is not the usual one."""
     return name if routing == "uniform" else f"{name}, {routing}"
+
+
+def _name_the_rival(row: dict[str, Any]) -> None:
+    """Older files call the rival a peer: here it gets the name that it has now."""
+    for old, new in (("peer", "rival"), ("ours_over_peer", "ours_over_rival")):
+        if old in row:
+            row[new] = row.pop(old)
+    if "winner" in row:
+        row["winner"] = row["winner"].replace("peer", "rival")

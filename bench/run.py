@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench import records, rivals, table
+from bench import records, table
 from bench.inputs import make_float_weights, make_inputs, make_weights
 from bench.measure import measure_row
 from bench.presets import SHAPES
 from bench.progress import Progress
+from bench.rival import client
 
 
 class Plan(NamedTuple):
-    """What to measure; `peer_python` is None where the peer was not asked for."""
+    """What to measure; `rival_python` is None where the rival was not asked for."""
 
     shapes: list[str]
     routings: list[str]
     tokens: list[int]
     alternatives: bool
-    peer_python: str | None
+    rival_python: str | None
     output: pathlib.Path | None
 
 
@@ -29,22 +30,22 @@ def run(plan: Plan, result: dict[str, Any]) -> None:
     """Prints each row as soon as it is there, adds it to the result, and writes that where the plan says."""
     if jax.default_backend() != "gpu":
         print("No GPU: a dry run of the program. These are no figures of the kernel.")
-    has_peer = plan.peer_python is not None and "error" not in result["rivals"]
+    has_rival = plan.rival_python is not None and "error" not in result["rivals"]
     num_rows = len(plan.shapes) * len(plan.routings) * len(plan.tokens)
-    progress = Progress(num_rows * (2 if has_peer else 1))
+    progress = Progress(num_rows * (2 if has_rival else 1))
     for name in plan.shapes:
         rows: list[dict[str, Any]] = []
         result["shapes"][name] = rows
-        if has_peer:
+        if has_rival:
             with tempfile.TemporaryDirectory(prefix="jax-megamoe-bench-") as folder:
-                _measure_with_peer(plan, name, result, progress, pathlib.Path(folder))
+                _measure_with_rival(plan, name, result, progress, pathlib.Path(folder))
         else:
             _measure_shape(plan, name, result, progress, None)
-            if plan.peer_python is not None:
-                rivals.merge(rows, {}, why=result["rivals"]["error"])
-        if plan.alternatives or plan.peer_python is not None:
+            if plan.rival_python is not None:
+                client.merge(rows, {}, why=result["rivals"]["error"])
+        if plan.alternatives or plan.rival_python is not None:
             for row in rows:
-                row["winner"] = rivals.winner(row)
+                row["winner"] = table.winner(row)
             table.print_rivals(name, rows, plan.alternatives)
         _write(plan, result)
 
@@ -52,11 +53,11 @@ def run(plan: Plan, result: dict[str, Any]) -> None:
 def _measure_shape(
     plan: Plan, name: str, result: dict[str, Any], progress: Progress, folder: pathlib.Path | None
 ) -> None:
-    """Measures a shape's rows; into `folder` goes what the peer needs to measure the same."""
+    """Measures a shape's rows; into `folder` goes what the rival needs to measure the same."""
     shape = SHAPES[name]
     weights = make_weights(shape)
     if folder is not None:
-        rivals.write_weights(folder, weights)
+        client.write_weights(folder, weights)
     float_weights = make_float_weights(shape) if plan.alternatives else None
     table.print_header(f"{name} {shape} on {result['device']}", plan.alternatives)
     for routing in plan.routings:
@@ -66,24 +67,26 @@ def _measure_shape(
                 shape, num_tokens, routing, weights, float_weights, inputs, jax.default_backend() == "gpu"
             )
             if folder is not None:
-                rivals.write_case(folder, rivals.case_name(routing, num_tokens), inputs, results, reference)
+                client.write_case(folder, client.case_name(routing, num_tokens), inputs, results, reference)
             result["shapes"][name].append(row)
             table.print_row(row, plan.alternatives)
             progress.step(f"{records.label(name, routing)}: {num_tokens} tokens")
             _write(plan, result)
 
 
-def _measure_with_peer(plan: Plan, name: str, result: dict[str, Any], progress: Progress, folder: pathlib.Path) -> None:
-    """Measures a shape's rows, then has the peer measure the same."""
-    assert plan.peer_python is not None
+def _measure_with_rival(
+    plan: Plan, name: str, result: dict[str, Any], progress: Progress, folder: pathlib.Path
+) -> None:
+    """Measures a shape's rows, then has the rival measure the same."""
+    assert plan.rival_python is not None
     shape = SHAPES[name]
-    rivals.write_request(folder, shape, [(routing, tokens) for routing in plan.routings for tokens in plan.tokens])
-    print(f"{name}: the peer compiles its kernels", file=sys.stderr, flush=True)
+    client.write_request(folder, shape, [(routing, tokens) for routing in plan.routings for tokens in plan.tokens])
+    print(f"{name}: the rival compiles its kernels", file=sys.stderr, flush=True)
     # Before anything is timed: it loads the processor and the device.
-    rivals.compile_ahead(plan.peer_python, folder, shape, plan.tokens)
+    client.compile_ahead(plan.rival_python, folder, shape, plan.tokens)
     _measure_shape(plan, name, result, progress, folder)
-    found = rivals.run_peer(plan.peer_python, folder, lambda case: progress.step(f"{name}: the peer, {case} tokens"))
-    rivals.merge(result["shapes"][name], found)
+    found = client.run_rival(plan.rival_python, folder, lambda case: progress.step(f"{name}: the rival, {case} tokens"))
+    client.merge(result["shapes"][name], found)
 
 
 def _write(plan: Plan, result: dict[str, Any]) -> None:

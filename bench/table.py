@@ -2,10 +2,12 @@
 
 from typing import Any
 
-INSTALL = "pip install sgl-deep-gemm==0.1.4.post1 apache-tvm-ffi==0.1.11, beside a torch for CUDA 13"
+from bench.rival import INSTALL
+from bench.timing import Timing
+
 COLUMNS = ("routing", "tokens", "touched", "us", "ceiling_us", "ratio", "gb_per_s", "tflop_per_s", "diff", "captured")
 ALTERNATIVES = ("reference_us", "ragged_us", "dense_us")
-RIVALS = ("routing", "tokens", "us", "ratio", "peer us", "peer ratio", "peer diff", "ours/peer")
+RIVALS = ("routing", "tokens", "us", "ratio", "rival us", "rival ratio", "rival diff", "ours/rival")
 
 
 def print_header(title: str, alternatives: bool) -> None:
@@ -24,15 +26,31 @@ def print_rivals(name: str, rows: list[dict[str, Any]], alternatives: bool) -> N
     print(f"\n{name}: ours and the rivals\n{_line(columns)}")
     errors: list[str] = []
     for row in rows:
-        peer = row.get("peer", {})
-        cells = {**row, "ours/peer": row.get("ours_over_peer"), "peer us": peer.get("us")}
-        cells |= {f"peer {key}": peer.get(key) for key in ("ratio", "diff")}
-        if "error" in peer:
-            cells["peer us"] = "absent" if "not installed" in peer["error"] else "failed"
-            errors.append(peer["error"].strip().splitlines()[-1])
+        rival = row.get("rival", {})
+        cells = {**row, "ours/rival": row.get("ours_over_rival"), "rival us": rival.get("us")}
+        cells |= {f"rival {key}": rival.get(key) for key in ("ratio", "diff")}
+        if "error" in rival:
+            cells["rival us"] = "absent" if "not installed" in rival["error"] else "failed"
+            errors.append(rival["error"].strip().splitlines()[-1])
         print(_line(cells.get(column) for column in columns), flush=True)
     for error in dict.fromkeys(errors):
-        print(f"The peer has no figure: {error}" + (f" ({INSTALL})" if "not installed" in error else ""))
+        print(f"The rival has no figure: {error}" + (f" ({INSTALL})" if "not installed" in error else ""))
+
+
+def winner(row: dict[str, Any]) -> str:
+    """Who took least time in a row: ours, another one, or both where their runs overlap."""
+    times = {"ours": Timing(row["us"], row["us_least"], row["us_most"])}
+    rival = row.get("rival", {"error": "not asked for"})
+    if "error" not in rival:
+        times["rival"] = Timing(rival["us"], rival["us_least"], rival["us_most"])
+    for name in ("ragged", "dense", "reference"):
+        if f"{name}_us" in row:
+            times[name] = Timing(*[row[f"{name}_us"]] * 3)
+    if len(times) == 1:
+        return "-"
+    order = sorted(times, key=lambda name: times[name].us)
+    first, second = times[order[0]], times[order[1]]
+    return f"{order[0]} or {order[1]}" if second.us_least <= first.us_most else order[0]
 
 
 def text(value: Any) -> str:

@@ -33,8 +33,8 @@ def decode_step(x: jax.Array, routers: jax.Array, experts: mm.ExpertWeights) -> 
     """Takes x bf16[T, H] through all layers; also the load of every layer's experts, int32[L, E]."""
 
     def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, probs = mm.route(x.astype(jnp.float32) @ routers[i], TOP_K)
-        y, load = mm.moe(x, experts, ids, probs, layer=i, return_expert_load=True)
+        topk_ids, topk_weights = mm.route(x.astype(jnp.float32) @ routers[i], TOP_K)
+        y, load = mm.moe(x, experts, topk_ids, topk_weights, layer=i, return_expert_load=True)
         return x + y, load
 
     return jax.lax.scan(layer, x, jnp.arange(LAYERS))

@@ -1,6 +1,7 @@
 """Checks of what `moe` is called with, by shapes and dtypes only: they run while tracing."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -8,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 
-from jax_megamoe import layout
-from jax_megamoe.arrays import Array, as_array, clamp_to_int32, type_of, unwrap
+from jax_megamoe import weight_layout
+from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
@@ -50,7 +50,8 @@ def check(
     x = as_array("x", x, "an array of bfloat16")
     topk_ids = as_array("topk_ids", topk_ids, "an array of int32")
     topk_weights = as_array("topk_weights", topk_weights, "an array of float32")
-    _check_sizes_are_known({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
+    for name, array in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        require_known_sizes(name, array)
     _check_dtypes(x, topk_ids, topk_weights)
     if x.ndim < 1 or x.shape[-1] != weights.hidden_size:
         is_transposed = x.ndim > 0 and x.shape[-1] == weights.intermediate_size
@@ -88,7 +89,10 @@ def check(
             f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
         )
-    return Operands(x, weights, topk_ids, topk_weights, _check_layer(layer, weights), clamp, factor)
+    number = _check_layer(layer, weights)
+    if isinstance(number, int):
+        number = _place(number, x, weights.gate_up)
+    return Operands(x, weights, topk_ids, topk_weights, number, clamp, factor)
 
 
 def _as_float(value: object) -> float:
@@ -116,10 +120,11 @@ def _check_weights(weights: object) -> ExpertWeights:
     h = weights.hidden_size
     if h > MAX_HIDDEN_SIZE:
         raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
-    shapes = layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
+    shapes = weight_layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
     tails = {name: shape[1:] for name, shape in shapes.items()}
     leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
-    _check_sizes_are_known({f"weights.{name}": leaf for name, leaf in leaves.items()})
+    for name, leaf in leaves.items():
+        require_known_sizes(f"weights.{name}", leaf)
     lead = leaves["gate_up"].shape[:-3]
     for name, tail in tails.items():
         leaf, wanted = leaves[name], jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
@@ -136,16 +141,6 @@ def _check_weights(weights: object) -> ExpertWeights:
     if lead[:-1] == (0,):
         raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
     return dataclasses.replace(weights, **leaves)
-
-
-def _check_sizes_are_known(arrays: dict[str, Array]) -> None:
-    """Memory and launches are planned by the number of tokens, while the program is traced and lowered."""
-    for name, array in arrays.items():
-        if any(export.is_symbolic_dim(size) for size in array.shape):
-            raise MegaMoEError(
-                f"{name} has shape {array.shape}, wanted sizes that are numbers, also under jax.export: "
-                "export one program for each number of tokens, and pad to the next."
-            )
 
 
 def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:
@@ -173,12 +168,12 @@ def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:
         raise DTypeError(f"topk_weights has dtype {topk_weights.dtype}, wanted float32: {remedy}.")
 
 
-def _check_layer(layer: object, weights: ExpertWeights) -> jax.Array:
+def _check_layer(layer: object, weights: ExpertWeights) -> int | jax.Array:
     if weights.is_stacked != (layer is not None):
         what, wanted = ("stacked", "an index") if weights.is_stacked else ("not stacked", "None")
         raise ShapeError(f"layer is {layer}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says.")
     if layer is None:
-        return _to_device(0)
+        return 0
     value = layer if isinstance(layer, int) else as_array("layer", layer)
     if not isinstance(value, int):
         if value.shape != ():
@@ -192,12 +187,21 @@ def _check_layer(layer: object, weights: ExpertWeights) -> jax.Array:
     num_layers = weights.gate_up.shape[0]
     if not 0 <= int(value) < num_layers:
         raise ShapeError(f"layer is {value}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
-    return _to_device(int(value))
+    return int(value)
 
 
-def _to_device(layer: int) -> jax.Array:
-    # By itself a transfer that the caller's guard (jax.transfer_guard) counts as meant.
-    return jax.device_put(np.int32(layer))
+def _place(number: int, *arrays: Array) -> jax.Array:
+    """int32[] where the arrays are; from elsewhere it would be moved, which jax.transfer_guard may forbid."""
+    for array in arrays:
+        if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and len(array.sharding.device_set) > 1):
+            return _constant_beside(array, number=number)
+    # By itself a transfer that the guard counts as meant.
+    return jax.device_put(np.int32(number))
+
+
+@functools.partial(jax.jit, static_argnames="number", keep_unused=True, inline=True)
+def _constant_beside(_: jax.Array, *, number: int) -> jax.Array:
+    return jnp.int32(number)
 
 
 # int32[] that is inside or outside of [0, L) like the layer, also of types that hold more. Compiled: its constants

@@ -5,8 +5,9 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
-from jax_megamoe.errors import DTypeError
+from jax_megamoe.errors import DTypeError, MegaMoEError, ShardingError
 
 Array = jax.Array | np.ndarray
 
@@ -41,6 +42,24 @@ def as_array(name: str, value: object, wanted: str = "an array") -> Array:
         return np.asarray(held)
     remedy = "convert it with jax.numpy.asarray" if isinstance(held, list | tuple | numbers.Number) else "pass one"
     raise DTypeError(f"{name} is {type_of(held)}, wanted {wanted}: {remedy}.")
+
+
+def require_device_memory(name: str, array: Array, move: str | None = None) -> None:
+    """Raises `ShardingError` for an array of JAX in host memory, and says to move it, or what `move` names."""
+    if jax.typeof(array).memory_space == jax.memory.Space.Host:
+        raise ShardingError(
+            f"{name} is in host memory, wanted device memory: move it with "
+            f"jax.device_put({move or name}, jax.memory.Space.Device), inside jax.jit too."
+        )
+
+
+def require_known_sizes(name: str, array: Array) -> None:
+    """Raises `MegaMoEError` for symbolic sizes: memory and launches are planned while a program is traced."""
+    if any(export.is_symbolic_dim(size) for size in array.shape):
+        raise MegaMoEError(
+            f"{name} has shape {array.shape}, wanted sizes that are numbers, also under jax.export: "
+            "export one program for each number of tokens, and pad to the next."
+        )
 
 
 def type_of(value: object) -> str:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import layout as layouts
-from jax_megamoe import quantization, weight_checks
-from jax_megamoe.arrays import Array, as_array, type_of, unwrap
+from jax_megamoe import quantization, weight_checks, weight_layout
+from jax_megamoe.arrays import Array, as_array, require_device_memory, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import LayoutError, ShapeError
 from jax_megamoe.weight_checks import Order
 from jax_megamoe.weights import ExpertWeights
@@ -31,11 +30,11 @@ def quantize_experts(
     """Quantises float weights to FP8 with one scale per 128x128 block, and packs them.
 
     Values that a power-of-two scale makes exact are kept exactly (docs/numerics.md). Input, result and what is needed
-    meanwhile are together at most twice the input from I = 768 on, less for float32, inside `jax.jit` too; NumPy arrays
-    are taken to the device one expert at a time.
+    meanwhile are together at most twice the input for matrices of at least six blocks, less for float32, inside
+    `jax.jit` too; NumPy arrays are taken to the device one expert at a time.
 
     Args:
-      gate, up: bf16, f16 or f32 [E, I, H], H and I multiples of 128; with order="in_out" [E, H, I].
+      gate, up: bf16, f16, f32 or f64 [E, I, H], H and I multiples of 128; with order="in_out" [E, H, I].
       down: the same types, [E, H, I]; with order="in_out" [E, I, H].
       order: "out_in" as PyTorch and checkpoints hold matrices, "in_out" as Flax and MaxText do. Where all three are in
         the other order they are those of a layer with H and I exchanged, and if H = I nothing can tell: say the order.
@@ -117,23 +116,20 @@ def stack_experts(
 def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) -> ExpertWeights:
     row_axis = 1 if order == "out_in" else 2
 
-    def rows(weight: jax.Array, block: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(weight, block * layouts.BLOCK, layouts.BLOCK, row_axis)
-        return part if order == "out_in" else part.swapaxes(1, 2)
+    def gate_up_tiles(*parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        quantized = [_materialize(quantization.quantize_blocks(part)) for part in parts]
+        values, scale = (jnp.concatenate(both, axis=1) for both in zip(*quantized, strict=True))
+        return weight_layout.pack_gate_up(values), weight_layout.pack_gate_up_scale(scale)
 
-    def gate_up_tiles(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        parts = [_materialize(quantization.quantize_blocks(rows(weight, block))) for weight in (gate, up)]
-        values, scale = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))
-        return layouts.pack_gate_up(values), layouts.pack_gate_up_scale(scale)
-
-    def down_tiles(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, scale = _materialize(quantization.quantize_blocks(rows(down, block)))
-        return layouts.pack_down(values), layouts.pack_down_scale(scale)
+    def down_tiles(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, scale = _materialize(quantization.quantize_blocks(part))
+        return weight_layout.pack_down(values), weight_layout.pack_down_scale(scale)
 
     columns_axis = 3 - row_axis
     return ExpertWeights(
-        *_map_row_blocks(gate_up_tiles, gate, gate.shape[row_axis] // layouts.BLOCK),
-        *_map_row_blocks(down_tiles, down, down.shape[row_axis] // layouts.BLOCK),
+        *_map_parts(gate_up_tiles, gate, up, row_axis=row_axis, column_blocks=1),
+        # Two blocks of columns share a row of the packed scales.
+        *_map_parts(down_tiles, down, row_axis=row_axis, column_blocks=2),
         num_experts=gate.shape[0],
         hidden_size=gate.shape[columns_axis],
         intermediate_size=down.shape[columns_axis],
@@ -143,29 +139,53 @@ def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) 
 # Fused with packing, which reads each byte through several exchanges, quantising would be done several times.
 _materialize = jax.lax.optimization_barrier
 
+# A weight is quantised in so many parts at least, where it has so many blocks: what one needs meanwhile is then less
+# than a sixth of the input. Measured as `memory_analysis` of the compiled program.
+_MIN_PARTS = 6
 
-def _map_row_blocks(
-    make_tiles: Callable[[jax.Array], tuple[jax.Array, jax.Array]], weight: jax.Array, num_blocks: int
+
+def _map_parts(
+    make_tiles: Callable[..., tuple[jax.Array, jax.Array]], *weights: jax.Array, row_axis: int, column_blocks: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The tiles [E, 2, ...] of each block of 128 rows, joined to [E, 2 * num_blocks, ...].
+    """The packed tiles of weights [E, N, K], transposed if row_axis is 2, that `make_tiles` gives for parts of them.
 
-    One block after the other into its place, since float32 copies of all weights would take several times the room of
-    the input. Blocks of rows and not experts, which may be split over devices.
+    Parts are 128 rows and a multiple of `column_blocks` blocks of columns, or all. One after the other goes into its
+    place, since float32 copies of all weights would take several times the room of the input. Rows and columns are
+    split and not experts, which may be split over devices.
     """
+    num_rows, num_columns = weights[0].shape[row_axis], weights[0].shape[3 - row_axis]
+    row_parts = num_rows // weight_layout.BLOCK
+    wanted = -(-_MIN_PARTS // row_parts)
+    units = num_columns // (column_blocks * weight_layout.BLOCK)
+    is_whole = num_columns % (column_blocks * weight_layout.BLOCK) == 0
+    column_parts = next((n for n in range(wanted, units + 1) if units % n == 0), units) if is_whole and units else 1
+    width = num_columns // column_parts
 
-    def put(block: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def tiles_of(row_part: jax.Array, column_part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = []
+        for weight in weights:
+            part = jax.lax.dynamic_slice_in_dim(weight, row_part * weight_layout.BLOCK, weight_layout.BLOCK, row_axis)
+            part = jax.lax.dynamic_slice_in_dim(part, column_part * width, width, 3 - row_axis)
+            parts.append(part if row_axis == 1 else part.swapaxes(1, 2))
+        return make_tiles(*parts)
+
+    def put(index: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        row_part, column_part = index // column_parts, index % column_parts
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, _as_bytes(part), 2 * block, 1)
-            for whole, part in zip(joined, make_tiles(block), strict=True)
+            jax.lax.dynamic_update_slice(whole, _as_bytes(tiles), (0, 2 * row_part, tiles.shape[2] * column_part, 0))
+            for whole, tiles in zip(joined, tiles_of(row_part, column_part), strict=True)
         )
 
-    # Of any values, since all are overwritten; made of the weight, so that they are split over devices as it is.
-    origin = weight[:, :1, :1, None]
+    # Of any values, since all are overwritten; made of a weight, so that they are split over devices as it is.
+    origin = weights[0][:, :1, :1, None]
     start = tuple(
-        jnp.broadcast_to(_as_bytes(origin.astype(tiles.dtype)), (tiles.shape[0], 2 * num_blocks, *tiles.shape[2:]))
-        for tiles in jax.eval_shape(make_tiles, 0)
+        jnp.broadcast_to(
+            _as_bytes(origin.astype(tiles.dtype)),
+            (tiles.shape[0], 2 * row_parts, tiles.shape[2] * column_parts, tiles.shape[3]),
+        )
+        for tiles in jax.eval_shape(tiles_of, 0, 0)
     )
-    values, scale = jax.lax.fori_loop(0, num_blocks, put, start)
+    values, scale = jax.lax.fori_loop(0, row_parts * column_parts, put, start)
     return jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn), scale
 
 
@@ -173,10 +193,10 @@ def _map_row_blocks(
 def _pack(gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array) -> ExpertWeights:
     num_experts, hidden_size, intermediate_size = down.shape
     return ExpertWeights(
-        gate_up=layouts.pack_gate_up(gate_up),
-        gate_up_scale=layouts.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
-        down=layouts.pack_down(down),
-        down_scale=layouts.pack_down_scale(quantization.widen_scale(down_scale)),
+        gate_up=weight_layout.pack_gate_up(gate_up),
+        gate_up_scale=weight_layout.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
+        down=weight_layout.pack_down(down),
+        down_scale=weight_layout.pack_down_scale(quantization.widen_scale(down_scale)),
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -188,12 +208,13 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
 
     Each is copied into the result as it comes and let go, so that there is never more than one beside the result.
     """
-    result, done = None, 0
+    result: ExpertWeights | None = None
+    index, done = None, 0
     while (part := next(parts, None)) is not None:
         if done < count:
             if result is None:
-                result = jax.tree.map(functools.partial(_room, count=count, along=along), part)
-            result = _put(result, part, np.int32(done))
+                result, index = _start(part, count=count, along=along)
+            result, index = _put(result, part, index)
             # Else the queue of parts would grow as large as the result.
             jax.block_until_ready(result)
         del part
@@ -205,18 +226,26 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     return result
 
 
-def _room(leaf: jax.Array, *, count: int, along: str) -> jax.Array:
-    # Copies of the first part, all to be overwritten: they are split over devices as it is.
-    return jnp.broadcast_to(leaf, (count, *(leaf.shape[1:] if along == "experts" else leaf.shape)))
+@functools.partial(jax.jit, static_argnames=("count", "along"))
+def _start(part: ExpertWeights, *, count: int, along: str) -> tuple[ExpertWeights, jax.Array]:
+    """Room for the parts, and the index of the first."""
+
+    def room(leaf: jax.Array) -> jax.Array:
+        # Copies of the first part, all to be overwritten: they are split over devices as it is.
+        return jnp.broadcast_to(leaf, (count, *(leaf.shape[1:] if along == "experts" else leaf.shape)))
+
+    return jax.tree.map(room, part), jnp.int32(0)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: ExpertWeights, part: ExpertWeights, index: jax.Array) -> ExpertWeights:
+@functools.partial(jax.jit, donate_argnums=(0, 2))
+def _put(whole: ExpertWeights, part: ExpertWeights, index: jax.Array) -> tuple[ExpertWeights, jax.Array]:
+    """The parts with one more in its place, and the index of the next, which so is never moved to a device."""
+
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
         updated = jax.lax.dynamic_update_index_in_dim(_as_bytes(whole), _as_bytes(part), index, 0)
         return jax.lax.bitcast_convert_type(updated, whole.dtype)
 
-    return jax.tree.map(put, whole, part)
+    return jax.tree.map(put, whole, part), index + 1
 
 
 def _as_bytes(array: jax.Array) -> jax.Array:
@@ -241,6 +270,9 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
                 f"weights[{layer}] is {type_of(one)}, wanted ExpertWeights: "
                 "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
             )
+        one = dataclasses.replace(one, **one.leaves._asdict())
+        for name, leaf in one.leaves._asdict().items():
+            require_device_memory(f"weights[{layer}].{name}", leaf, f"weights[{layer}]")
         if one.is_stacked:
             raise ShapeError(f"weights[{layer}] is stacked already, wanted one layer: pass the layers one by one.")
         shape = (one.gate_up.shape, one.num_experts, one.hidden_size, one.intermediate_size)
@@ -260,4 +292,7 @@ def _array(name: str, value: object) -> Array:
     held = unwrap(value)
     if isinstance(held, ExpertWeights):
         raise LayoutError(f"{name} is an ExpertWeights, wanted an array: it is packed already, pass it to moe.")
-    return as_array(name, held)
+    array = as_array(name, held)
+    require_device_memory(name, array)
+    require_known_sizes(name, array)
+    return array

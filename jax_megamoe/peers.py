@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_megamoe import machine
+from jax_megamoe import provenance
 from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _library, wire_test
 from jax_megamoe.primitives.wire_test import WireTest
@@ -125,7 +125,7 @@ def _report(options: argparse.Namespace) -> int:
     devices = jax.devices()[::-1] if options.reverse else jax.devices()
     mesh = Mesh(np.array(devices), _AXES)
     result: dict[str, Any] = {
-        **machine.describe(options.commit),
+        **provenance.describe(options.commit),
         "num_devices": len(devices),
         "processes": jax.process_count(),
         "reverse": options.reverse,

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from jax_megamoe import _compat
+from jax_megamoe.arrays import require_device_memory
 from jax_megamoe.errors import ShapeError, ShardingError
-from jax_megamoe.primitives import _compat, _specs
+from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
-from jax_megamoe.weights import DATA_FIELDS, ExpertWeights
+from jax_megamoe.weights import ExpertWeights
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -38,16 +40,13 @@ def find_placement(
 ) -> tuple[AbstractMesh, Axes]:
     """The mesh that a call of `moe` is on, empty on one device, and its axes that split experts and tokens.
 
-    Raises `ShardingError` for arrays in host memory or on meshes that don't go together, for axes that the mesh lacks,
-    and where nothing says how the tokens are split; `ShapeError` where the number of experts is another one.
+    Raises `ShardingError` for arrays in host memory, on meshes that don't go together or on other devices, for axes
+    that the mesh lacks, and where nothing says how the tokens are split; `ShapeError` for another number of experts.
     """
     arrays = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, **weights_by_name(weights)}
     for name, array in arrays.items():
-        if jax.typeof(array).memory_space == jax.memory.Space.Host:
-            raise ShardingError(
-                f"{name} is in host memory, wanted device memory: move it with "
-                f"jax.device_put({name.partition('.')[0]}, jax.memory.Space.Device), inside jax.jit too."
-            )
+        require_device_memory(name, array, name.partition(".")[0])
+    _check_devices(arrays)
     wanted = (expert_axis,) if isinstance(expert_axis, str) else expert_axis
     mesh = _find_mesh(arrays, wanted if isinstance(wanted, tuple | list) else ())
     axes = Axes(
@@ -61,9 +60,28 @@ def find_placement(
     return mesh, axes
 
 
+def _check_devices(arrays: Mapping[str, Any]) -> None:
+    """Arguments that are not traced have their meshes' devices in one order; of traced ones JAX sees to it."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+        return
+    shardings = {name: getattr(array, "sharding", None) for name, array in arrays.items()}
+    on_meshes = {
+        name: [device.id for device in sharding.mesh.devices.flat]
+        for name, sharding in shardings.items()
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    }
+    for name, ids in on_meshes.items():
+        first = next(iter(on_meshes))
+        if ids != on_meshes[first]:
+            raise ShardingError(
+                f"{name} is on the devices {ids}, in this order, wanted {on_meshes[first]} like {first}: "
+                "put all arguments on one mesh with jax.device_put."
+            )
+
+
 def weights_by_name(weights: ExpertWeights) -> dict[str, Any]:
     """The leaves of the weights, by the names that messages have for them."""
-    return {f"weights.{name}": getattr(weights, name) for name in DATA_FIELDS}
+    return {f"weights.{name}": leaf for name, leaf in weights.leaves._asdict().items()}
 
 
 def axes_in_mesh(name: str, axes: AxisNames, mesh: AbstractMesh) -> tuple[str, ...]:

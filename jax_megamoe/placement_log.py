@@ -2,18 +2,22 @@
 
 import functools
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from jax_megamoe import _compat
 from jax_megamoe.placement import AxisNames, DefaultAxes, mesh_text, weights_by_name
-from jax_megamoe.primitives import _compat, _specs
+from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
 from jax_megamoe.weights import ExpertWeights
 
 _log = logging.getLogger("jax_megamoe")
+_NOT_CALLERS = tuple(os.path.dirname(file) + os.sep for file in (__file__, jax.__file__))
 
 
 def log_costs(
@@ -40,12 +44,22 @@ def log_costs(
         _about_load(mesh, axes, token_axes) if with_load else "",
     )
     if any(sentences):
-        _log_once(f"On the mesh ({mesh_text(mesh)}): {'; '.join(text for text in sentences if text)}.")
+        _log_once(
+            f"On the mesh ({mesh_text(mesh)}): {'; '.join(text for text in sentences if text)}.", _line_of_caller()
+        )
 
 
 @functools.cache
-def _log_once(text: str) -> None:
+def _log_once(text: str, _: tuple[str, int]) -> None:
+    """Once for each line that calls: what is said of one layer is not said of another part of a program."""
     _log.warning(text)
+
+
+def _line_of_caller() -> tuple[str, int]:
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_CALLERS):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _about_experts(leaves: Mapping[str, Any], mesh: AbstractMesh, axes: Axes, expert_axis: AxisNames) -> str:
@@ -82,7 +96,13 @@ def _about_tokens(
         # Nothing is padded there: axes that don't divide the first dimension are left out.
         avals = [jax.typeof(leaf) for leaf in leaves.values()]
         found &= {axis for dim in _specs.choose_specs(jax.typeof(x), avals, mesh, axes).tokens for axis in dim}
-    split = {axis for dim in _dims_of_concrete(x) or () for axis in dim}
+    dims = _dims_of_concrete(x) or [()]
+    if dims[-1] and not _specs.axes_of_type(mesh, AxisType.Explicit):  # Explicit ones are an error.
+        return (
+            f"x is split over {axes_text(dims[-1])} along its last dimension, the hidden size, so that it is moved at "
+            "every call: split its leading dimensions"
+        )
+    split = {axis for dim in dims for axis in dim}
     # Ranks of the experts that have the same tokens on purpose repeat nothing.
     spared = () if isinstance(token_axes, DefaultAxes) else set(axes.experts) - split
     unused = [axis for axis in automatic if mesh.shape[axis] > 1 and axis not in found and axis not in spared]

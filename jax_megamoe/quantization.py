@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jax_megamoe.layout import reshape_trailing
+from jax_megamoe.weight_layout import reshape_trailing
 
 E4M3_MAX = 448.0
 TOKEN_BLOCK = 128  # hidden columns that share one scale of a token

@@ -6,11 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from jax_megamoe import arguments, exchange, layout, quantization
+from jax_megamoe import arguments, collectives, quantization, weight_layout
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.operands import Leaves
 from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
+from jax_megamoe.primitives import _specs
+from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -56,13 +60,8 @@ def moe(
     )
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
-    tokens, top_k = math.prod(x.shape[:-1]), topk_ids.shape[-1]
-    y, load = _per_device(
-        x.reshape(tokens, x.shape[-1]),
-        (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale),
-        topk_ids.reshape(tokens, top_k),
-        topk_weights.reshape(tokens, top_k),
-        layer,
+    per_device = functools.partial(
+        _per_device,
         num_experts=weights.num_experts,
         expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
         token_axes=axes.tokens,
@@ -71,8 +70,26 @@ def moe(
         activation_clamp=clamp,
         routed_scaling_factor=factor,
     )
-    y = y.reshape(x.shape)
+    y, load = _on_mesh(per_device, mesh, axes, x, weights.leaves)(x, weights.leaves, topk_ids, topk_weights, layer)
     return (y, load) if return_expert_load else y
+
+
+def _on_mesh(function: Any, mesh: AbstractMesh, axes: Axes, x: jax.Array, leaves: Leaves) -> Any:
+    """The function with explicit axes as automatic ones inside, and results typed as those of `jax_megamoe.moe`."""
+    explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
+    if not explicit_axes:
+        return function
+    specs = _specs.choose_specs(jax.typeof(x), [jax.typeof(leaf) for leaf in leaves], mesh, axes)
+    out_specs = ((specs.token_spec(), x.ndim), (specs.load_spec(), 1))
+    shardings = tuple(NamedSharding(mesh, _specs.restrict(spec, explicit_axes, ndim)) for spec, ndim in out_specs)
+    automatic = jax.sharding.auto_axes(function, axes=tuple(explicit_axes), out_sharding=shardings)
+
+    def run(*operands: Any) -> Any:
+        # The mesh of the arguments' types may not be that of the context.
+        with jax.sharding.use_abstract_mesh(mesh):
+            return automatic(*operands)
+
+    return run
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device, and NaN in what is
@@ -89,9 +106,23 @@ def moe(
         "routed_scaling_factor",
     ),
 )
-def _per_device(*operands: Any, axis_sizes: tuple[tuple[str, int], ...], **params: Any) -> tuple[jax.Array, jax.Array]:
-    group_op = functools.partial(exchange.through_collectives, moe_local)
-    return exchange.moe_per_device(moe_local, group_op, *operands, axis_sizes=dict(axis_sizes), **params)
+def _per_device(
+    x: jax.Array,
+    leaves: Leaves,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array,
+    *,
+    axis_sizes: tuple[tuple[str, int], ...],
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    num_tokens = math.prod(x.shape[:-1])
+    tokens, ids, weights = (value.reshape(num_tokens, value.shape[-1]) for value in (x, topk_ids, topk_weights))
+    group_op = functools.partial(collectives.through_collectives, moe_local)
+    y, load = collectives.moe_per_device(
+        moe_local, group_op, tokens, leaves, ids, weights, layer, axis_sizes=dict(axis_sizes), **params
+    )
+    return y.reshape(x.shape), load
 
 
 def moe_local(
@@ -190,17 +221,17 @@ def _expert(
     activation_clamp: float,
 ) -> jax.Array:
     """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R]."""
-    intermediate_size = gate_up.shape[0] * layout.PLANE_ROWS
-    gate_up_scale = layout.unpack_gate_up_scale(gate_up_scale)
-    down_scale = layout.unpack_down_scale(down_scale, intermediate_size)
+    intermediate_size = gate_up.shape[0] * weight_layout.PLANE_ROWS
+    gate_up_scale = weight_layout.unpack_gate_up_scale(gate_up_scale)
+    down_scale = weight_layout.unpack_down_scale(down_scale, intermediate_size)
 
-    both = _scaled_matmul(tokens, token_scales, layout.unpack_gate_up(gate_up), gate_up_scale)
+    both = _scaled_matmul(tokens, token_scales, weight_layout.unpack_gate_up(gate_up), gate_up_scale)
     gate = jnp.minimum(both[:, :intermediate_size], activation_clamp)
     up = jnp.clip(both[:, intermediate_size:], -activation_clamp, activation_clamp)
     activations = gate / (1.0 + jnp.exp(-gate)) * up * routing[:, None]
 
     quantized, scales = quantization.quantize_activations(activations)
-    return _scaled_matmul(quantized, scales, layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
+    return _scaled_matmul(quantized, scales, weight_layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
 
 
 def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
@@ -216,14 +247,14 @@ def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.
     # BF16 holds every E4M3 value, and FP32 every product of two: as exact as FP32 operands, on every backend.
     a_blocks = jnp.moveaxis(a.astype(jnp.bfloat16).reshape(num_rows, num_blocks, block), 1, 0)
     b_blocks = jnp.moveaxis(b.astype(jnp.bfloat16).reshape(num_columns, num_blocks, block), 1, 0)
-    b_scales = jnp.repeat(b_scale.T, layout.BLOCK // block, axis=0)
+    b_scales = jnp.repeat(b_scale.T, weight_layout.BLOCK // block, axis=0)
 
     def add_block(accumulator: jax.Array, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         a_block, b_block, row_scale, column_scale = operands
         partial = jax.lax.dot_general(
             a_block, b_block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision="highest"
         )
-        scale = row_scale[:, None] * jnp.repeat(column_scale, layout.BLOCK)[None, :]
+        scale = row_scale[:, None] * jnp.repeat(column_scale, weight_layout.BLOCK)[None, :]
         return accumulator + scale * partial, None
 
     start = _zeros_like_varying((num_rows, num_columns), jnp.float32, a, a_scale, b, b_scale)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.arrays import as_array, clamp_to_int32
+from jax_megamoe.arrays import as_array, clamp_to_int32, require_device_memory
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -43,7 +43,8 @@ def route(
     A score that is NaN counts as the highest: NaN among a token's logits selects the experts that have it ("softmax":
     the first experts, since all its scores are NaN), and makes the token's weights NaN (without `renormalize` and
     "softmax": those of these experts). Ids are distinct and in [0, E) whatever the logits are. A logit of -inf scores
-    zero; with "softmax" one of +inf, or nothing but -inf, is NaN.
+    zero; with "softmax" one of +inf, or nothing but -inf, is NaN. With "sqrtsoftplus" +inf scores infinity, which is
+    NaN when renormalised; NaN in `bias` selects its expert for every token.
 
     Args:
       logits: the router's output; computed with in FP32.
@@ -104,11 +105,12 @@ def route(
         token_ids, hash_table = (
             clamp_to_int32(ids) if isinstance(ids, np.ndarray) else ids for ids in (token_ids, hash_table)
         )
+    arrays = {"logits": logits, "bias": bias, "token_ids": token_ids, "hash_table": hash_table}
+    for name, array in arrays.items():
+        if array is not None:
+            require_device_memory(name, array)
     return _route(
-        logits,
-        bias,
-        token_ids,
-        hash_table,
+        *arrays.values(),
         top_k=int(top_k),
         scoring=scoring,
         num_groups=int(num_groups),

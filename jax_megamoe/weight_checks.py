@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import layout as layouts
+from jax_megamoe import weight_layout
 from jax_megamoe.arrays import Array
 from jax_megamoe.errors import DTypeError, LayoutError, ShapeError
 
@@ -76,7 +76,7 @@ def _check_float_dtype(name: str, array: Array) -> None:
     if jnp.issubdtype(array.dtype, jnp.floating) and jnp.dtype(array.dtype).itemsize >= 2:
         return
     advice = "FP8 blocks with their scales go to pack_experts" if array.dtype == _FP8 else _DEQUANTIZE
-    raise DTypeError(f"{name} has dtype {array.dtype}, wanted bfloat16, float16 or float32: {advice}.")
+    raise DTypeError(f"{name} has dtype {array.dtype}, wanted bfloat16, float16, float32 or float64: {advice}.")
 
 
 def _check_fp8_dtypes(gate_up: Array, down: Array) -> None:
@@ -132,7 +132,7 @@ def _refuse_exponents(name: str, scale: Array) -> None:
 
 
 def _require_rank(name: str, shape: tuple[int, ...], wanted: str) -> tuple[int, int, int]:
-    if len(shape) == 4 and shape[-1] in (layouts.PLANE_BYTES, 2 * layouts.PLANE_BYTES):
+    if len(shape) == 4 and shape[-1] in (weight_layout.PLANE_BYTES, 2 * weight_layout.PLANE_BYTES):
         raise LayoutError(
             f"{name} has shape {shape}, wanted {wanted}: this is a packed leaf, unpack() the weights first."
         )
@@ -146,8 +146,8 @@ def _require_multiples(hidden_size: int, intermediate_size: int) -> None:
         ("hidden size H", hidden_size, "the weights and the hidden states with zeros, and cut the result"),
         ("intermediate size I", intermediate_size, "the weights with zeros"),
     ):
-        if size <= 0 or size % layouts.BLOCK:
-            raise ShapeError(f"{name} is {size}, wanted a positive multiple of {layouts.BLOCK}: pad {what}.")
+        if size <= 0 or size % weight_layout.BLOCK:
+            raise ShapeError(f"{name} is {size}, wanted a positive multiple of {weight_layout.BLOCK}: pad {what}.")
 
 
 def _require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], meaning: str, layout: str) -> None:
@@ -160,7 +160,7 @@ def _require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], m
 
 def _require_scale_shape(name: str, shape: tuple[int, ...], matrix: tuple[int, int, int], meaning: str) -> None:
     experts, rows, columns = matrix
-    wanted = (experts, rows // layouts.BLOCK, columns // layouts.BLOCK)
+    wanted = (experts, rows // weight_layout.BLOCK, columns // weight_layout.BLOCK)
     shape = tuple(shape)
     if shape == wanted:
         return

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_megamoe import layout as layouts
-from jax_megamoe.arrays import Array
+from jax_megamoe import weight_layout
+from jax_megamoe.arrays import Array, as_array, require_device_memory, type_of, unwrap
 from jax_megamoe.errors import LayoutError
+from jax_megamoe.operands import Leaves
 
-DATA_FIELDS = ("gate_up", "gate_up_scale", "down", "down_scale")
+DATA_FIELDS = Leaves._fields
 META_FIELDS = ("num_experts", "hidden_size", "intermediate_size", "layout")
 
 
@@ -29,6 +30,8 @@ class ExpertWeights:
     `jnp.stack` over the leaves) lead with L.
 
     `layout` names the version of the memory layout; weights of another version are a `LayoutError`, also from a pickle.
+    Frameworks may put each array into a Param, Variable or box of theirs, as with `jax.tree.map(nnx.Param, weights)`:
+    everything here and in every function that takes weights reads through them.
     """
 
     gate_up: jax.Array
@@ -38,7 +41,7 @@ class ExpertWeights:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    layout: str = layouts.LAYOUT_TAG
+    layout: str = weight_layout.LAYOUT_TAG
 
     def __post_init__(self) -> None:
         # Nothing about the leaves: transformations put specs, None and plain objects there.
@@ -55,38 +58,43 @@ class ExpertWeights:
         return "fp8_block"
 
     @property
+    def leaves(self) -> Leaves:
+        """The four arrays by name, out of the boxes of frameworks."""
+        return Leaves(*(unwrap(getattr(self, name)) for name in DATA_FIELDS))
+
+    @property
     def is_stacked(self) -> bool:
         """Whether the leaves lead with a dimension of layers."""
-        return self.gate_up.ndim == 5
+        return bool(self.leaves.gate_up.ndim == 5)
 
     @property
     def num_layers(self) -> int | None:
         """L of stacked weights, else None."""
-        return self.gate_up.shape[0] if self.is_stacked else None
+        return int(self.leaves.gate_up.shape[0]) if self.is_stacked else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the four arrays, on all devices together."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves)
 
     @property
     def sharding(self) -> Sharding | None:
         """The sharding of `gate_up`, which all leaves share; inside `jax.jit` that of its type; None for NumPy."""
-        return _sharding_of(self.gate_up)
+        return _sharding_of(self.leaves.gate_up)
 
     def __repr__(self) -> str:
         """One line, also where the leaves are tracers, shapes or partition specs."""
         parts = [f"{self.num_experts} experts", f"H {self.hidden_size}", f"I {self.intermediate_size}", self.layout]
-        leaves = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        leaves = self.leaves
         if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
-            lead = self.gate_up.shape[:-3]
+            lead = leaves.gate_up.shape[:-3]
             if lead and lead[-1] != self.num_experts:
                 parts[0] = f"{lead[-1]} of {parts[0]}"
             if len(lead) > 1:
                 parts[0] = f"{' x '.join(map(str, lead[:-1]))} layers of {parts[0]}"
             parts.append(_text_of_bytes(self.nbytes))
-        sharding = _sharding_of(self.gate_up)
-        spec = sharding.spec if isinstance(sharding, NamedSharding) else self.gate_up
+        sharding = _sharding_of(leaves.gate_up)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else leaves.gate_up
         if isinstance(spec, PartitionSpec) and any(spec):
             parts.append(_text_of_spec(spec))
         return f"ExpertWeights({', '.join(parts)})"
@@ -98,12 +106,15 @@ class ExpertWeights:
         sizes and the version of the layout.
         """
         header = write_header(tuple(getattr(self, field) for field in META_FIELDS))
+        # What is in host memory stays there: a view would be a computation on the device.
+        is_on_host = [jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in self.leaves]
+        leaves = Leaves(*map(np.asarray, self.leaves)) if any(is_on_host) else self.leaves
         return {
             "header": np.frombuffer(header, np.uint8),
-            "gate_up": self.gate_up.view(np.uint8),
-            "gate_up_scale": self.gate_up_scale,
-            "down": self.down.view(np.uint8),
-            "down_scale": self.down_scale,
+            "gate_up": leaves.gate_up.view(np.uint8),
+            "gate_up_scale": leaves.gate_up_scale,
+            "down": leaves.down.view(np.uint8),
+            "down_scale": leaves.down_scale,
         }
 
     @classmethod
@@ -112,19 +123,31 @@ class ExpertWeights:
 
         Raises `LayoutError` for weights of another layout version, and for arrays that are not those of `to_arrays`.
         """
+        if not isinstance(arrays, Mapping):
+            raise LayoutError(f"arrays is {type_of(arrays)}, wanted what to_arrays gave: pass a mapping of names.")
         missing = [name for name in ("header", *DATA_FIELDS) if name not in arrays]
         if missing:
             raise LayoutError(f"arrays have no {', '.join(missing)}, wanted all that to_arrays gave: save all of them.")
-        leaves: dict[str, Any] = {name: arrays[name] for name in DATA_FIELDS}
-        leaves |= {name: _as_fp8(name, leaves[name]) for name in ("gate_up", "down")}
-        fields = read_header(np.asarray(jax.device_get(arrays["header"])).tobytes())
-        weights = cls(**leaves, **dict(zip(META_FIELDS, fields, strict=True)))
-        lead = weights.gate_up.shape[:-3]
-        wanted = layouts.leaf_shapes(lead[-1] if lead else 0, weights.hidden_size, weights.intermediate_size)
-        for name, shape in wanted._asdict().items():
-            found, shape = getattr(weights, name).shape, (*lead[:-1], *shape)
-            if found != shape:
-                raise LayoutError(f"{name} has shape {found}, wanted {shape}, as header says: save the weights anew.")
+        leaves = Leaves(*(as_array(name, arrays[name]) for name in DATA_FIELDS))
+        leaves = leaves._replace(gate_up=_as_fp8("gate_up", leaves.gate_up), down=_as_fp8("down", leaves.down))
+        header = as_array("header", arrays["header"], "an array of uint8")
+        fields = read_header(np.asarray(jax.device_get(header)).tobytes())
+        weights = cls(*leaves, *fields)
+        lead = leaves.gate_up.shape[:-3]
+        wanted = weight_layout.leaf_shapes(lead[-1] if lead else 0, weights.hidden_size, weights.intermediate_size)
+        for name, leaf, shape in zip(DATA_FIELDS, leaves, wanted, strict=True):
+            if leaf.shape != (*lead[:-1], *shape):
+                raise LayoutError(
+                    f"{name} has shape {leaf.shape}, wanted {(*lead[:-1], *shape)}, as header says: "
+                    "save the weights anew."
+                )
+            if name.endswith("scale") and leaf.dtype != np.float32:
+                raise LayoutError(f"{name} has dtype {leaf.dtype}, wanted float32: save the weights anew.")
+        if weights.num_experts % lead[-1]:
+            raise LayoutError(
+                f"header says num_experts={weights.num_experts}, wanted a multiple of {lead[-1]}, the experts that the "
+                "arrays hold: save the weights anew."
+            )
         return weights
 
     def unpack(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -133,8 +156,9 @@ class ExpertWeights:
         gate_up f8e4m3fn[E, 2I, H] (gate rows first), gate_up_scale f32[E, 2I/128, H/128],
         down f8e4m3fn[E, H, I], down_scale f32[E, H/128, I/128].
         """
-        leaves = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return layouts.unpack(*leaves, intermediate_size=self.intermediate_size)
+        for name, leaf in self.leaves._asdict().items():
+            require_device_memory(f"weights.{name}", leaf, "weights")
+        return weight_layout.unpack(*self.leaves, intermediate_size=self.intermediate_size)
 
 
 jax.tree_util.register_dataclass(ExpertWeights, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)
@@ -149,17 +173,19 @@ def read_header(header: bytes) -> tuple[Any, ...]:
     """The inverse of `write_header`. Raises `LayoutError` for another version of the layout, and for other bytes."""
     try:
         fields = json.loads(header)
-        values = tuple(fields[name] for name in META_FIELDS)
+        *sizes, tag = (fields[name] for name in META_FIELDS)
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError
     except (ValueError, TypeError, KeyError) as error:
         raise LayoutError("header is not that of ExpertWeights: pass the arrays as to_arrays gave them.") from error
-    _check_layout(fields["layout"])
-    return values
+    _check_layout(tag)
+    return (*sizes, tag)
 
 
 def _check_layout(found: str) -> None:
-    if found != layouts.LAYOUT_TAG:
+    if found != weight_layout.LAYOUT_TAG:
         raise LayoutError(
-            f"weights have layout {found!r}, this version wants {layouts.LAYOUT_TAG!r}: "
+            f"weights have layout {found!r}, this version wants {weight_layout.LAYOUT_TAG!r}: "
             "unpack them with the version that wrote them and call pack_experts."
         )
 

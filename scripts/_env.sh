@@ -1,6 +1,8 @@
 # Sourced by the scripts beside it: makes a virtual environment with the package in it, and only remakes what changed.
 #   ensure_env EXTRAS [JAX_REQUIREMENT...]
 # sets $python, the environment's interpreter. MEGAMOE_VENV names another folder than .venv.
+#   ensure_venv
+# makes the environment alone, empty: for tools that need neither the package nor a compiler.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -30,20 +32,24 @@ env_fingerprint() {
   } | sha256sum
 }
 
+ensure_venv() {
+  local base
+  if [[ -x "$python" ]]; then return; fi
+  base="$(find_python)"
+  "$base" -m venv "$venv"
+  "$python" -m pip install --quiet --upgrade pip
+}
+
 ensure_env() {
-  local extras="$1" base stamp="$venv/.installed" wanted
+  local extras="$1" stamp="$venv/.installed" wanted
   shift
   local requirements=("$@")
   if has_gpu; then extras="$extras,cuda13"; fi
   wanted="$(env_fingerprint "$extras" "${requirements[@]}")"
   if [[ -x "$python" && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then return; fi
   echo "== setting up ${venv#"$root"/} (extras: $extras)" >&2
-  if [[ ! -x "$python" ]]; then
-    base="$(find_python)"
-    "$base" -m venv "$venv"
-  fi
+  ensure_venv
   rm -f "$stamp"
-  "$python" -m pip install --quiet --upgrade pip
   "$python" -m pip install --quiet --editable ".[$extras]" "${requirements[@]}"
   echo "$wanted" >"$stamp"
 }

@@ -1,5 +1,6 @@
 """Settings that have to precede jax's start: which backend the tests use, and with how many devices."""
 
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -21,10 +22,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 @pytest.fixture
 def built(monkeypatch) -> Any:
     """As if the package were built with CUDA, on a machine without a GPU; returns the fake of the compiled module."""
-    import cuda_lowering
     import jax
 
     from jax_megamoe.primitives import _library
+    from tests.support import cuda_lowering
 
     core = cuda_lowering.fake_core()
     monkeypatch.setattr(_library, "_core", core)
@@ -32,12 +33,22 @@ def built(monkeypatch) -> Any:
     return core
 
 
+@pytest.fixture
+def cuda_core() -> Any:
+    """The compiled module, built with CUDA; on a machine without a GPU too."""
+    from tests.support import skips
+
+    if reason := skips.why_no_cuda_build():
+        pytest.skip(reason)
+    return importlib.import_module("jax_megamoe._core")
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def each_platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two forms of a test of meshes: on host devices, of which the settings above make eight, and, with the mark `gpu`, on
     two, four or eight GPUs, where the meshes are smaller as far as needed.
     """
-    import meshes
+    from tests.support import meshes
 
     monkeypatch.setattr(meshes, "platform", request.param)
     if len(meshes.find_devices()) < 2:
@@ -47,7 +58,7 @@ def each_platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def eight_devices(each_platform: None) -> None:
     """Sizes of axes are in messages, or a mesh of fewer devices would serve what is to be refused."""
-    import meshes
+    from tests.support import meshes
 
     if len(meshes.find_devices()) < 8:
         pytest.skip("needs 8 devices")

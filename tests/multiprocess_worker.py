@@ -1,4 +1,4 @@
-"""One process of several that run the layer together: `python multiprocess_worker.py PROCESSES PROCESS PORT FOLDER`.
+"""One process of several that run the layer together: `python -m tests.multiprocess_worker PROCESSES PROCESS PORT FOLDER`.
 
 The processes share four CPU devices. Each saves what it has of every result, and the demo's texts; tests/test_multiprocess.py
 puts it together.
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 NUM_DEVICES = 4
 
@@ -35,27 +34,19 @@ CASES = {
 
 
 def run_case(case: Case, devices: list[Any]) -> tuple[jax.Array, jax.Array]:
-    """The layer of expert_layer.py and its load on the mesh of the case."""
-    from expert_layer import make_layer
-
+    """The small expert layer and its load on the mesh of the case."""
     import jax_megamoe as mm
+    from tests.support.expert_layer import make_layer
+    from tests.support.meshes import mesh_of, place_all
 
-    array = np.array(devices[::-1] if case.reverse else devices).reshape(tuple(case.sizes.values()))
-    mesh = Mesh(array, tuple(case.sizes), axis_types=(case.kind,) * array.ndim)
+    mesh = mesh_of(devices, case.sizes, case.kind, case.reverse)
     layer = make_layer()
-
-    def place(value: Any, *axes: str) -> Any:
-        sharding = NamedSharding(mesh, P(tuple(axis for axis in axes if axis in case.sizes) or None))
-        return jax.tree.map(
-            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda part: np.asarray(leaf)[part]), value
-        )
 
     def layer_and_load(*arguments: Any) -> Any:
         return mm.moe(*arguments, token_axes=tokens, implementation="collective", return_expert_load=True)
 
     tokens = tuple(axis for axis in case.tokens if axis in case.sizes)
-    x, ids, probs = (place(value, *tokens) for value in (layer.x, layer.ids, layer.probs))
-    y, load = jax.jit(layer_and_load)(x, place(layer.weights, "expert"), ids, probs)
+    y, load = jax.jit(layer_and_load)(*place_all(mesh, layer, tokens))
     return y, load
 
 
@@ -76,7 +67,7 @@ def run_demo(devices: list[Any]) -> list[str]:
 
 def check_sharing_of_facts(processes: int, process: int) -> None:
     """What the choice of the implementation rests on: all processes learn the same about each other."""
-    from jax_megamoe.primitives import _compat
+    from jax_megamoe import _compat
 
     for round_ in range(2):  # the second one overwrites
         found = _compat.share_between_processes("test", f"fact {process}", range(processes), 40)

@@ -8,12 +8,13 @@ from typing import Any, assert_type
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
+from tests.support import numpy_model
+from tests.support.compare import difference
+from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_is_the_reference_bit_by_bit(layer):
     wanted, _ = numpy_model.moe(
         *(np.asarray(layer.x), natural_weights()), layer.ids, np.asarray(layer.probs), **options
     )
-    assert numpy_model.diff(y, wanted) < 1e-7
+    assert difference(y, wanted) < 1e-7
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 8), (4, 1, 4)])
@@ -217,38 +218,82 @@ def first_half(weights: mm.ExpertWeights) -> mm.ExpertWeights:
     return jax.tree.map(lambda leaf: leaf[: E // 2], weights)
 
 
-@pytest.mark.parametrize(
-    "change, error, text",
-    [
-        (replaced("x", cast(jnp.float32)), DTypeError, "x has dtype float32, wanted bfloat16"),
-        (replaced("x", list), DTypeError, "x is a list, wanted an array of bfloat16"),
-        (replaced("x", lambda x: x[:, :128]), ShapeError, r"x has shape \(16, 128\), wanted \[..., 256\]"),
-        (replaced("topk_ids", cast(jnp.int16)), DTypeError, "topk_ids has dtype int16, wanted int32"),
-        (replaced("topk_ids", cast(jnp.float32)), DTypeError, "topk_ids has dtype float32, wanted int32"),
-        (replaced("topk_ids", lambda i: i[:3]), ShapeError, r"topk_ids has shape \(3, 3\), wanted \[16, k\]"),
-        (replaced("topk_ids", lambda i: i[0]), ShapeError, r"topk_ids has shape \(3,\), wanted \[16, k\]"),
-        (with_slots(0), ShapeError, r"topk_ids has shape \(16, 0\), wanted 1 to 32 slots"),
-        (with_slots(33), ShapeError, r"topk_ids has shape \(16, 33\), wanted 1 to 32 slots"),
-        (replaced("topk_weights", cast(jnp.bfloat16)), DTypeError, "topk_weights has dtype bfloat16, wanted float32"),
-        (
-            replaced("topk_weights", lambda w: w[:, 1:]),
-            ShapeError,
-            r"topk_weights has shape \(16, 2\), wanted \(16, 3\)",
-        ),
-        (replaced("weights", jax.tree.leaves), LayoutError, "weights is a list, .* quantize_experts .* pack_experts"),
-        (replaced("weights", cast(jnp.bfloat16)), DTypeError, "weights.gate_up has dtype bfloat16"),
-        (replaced("weights", cut_down), LayoutError, "weights.down has shape"),
-        (replaced("weights", very_wide), ShapeError, "weights have a hidden size of 65664, wanted at most 65536"),
-        (replaced("weights", first_half), ShapeError, "weights hold 4 of 8 experts"),
-        (option("layer", 0), ShapeError, "layer is 0, wanted None"),
-        (option("activation_clamp", 0.0), MegaMoEError, "activation_clamp is 0.0, wanted a positive FP32 number"),
-        (option("activation_clamp", math.nan), MegaMoEError, "activation_clamp is nan, wanted a positive FP32 number"),
-        (option("routed_scaling_factor", math.inf), MegaMoEError, "routed_scaling_factor is inf, wanted a finite"),
-        (option("implementation", "fast"), MegaMoEError, "implementation is 'fast', wanted None or one of"),
-        (option("implementation", "cuda"), MegaMoEError, "implementation is 'cuda' on a CPU"),
-        (option("expert_axis", ("a", "a")), ShardingError, "expert_axis is .*, wanted each mesh axis once"),
-    ],
-)
+ERRORS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = {
+    "x of float32": (replaced("x", cast(jnp.float32)), DTypeError, "x has dtype float32, wanted bfloat16"),
+    "x a list": (replaced("x", list), DTypeError, "x is a list, wanted an array of bfloat16"),
+    "x of another hidden size": (
+        replaced("x", lambda x: x[:, :128]),
+        ShapeError,
+        r"x has shape \(16, 128\), wanted \[..., 256\]",
+    ),
+    "ids of int16": (replaced("topk_ids", cast(jnp.int16)), DTypeError, "topk_ids has dtype int16, wanted int32"),
+    "ids of float32": (replaced("topk_ids", cast(jnp.float32)), DTypeError, "topk_ids has dtype float32, wanted int32"),
+    "ids of fewer tokens": (
+        replaced("topk_ids", lambda i: i[:3]),
+        ShapeError,
+        r"topk_ids has shape \(3, 3\), wanted \[16, k\]",
+    ),
+    "ids without tokens": (
+        replaced("topk_ids", lambda i: i[0]),
+        ShapeError,
+        r"topk_ids has shape \(3,\), wanted \[16, k\]",
+    ),
+    "no slots": (with_slots(0), ShapeError, r"topk_ids has shape \(16, 0\), wanted 1 to 32 slots"),
+    "33 slots": (with_slots(33), ShapeError, r"topk_ids has shape \(16, 33\), wanted 1 to 32 slots"),
+    "topk_weights of bfloat16": (
+        replaced("topk_weights", cast(jnp.bfloat16)),
+        DTypeError,
+        "topk_weights has dtype bfloat16, wanted float32",
+    ),
+    "topk_weights of fewer slots": (
+        replaced("topk_weights", lambda w: w[:, 1:]),
+        ShapeError,
+        r"topk_weights has shape \(16, 2\), wanted \(16, 3\)",
+    ),
+    "weights a list": (
+        replaced("weights", jax.tree.leaves),
+        LayoutError,
+        "weights is a list, .* quantize_experts .* pack_experts",
+    ),
+    "weights of bfloat16": (replaced("weights", cast(jnp.bfloat16)), DTypeError, "weights.gate_up has dtype bfloat16"),
+    "weights cut down": (replaced("weights", cut_down), LayoutError, "weights.down has shape"),
+    "weights too wide": (
+        replaced("weights", very_wide),
+        ShapeError,
+        "weights have a hidden size of 65664, wanted at most 65536",
+    ),
+    "weights of half the experts": (replaced("weights", first_half), ShapeError, "weights hold 4 of 8 experts"),
+    "layer without a stack": (option("layer", 0), ShapeError, "layer is 0, wanted None"),
+    "clamp zero": (
+        option("activation_clamp", 0.0),
+        MegaMoEError,
+        "activation_clamp is 0.0, wanted a positive FP32 number",
+    ),
+    "clamp NaN": (
+        option("activation_clamp", math.nan),
+        MegaMoEError,
+        "activation_clamp is nan, wanted a positive FP32 number",
+    ),
+    "factor infinite": (
+        option("routed_scaling_factor", math.inf),
+        MegaMoEError,
+        "routed_scaling_factor is inf, wanted a finite",
+    ),
+    "implementation unknown": (
+        option("implementation", "fast"),
+        MegaMoEError,
+        "implementation is 'fast', wanted None or one of",
+    ),
+    "implementation of GPUs": (option("implementation", "cuda"), MegaMoEError, "implementation is 'cuda' on a CPU"),
+    "expert axis twice": (
+        option("expert_axis", ("a", "a")),
+        ShardingError,
+        "expert_axis is .*, wanted each mesh axis once",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "text"), ERRORS.values(), ids=ERRORS)
 def test_errors(layer, change, error, text):
     arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.probs}
     with pytest.raises(error, match=text):

@@ -1,15 +1,15 @@
 """What the public functions take for an array."""
 
-import boxes
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from expert_layer import packed_weights
 
 from jax_megamoe.arrays import as_array, unwrap
 from jax_megamoe.errors import DTypeError
+from tests.support import boxes
+from tests.support.expert_layer import packed_weights
 
 ARRAYS = [np.arange(3), jnp.arange(3.0), np.zeros((0, 2), ml_dtypes.bfloat16)]
 

@@ -1,10 +1,10 @@
 import io
 import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
-from bench_cases import SMALL, row_of
 
 import jax_megamoe as mm
 from bench import buffer_sizes, layers, plot, presets, progress, ranks, records
@@ -14,6 +14,7 @@ from bench.inputs import make_inputs, make_weights
 from bench.measure import dense_layer, ragged_layer
 from bench.presets import MODELS, ROUTINGS, SHAPES, Shape
 from bench.timing import NUM_CALLS, time_per_call
+from tests.support.bench_cases import SMALL, row_of
 
 # Presets
 
@@ -60,23 +61,23 @@ def test_selecting_shapes_and_routings():
     assert presets.select_routings("hot,zipf") == ["hot", "zipf"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "flush"], "wanted some of flash"),
-        (["--routing", "unifrom"], "wanted some of uniform"),
-        (["--tokens", "8,-1"], "wanted positive numbers"),
-        (["layers", "--variants", "fast"], "wanted some of default"),
-        (["layers", "--stack", "3", "--layers", "2"], "wanted 1 to --layers (2)"),
-        (["ranks", "--shapes", "flush"], "wanted some of flash"),
-        (["ranks", "--ranks", "0"], "--ranks is 0, wanted numbers up to the"),
-        (["ranks", "--ranks", "2,99"], "--ranks is 2,99, wanted numbers up to the"),
-        (["compare", "no-such-file", "no-such-file"], "No such file"),
-    ],
-)
+WRONG_ARGUMENTS = {
+    "--shapes flush": "wanted some of flash",
+    "--routing unifrom": "wanted some of uniform",
+    "--tokens 8,-1": "wanted positive numbers",
+    "layers --variants fast": "wanted some of default",
+    "layers --stack 3 --layers 2": "wanted 1 to --layers (2)",
+    "ranks --shapes flush": "wanted some of flash",
+    "ranks --ranks 0": "--ranks is 0, wanted numbers up to the",
+    "ranks --ranks 2,99": "--ranks is 2,99, wanted numbers up to the",
+    "compare no-such-file no-such-file": "No such file",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.items(), ids=WRONG_ARGUMENTS)
 def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        main(arguments)
+        main(arguments.split())
     assert message in capsys.readouterr().err
 
 
@@ -148,10 +149,10 @@ def result_of(*rows, device="d"):
 def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--shapes", "tiny", "--tokens", "3", "--routing", "masked30,uniform", "--output", str(path)]
-    assert main([*arguments, "--rivals", "--peer-python", str(tmp_path / "none"), "--commit", "abc"]) == 0
+    assert main([*arguments, "--rivals", "--rival-python", str(tmp_path / "none"), "--commit", "abc"]) == 0
     printed = capsys.readouterr()
     assert "no figures of the kernel" in printed.out
-    assert "The peer has no figure" in printed.out
+    assert "The rival has no figure" in printed.out
     assert "[2/2] tiny: 3 tokens" in printed.err
     result = json.loads(path.read_text())
     assert result["commit"] == "abc"
@@ -162,7 +163,7 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
         assert row["us"] > 0
         assert row["diff"] == 0
         assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
-        assert "error" in row["peer"] and row["winner"] == "-"
+        assert "error" in row["rival"] and row["winner"] == "-"
     assert main(["compare", str(path), str(path)]) == 0
     assert "tiny, masked30     3 tokens" in (out := capsys.readouterr().out)
     assert out.count("x1.000 (within the spread)") == 2
@@ -174,11 +175,11 @@ def test_compare_says_what_is_outside_the_spread():
     )
 
 
-def test_compare_has_the_peer_and_names_what_does_not_match():
-    rows = [row_of(us, peer=row_of(2 * us)) for us in (100.0, 90.0)]
+def test_compare_has_the_rival_and_names_what_does_not_match():
+    rows = [row_of(us, rival=row_of(2 * us)) for us in (100.0, 90.0)]
     lines = compare(result_of(rows[0]), result_of(rows[1], device="e"))
     assert "not those of the code" in lines[1]
-    assert lines[3] == "flash     8 tokens, peer: 200.0 -> 180.0 us, x0.900"
+    assert lines[3] == "flash     8 tokens, rival: 200.0 -> 180.0 us, x0.900"
     # Another routing is another row.
     assert "no rows in common" in compare(result_of(row_of(1.0)), result_of(row_of(1.0, routing="zipf")))[-1]
 
@@ -192,9 +193,36 @@ def test_older_files_can_be_read(tmp_path):
         records.read(path)
 
 
+def test_older_files_name_the_rival_as_new_ones_do(tmp_path, capsys):
+    row = row_of(100.0, peer=row_of(120.0), ours_over_peer=0.83, winner="ours or peer", ceiling_us=80.0)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(result_of(row)))
+    (read,) = records.read(path)["shapes"]["flash"]
+    assert read == row_of(
+        100.0,
+        rival=row_of(120.0),
+        ours_over_rival=0.83,
+        winner="ours or rival",
+        ceiling_us=80.0,
+        routing="uniform",
+    )
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "flash     8 tokens, rival: 120.0 -> 120.0 us" in capsys.readouterr().out
+    assert [line.name for line in plot.panels([records.read(path)])["flash"]] == ["jax_megamoe, d", "sgl-deep-gemm, d"]
+
+
+def test_committed_files_can_be_read():
+    folder = pathlib.Path(__file__).parent.parent / "bench" / "results"
+    results = [records.read(path) for path in folder.glob("*.json") if '"shapes": {' in path.read_text()]
+    rows = [row for result in results for rows in result["shapes"].values() for row in rows]
+    assert len(results) > 40 and sum("us" in row.get("rival", {}) for row in rows) > 100
+    assert not any("peer" in row or "peer" in row.get("winner", "") for row in rows)
+    assert all(plot.panels([result]) and len(compare(result, result)) > 1 for result in results)
+
+
 def test_plot_has_a_panel_for_each_shape_with_ours_first(tmp_path):
-    rows = [row_of(10.0 * n, tokens=n, ceiling_us=8.0 * n, peer=row_of(12.0 * n), ragged_us=80.0 * n) for n in (1, 4)]
-    zipf = row_of(10.0, tokens=1, ceiling_us=5.0, routing="zipf", peer={"error": "absent"})
+    rows = [row_of(10.0 * n, tokens=n, ceiling_us=8.0 * n, rival=row_of(12.0 * n), ragged_us=80.0 * n) for n in (1, 4)]
+    zipf = row_of(10.0, tokens=1, ceiling_us=5.0, routing="zipf", rival={"error": "absent"})
     drawn = plot.panels([result_of(*rows, zipf)])
     assert list(drawn) == ["flash", "flash, zipf"]
     assert [line.name for line in drawn["flash"]] == ["jax_megamoe, d", "sgl-deep-gemm, d", "ragged_dot, bf16, d"]

@@ -5,20 +5,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from cuda_lowering import FUSED, calls, cuda_text
-from expert_layer import make_layer
 from jax.sharding import PartitionSpec as P
-from meshes import AUTO, MESHES, make_mesh, place_all
 
 import jax_megamoe as mm
+from tests.support.cuda_lowering import FUSED, calls, cuda_text
+from tests.support.expert_layer import make_layer
+from tests.support.meshes import AUTO, MESHES, make_mesh, place_all
+from tests.support.skips import unless, why_no_host_devices
 
 pytestmark = [
-    pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices"),
+    unless(why_no_host_devices()),
     pytest.mark.usefixtures("built"),
 ]
 
@@ -95,19 +95,19 @@ def test_calls_without_a_use_are_dropped():
 
 
 PROGRAM = """
-import jax, conftest, cuda_lowering, jax_megamoe as mm
-import test_call_identity as tests
+import jax, tests.conftest, jax_megamoe as mm
 from jax_megamoe.primitives import _library
+from tests import test_call_identity as calls
+from tests.support import cuda_lowering
 _library._core, jax.local_devices = cuda_lowering.fake_core(), cuda_lowering.no_devices
-print(cuda_lowering.cuda_text(tests.twice(mm.moe), *tests.arguments()), end="")
+print(cuda_lowering.cuda_text(calls.twice(mm.moe), *calls.arguments()), end="")
 """
 
 
 def test_every_process_has_the_same_program():
     wanted = cuda_text(twice(mm.moe), *arguments())
     assert wanted == cuda_text(twice(mm.moe), *arguments())
-    folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": folders, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_program import CUDA, compile_program
+
+from tests.support.native_program import CUDA, compile_program
 
 LOG = CUDA.parent.parent / "docs" / "performance-log.md"
 THRESHOLDS = CUDA / "layout" / "thresholds.h"

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_program import compile_program
+
+from tests.support.native_program import compile_program
 
 CHUNK, WARPGROUP = 128, 64
 

@@ -19,6 +19,7 @@ import pytest
 
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library
+from tests.support.skips import why_no_cuda_build
 
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
 # What CMakeLists.txt takes CUDA sources from; with MEGAMOE_TESTING, what only tests and benchmarks call too.
@@ -40,13 +41,9 @@ class Kernel:
 
 @cache
 def module() -> Any:
-    try:
-        core = importlib.import_module("jax_megamoe._core")
-    except ImportError:
-        pytest.skip("jax_megamoe._core is not built: `pip install -e .` builds it")
-    if not core.has_cuda:
-        pytest.skip("jax_megamoe was built without CUDA (MEGAMOE_CUDA=OFF)")
-    return core
+    if reason := why_no_cuda_build():
+        pytest.skip(reason)
+    return importlib.import_module("jax_megamoe._core")
 
 
 def module_path() -> Path:

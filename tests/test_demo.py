@@ -1,37 +1,25 @@
 """The demo: its command line end to end at tiny sizes, and the parts whose errors a plausible text would hide."""
 
 import dataclasses
-import itertools
 import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
-from cuda_lowering import cuda_text
-from jax.sharding import Mesh
 
 from jax_megamoe.demo import __main__ as command_line
 from jax_megamoe.demo import checkpoint, decode, model, text, train
 from jax_megamoe.demo import mesh as demo_mesh
 from jax_megamoe.errors import ShardingError
+from tests.support.cuda_lowering import cuda_text
+from tests.support.demo import TINY, WIDE, assert_mesh_decodes_as_one_device, loop_arguments, make_parameters
+from tests.support.skips import unless, why_no_host_devices
 
-TINY = model.ModelConfig(
-    hidden_size=128, intermediate_size=128, num_layers=2, num_heads=2, num_experts=4, top_k=2, context=16
-)
-WIDE = dataclasses.replace(TINY, num_heads=8, num_experts=8)  # to be split over eight devices
-needs_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-
-
-def make_parameters(config: model.ModelConfig) -> model.Parameters:
-    # The unembedding starts at zero, which would make all logits equal.
-    untrained = model.initialize(config, jax.random.key(0))
-    return untrained._replace(unembedding=jax.random.normal(jax.random.key(1), untrained.unembedding.shape) / 8)
+needs_devices = unless(why_no_host_devices())
 
 
 @pytest.fixture
@@ -256,41 +244,11 @@ def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
 
 # On a mesh.
 
-PROMPTS = ["of a", "the st", "x = "]
-
-
-def check_mesh(num_devices: int, num_prompts: int, devices: list[Any], config: model.ModelConfig = WIDE) -> str:
-    """The text on so many devices is that on one of them; returns the compiled program, whose weights stay in place."""
-    mesh = demo_mesh.make_mesh(config, num_devices, devices)
-    prompts = list(itertools.islice(itertools.cycle(PROMPTS), num_prompts))
-    with jax.default_device(devices[0]):
-        parameters = make_parameters(config)
-        experts = model.quantize(parameters.experts)
-        alone = decode.generate(config, parameters, experts, prompts, 12, temperature=0.0)
-    together = decode.generate(config, parameters, experts, prompts, 12, temperature=0.0, mesh=mesh)
-    assert together.texts == alone.texts
-    assert together.num_steps == alone.num_steps and together.milliseconds_per_step > 0
-
-    arguments = loop_arguments(config, mesh, num_prompts)
-    with jax.set_mesh(mesh):
-        compiled = str(decode.decode_loop.lower(config, *arguments, 0.0, None).compile().as_text())
-    # The smallest matrix of a layer that is split. What decoding exchanges is a few rows of activations.
-    assert num_prompts * config.hidden_size < (size := parameters.blocks.attention_out[0].size)
-    moved = [opcode for opcode in meshes.opcodes_of_large_results(compiled, size) if re.match("all|collective", opcode)]
-    assert not moved
-    return compiled
-
-
-def loop_arguments(config: model.ModelConfig, mesh: Mesh, num_prompts: int) -> tuple[Any, ...]:
-    parameters = make_parameters(config)
-    placed = demo_mesh.place(mesh, parameters, model.quantize(parameters.experts))
-    return *placed, np.zeros((num_prompts, 20), np.int32), np.ones(num_prompts, np.int32), jax.random.key(0)
-
 
 @needs_devices
 @pytest.mark.parametrize(("num_devices", "num_prompts"), [(8, 3), (8, 16), (2, 1)])
 def test_text_on_a_mesh_is_that_of_one_device(num_devices: int, num_prompts: int) -> None:
-    compiled = check_mesh(num_devices, num_prompts, jax.devices("cpu"))
+    compiled = assert_mesh_decodes_as_one_device(num_devices, num_prompts, jax.devices("cpu"))
     # Each device's part of the cache, with its heads of every sequence.
     part = (WIDE.num_layers, num_prompts, WIDE.context, WIDE.num_heads // num_devices, WIDE.head_size)
     assert f"f32[{','.join(map(str, part))}]" in compiled

@@ -1,7 +1,8 @@
 """The division by multiplication that the kernels use, compiled for the host."""
 
 import numpy as np
-from native_program import compile_program
+
+from tests.support.native_program import compile_program
 
 LARGEST = 2**32 - 1
 

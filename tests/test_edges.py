@@ -6,20 +6,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import boxes
 import jax
 import jax.numpy as jnp
-import meshes
 import ml_dtypes
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from tests.support import boxes, meshes, numpy_model
+from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
 
 NUM_LAYERS = 3
 INT32 = np.iinfo(np.int32)

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.primitives._groups import group_attributes, replica_groups
+from tests.support.skips import unless, why_no_host_devices
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+pytestmark = unless(why_no_host_devices())
 
 CASES: list[tuple[dict[str, int], str | tuple[str, ...]]] = [
     ({"expert": 8}, "expert"),

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import E, H, I, make_layer, natural_weights, packed_weights
 
 import jax_megamoe as mm
+from tests.support.expert_layer import E, H, I, make_layer, natural_weights, packed_weights
+from tests.support.meshes import AUTO, make_mesh, place, place_all
 
 GUARDS: dict[str, Callable[[], Any]] = {
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
@@ -33,6 +34,11 @@ def operations() -> dict[str, Callable[[], Any]]:
     single_tokens = [value[:, None] for value in (layer.x, layer.ids, layer.probs)]
     index = jnp.int32(1)
     options: dict[str, Any] = {"activation_clamp": np.float64(1.5), "return_expert_load": True}
+
+    mesh = make_mesh({"expert": 4}, AUTO)
+    on_mesh = place_all(mesh, layer)
+    layers_on_mesh = [place(mesh, packed_weights(i), "expert") for i in range(2)]
+    stacked_on_mesh = place(mesh, stacked, None, "expert")
 
     def scan(x, weights, ids, probs):
         def body(x, index):
@@ -59,6 +65,9 @@ def operations() -> dict[str, Callable[[], Any]]:
         "pack": lambda: jax.tree.leaves(mm.pack_experts(*blocks)),
         "stack": lambda: jax.tree.leaves(mm.stack_experts([packed_weights(0), packed_weights(1)])),
         "unpack": stacked.unpack,
+        "moe on a mesh": lambda: mm.moe(*on_mesh, **options),
+        "moe of a layer on a mesh": lambda: mm.moe(on_mesh[0], stacked_on_mesh, *on_mesh[2:], layer=1),
+        "fill a stack on a mesh": lambda: jax.tree.leaves(mm.stack_experts(iter(layers_on_mesh), num_layers=2)),
     }
 
 

@@ -2,12 +2,12 @@
 
 import jax
 import pytest
-from expert_layer import check, make_layer
 from jax.sharding import PartitionSpec as P
-from meshes import AUTO, EXPLICIT, MESHES, check_both, make_mesh, moe_and_load, place, place_all
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError
+from tests.support.expert_layer import check, make_layer
+from tests.support.meshes import AUTO, EXPLICIT, MESHES, check_both, make_mesh, moe_and_load, place, place_all
 
 pytestmark = pytest.mark.usefixtures("each_platform")
 

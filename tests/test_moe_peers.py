@@ -1,7 +1,6 @@
 """The experts of several ranks on GPUs, as far as no GPU is needed: what the call says, and what JAX and XLA make of it."""
 
 import functools
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,28 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
-from expert_layer import E, H, I, K, check, make_layer, packed_weights
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.primitives import _groups, moe_peers
+from jax_megamoe.primitives.moe_peers import moe_peers_p
+from tests.support.cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
+from tests.support.expert_layer import E, H, I, K, check, make_layer, packed_weights
+from tests.support.hlo import opcodes_of_large_results
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
     check_both,
     make_mesh,
     moe_and_load,
-    opcodes_of_large_results,
     place,
     place_all,
     scan_over_layers,
 )
+from tests.support.skips import unless, why_no_host_devices
 
-import jax_megamoe as mm
-from jax_megamoe.primitives import _groups, moe_peers
-from jax_megamoe.primitives.moe_peers import moe_peers_p
-
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+pytestmark = unless(why_no_host_devices())
 
 SPLIT = {name: MESHES[name] for name in ("expert", "data x expert", "expert x model")}
 
@@ -258,18 +258,12 @@ def test_marks_of_the_results():
 
 
 @pytest.fixture
-def fused_on_cpu(built, monkeypatch):
+def fused_on_cpu(built, cuda_core, monkeypatch):
     """CPU programs with the call in them, to be compiled and read, not to be run."""
-    try:
-        core = importlib.import_module("jax_megamoe._core")
-    except ModuleNotFoundError:
-        pytest.skip("jax_megamoe._core is not built")
-    if not core.has_cuda:
-        pytest.skip("jax_megamoe._core is built without CUDA")
-    if not core.has_testing:
+    if not cuda_core.has_testing:
         pytest.skip("jax_megamoe._core was built without MEGAMOE_TESTING")
     # Any handler will do that has no state; no other test of the process has CPU programs with this target.
-    handler = core.ffi_registrations()["targets"]["jax_megamoe.read_ceiling.v1"]
+    handler = cuda_core.ffi_registrations()["targets"]["jax_megamoe.read_ceiling.v1"]
     jax.ffi.register_ffi_target(FUSED, handler, platform="cpu")
     monkeypatch.setattr(moe_peers, "_through_collectives", functools.partial(moe_peers._call_kernel, call_id=0))
 

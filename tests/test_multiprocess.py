@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import check, make_layer
-from multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
 
-TESTS = Path(__file__).parent
+from tests import multiprocess_worker
+from tests.multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
+from tests.support.expert_layer import check, make_layer
+from tests.support.skips import unless, why_no_host_devices
+
 TIME_LIMIT = 100
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < NUM_DEVICES, reason=f"needs {NUM_DEVICES} host devices")
+pytestmark = unless(why_no_host_devices(NUM_DEVICES))
 
 
 def free_port() -> int:
@@ -29,13 +31,22 @@ def free_port() -> int:
 
 def run_processes(processes: int, folder: Path) -> None:
     flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // processes}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    script, port = TESTS / "multiprocess_worker.py", free_port()
+    folders = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": folders, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    port = free_port()
     logs = [folder / f"{process}.log" for process in range(processes)]
     children = []
     for process, log in enumerate(logs):
         with log.open("w") as output:
-            command = [sys.executable, str(script), str(processes), str(process), str(port), str(folder)]
+            command = [
+                sys.executable,
+                "-m",
+                multiprocess_worker.__name__,
+                str(processes),
+                str(process),
+                str(port),
+                str(folder),
+            ]
             children.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
         statuses = [child.wait(timeout=TIME_LIMIT) for child in children]

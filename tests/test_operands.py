@@ -4,10 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from native_program import CUDA, compile_program, cuda_include
 
-from jax_megamoe import layout
+from jax_megamoe import weight_layout
 from jax_megamoe.weights import DATA_FIELDS, ExpertWeights
+from tests.support.native_program import CUDA, compile_program, cuda_include
 
 # T 3, k 2, H 256, I 384, E 4, in the order of primitives/_kernel_call.py.
 RIGHT = "T 3 k 2 H 256 I 384 E 4 L 1 at 0 1 2 3 4 5 6 7 8 9 10 bf16 7 2.5"
@@ -93,9 +93,9 @@ def weights_in_cpp(tmp_path_factory):
 
 def test_weights_are_the_same_in_cpp(weights_in_cpp):
     (format_name, tag), blocks = weights_in_cpp
-    assert tag == layout.LAYOUT_TAG
+    assert tag == weight_layout.LAYOUT_TAG
     for (hidden, inter), leaves in zip(SIZES, blocks, strict=True):
-        shapes = layout.leaf_shapes(1, hidden, inter)
+        shapes = weight_layout.leaf_shapes(1, hidden, inter)
         assert tuple(leaf[0] for leaf in leaves) == DATA_FIELDS == shapes._fields
         for (name, dtype, *numbers), shape in zip(leaves, shapes, strict=True):
             *dims, num_bytes = map(int, numbers)

@@ -6,17 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cuda_lowering import FUSED, LOCAL, calls, cuda_text
-from expert_layer import make_layer
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import place_all
 
 import jax_megamoe as mm
-from jax_megamoe.primitives import _compat, _gpus, _library, _peers, moe_peers
-from jax_megamoe.primitives._peers import Place
+from jax_megamoe import _compat
+from jax_megamoe.primitives import _gpus, _library, _reachability, moe_peers
+from jax_megamoe.primitives._reachability import Place
+from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
+from tests.support.expert_layer import make_layer
+from tests.support.meshes import mesh_of, place_all
+from tests.support.skips import unless, why_no_host_devices
 
-pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+pytestmark = unless(why_no_host_devices())
 
 
 class Job:
@@ -27,10 +29,10 @@ class Job:
         self.facts: dict[int, dict[str, Any]] = {}
         self.devices = jax.devices("cpu")[:8]
         self._places: list[Place] = []
-        monkeypatch.setattr(_peers, "_gpus_of_job", lambda: self.devices[: len(self._places)])
-        monkeypatch.setattr(_peers, "_place", lambda device: self._places[self.devices.index(device)])
-        monkeypatch.setattr(_peers, "_facts_of", self._facts_of)
-        _peers._reason.cache_clear()
+        monkeypatch.setattr(_reachability, "_gpus_of_job", lambda: self.devices[: len(self._places)])
+        monkeypatch.setattr(_reachability, "_place", lambda device: self._places[self.devices.index(device)])
+        monkeypatch.setattr(_reachability, "_facts_of", self._facts_of)
+        _reachability._reason.cache_clear()
 
     def _facts_of(self, processes: list[int]) -> list[dict[str, Any]]:
         self.asked.update(processes)
@@ -46,15 +48,15 @@ class Job:
             self.facts[p] = {**names, "gpus": gpus, "unreachable": pairs}
 
     def ask(self, devices: list[Any] | None, **sizes: int) -> str | None:
-        _peers._reason.cache_clear()
+        _reachability._reason.cache_clear()
         self.asked.clear()
-        return _peers.reason_for_collectives(devices, sizes, ("expert",))
+        return _reachability.reason_for_collectives(devices, sizes, ("expert",))
 
 
 @pytest.fixture
 def job(monkeypatch):
     yield Job(monkeypatch)
-    _peers._reason.cache_clear()
+    _reachability._reason.cache_clear()
 
 
 # Devices that are known.
@@ -149,14 +151,10 @@ def test_no_gpu_says_nothing():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has GPUs")
     for devices in (None, jax.devices("cpu")[:4]):
-        assert _peers.reason_for_collectives(devices, {"expert": 4}, ("expert",)) is None
+        assert _reachability.reason_for_collectives(devices, {"expert": 4}, ("expert",)) is None
 
 
 # Programs.
-
-
-def make_mesh(devices: Any, sizes: dict[str, int], kind: AxisType = AxisType.Auto) -> Mesh:
-    return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
 def without_set_mesh(mesh: Mesh) -> list[str]:
@@ -197,29 +195,29 @@ def test_the_order_in_the_mesh_decides(job, way, kind):
     """Two hosts with four GPUs each."""
     job.place("ab", 4)
     by_host, across = np.array(job.devices).reshape(2, 4), np.array(job.devices).reshape(4, 2).T
-    assert way(make_mesh(by_host, {"data": 2, "expert": 4}, kind)) == [FUSED]
-    assert way(make_mesh(by_host.T, {"expert": 4, "data": 2}, kind)) == [FUSED]
-    assert way(make_mesh(across, {"data": 2, "expert": 4}, kind)) == [LOCAL]
-    assert way(make_mesh(across.T, {"expert": 4, "data": 2}, kind)) == [LOCAL]
+    assert way(mesh_of(by_host, {"data": 2, "expert": 4}, kind)) == [FUSED]
+    assert way(mesh_of(by_host.T, {"expert": 4, "data": 2}, kind)) == [FUSED]
+    assert way(mesh_of(across, {"data": 2, "expert": 4}, kind)) == [LOCAL]
+    assert way(mesh_of(across.T, {"expert": 4, "data": 2}, kind)) == [LOCAL]
 
 
 @pytest.mark.usefixtures("built")
 @each_way
 def test_a_mesh_over_a_part_of_the_devices(job, way):
     job.place("ab", 4)
-    assert way(make_mesh(job.devices[4:], {"data": 2, "expert": 2})) == [FUSED] and job.asked == {1}
-    assert way(make_mesh(job.devices[2:6], {"data": 1, "expert": 4})) == [LOCAL] and job.asked == {0, 1}
+    assert way(mesh_of(job.devices[4:], {"data": 2, "expert": 2})) == [FUSED] and job.asked == {1}
+    assert way(mesh_of(job.devices[2:6], {"data": 1, "expert": 4})) == [LOCAL] and job.asked == {0, 1}
 
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("way", [without_set_mesh, in_partly_manual_shard_map])
 def test_without_set_mesh(job, way, caplog):
     """JAX lowers such a program once for all meshes of a shape: where their devices matter, the kernel is not taken."""
-    mesh = make_mesh(job.devices, {"data": 2, "expert": 4})
+    mesh = mesh_of(job.devices, {"data": 2, "expert": 4})
     job.place("aa", 4)
     assert way(mesh) == [FUSED]
     job.place("ab", 4)
-    _peers._reason.cache_clear()
+    _reachability._reason.cache_clear()
     moe_peers._log_once.cache_clear()
     assert way(mesh) == [LOCAL]
     assert UNKNOWN in caplog.records[-1].message
@@ -258,7 +256,7 @@ def own_facts(monkeypatch):
         monkeypatch.setattr(_gpus, "bus_ids", lambda: bus_ids)
         monkeypatch.setattr(_gpus, "unreachable", lambda own, visible: [(min(own), "hidden")])
         monkeypatch.setattr(_library, "can_access_peer", lambda *pair: pair not in refused)
-        return _peers._own_facts.__wrapped__()
+        return _reachability._own_facts.__wrapped__()
 
     return facts
 
@@ -266,7 +264,7 @@ def own_facts(monkeypatch):
 def test_places_of_other_processes_need_no_number_that_only_those_know():
     """JAX gives `local_hardware_id` for a process's own devices only."""
     device = type("Device", (), {"process_index": 1, "id": 5, "local_hardware_id": None})()
-    assert _peers._place(device) == _peers.Place(1, 5)
+    assert _reachability._place(device) == _reachability.Place(1, 5)
 
 
 def test_own_facts(own_facts):

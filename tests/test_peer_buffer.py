@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from native_program import CUDA, compile_program
+
+from tests.support.native_program import CUDA, compile_program
 
 MOST_SCRATCH = 4_000_000_000
 # T, k, H, I, E of a rank, ranks

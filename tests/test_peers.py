@@ -13,27 +13,19 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_megamoe import machine, peers
+from jax_megamoe import peers, provenance
 from jax_megamoe.errors import MegaMoEError, ShapeError
 from jax_megamoe.primitives import _groups, _library, wire_test
 from jax_megamoe.primitives.wire_test import WireTest
+from tests.support.meshes import mesh_of
 
 
 def make_mesh(**sizes: int) -> Mesh:
-    return Mesh(
-        np.array(jax.devices("cpu")[: int(np.prod(list(sizes.values())))]).reshape(*sizes.values()), tuple(sizes)
-    )
-
-
-@pytest.fixture
-def core() -> Any:
-    if _library._core is None or not _library._core.has_cuda:
-        pytest.skip("jax_megamoe._core is built without CUDA")
-    return _library._core
+    return mesh_of(jax.devices("cpu"), sizes)
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 8}, {"data": 2, "expert": 4}, {"expert": 4, "model": 2}], ids=str)
-def test_program_carries_the_groups(core, sizes):
+def test_program_carries_the_groups(cuda_core, sizes):
     mesh = make_mesh(**sizes)
     jitted = wire_test.program(mesh, ("expert",), WireTest(bytes=4096, shift=1, mode=wire_test.PUSH), 2)
     text = jitted.trace().lower(lowering_platforms=("cuda",)).as_text()
@@ -62,7 +54,7 @@ wire_test.program(mesh, ("expert",), wire_test.WireTest(), 1)()
 """
 
 
-def test_handler_takes_the_call(core):
+def test_handler_takes_the_call(cuda_core):
     """On a CPU nothing but the stream is missing: operands, results, state and attributes are decoded."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", DECODE]
@@ -120,13 +112,13 @@ def test_failures_are_those_of_the_buffers(monkeypatch):
 
 
 def test_what_a_result_file_says_of_the_machine(monkeypatch):
-    about = machine.describe()
+    about = provenance.describe()
     assert about["date"] == datetime.date.today().isoformat() and about["jax"] == jax.__version__
     assert about["device"] == jax.devices()[0].device_kind and isinstance(about["driver"], str)
     assert re.fullmatch("[0-9a-f]{7,40}|unknown", about["commit"])
-    assert machine.describe("abc")["commit"] == "abc"
-    monkeypatch.setattr(machine, "__file__", "/nowhere/machine.py")
-    assert machine.describe()["commit"] == "unknown"
+    assert provenance.describe("abc")["commit"] == "abc"
+    monkeypatch.setattr(provenance, "__file__", "/nowhere/provenance.py")
+    assert provenance.describe()["commit"] == "unknown"
 
 
 def test_commit_is_that_of_the_package(monkeypatch, tmp_path):
@@ -135,17 +127,17 @@ def test_commit_is_that_of_the_package(monkeypatch, tmp_path):
         ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-mc"],
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    file = tmp_path / "machine.py"
+    file = tmp_path / "provenance.py"
     file.touch()
-    monkeypatch.setattr(machine, "__file__", str(file))
-    assert machine.describe()["commit"] == "unknown"  # a copy inside the checkout of something else
-    subprocess.run(["git", "-C", str(tmp_path), "add", "machine.py"], check=True)
-    assert re.fullmatch("[0-9a-f]{7,40}", machine.describe()["commit"])
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    assert provenance.describe()["commit"] == "unknown"  # a copy inside the checkout of something else
+    subprocess.run(["git", "-C", str(tmp_path), "add", "provenance.py"], check=True)
+    assert re.fullmatch("[0-9a-f]{7,40}", provenance.describe()["commit"])
 
 
 def test_several_drivers(monkeypatch):
-    monkeypatch.setattr(machine, "_output", lambda *command: "580.1\n580.1\n580.2")
-    assert machine._driver() == "580.1, 580.2"
+    monkeypatch.setattr(provenance, "_output", lambda *command: "580.1\n580.1\n580.2")
+    assert provenance._driver() == "580.1, 580.2"
 
 
 def test_buffer_bytes(monkeypatch):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_lowering import WORKSPACE, cuda_text
-from expert_layer import E, H, K, Layer, check, make_layer, packed_weights
 
 import jax_megamoe as mm
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_local import moe_local, moe_local_p
+from tests.support.cuda_lowering import WORKSPACE, cuda_text
+from tests.support.expert_layer import E, H, K, Layer, check, make_layer, packed_weights
 
 
 def arguments_of(layer: Layer) -> tuple[Any, ...]:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import numpy_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_megamoe import quantization
+from tests.support import numpy_model
 
 FP8 = ml_dtypes.float8_e4m3fn
 

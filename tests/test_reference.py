@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import reference
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from tests.support import numpy_model
+from tests.support.compare import difference
 
 E, H, I = 6, 256, 384
 # The order of FP32 sums, and FP8 values that it moves across a rounding boundary.
@@ -51,14 +52,14 @@ def test_matches_the_numpy_model(natural, weights, num_tokens, top_k):
     y, load = moe(x, weights, ids, probs, return_expert_load=True)
     wanted, wanted_load = numpy_model.moe(x, natural, ids, probs)
     assert y.dtype == jnp.bfloat16 and load.dtype == jnp.int32
-    assert numpy_model.diff(y, wanted) < TOLERANCE
+    assert difference(y, wanted) < TOLERANCE
     np.testing.assert_array_equal(load, wanted_load)
 
 
 def test_stays_close_to_unquantised_arithmetic(natural, weights):
     x, ids, probs = inputs(64, 3)
     exact, _ = numpy_model.moe(x, natural, ids, probs, quantized=False)
-    assert 1e-5 < numpy_model.diff(moe(x, weights, ids, probs), exact) < 2e-3
+    assert 1e-5 < difference(moe(x, weights, ids, probs), exact) < 2e-3
 
 
 @pytest.mark.parametrize(("clamp", "factor"), [(0.25, 1.0), (None, 2.5), (10.0, 0.3), (1e-3, 7.0)])
@@ -66,10 +67,10 @@ def test_clamp_and_scaling(natural, weights, clamp, factor):
     x, ids, probs = inputs(32, 2, seed=3)
     options = {"activation_clamp": clamp, "routed_scaling_factor": factor}
     wanted, _ = numpy_model.moe(x, natural, ids, probs, **options)
-    assert numpy_model.diff(moe(x, weights, ids, probs, **options), wanted) < TOLERANCE
+    assert difference(moe(x, weights, ids, probs, **options), wanted) < TOLERANCE
     if clamp is not None and clamp < 1:
         unclamped = moe(x, weights, ids, probs, routed_scaling_factor=factor)
-        assert numpy_model.diff(unclamped, wanted) > 1e-2
+        assert difference(unclamped, wanted) > 1e-2
 
 
 @settings(max_examples=15, deadline=None)
@@ -97,10 +98,10 @@ def test_skewed_and_sparse_routing(natural, weights, seed, pattern, magnitude):
     wanted, wanted_load = numpy_model.moe(x, natural, ids, probs)
     # Drawn inputs come close to ties, which FP32 sums in another order break the other way: of E4M3 roundings, and now and
     # then of an activation's scale, a power of two, which rounds 64 columns of one token anew.
-    assert numpy_model.diff(y, wanted) < 1e-5
+    assert difference(y, wanted) < 1e-5
     errors = np.square(y.astype(np.float32) - wanted.astype(np.float32)).sum(-1)
     others = np.argsort(errors)[:-1]
-    assert numpy_model.diff(y[others], wanted[others]) < 10 * TOLERANCE
+    assert difference(y[others], wanted[others]) < 10 * TOLERANCE
     np.testing.assert_array_equal(load, wanted_load)
 
 
@@ -143,9 +144,9 @@ def test_leading_dimensions_and_vmap_give_the_same_rows(weights):
     split = [array.reshape(2, 3, 2, -1) for array in (x, ids, probs)]
     np.testing.assert_array_equal(np.asarray(moe(split[0], weights, *split[1:]), np.float32), flat.reshape(2, 3, 2, H))
     mapped = jax.vmap(lambda x, ids, probs: reference.moe(x, weights, ids, probs))(*split)
-    assert numpy_model.diff(mapped, flat) < TOLERANCE
+    assert difference(mapped, flat) < TOLERANCE
     single = moe(x[0], weights, ids[0], probs[0])
-    assert single.shape == (H,) and numpy_model.diff(single, flat[0]) < TOLERANCE
+    assert single.shape == (H,) and difference(single, flat[0]) < TOLERANCE
 
 
 def test_stacked_layers_eager_and_scanned(weights):
@@ -177,7 +178,7 @@ def test_local_parts_add_up_over_an_expert_axis(weights, check_vma):
     y, load = jax.jit(mapped)(x, weights, ids, probs)
     wanted, wanted_load = moe(x, weights, ids, probs, return_expert_load=True)
     # The sums over slots associate differently: at most one BF16 rounding apart.
-    assert numpy_model.diff(y, wanted) < 1e-6
+    assert difference(y, wanted) < 1e-6
     np.testing.assert_array_equal(load, wanted_load)
 
 
@@ -187,21 +188,29 @@ def test_runs_are_bitwise_reproducible(weights):
     np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
 
 
-@pytest.mark.parametrize(
-    ("replaced", "error", "message"),
-    [
-        ({"x": np.zeros((4, H), np.float32)}, DTypeError, "x has dtype float32, wanted bfloat16"),
-        ({"x": jnp.zeros((4, 128), jnp.bfloat16)}, ShapeError, r"x has shape \(4, 128\)"),
-        ({"topk_ids": np.zeros((3, 2), np.int32)}, ShapeError, r"topk_ids has shape \(3, 2\)"),
-        ({"topk_ids": np.zeros((4, 2), np.float32)}, DTypeError, "topk_ids has dtype float32, wanted int32"),
-        ({"topk_weights": np.zeros((4, 3), np.float32)}, ShapeError, r"topk_weights has shape \(4, 3\)"),
-        ({"weights": None}, LayoutError, "weights is None, wanted ExpertWeights"),
-        ({"layer": 0}, ShapeError, "layer is 0, wanted None"),
-        ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive FP32 number"),
-        ({"activation_clamp": float("nan")}, MegaMoEError, "activation_clamp is nan"),
-        ({"implementation": "cuda"}, MegaMoEError, "implementation is 'cuda'"),
-    ],
-)
+UNFIT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "x of float32": ({"x": np.zeros((4, H), np.float32)}, DTypeError, "x has dtype float32, wanted bfloat16"),
+    "x of another hidden size": ({"x": jnp.zeros((4, 128), jnp.bfloat16)}, ShapeError, r"x has shape \(4, 128\)"),
+    "ids of fewer tokens": ({"topk_ids": np.zeros((3, 2), np.int32)}, ShapeError, r"topk_ids has shape \(3, 2\)"),
+    "ids of float32": (
+        {"topk_ids": np.zeros((4, 2), np.float32)},
+        DTypeError,
+        "topk_ids has dtype float32, wanted int32",
+    ),
+    "topk_weights of more slots": (
+        {"topk_weights": np.zeros((4, 3), np.float32)},
+        ShapeError,
+        r"topk_weights has shape \(4, 3\)",
+    ),
+    "no weights": ({"weights": None}, LayoutError, "weights is None, wanted ExpertWeights"),
+    "layer without a stack": ({"layer": 0}, ShapeError, "layer is 0, wanted None"),
+    "clamp zero": ({"activation_clamp": 0.0}, MegaMoEError, "activation_clamp is 0.0, wanted a positive FP32 number"),
+    "clamp NaN": ({"activation_clamp": float("nan")}, MegaMoEError, "activation_clamp is nan"),
+    "implementation of GPUs": ({"implementation": "cuda"}, MegaMoEError, "implementation is 'cuda'"),
+}
+
+
+@pytest.mark.parametrize(("replaced", "error", "message"), UNFIT.values(), ids=UNFIT)
 def test_unfit_arguments_are_refused_by_name(weights, replaced, error, message):
     x, ids, probs = inputs(4, 2)
     arguments: dict[str, Any] = {"x": x, "weights": weights, "topk_ids": ids, "topk_weights": probs}

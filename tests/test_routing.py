@@ -3,10 +3,8 @@
 import functools
 from typing import Any
 
-import boxes
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
+from tests.support import boxes, meshes
 
 SCORES = {
     "softmax": lambda z: np.exp(z - z.max()) / np.exp(z - z.max()).sum(),
@@ -350,3 +349,14 @@ def test_hash_tables_and_tokens_of_any_integer_type(dtype, array):
         ids, weights = mm.route(np.zeros((3, 8), np.float32), 2, token_ids=array(tokens), hash_table=array(table))
     np.testing.assert_array_equal(ids, wanted)
     np.testing.assert_array_equal(weights, [[1, 0], [0.5, 0.5], [0.5, 0.5] if wanted[2] == [0, 0] else [0, 0]])
+
+
+def test_infinite_logits_and_nan_in_the_bias():
+    logits = jnp.array([[1.0, jnp.inf, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
+    ids, weights = mm.route(logits, 2, scoring="sqrtsoftplus", renormalize=False)
+    np.testing.assert_array_equal(ids, [[1, 3], [3, 2]])
+    assert np.isposinf(weights[0, 0]) and np.isfinite(np.asarray(weights)[[0, 1, 1], [1, 0, 1]]).all()
+    renormalised = np.asarray(mm.route(logits, 2, scoring="sqrtsoftplus")[1])
+    assert np.isnan(renormalised[0, 0]) and np.isfinite(renormalised[1]).all()
+    ids, weights = mm.route(logits, 2, scoring="sigmoid", bias=jnp.array([jnp.nan, 0.0, 0.0, 0.0]))
+    assert ids[:, 0].tolist() == [0, 0] and np.isfinite(weights).all()

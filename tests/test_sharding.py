@@ -5,33 +5,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
-import numpy_model
 import pytest
-from expert_layer import H, check, make_layer, packed_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_megamoe as mm
+from jax_megamoe.errors import ShapeError, ShardingError
+from tests.support import meshes
+from tests.support.compare import difference
+from tests.support.expert_layer import H, check, make_layer, packed_weights
+from tests.support.hlo import opcodes_of_large_results
+from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
     check_both,
     make_mesh,
     moe_and_load,
-    opcodes_of_large_results,
     place,
     place_all,
     scan_over_layers,
 )
 
-import jax_megamoe as mm
-from jax_megamoe.errors import ShapeError, ShardingError
-
 pytestmark = pytest.mark.usefixtures("each_platform")
 
 
 # Automatic and explicit: the global view.
+
+
+@pytest.mark.parametrize("kind", [EXPLICIT, (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["both", "expert", "data"])
+@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
+def test_reference_on_explicit_axes(kind, with_context):
+    mesh, layer = make_mesh({"data": 2, "expert": 4}, kind), make_layer()
+    x, *others = place_all(mesh, layer)
+    folded = [value.reshape(4, 4, -1) for value in (layer.x, layer.ids, layer.probs)]
+    folded = [place(mesh, value, "data", "expert") for value in folded]
+    with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
+        result = mm.reference.moe(x, *others, return_expert_load=True)
+        rows = jax.jit(mm.reference.moe)(folded[0], others[0], *folded[1:])
+        wanted = jax.jit(moe_and_load)(x, *others)
+    check_both(result, layer)
+    assert [jax.typeof(value) for value in result] == [jax.typeof(value) for value in wanted]
+    assert jax.typeof(rows) == jax.typeof(folded[0])
+    check(jnp.asarray(np.asarray(rows).reshape(layer.x.shape)), layer)
 
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
@@ -221,7 +238,7 @@ def test_stacked_weights_in_a_scan(kind):
     y = jax.jit(scan_over_layers)(x, stacked, ids, probs)
     wanted = mm.moe(mm.moe(*layer[:4]), packed_weights(1), layer.ids, layer.probs)
     # The ranks' FP32 sums come in another order; the second layer may then quantise a value to its neighbour.
-    assert numpy_model.diff(y, wanted) < 1e-4
+    assert difference(y, wanted) < 1e-4
 
 
 def test_while_loop_on_a_mesh():

@@ -4,7 +4,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from native_program import CUDA, NATIVE, compile_program, cuda_include, host_compiler
+from tests.support.native_program import CUDA, NATIVE, compile_program, cuda_include, host_compiler
 
 
 def test_transport(tmp_path):

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import numpy_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from tests.support import numpy_model
 
 E, H, I = 2, 256, 384
 QUANTIZE = "dequantise the weights, .* quantize_experts"

@@ -12,12 +12,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import packed_weights
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import LayoutError
+from tests.support import boxes
+from tests.support.expert_layer import packed_weights
 
 
 def assert_same(found: mm.ExpertWeights, wanted: mm.ExpertWeights) -> None:
@@ -149,11 +150,39 @@ def test_arrays_of_other_layouts_and_other_arrays_are_refused(weights):
         ({"header": np.zeros(7, np.uint8)}, "header is not that of ExpertWeights"),
         ({"down": arrays["down"][:-1]}, "down has shape .* as header says"),
         ({"down": np.asarray(arrays["down"], np.float32)}, "down has dtype float32, wanted the bytes"),
+        ({"down_scale": np.asarray(arrays["down_scale"], np.float16)}, "down_scale has dtype float16, wanted float32"),
+        ({"header": header(**fields | {"num_experts": 12})}, "header says num_experts=12, wanted a multiple of 8"),
+        ({"header": header(**fields | {"num_experts": 0})}, "header is not that of ExpertWeights"),
+        ({"header": header(**fields | {"hidden_size": "256"})}, "header is not that of ExpertWeights"),
     ):
         with pytest.raises(LayoutError, match=message):
             mm.ExpertWeights.from_arrays(arrays | replaced)
     with pytest.raises(LayoutError, match="arrays have no header, down, wanted all that to_arrays gave"):
         mm.ExpertWeights.from_arrays({name: arrays[name] for name in arrays if name not in ("header", "down")})
+
+
+@pytest.mark.parametrize("value", [None, 3, [1, 2]], ids=str)
+def test_what_is_no_mapping_is_refused(value):
+    with pytest.raises(LayoutError, match=r"arrays is (None|an int|a list), wanted what to_arrays gave"):
+        mm.ExpertWeights.from_arrays(value)
+
+
+@pytest.mark.parametrize("box", boxes.ALL)
+def test_weights_with_each_array_in_a_box(weights, box):
+    boxed = jax.tree.map(box, weights)
+    assert repr(boxed) == repr(weights)
+    assert (boxed.nbytes, boxed.sharding) == (weights.nbytes, weights.sharding)
+    assert (boxed.is_stacked, boxed.num_layers) == (False, None)
+    assert_same(mm.ExpertWeights.from_arrays(boxed.to_arrays()), weights)
+    assert_same(mm.ExpertWeights.from_arrays({name: box(a) for name, a in weights.to_arrays().items()}), weights)
+    for a, b in zip(boxed.unpack(), weights.unpack(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    stacked = mm.stack_experts([weights, weights])
+    assert_same(mm.stack_experts([boxed, boxed]), stacked)
+    assert_same(mm.stack_experts(iter([boxed, boxed]), num_layers=2), stacked)
+    assert jax.tree.map(box, stacked).num_layers == 2
+    arguments = layer_arguments(weights)
+    np.testing.assert_array_equal(mm.moe(arguments[0], boxed, *arguments[2:]), mm.moe(*arguments))
 
 
 def layer_arguments(weights: mm.ExpertWeights) -> tuple[Any, ...]:

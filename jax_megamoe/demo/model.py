@@ -150,15 +150,17 @@ def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax
     return jnp.einsum("bnqk,bknd->bqnd", weights, values)
 
 
-def float_moe(x: jax.Array, layer: FloatExperts, ids: jax.Array, probs: jax.Array, capacity: int) -> jax.Array:
+def float_moe(
+    x: jax.Array, layer: FloatExperts, topk_ids: jax.Array, topk_weights: jax.Array, capacity: int
+) -> jax.Array:
     """The expert layer in float, differentiable: tokens are gathered into `capacity` rows per expert.
 
     (token, slot) pairs that find their expert full contribute nothing. A capacity of the number of tokens drops none.
     """
     num_experts, _, hidden_size = layer.gate.shape
-    top_k = ids.shape[-1]
+    top_k = topk_ids.shape[-1]
     tokens = x.reshape(-1, hidden_size)
-    pair_experts = ids.reshape(-1)
+    pair_experts = topk_ids.reshape(-1)
 
     chosen = jax.nn.one_hot(pair_experts, num_experts, dtype=jnp.int32)
     place = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=-1)
@@ -172,8 +174,8 @@ def float_moe(x: jax.Array, layer: FloatExperts, ids: jax.Array, probs: jax.Arra
     gate = jnp.einsum("ech,eih->eci", rows, layer.gate)
     up = jnp.einsum("ech,eih->eci", rows, layer.up)
     down = jnp.einsum("eci,ehi->ech", jax.nn.silu(gate) * up, layer.down).reshape(num_rows, hidden_size)
-    results = down.at[row_of_pair].get(mode="fill", fill_value=0).reshape(*ids.shape, hidden_size)
-    return jnp.sum(results * probs[..., None], axis=-2)
+    results = down.at[row_of_pair].get(mode="fill", fill_value=0).reshape(*topk_ids.shape, hidden_size)
+    return jnp.sum(results * topk_weights[..., None], axis=-2)
 
 
 def _block(
@@ -193,9 +195,9 @@ def _block(
 
     normalized = split(_normalize(x, block.expert_norm))
     logits = normalized @ block.router
-    ids, probs = split(mm.route(logits, top_k=config.top_k, scoring="softmax"))
-    x = x + split(moe(normalized, ids, probs))
-    return x, kept, Routing(jax.nn.softmax(logits), ids)
+    topk_ids, topk_weights = split(mm.route(logits, top_k=config.top_k, scoring="softmax"))
+    x = x + split(moe(normalized, topk_ids, topk_weights))
+    return x, kept, Routing(jax.nn.softmax(logits), topk_ids)
 
 
 def _run_blocks(
@@ -219,11 +221,13 @@ def _run_blocks(
     def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
         index, block, float_layer, layer_state = scanned
 
-        def moe(x: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+        def moe(x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
             if isinstance(experts, FloatExperts):
-                return float_moe(x, float_layer, ids, probs, capacity)
+                return float_moe(x, float_layer, topk_ids, topk_weights, capacity)
             # The stacked weights stay whole and the kernel picks the layer: slicing them here would copy them.
-            y = mm.moe(x.astype(jnp.bfloat16), experts, ids, probs, layer=index, implementation=implementation)
+            y = mm.moe(
+                x.astype(jnp.bfloat16), experts, topk_ids, topk_weights, layer=index, implementation=implementation
+            )
             return y.astype(x.dtype)
 
         def attend_layer(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, Any]:

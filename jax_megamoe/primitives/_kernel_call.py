@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import layout
-from jax_megamoe.primitives import _rules as rules
+from jax_megamoe import weight_layout
+from jax_megamoe.primitives import _transforms as transforms
 
 
 class Sizes(NamedTuple):
@@ -22,9 +22,9 @@ class Sizes(NamedTuple):
 
 def sizes_of(*operands: Any) -> Sizes:
     """The sizes of a call with these operands, arrays or their types."""
-    x, gate_up, topk_ids = operands[0], operands[rules.WEIGHTS[0]], operands[rules.TOPK_IDS]
+    x, gate_up, topk_ids = operands[0], operands[transforms.WEIGHTS[0]], operands[transforms.TOPK_IDS]
     num_local_experts, num_tiles = gate_up.shape[-4:-2]
-    return Sizes(x.shape[0], topk_ids.shape[1], x.shape[1], num_tiles * layout.PLANE_ROWS, num_local_experts)
+    return Sizes(x.shape[0], topk_ids.shape[1], x.shape[1], num_tiles * weight_layout.PLANE_ROWS, num_local_experts)
 
 
 def call_kernel(

@@ -11,10 +11,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import exchange
+from jax_megamoe import _compat, collectives
 from jax_megamoe.errors import ShardingError
-from jax_megamoe.primitives import _compat, _specs
-from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives import _specs
+from jax_megamoe.primitives import _transforms as transforms
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.primitives.moe_local import moe_local
 from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
@@ -68,10 +68,10 @@ def _abstract_eval(x: Any, *others: Any, mesh: AbstractMesh, axes: Axes, num_exp
 
 def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
     # A mapped axis is one leading dimension more.
-    batched = rules.move_mapped_axis_to_front(operands, dims)
+    batched = transforms.move_mapped_axis_to_front(operands, dims)
     y, load = moe_p.bind(*batched, **{**params, "with_load": False})
     if params["with_load"]:
-        load_per_element = rules.load_per_element(batched[rules.TOPK_IDS], params["num_experts"])
+        load_per_element = transforms.load_per_element(batched[transforms.TOPK_IDS], params["num_experts"])
         load = _specs.reshard(load_per_element, params["mesh"], P(None, *jax.typeof(load).sharding.spec))
     else:
         load = jnp.broadcast_to(load, (y.shape[0], *load.shape))
@@ -138,8 +138,8 @@ def _per_device(
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part, or all of it where there is no mesh."""
-    local_op: exchange.Op = functools.partial(moe_local, implementation=implementation)
-    group_op: exchange.Op = functools.partial(exchange.through_collectives, local_op)
+    local_op: collectives.Op = functools.partial(moe_local, implementation=implementation)
+    group_op: collectives.Op = functools.partial(collectives.through_collectives, local_op)
     if implementation in (None, "cuda"):
         group_op = functools.partial(
             moe_peers,
@@ -150,7 +150,7 @@ def _per_device(
         )
     leaves, (topk_ids, topk_weights, layer) = others[:4], others[4:]
     tokens, topk_ids, topk_weights = (_flatten(value) for value in (x, topk_ids, topk_weights))
-    y, load = exchange.moe_per_device(
+    y, load = collectives.moe_per_device(
         local_op,
         group_op,
         tokens,
@@ -174,7 +174,7 @@ def _flatten(value: jax.Array, padding: int = 0, fill: int = 0) -> jax.Array:
 moe_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_p, *operands, **params))
 moe_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_p] = _batch
-ad.primitive_jvps[moe_p] = rules.refuse_differentiation
-ad.primitive_transposes[moe_p] = rules.refuse_differentiation
+ad.primitive_jvps[moe_p] = transforms.refuse_differentiation
+ad.primitive_transposes[moe_p] = transforms.refuse_differentiation
 # Not cached: each call has an identity, moe_peers.py says what for.
 mlir.register_lowering(moe_p, _lower, cacheable=False)

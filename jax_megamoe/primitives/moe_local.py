@@ -9,10 +9,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import reference
+from jax_megamoe import _compat, reference
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.primitives import _compat, _library
-from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives import _library
+from jax_megamoe.primitives import _transforms as transforms
 from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 
 moe_local_p = Primitive("jax_megamoe.moe_local")
@@ -60,12 +60,12 @@ def _abstract_eval(x: Any, gate_up: Any, *others: Any, out_dtype: Any, **_: Any)
 
 
 def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
-    batched = rules.move_mapped_axis_to_front(operands, dims)
-    x, topk_ids = batched[0], batched[rules.TOPK_IDS]
-    for i in rules.TOKENS:
+    batched = transforms.move_mapped_axis_to_front(operands, dims)
+    x, topk_ids = batched[0], batched[transforms.TOPK_IDS]
+    for i in transforms.TOKENS:
         batched[i] = batched[i].reshape(-1, batched[i].shape[-1])
     y, load = moe_local_p.bind(*batched, **params)
-    return (y.reshape(x.shape), rules.load_per_element(topk_ids, load.shape[0])), (0, 0)
+    return (y.reshape(x.shape), transforms.load_per_element(topk_ids, load.shape[0])), (0, 0)
 
 
 def _lower_cuda(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
@@ -113,8 +113,8 @@ def _call_kernel(*operands: jax.Array, out_dtype: Any, **params: Any) -> tuple[j
 moe_local_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_local_p, *operands, **params))
 moe_local_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_local_p] = _batch
-ad.primitive_jvps[moe_local_p] = rules.refuse_differentiation
-ad.primitive_transposes[moe_local_p] = rules.refuse_differentiation
+ad.primitive_jvps[moe_local_p] = transforms.refuse_differentiation
+ad.primitive_transposes[moe_local_p] = transforms.refuse_differentiation
 mlir.register_lowering(moe_local_p, _lower_elsewhere)
 mlir.register_lowering(moe_local_p, _lower_cuda, platform="cuda")
 mlir.register_lowering(moe_local_p, _lower_cpu, platform="cpu")

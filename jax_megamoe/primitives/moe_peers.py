@@ -21,10 +21,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import exchange
+from jax_megamoe import _compat, collectives
 from jax_megamoe.errors import MegaMoEError
-from jax_megamoe.primitives import _compat, _groups, _library, _peers
-from jax_megamoe.primitives import _rules as rules
+from jax_megamoe.primitives import _groups, _library, _reachability
+from jax_megamoe.primitives import _transforms as transforms
 from jax_megamoe.primitives._kernel_call import call_kernel, sizes_of
 from jax_megamoe.primitives._specs import axes_text
 from jax_megamoe.primitives.moe_local import moe_local
@@ -83,7 +83,7 @@ def moe_peers(
     routed_scaling_factor: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The operands and results of `exchange.through_collectives`, inside a region where all mesh axes are manual.
+    """The operands and results of `collectives.through_collectives`, inside a region where all mesh axes are manual.
 
     x bf16[T, H], leaves of E_local experts, topk_ids int32[T, k] (global), topk_weights f32[T, k], layer int32[] ->
     y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. `axis_sizes` are those of the whole mesh, in
@@ -117,14 +117,14 @@ def _abstract_eval(
 
 
 def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
-    batched = rules.move_mapped_axis_to_front(operands, dims)
-    x, topk_ids = batched[0], batched[rules.TOPK_IDS]
-    for i in rules.TOKENS:
+    batched = transforms.move_mapped_axis_to_front(operands, dims)
+    x, topk_ids = batched[0], batched[transforms.TOPK_IDS]
+    for i in transforms.TOKENS:
         batched[i] = batched[i].reshape(-1, batched[i].shape[-1])
     y, load = moe_peers_p.bind(*batched, **params)
     # Of each element the load that the tokens of all ranks make, for this rank's experts.
     expert_axes, gathered_axes, num_local_experts = params["expert_axes"], params["gathered_axes"], load.shape[0]
-    loads = rules.load_per_element(topk_ids, num_local_experts * jax.lax.axis_size(expert_axes))
+    loads = transforms.load_per_element(topk_ids, num_local_experts * jax.lax.axis_size(expert_axes))
     if gathered_axes:
         loads = jax.lax.psum(loads, gathered_axes)
     first = jax.lax.axis_index(expert_axes) * num_local_experts
@@ -133,7 +133,7 @@ def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> t
 
 def _lower(ctx: Any, *operands: Any, **params: Any) -> Any:
     """The same with a `site` of its own, which no other call has: JAX takes no lowering again for an equal call."""
-    # Not by `cacheable=False` for moe_peers_call_p: JAX fails then where platforms have different rules.
+    # Not by `cacheable=False` for moe_peers_call_p: JAX fails then where platforms have different transforms.
     return mlir.lower_fun(functools.partial(moe_peers_call_p.bind, site=object()))(ctx, *operands, **params)
 
 
@@ -169,7 +169,7 @@ def _reason_for_collectives(
         raise
     except ValueError as error:  # what the kernel does not serve: too many ranks or experts
         return str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")
-    return _peers.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
+    return _reachability.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
 
 
 def _workspace_bytes(*operands: Any, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
@@ -195,7 +195,7 @@ def _through_collectives(
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     local_op = functools.partial(moe_local, implementation=implementation)
-    return exchange.through_collectives(local_op, *operands, **params)
+    return collectives.through_collectives(local_op, *operands, **params)
 
 
 def _call_kernel(
@@ -229,8 +229,8 @@ moe_peers_p.def_impl(lambda *operands, **params: xla.apply_primitive(moe_peers_p
 for primitive in (moe_peers_p, moe_peers_call_p):
     primitive.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[moe_peers_p] = _batch
-ad.primitive_jvps[moe_peers_p] = rules.refuse_differentiation
-ad.primitive_transposes[moe_peers_p] = rules.refuse_differentiation
+ad.primitive_jvps[moe_peers_p] = transforms.refuse_differentiation
+ad.primitive_transposes[moe_peers_p] = transforms.refuse_differentiation
 mlir.register_lowering(moe_peers_p, _lower, cacheable=False)
 mlir.register_lowering(moe_peers_call_p, _lower_collectives)
 mlir.register_lowering(moe_peers_call_p, _lower_cuda, platform="cuda")

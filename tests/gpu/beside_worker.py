@@ -1,6 +1,6 @@
-"""The layer beside work that does not depend on it, run after run: `python -m gpu.beside_worker [runs|measure]`.
+"""The layer beside work that does not depend on it, run after run: `python -m tests.gpu.beside_worker [runs|measure]`.
 
-With `PYTHONPATH=tests:.` by hand, all GPUs in this process; test_beside.py starts it, with a process for each GPU too.
+By hand, all GPUs in this process; test_beside.py starts it, with a process for each GPU too.
 `runs` compares every result of every run, `MEGAMOE_BESIDE_RUNS` of each kind, and says one line for each kind.
 `measure` says how long programs take on XLA's own stream and on that of its collectives.
 """
@@ -22,19 +22,31 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import chain as chains
-from gpu.processes import Place, join, leave, meet, say
 from jax_megamoe import peers
 from jax_megamoe.primitives import _library
+from tests.support import chain as chains
+from tests.support.compare import judge
+from tests.support.hlo import is_fused
+from tests.support.meshes import mesh_of
+from tests.support.meshes import place as place_on
+from tests.support.problems import Sizes, make_problem, make_weights
+from tests.support.processes import Place, join, leave, meet, say
+from tests.support.skips import why_no_testing
 
 RUNS = int(os.environ.get("MEGAMOE_BESIDE_RUNS", "250"))  # of each kind, captured and not
 ENQUEUED = 10  # runs that wait for none of each other
-LAYERS, TOKENS, HIDDEN, INTER, TOP_K = 6, 64, 1024, 512, 6
+LAYERS, TOKENS = 6, 64
+SIZES = Sizes(hidden=1024, inter=512, num_experts=8, top_k=6)  # of each rank
 # FP32 numbers of each rank in a collective: 64 MiB, whose kernel holds its SMs for long enough.
 NUMBERS = int(os.environ.get("MEGAMOE_BESIDE_NUMBERS", str(16 << 20)))
 TURNS = 16  # factors of the numbers, so that a result of the run before is a wrong one
 
 SHIFT, PERIOD = 37, 1021
+
+
+def sizes_of(ranks: int) -> Sizes:
+    """Of all ranks."""
+    return SIZES._replace(num_experts=ranks * SIZES.num_experts)
 
 
 def numbers(rank: Any, position: Any) -> Any:
@@ -72,10 +84,10 @@ COLLECTIVES = {"psum": psum, "gather": gather, "scatter": scatter, "permute": pe
 KINDS = ("alone", *COLLECTIVES, "group", "transfers", "spinner")
 
 
-def pinned(x: Any, weights: Any, ids: Any, probs: Any) -> Any:
+def pinned(x: Any, weights: Any, ids: Any, topk_weights: Any) -> Any:
     """The layer on the stream of XLA's collectives."""
     on_stream = compute_on(compute_type="gpu_stream:collective", out_memory_spaces=jax.memory.Space.Device)
-    return on_stream(lambda: mm.moe(x, weights, ids, probs))()
+    return on_stream(lambda: mm.moe(x, weights, ids, topk_weights))()
 
 
 def count_wrong(found: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -116,10 +128,10 @@ def program(mesh: Mesh, beside: Any = None, layer: Callable[..., Any] = mm.moe, 
 def two_groups(mesh: Mesh) -> Any:
     """On a mesh of two axes, two independent layers: one over each axis."""
 
-    def run(wanted: Any, others_wanted: Any, x: Any, weights: Any, ids: Any, probs: Any, others: Any) -> Any:
-        one = chains.chain(LAYERS)(x, weights, ids, probs)
+    def run(wanted: Any, others_wanted: Any, x: Any, weights: Any, ids: Any, topk_weights: Any, others: Any) -> Any:
+        one = chains.chain(LAYERS)(x, weights, ids, topk_weights)
         second = lambda *operands: mm.moe(*operands, expert_axis="other", token_axes=("expert", "other"))  # noqa: E731
-        two = chains.chain(LAYERS, second)(x, others, ids, probs)
+        two = chains.chain(LAYERS, second)(x, others, ids, topk_weights)
         return jnp.stack([count_wrong(one, wanted), count_wrong(two, others_wanted)])[None]
 
     tokens, results = P(("expert", "other")), P(None, ("expert", "other"))
@@ -143,10 +155,10 @@ class Beside:
         if place.processes == 1:
             self.devices = self.devices[: 1 << (len(self.devices).bit_length() - 1)]
         ranks = len(self.devices)
-        self.problem = chains.make_problem(TOKENS * ranks, 8 * ranks, HIDDEN, INTER, TOP_K)
+        self.problem = make_problem(TOKENS * ranks, sizes_of(ranks))
         lowered: dict[bool, dict[Any, Any]] = {True: {}, False: {}}
         self.arguments: dict[str, list[list[tuple[Any, ...]]]] = {}
-        meshes = [chains.make_mesh(self.devices[::step], expert=ranks) for step in (1, -1)]
+        meshes = [mesh_of(self.devices[::step], {"expert": ranks}) for step in (1, -1)]
         placed = [self._place(mesh) for mesh in meshes]
         for kind in ("alone", "reversed", *COLLECTIVES):
             backwards = kind == "reversed"
@@ -160,7 +172,7 @@ class Beside:
             self._lower(lowered, "group", two_groups(self.mesh_of_two))
         # One after the other, since processes tell each other by module what they have tuned, and these are the same ones.
         self.compiled = {**chains.compile_all(lowered[True]), **chains.compile_all(lowered[False])}
-        assert not on_gpu or all(map(chains.is_fused, self.compiled.values()))
+        assert not on_gpu or all(map(is_fused, self.compiled.values()))
         self.wrong_alone = self._check_alone()
 
     def _lower(self, lowered: dict[bool, dict[Any, Any]], kind: str, function: Any) -> None:
@@ -173,25 +185,25 @@ class Beside:
     def _place(self, mesh: Mesh) -> list[tuple[Any, ...]]:
         """The arguments of each turn."""
         ranks = mesh.size
-        x, weights, ids, probs = (chains.spread(mesh, value, "expert") for value in self.problem)
+        x, weights, ids, topk_weights = (place_on(mesh, value, "expert") for value in self.problem)
         ys = jax.jit(chains.per_rank(chains.chain(LAYERS), mesh, (P("expert"),) * 4, P(None, "expert")))
-        wanted = ys(x, weights, ids, probs)
+        wanted = ys(x, weights, ids, topk_weights)
         make_big = chains.per_rank(lambda own: numbers(own[0], jnp.arange(NUMBERS)), mesh, P("expert"), P("expert"))
-        big = jax.jit(make_big)(chains.spread(mesh, np.arange(ranks, dtype=np.int32), "expert"))
-        turns = [chains.spread(mesh, np.full(ranks, turn, np.float32), "expert") for turn in range(1, TURNS + 1)]
-        return [(turn, big, wanted, x, weights, ids, probs) for turn in turns]
+        big = jax.jit(make_big)(place_on(mesh, np.arange(ranks, dtype=np.int32), "expert"))
+        turns = [place_on(mesh, np.full(ranks, turn, np.float32), "expert") for turn in range(1, TURNS + 1)]
+        return [(turn, big, wanted, x, weights, ids, topk_weights) for turn in turns]
 
     def _place_two_groups(self) -> list[tuple[Any, ...]]:
         ranks = len(self.devices)
-        self.mesh_of_two = mesh = chains.make_mesh(self.devices, expert=2, other=ranks // 2)
+        self.mesh_of_two = mesh = mesh_of(self.devices, {"expert": 2, "other": ranks // 2})
         tokens = ("expert", "other")
-        x, ids, probs = (chains.spread(mesh, value, tokens) for value in (*self.problem[:1], *self.problem[2:]))
-        others = chains.make_problem(1, 8 * ranks, HIDDEN, INTER, TOP_K, seed=1).weights
+        x, ids, topk_weights = (place_on(mesh, value, tokens) for value in (*self.problem[:1], *self.problem[2:]))
+        others = make_weights(sizes_of(ranks), seed=1)
         alone = [self._on_one_device(weights) for weights in (self.problem.weights, others)]
-        wanted = [chains.spread(mesh, ys, None, tokens) for ys in alone]
-        placed = (chains.spread(mesh, w, axis) for w, axis in ((self.problem.weights, "expert"), (others, "other")))
+        wanted = [place_on(mesh, ys, None, tokens) for ys in alone]
+        placed = (place_on(mesh, w, axis) for w, axis in ((self.problem.weights, "expert"), (others, "other")))
         weights, others = placed
-        return [(*wanted, x, weights, ids, probs, others)]
+        return [(*wanted, x, weights, ids, topk_weights, others)]
 
     def _on_one_device(self, weights: Any) -> np.ndarray:
         return np.asarray(jax.jit(chains.chain(LAYERS))(*self.problem._replace(weights=weights)))
@@ -201,7 +213,7 @@ class Beside:
         wanted = self._on_one_device(self.problem.weights)
         for kind in ("alone", "reversed"):
             for shard in self.arguments[kind][0][0][2].addressable_shards:
-                if (verdict := chains.judge(shard.data, wanted[shard.index])) != "right":
+                if (verdict := judge(shard.data, wanted[shard.index])) != "right":
                     return f"{kind}, against one device: {verdict}"
         return ""
 
@@ -287,10 +299,6 @@ def spin(number: int) -> None:
     _library._core.hold_sms(device.local_hardware_id, (8, 64, 100, 132)[number % 4], 1 + number % 3)  # type: ignore[union-attr]
 
 
-def why_not(kind: str) -> str:
-    return (_library.why_no_testing() or "") if kind == "spinner" else ""
-
-
 def check_kinds(place: Place) -> None:
     begun = time.monotonic()
     beside = Beside(place)
@@ -299,7 +307,7 @@ def check_kinds(place: Place) -> None:
     state = {"layout": "one process" if place.processes == 1 else "a process for each GPU"}
     for captured, kind in itertools.product((True, False), KINDS):
         line: dict[str, Any] = {"kind": kind, **state, "captured": captured}
-        if reason := why_not(kind):
+        if kind == "spinner" and (reason := why_no_testing()):
             say(**line, skip=reason)
             continue
         transfers = Transfers() if kind == "transfers" else None
@@ -321,14 +329,16 @@ def check_kinds(place: Place) -> None:
 def measure() -> None:
     """Microseconds of a run with a model's layer, pinned to the stream of XLA's collectives or not."""
     devices = jax.devices()
-    mesh, ranks = chains.make_mesh(devices, expert=len(devices)), len(devices)
-    sizes = (HIDDEN, INTER) if devices[0].platform == "cpu" else (4096, 2048)
-    problem = chains.make_problem(TOKENS * ranks, 8 * ranks, *sizes, TOP_K)
-    placed = [chains.spread(mesh, value, "expert") for value in problem]
+    mesh, ranks = mesh_of(devices, {"expert": len(devices)}), len(devices)
+    sizes = sizes_of(ranks)
+    if devices[0].platform == "gpu":
+        sizes = sizes._replace(hidden=4096, inter=2048)
+    problem = make_problem(TOKENS * ranks, sizes)
+    placed = [place_on(mesh, value, "expert") for value in problem]
     ranked = P("expert")
     ys = jax.jit(chains.per_rank(chains.chain(LAYERS), mesh, (ranked,) * 4, P(None, "expert")))(*placed)
-    big = chains.spread(mesh, np.ones(ranks * NUMBERS, np.float32), "expert")
-    turn = chains.spread(mesh, np.ones(ranks, np.float32), "expert")
+    big = place_on(mesh, np.ones(ranks * NUMBERS, np.float32), "expert")
+    turn = place_on(mesh, np.ones(ranks, np.float32), "expert")
     arguments = (turn, big, ys, *placed)
     lowered = {
         (beside, captured, pin): jax.jit(

@@ -1,4 +1,4 @@
-"""Two ranks that part ways, in processes of their own: `python -m gpu.failure_worker SCENARIO`, see test_failures.py.
+"""Two ranks that part ways, in processes of their own: `python -m tests.gpu.failure_worker SCENARIO`, see test_failures.py.
 
 Each scenario is a few calls, and one line for each says what became of it on this process's ranks. What a rank does in
 the call that fails depends on a number of its own, on how late its process is, or on who holds its GPU's SMs.
@@ -19,13 +19,19 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import chain as chains
-from gpu.processes import Place, join, leave, meet, say
 from jax_megamoe import peers
 from jax_megamoe.primitives import _library
+from tests.support import chain as chains
+from tests.support.cases import SHARED
+from tests.support.compare import judge
+from tests.support.hlo import is_fused
+from tests.support.meshes import mesh_of
+from tests.support.meshes import place as place_on
+from tests.support.problems import Problem, make_problem, make_weights
+from tests.support.processes import Place, join, leave, meet, say
+from tests.support.skips import why_no_testing
 
 RANKS, LAYERS = 2, 3
-EXPERTS, HIDDEN, INTER, TOP_K = 16, 512, 384, 4
 TOKENS = 8  # of each rank
 LATE = 3.0  # seconds beyond the timeout
 COMMON, MORE = 20, 4  # launches of both ranks in a loop, and then of rank 0 alone
@@ -44,24 +50,24 @@ class Session:
     def __init__(self, place: Place, captured: bool) -> None:
         self.place = place
         self.options = chains.CAPTURED if captured else chains.NOT_CAPTURED
-        self.mesh = chains.make_mesh(jax.devices()[:RANKS], expert=RANKS)
+        self.mesh = mesh_of(jax.devices()[:RANKS], {"expert": RANKS})
         self.problem, self.placed = self.make_problem(TOKENS)
         # Before any rank waits for another one.
         self.program, self.wanted = self.compile_chain(LAYERS, self.problem, self.placed)
 
-    def make_problem(self, tokens: int) -> tuple[chains.Problem, list[Any]]:
-        problem = chains.make_problem(tokens * RANKS, EXPERTS, HIDDEN, INTER, TOP_K)
-        return problem, [chains.spread(self.mesh, value, "expert") for value in problem]
+    def make_problem(self, tokens: int) -> tuple[Problem, list[Any]]:
+        problem = make_problem(tokens * RANKS, SHARED)
+        return problem, [place_on(self.mesh, value, "expert") for value in problem]
 
     def compile_chain(
-        self, layers: int, problem: chains.Problem, placed: Any, name: str = "chain", **options: Any
+        self, layers: int, problem: Problem, placed: Any, name: str = "chain", **options: Any
     ) -> tuple[Any, Wanted]:
         """A chain over the ranks, and what is to come of it: the bits that one device gives."""
         function = chains.chain(layers, functools.partial(mm.moe, **options))
         compiled = self.compile(function, P(None, "expert"), *placed, name=name)
         expected = np.asarray(jax.jit(function)(*problem))
         tokens = len(problem.x) // RANKS
-        return compiled, lambda rank, y: chains.judge(y, expected[:, rank * tokens : (rank + 1) * tokens])
+        return compiled, lambda rank, y: judge(y, expected[:, rank * tokens : (rank + 1) * tokens])
 
     def compile(self, function: Callable[..., Any], out_specs: Any, *arguments: Any, name: str = "program") -> Any:
         def program(*arguments: Any) -> Any:
@@ -69,7 +75,7 @@ class Session:
 
         program.__name__ = name  # calls of programs with other names are other calls
         compiled = jax.jit(program, compiler_options=self.options).lower(*arguments).compile()
-        assert jax.default_backend() == "cpu" or chains.is_fused(compiled)
+        assert jax.default_backend() == "cpu" or is_fused(compiled)
         return compiled
 
     def call(self, name: str, program: Any = None, arguments: Any = None, wanted: Wanted | None = None) -> bool:
@@ -95,7 +101,7 @@ class Session:
 
     def own(self, *numbers: int) -> Any:
         """A number of each rank's own, as an operand."""
-        return chains.spread(self.mesh, np.array(numbers, np.int32), "expert")
+        return place_on(self.mesh, np.array(numbers, np.int32), "expert")
 
     def make_rank_1_late(self, seconds: float) -> None:
         """Its process sleeps; in one process something holds all SMs of its GPU."""
@@ -103,11 +109,12 @@ class Session:
             time.sleep(seconds if self.place.process == 1 else 0.0)
             return
         device = self.mesh.devices.flat[1]
-        if reason := _library.why_no_testing():
+        if reason := why_no_testing():
             say(skip=reason)
             leave(self.place, alone=True)
-        core: Any = _library._core
-        core.hold_sms(device.local_hardware_id, getattr(device, "core_count", 132), round(seconds * 1000))
+        _library._core.hold_sms(  # type: ignore[union-attr]
+            device.local_hardware_id, getattr(device, "core_count", 132), round(seconds * 1000)
+        )
         time.sleep(0.1)
 
     def after_failure(self) -> None:
@@ -184,7 +191,7 @@ def run_branches(session: Session, branches: Sequence[Callable[..., Any]], expec
 
     def wanted(number: int) -> Wanted:
         part = lambda rank: slice(rank * TOKENS, (rank + 1) * TOKENS)  # noqa: E731
-        return lambda rank, y: chains.judge(y, expected[number][part(rank)])
+        return lambda rank, y: judge(y, expected[number][part(rank)])
 
     program = session.compile(branch, P("expert"), session.own(0, 0), *session.placed)
     for number in (0, 1):  # each call's first launch has the set-up's limit
@@ -199,8 +206,8 @@ def run_branches(session: Session, branches: Sequence[Callable[..., Any]], expec
 def other_shape(session: Session) -> None:
     """Rank 0 has half as many tokens in a call as rank 1."""
 
-    def call(tokens: int, x: Any, weights: Any, ids: Any, probs: Any) -> jax.Array:
-        y = mm.moe(x[:tokens], weights, ids[:tokens], probs[:tokens])
+    def call(tokens: int, x: Any, weights: Any, ids: Any, topk_weights: Any) -> jax.Array:
+        y = mm.moe(x[:tokens], weights, ids[:tokens], topk_weights[:tokens])
         return jnp.concatenate([y] * (TOKENS // tokens))
 
     alone = np.asarray(jax.jit(mm.moe)(*session.problem))
@@ -209,21 +216,23 @@ def other_shape(session: Session) -> None:
     run_branches(session, branches, [half, alone])
 
 
-def in_order(weights: Any, first: int, x: Any, ids: Any, probs: Any) -> jax.Array:
+def in_order(weights: Any, first: int, x: Any, ids: Any, topk_weights: Any) -> jax.Array:
     """Two layers of equal shapes, beginning with the one or the other."""
-    y = mm.moe(x, weights[first], ids, probs)
-    return mm.moe(jnp.where(y > 0, x, -x), weights[1 - first], ids, probs)
+    y = mm.moe(x, weights[first], ids, topk_weights)
+    return mm.moe(jnp.where(y > 0, x, -x), weights[1 - first], ids, topk_weights)
 
 
 def other_call(session: Session) -> None:
     """The ranks have two calls of equal shapes in another order."""
-    second = chains.make_problem(1, EXPERTS, HIDDEN, INTER, TOP_K, seed=1).weights
-    placed = chains.spread(session.mesh, second, "expert")
-    x, weights, ids, probs = session.problem
-    expected = [np.asarray(jax.jit(functools.partial(in_order, (weights, second), i))(x, ids, probs)) for i in (0, 1)]
+    second = make_weights(SHARED, seed=1)
+    placed = place_on(session.mesh, second, "expert")
+    x, weights, ids, topk_weights = session.problem
+    expected = [
+        np.asarray(jax.jit(functools.partial(in_order, (weights, second), i))(x, ids, topk_weights)) for i in (0, 1)
+    ]
 
-    def call(first: int, x: Any, weights: Any, ids: Any, probs: Any, second: Any) -> jax.Array:
-        return in_order((weights, second), first, x, ids, probs)
+    def call(first: int, x: Any, weights: Any, ids: Any, topk_weights: Any, second: Any) -> jax.Array:
+        return in_order((weights, second), first, x, ids, topk_weights)
 
     only_placed, session.placed = session.placed, [*session.placed, placed]
     program, wanted = session.program, session.wanted

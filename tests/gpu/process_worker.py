@@ -1,4 +1,4 @@
-"""One process of several with a device each: `python -m gpu.process_worker FOLDER`, as processes.py starts it.
+"""One process of several with a device each: `python -m tests.gpu.process_worker FOLDER`, as processes.py starts it.
 
 Runs the layer over all devices and saves this process's part of the result and of the load; tests/gpu/test_expert_parallel.py
 compares them with one device. `JAX_PLATFORMS=cpu` tries the script itself without a GPU.
@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpu.chain import make_mesh, spread
-from gpu.processes import join, leave
+from tests.support.hlo import is_fused
+from tests.support.layer_with_options import make_problem, moe
+from tests.support.meshes import mesh_of, place_all
+from tests.support.processes import join, leave
 
 TOKENS = (1, 40)  # of each process
 
@@ -19,11 +21,9 @@ TOKENS = (1, 40)  # of each process
 def main(folder: Path) -> None:
     """Two programs of different sizes, several times in turn."""
     place = join()
-    from gpu.test_expert_parallel import is_fused, make_problem, moe
-
-    mesh = make_mesh(jax.devices(), expert=place.processes)
-    arguments = [spread(mesh, make_problem(tokens * place.processes, "masked"), "expert") for tokens in TOKENS]
-    assert jax.default_backend() == "cpu" or all(is_fused(moe, *a) for a in arguments)
+    mesh = mesh_of(jax.devices(), {"expert": place.processes})
+    arguments = [place_all(mesh, make_problem(tokens * place.processes, "masked")) for tokens in TOKENS]
+    assert jax.default_backend() == "cpu" or all(is_fused(moe.lower(*a).compile()) for a in arguments)
     for turn in range(20):
         for tokens, a in zip(TOKENS, arguments, strict=True):
             y, load = (np.asarray(value.addressable_shards[0].data) for value in moe(*a))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from gpu import beside_worker, processes
-from gpu.test_expert_parallel import gpus, needs_gpus
+from tests.gpu import beside_worker
+from tests.support import processes
+from tests.support.skips import gpu_tests, gpus, why_no_group
 
-pytestmark = needs_gpus
+pytestmark = gpu_tests(why_no_group())
 
 LIMIT = 150  # seconds of a worker, which takes about 30
 # A rank that waits for longer than this has met somebody who waits for it.

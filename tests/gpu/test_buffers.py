@@ -2,10 +2,11 @@
 
 import pytest
 
-from gpu import buffers_worker, processes
-from gpu.test_expert_parallel import gpus, needs_gpus
+from tests.gpu import buffers_worker
+from tests.support import processes
+from tests.support.skips import gpu_tests, gpus, why_no_group
 
-pytestmark = needs_gpus
+pytestmark = gpu_tests(why_no_group())
 
 MIB = 1 << 20
 

@@ -1,6 +1,5 @@
 """What XLA for GPUs makes of programs that call `moe` over a mesh. It needs JAX's plugin for CUDA, but no GPU."""
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
-import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
@@ -17,20 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.primitives import _library
+from tests.support import meshes
+from tests.support.hlo import opcodes_of_large_results
+from tests.support.meshes import mesh_of
+from tests.support.skips import gpu_tests, why_no_cuda_plugin, why_no_kernel
 
-
-def _why_not() -> str | None:
-    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        return "needs jax-cuda13-plugin, which is not installed"
-    try:
-        _library.check_kernel_available()
-    except mm.errors.MegaMoEError as error:
-        return str(error)
-    return None
-
-
-_REASON = _why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+pytestmark = gpu_tests(why_no_cuda_plugin() or why_no_kernel())
 
 TOKENS, LAYERS = 8, 3
 H, I, E, K = 512, 384, 16, 4
@@ -42,7 +31,7 @@ def described_mesh(num_ranks: int) -> Mesh:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=config, topology=f"1x1x{num_ranks}"
     )
-    return Mesh(np.array(topology.devices), ("expert",))
+    return mesh_of(topology.devices, {"expert": num_ranks})
 
 
 def compiled_text(
@@ -65,8 +54,8 @@ def compiled_text(
     floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((E, I, H), (E, I, H), (E, H, I))]
     weights = jax.tree.map(lambda leaf: split(leaf, weights_lead), jax.eval_shape(mm.quantize_experts, *floats))
     kinds = ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32))
-    x, ids, probs = (split(jax.ShapeDtypeStruct((TOKENS, n), dtype), tokens_lead) for n, dtype in kinds)
-    arguments = [x, weights, ids, probs]
+    x, ids, topk_weights = (split(jax.ShapeDtypeStruct((TOKENS, n), dtype), tokens_lead) for n, dtype in kinds)
+    arguments = [x, weights, ids, topk_weights]
     if manual:
         function = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
         arguments.append(split(jax.ShapeDtypeStruct((num_ranks,), jnp.int32)))
@@ -88,22 +77,22 @@ def layer_of(stacked: mm.ExpertWeights, layer: int) -> mm.ExpertWeights:
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
-def one_batch(x: Any, w: Any, ids: Any, probs: Any) -> Any:
-    return mm.moe(x[1], w, ids[1], probs[1])
+def one_batch(x: Any, w: Any, ids: Any, topk_weights: Any) -> Any:
+    return mm.moe(x[1], w, ids[1], topk_weights[1])
 
 
-def scan_over_batches(x: Any, w: Any, ids: Any, probs: Any) -> Any:
-    return jax.lax.scan(lambda c, batch: (c, mm.moe(batch[0], w, *batch[1:])), 0, (x, ids, probs))[1]
+def scan_over_batches(x: Any, w: Any, ids: Any, topk_weights: Any) -> Any:
+    return jax.lax.scan(lambda c, batch: (c, mm.moe(batch[0], w, *batch[1:])), 0, (x, ids, topk_weights))[1]
 
 
-def layers_in_turn(x: Any, w: Any, ids: Any, probs: Any) -> Any:
+def layers_in_turn(x: Any, w: Any, ids: Any, topk_weights: Any) -> Any:
     for layer in range(LAYERS):
-        x = mm.moe(x, layer_of(w, layer), ids, probs)
+        x = mm.moe(x, layer_of(w, layer), ids, topk_weights)
     return x
 
 
-def scan_over_weights(x: Any, w: Any, ids: Any, probs: Any) -> Any:
-    return jax.lax.scan(lambda carry, layer: (mm.moe(carry, layer, ids, probs), None), x, w)[0]
+def scan_over_weights(x: Any, w: Any, ids: Any, topk_weights: Any) -> Any:
+    return jax.lax.scan(lambda carry, layer: (mm.moe(carry, layer, ids, topk_weights), None), x, w)[0]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
@@ -122,23 +111,23 @@ def test_slices_are_read_in_place_by_one_call(function, weights_lead, tokens_lea
     target = _library.MOE_TARGET if num_ranks == 1 else _library.MOE_PEERS_TARGET
     assert CALL.findall(text) == [target] * calls
     # The smaller FP8 leaf of one rank, one layer.
-    found = meshes.opcodes_of_large_results(text, E // num_ranks * H * I)
+    found = opcodes_of_large_results(text, E // num_ranks * H * I)
     assert "parameter" in found
     assert not any(word in opcode for opcode in found for word in ("copy", "fusion", "gather")), found
 
 
-def used_in_one_branch(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
-    y = mm.moe(x, w, ids, probs)
+def used_in_one_branch(x: Any, w: Any, ids: Any, topk_weights: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, topk_weights)
     return jax.lax.cond(own[0] == 1, lambda: x, lambda: y)
 
 
-def used_in_some_branches(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
-    y = mm.moe(x, w, ids, probs)
+def used_in_some_branches(x: Any, w: Any, ids: Any, topk_weights: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, topk_weights)
     return jax.lax.switch(own[0], [lambda: y * 3, lambda: y + 1, lambda: jnp.zeros_like(y)])
 
 
-def used_in_a_loop(x: Any, w: Any, ids: Any, probs: Any, own: Any) -> Any:
-    y = mm.moe(x, w, ids, probs)
+def used_in_a_loop(x: Any, w: Any, ids: Any, topk_weights: Any, own: Any) -> Any:
+    y = mm.moe(x, w, ids, topk_weights)
     return jax.lax.fori_loop(0, own[0], lambda _, total: total + y, x)
 
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from gpu.inputs import difference, make_inputs, make_weights
-from gpu.needs import needs_hopper
+from tests.support.compare import difference
+from tests.support.problems import Sizes, make_inputs, make_weights
+from tests.support.skips import gpu_tests, why_no_hopper
 
-pytestmark = needs_hopper
+pytestmark = gpu_tests(why_no_hopper())
 
-E, H, I, K = 8, 512, 384, 4
+SIZES = Sizes(hidden=512, inter=384, num_experts=8, top_k=4)
+E, K = SIZES.num_experts, SIZES.top_k
 
 
 @pytest.mark.parametrize(
@@ -20,22 +22,24 @@ E, H, I, K = 8, 512, 384, 4
 )
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_layers_of_arrays_are_clamped(tokens, number, dtype, clamped):
-    x, ids, probs = make_inputs(tokens, H, E, K, "masked")
-    layers = [make_weights(E, H, I, seed) for seed in range(3)]
+    x, ids, topk_weights = make_inputs(tokens, SIZES, "masked")
+    layers = [make_weights(SIZES, seed) for seed in range(3)]
     stacked = mm.stack_experts(layers)
     with jax.enable_x64(True):
-        y = jax.jit(lambda layer: mm.moe(x, stacked, ids, probs, layer=layer))(jnp.asarray(number, dtype))
-    np.testing.assert_array_equal(y, jax.jit(mm.moe)(x, layers[clamped], ids, probs))
+        y = jax.jit(lambda layer: mm.moe(x, stacked, ids, topk_weights, layer=layer))(jnp.asarray(number, dtype))
+    np.testing.assert_array_equal(y, jax.jit(mm.moe)(x, layers[clamped], ids, topk_weights))
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_ids_at_the_ends_of_int32(tokens):
-    x, _, probs = make_inputs(tokens, H, E, K)
+    x, _, topk_weights = make_inputs(tokens, SIZES)
     ends = [-1, E, -(2**31), 2**31 - 1, E - 1, 0, -E]
     ids = np.random.default_rng(0).choice(ends, (tokens, K)).astype(np.int32)
-    probs = jnp.where((ids < 0) | (ids >= E), jnp.nan, probs)
-    y, load = mm.moe(x, make_weights(E, H, I), jnp.asarray(ids), probs, return_expert_load=True)
-    wanted, wanted_load = mm.reference.moe(x, make_weights(E, H, I), jnp.asarray(ids), probs, return_expert_load=True)
+    topk_weights = jnp.where((ids < 0) | (ids >= E), jnp.nan, topk_weights)
+    y, load = mm.moe(x, make_weights(SIZES), jnp.asarray(ids), topk_weights, return_expert_load=True)
+    wanted, wanted_load = mm.reference.moe(
+        x, make_weights(SIZES), jnp.asarray(ids), topk_weights, return_expert_load=True
+    )
     np.testing.assert_array_equal(load, wanted_load)
     assert difference(y, wanted) < 1e-4
     unused = ((ids < 0) | (ids >= E)).all(1)
@@ -44,24 +48,24 @@ def test_ids_at_the_ends_of_int32(tokens):
 
 @pytest.mark.parametrize("clamp", [1e-3, 0.25, 1e300])
 def test_clamps(clamp):
-    x, ids, probs = make_inputs(40, H, E, K)
-    y = mm.moe(x, make_weights(E, H, I), ids, probs, activation_clamp=clamp)
-    assert difference(y, mm.reference.moe(x, make_weights(E, H, I), ids, probs, activation_clamp=clamp)) < 1e-4
+    x, ids, topk_weights = make_inputs(40, SIZES)
+    y = mm.moe(x, make_weights(SIZES), ids, topk_weights, activation_clamp=clamp)
+    assert difference(y, mm.reference.moe(x, make_weights(SIZES), ids, topk_weights, activation_clamp=clamp)) < 1e-4
 
 
 @pytest.mark.parametrize("guard", ["transfers", "64 bits", "dtype promotion", "rank promotion"])
 def test_guards(guard):
-    x, ids, probs = make_inputs(40, H, E, K, "masked")
-    weights, logits = make_weights(E, H, I), jax.random.normal(jax.random.key(0), (40, 16))
+    x, ids, topk_weights = make_inputs(40, SIZES, "masked")
+    weights, logits = make_weights(SIZES), jax.random.normal(jax.random.key(0), (40, 16))
     contexts = {
         "transfers": lambda: jax.transfer_guard("disallow"),
         "64 bits": lambda: jax.enable_x64(True),
         "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
         "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
     }
-    wanted = mm.moe(x, weights, ids, probs), *mm.route(logits, 3, num_groups=4, top_groups=2)
+    wanted = mm.moe(x, weights, ids, topk_weights), *mm.route(logits, 3, num_groups=4, top_groups=2)
     with contexts[guard]():
-        results = mm.moe(x, weights, ids, probs), *mm.route(logits, 3, num_groups=4, top_groups=2)
+        results = mm.moe(x, weights, ids, topk_weights), *mm.route(logits, 3, num_groups=4, top_groups=2)
     for result, value in zip(results, wanted, strict=True):
         assert result.dtype == value.dtype
         np.testing.assert_array_equal(np.asarray(result), np.asarray(value))

@@ -9,117 +9,63 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu import process_worker, processes
-from gpu.inputs import difference, make_inputs, make_weights
-from jax_megamoe.primitives import _library, _peers
+from jax_megamoe.primitives import _library
+from tests.gpu import process_worker
+from tests.support import processes
+from tests.support.cases import ODD_ROUTINGS, SHARED, all_ranks
+from tests.support.compare import bits, difference
+from tests.support.hlo import is_fused, opcodes_of_large_results
+from tests.support.layer_with_options import OPTIONS, make_problem, moe, reference
+from tests.support.meshes import AUTO, EXPLICIT, gpu_mesh, place, place_all
+from tests.support.problems import Problem, make_weights
+from tests.support.skips import gpu_tests, why_no_gpus, why_no_group
 
-E, H, I, K = 16, 512, 384, 4
-OPTIONS: dict[str, Any] = {"activation_clamp": 6.0, "routed_scaling_factor": 1.5, "return_expert_load": True}
-
-
-def gpus() -> list[Any]:
-    try:
-        return jax.devices("gpu")
-    except RuntimeError:
-        return []
-
-
-def _why_not() -> str | None:
-    if len(gpus()) < 2:
-        return f"needs 2 GPUs; this process sees {len(gpus())}"
-    try:
-        _library.check_kernel_available()
-    except mm.errors.MegaMoEError as error:
-        return str(error)
-    return _peers.reason_for_collectives(gpus(), {"expert": len(gpus())}, ("expert",))
-
-
-_REASON = _why_not()
-needs_gpus = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
-pytestmark = needs_gpus
-all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])
-
-
-def make_mesh(kind: AxisType = AxisType.Auto, reverse: bool = False, **sizes: int) -> Mesh:
-    count = int(np.prod(list(sizes.values())))
-    if count > len(gpus()):
-        pytest.skip(f"needs {count} GPUs; this process sees {len(gpus())}")
-    devices = gpus()[:count]
-    array = np.array(devices[::-1] if reverse else devices).reshape(tuple(sizes.values()))
-    return Mesh(array, tuple(sizes), axis_types=(kind,) * len(sizes))
-
-
-def place(mesh: Mesh, value: Any, *spec: Any) -> Any:
-    return jax.device_put(value, NamedSharding(mesh, P(*spec)))
+E, H = SHARED.num_experts, SHARED.hidden
+pytestmark = gpu_tests(why_no_group())
 
 
 def token_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in ("data", "expert") if axis in mesh.shape)
 
 
-def make_problem(num_tokens: int, routing: str = "uniform", seed: int = 0) -> tuple[Any, ...]:
-    x, ids, weights = make_inputs(num_tokens, H, E, K, routing, seed)
-    return x, make_weights(E, H, I), ids, weights
+def is_fused_for(function: Any, *arguments: Any) -> bool:
+    return is_fused(function.lower(*arguments).compile())
 
 
-def place_all(mesh: Mesh, x: Any, weights: Any, ids: Any, routing: Any, stacked: bool = False) -> tuple[Any, ...]:
-    tokens = token_axes(mesh)
-    placed = [place(mesh, value, tokens) for value in (x, ids, routing)]
-    return placed[0], place(mesh, weights, *((None, "expert") if stacked else ("expert",))), *placed[1:]
-
-
-moe: Any = jax.jit(functools.partial(mm.moe, **OPTIONS))
-reference: Any = jax.jit(functools.partial(mm.reference.moe, **OPTIONS))
-
-
-def bits(y: Any) -> np.ndarray:
-    return np.asarray(y).view(np.uint16)
-
-
-def is_fused(function: Any, *arguments: Any) -> bool:
-    return "jax_megamoe.moe_peers.v2" in str(function.lower(*arguments).compile().as_text())
-
-
-def check(result: Any, problem: tuple[Any, ...]) -> None:
+def assert_as_on_one_gpu(result: Any, problem: Problem) -> None:
     """The result is that of the reference, and has the bits that one GPU gives all tokens."""
     y, load = result
-    _, weights, ids, _ = problem
     wanted, wanted_load = reference(*problem)
     assert y.dtype == jnp.bfloat16 and np.isfinite(np.asarray(y, np.float32)).all()
     np.testing.assert_array_equal(load, wanted_load)
     assert difference(y, wanted) < 1e-4
     alone, load_alone = moe(*problem)
     np.testing.assert_array_equal(load_alone, wanted_load)
-    if not 18 < ids.size / weights.num_experts <= 46:
-        # One GPU and a group take the same orientation of the tiles, but between these pairs per expert (docs/kernel.md).
-        np.testing.assert_array_equal(bits(y), bits(alone))
-    else:
-        assert difference(y, alone) < 1e-4
+    np.testing.assert_array_equal(bits(y), bits(alone))  # in the same orientation: see cases.SHARED
 
 
 @all_ranks
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40, 128, 200, 1000])
 def test_token_counts(num_ranks, tokens):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
-    arguments = place_all(mesh, *problem)
-    assert is_fused(moe, *arguments)
-    check(moe(*arguments), problem)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
+    arguments = place_all(mesh, problem)
+    assert is_fused_for(moe, *arguments)
+    assert_as_on_one_gpu(moe(*arguments), problem)
 
 
 @all_ranks
-@pytest.mark.parametrize("routing", ["one", "masked", "none"])
+@pytest.mark.parametrize("routing", ODD_ROUTINGS)
 @pytest.mark.parametrize("tokens", [1, 8, 40, 200, 1000])
 def test_routings(num_ranks, tokens, routing):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks, routing)
-    y, load = moe(*place_all(mesh, *problem))
-    check((y, load), problem)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens * num_ranks, routing)
+    y, load = moe(*place_all(mesh, problem))
+    assert_as_on_one_gpu((y, load), problem)
     if routing == "none":
         assert not np.asarray(y, np.float32).any()
 
@@ -127,13 +73,13 @@ def test_routings(num_ranks, tokens, routing):
 @all_ranks
 def test_all_tokens_to_one_rank(num_ranks):
     """And none from the others: each rank in turn has tokens with used slots, all for the experts of the next one."""
-    mesh, tokens = make_mesh(expert=num_ranks), 8
-    x, weights, ids, routing = make_problem(tokens * num_ranks)
+    mesh, tokens = gpu_mesh(expert=num_ranks), 8
+    x, weights, ids, topk_weights = make_problem(tokens * num_ranks)
     for source in range(num_ranks):
         first = (source + 1) % num_ranks * (E // num_ranks)
         used = jnp.repeat(jnp.arange(num_ranks) == source, tokens)[:, None]
-        problem = x, weights, jnp.where(used, first + ids % (E // num_ranks), -1), routing
-        check(moe(*place_all(mesh, *problem)), problem)
+        problem = Problem(x, weights, jnp.where(used, first + ids % (E // num_ranks), -1), topk_weights)
+        assert_as_on_one_gpu(moe(*place_all(mesh, problem)), problem)
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -150,9 +96,9 @@ SIZES: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
 @pytest.mark.parametrize("sizes", [{"expert": 2}, *SIZES.values()], ids=["expert", *SIZES])
 def test_ways_to_shard(sizes, reverse, way):
-    mesh = make_mesh(AxisType.Explicit if way == "explicit" else AxisType.Auto, reverse, **sizes)
+    mesh = gpu_mesh(EXPLICIT if way == "explicit" else AUTO, reverse, **sizes)
     problem = make_problem(32, "masked")
-    arguments = place_all(mesh, *problem)
+    arguments = place_all(mesh, problem)
     function = moe
     if way.startswith("manual"):
         tokens = P(token_axes(mesh))
@@ -165,39 +111,39 @@ def test_ways_to_shard(sizes, reverse, way):
                 check_vma=way == "manual",
             )
         )
-    assert is_fused(function, *arguments)
-    check(function(*arguments), problem)
+    assert is_fused_for(function, *arguments)
+    assert_as_on_one_gpu(function(*arguments), problem)
 
 
 def test_expert_axis_of_two_mesh_axes():
-    mesh, problem = make_mesh(a=2, b=2), make_problem(32)
-    x, ids, routing = (place(mesh, problem[i], ("a", "b")) for i in (0, 2, 3))
+    mesh, problem = gpu_mesh(a=2, b=2), make_problem(32)
+    x, ids, topk_weights = (place(mesh, problem[i], ("a", "b")) for i in (0, 2, 3))
     function = jax.jit(functools.partial(mm.moe, expert_axis=("b", "a"), token_axes=("a", "b"), **OPTIONS))
-    arguments = x, place(mesh, problem[1], ("b", "a")), ids, routing
-    assert is_fused(function, *arguments)
-    check(function(*arguments), problem)
+    arguments = x, place(mesh, problem[1], ("b", "a")), ids, topk_weights
+    assert is_fused_for(function, *arguments)
+    assert_as_on_one_gpu(function(*arguments), problem)
 
 
 @all_ranks
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_padding(num_ranks, tokens):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens)
     weights = place(mesh, problem[1], "expert")
-    check(moe(problem[0], weights, *problem[2:]), problem)
+    assert_as_on_one_gpu(moe(problem[0], weights, *problem[2:]), problem)
 
 
 @all_ranks
 def test_no_tokens(num_ranks):
-    mesh = make_mesh(expert=num_ranks)
-    y, load = moe(*place_all(mesh, *make_problem(0)))
+    mesh = gpu_mesh(expert=num_ranks)
+    y, load = moe(*place_all(mesh, make_problem(0)))
     assert y.shape == (0, H) and not np.asarray(load).any()
 
 
 @all_ranks
 @pytest.mark.parametrize("tokens", [2, 128, 1000])
 def test_repeated_launches_give_the_same_bits(num_ranks, tokens):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
-    arguments = place_all(mesh, *problem)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens * num_ranks)
+    arguments = place_all(mesh, problem)
     first = bits(moe(*arguments)[0])
     # Enqueued one behind the other, so that ranks are in different launches at a time.
     for y, _ in [moe(*arguments) for _ in range(200)]:
@@ -207,19 +153,21 @@ def test_repeated_launches_give_the_same_bits(num_ranks, tokens):
 @all_ranks
 def test_ten_thousand_launches(num_ranks):
     """With another routing in each of a program's launches, skewed and empty ones among them, and every bit compared."""
-    mesh, tokens, turns = make_mesh(expert=num_ranks), 5 * num_ranks, 100
+    mesh, tokens, turns = gpu_mesh(expert=num_ranks), 5 * num_ranks, 100
     routings = ("uniform", "masked", "one", "none", "uniform")
     problems = [make_problem(tokens, routings[seed % len(routings)], seed) for seed in range(turns)]
     weights = problems[0][1]
-    x, ids, probs = (jnp.stack([problem[i] for problem in problems]) for i in (0, 2, 3))
+    x, ids, topk_weights = (
+        jnp.stack([getattr(problem, name) for problem in problems]) for name in ("x", "ids", "topk_weights")
+    )
     spec = (None, "expert")
-    placed = (*(place(mesh, value, *spec) for value in (x, ids, probs)), place(mesh, weights, "expert"))
+    placed = (*(place(mesh, value, *spec) for value in (x, ids, topk_weights)), place(mesh, weights, "expert"))
 
     @jax.jit
-    def run(x, ids, probs, weights):
-        return jax.lax.map(lambda call: moe(call[0], weights, call[1], call[2])[0], (x, ids, probs))
+    def run(x, ids, topk_weights, weights):
+        return jax.lax.map(lambda call: moe(call[0], weights, call[1], call[2])[0], (x, ids, topk_weights))
 
-    wanted = place(mesh, bits(run(x, ids, probs, weights)), *spec)
+    wanted = place(mesh, bits(run(x, ids, topk_weights, weights)), *spec)
     count_wrong = jax.jit(lambda y: (jax.lax.bitcast_convert_type(y, jnp.uint16) != wanted).sum())
     wrong = [count_wrong(run(*placed)) for _ in range(10_000 // turns)]
     assert sum(map(int, wrong)) == 0
@@ -228,12 +176,12 @@ def test_ten_thousand_launches(num_ranks):
 @all_ranks
 def test_two_programs_that_take_turns(num_ranks):
     """Of different shapes, so that one may share the other's memory or have its own."""
-    mesh = make_mesh(expert=num_ranks)
+    mesh = gpu_mesh(expert=num_ranks)
     problems = [make_problem(tokens * num_ranks, "masked", seed) for seed, tokens in enumerate((4, 100))]
-    arguments = [place_all(mesh, *problem) for problem in problems]
+    arguments = [place_all(mesh, problem) for problem in problems]
     wanted = [bits(moe(*a)[0]) for a in arguments]
     for problem, a in zip(problems, arguments, strict=True):
-        check(moe(*a), problem)
+        assert_as_on_one_gpu(moe(*a), problem)
     results = [moe(*arguments[turn % 2])[0] for turn in range(100)]
     for turn, y in enumerate(results):
         np.testing.assert_array_equal(bits(y), wanted[turn % 2])
@@ -243,84 +191,88 @@ def test_two_programs_that_take_turns(num_ranks):
 @pytest.mark.parametrize("tokens", [2, 100])
 @pytest.mark.parametrize("captured", [False, True], ids=["default", "captured"])
 def test_stacked_layers_in_a_scan(num_ranks, tokens, captured):
-    mesh = make_mesh(expert=num_ranks)
-    layers = [make_weights(E, H, I, seed) for seed in range(3)]
-    x, _, ids, routing = make_problem(tokens * num_ranks)
-    arguments = place_all(mesh, x, mm.stack_experts(layers), ids, routing, stacked=True)
+    mesh = gpu_mesh(expert=num_ranks)
+    layers = [make_weights(SHARED, seed) for seed in range(3)]
+    problem = make_problem(tokens * num_ranks)
+    x, _, ids, topk_weights = place_all(mesh, problem)
+    arguments = x, place(mesh, mm.stack_experts(layers), None, "expert"), ids, topk_weights
 
-    def run(x: Any, stacked: Any, ids: Any, routing: Any) -> Any:
+    def run(x: Any, stacked: Any, ids: Any, topk_weights: Any) -> Any:
         step: Any = functools.partial(mm.moe, **OPTIONS)
-        return jax.lax.scan(lambda c, i: (c, step(x, stacked, ids, routing, layer=i)), 0, jnp.arange(3))[1]
+        return jax.lax.scan(lambda c, i: (c, step(x, stacked, ids, topk_weights, layer=i)), 0, jnp.arange(3))[1]
 
     options = {"xla_gpu_graph_min_graph_size": 1} if captured else None
     compiled = jax.jit(run, compiler_options=options).lower(*arguments).compile()
     text = str(compiled.as_text())
-    assert "jax_megamoe.moe_peers.v2" in text
+    assert _library.MOE_PEERS_TARGET in text
     # The smaller FP8 leaf of one rank, one layer: nothing of that size is copied, sliced or gathered.
-    found = meshes.opcodes_of_large_results(text, layers[0].down.size // num_ranks)
+    found = opcodes_of_large_results(text, layers[0].down.size // num_ranks)
     assert not any(word in opcode for opcode in found for word in ("gather", "copy", "slice", "fusion")), found
     for _ in range(3):
         ys, loads = compiled(*arguments)
         for y, load, weights in zip(ys, loads, layers, strict=True):
-            check((y, load), (x, weights, ids, routing))
+            assert_as_on_one_gpu((y, load), problem._replace(weights=weights))
 
 
 @all_ranks
 def test_sliced_operands(num_ranks):
     """XLA reads slices of tokens and of stacked weights in place, by a call that takes the place of the first one."""
-    mesh = make_mesh(expert=num_ranks)
-    x, _, ids, routing = make_problem(4 * num_ranks)
-    layers = [make_weights(E, H, I, seed) for seed in range(2)]
+    mesh = gpu_mesh(expert=num_ranks)
+    x, _, ids, topk_weights = make_problem(4 * num_ranks)
+    layers = [make_weights(SHARED, seed) for seed in range(2)]
     stacked = place(mesh, mm.stack_experts(layers), None, "expert")
-    batches = [place(mesh, jnp.stack([value, value[::-1]]), None, "expert") for value in (x, ids, routing)]
+    batches = [place(mesh, jnp.stack([value, value[::-1]]), None, "expert") for value in (x, ids, topk_weights)]
 
-    def run(x: Any, stacked: Any, ids: Any, routing: Any) -> Any:
+    def run(x: Any, stacked: Any, ids: Any, topk_weights: Any) -> Any:
         pick = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2)]
-        return [moe(x[b], pick[b], ids[b], routing[b]) for b in range(2)]
+        return [moe(x[b], pick[b], ids[b], topk_weights[b]) for b in range(2)]
 
     compiled = jax.jit(run).lower(batches[0], stacked, *batches[1:]).compile()
-    assert str(compiled.as_text()).count('custom_call_target="jax_megamoe.moe_peers.v2"') == 2
+    assert str(compiled.as_text()).count(f'custom_call_target="{_library.MOE_PEERS_TARGET}"') == 2
     for result, weights, order in zip(compiled(batches[0], stacked, *batches[1:]), layers, (1, -1), strict=True):
-        check(result, (x[::order], weights, ids[::order], routing[::order]))
+        assert_as_on_one_gpu(result, Problem(x[::order], weights, ids[::order], topk_weights[::order]))
 
 
 @all_ranks
 def test_many_layers_in_one_program(num_ranks):
     """Each takes the result of the one before: what a decoder does, captured in a CUDA graph by default."""
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(4 * num_ranks)
-    layers = [make_weights(E, H, I, seed) for seed in range(3)] * 4
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(4 * num_ranks)
+    layers = [make_weights(SHARED, seed) for seed in range(3)] * 4
 
     @jax.jit
-    def run(x: Any, layers: Any, ids: Any, routing: Any) -> Any:
+    def run(x: Any, layers: Any, ids: Any, topk_weights: Any) -> Any:
         for weights in layers:
-            x = jnp.clip(mm.moe(x, weights, ids, routing), -1, 1)  # layer by layer values would grow without bound
+            x = jnp.clip(mm.moe(x, weights, ids, topk_weights), -1, 1)  # layer by layer values would grow without bound
         return x
 
-    x, _, ids, routing = place_all(mesh, *problem)
+    x, _, ids, topk_weights = place_all(mesh, problem)
     placed = [place(mesh, weights, "expert") for weights in layers]
     wanted = bits(run(problem[0], layers, *problem[2:]))
     for _ in range(20):
-        np.testing.assert_array_equal(bits(run(x, placed, ids, routing)), wanted)
+        np.testing.assert_array_equal(bits(run(x, placed, ids, topk_weights)), wanted)
 
 
 @all_ranks
 def test_vmap(num_ranks):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(8 * num_ranks)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(8 * num_ranks)
     weights = place(mesh, problem[1], "expert")
-    x, ids, routing = (place(mesh, problem[i].reshape(2, 4 * num_ranks, -1), None, "expert") for i in (0, 2, 3))
-    y, load = jax.jit(jax.vmap(functools.partial(mm.moe, **OPTIONS), in_axes=(0, None, 0, 0)))(x, weights, ids, routing)
-    check((y.reshape(-1, H), load.sum(0)), problem)
+    tokens = (value.reshape(2, 4 * num_ranks, -1) for value in (problem.x, problem.ids, problem.topk_weights))
+    x, ids, topk_weights = (place(mesh, value, None, "expert") for value in tokens)
+    y, load = jax.jit(jax.vmap(functools.partial(mm.moe, **OPTIONS), in_axes=(0, None, 0, 0)))(
+        x, weights, ids, topk_weights
+    )
+    assert_as_on_one_gpu((y.reshape(-1, H), load.sum(0)), problem)
 
 
 @all_ranks
 @pytest.mark.parametrize("tokens", [3, 128])
 def test_implementations_agree(num_ranks, tokens):
-    mesh, problem = make_mesh(expert=num_ranks), make_problem(tokens * num_ranks, "masked")
-    arguments = place_all(mesh, *problem)
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens * num_ranks, "masked")
+    arguments = place_all(mesh, problem)
     results = {}
     for implementation in (None, "cuda", "collective"):
         function = jax.jit(functools.partial(mm.moe, implementation=implementation, **OPTIONS))
-        assert is_fused(function, *arguments) == (implementation != "collective")
+        assert is_fused_for(function, *arguments) == (implementation != "collective")
         results[implementation] = function(*arguments)
     np.testing.assert_array_equal(bits(results[None][0]), bits(results["cuda"][0]))
     np.testing.assert_array_equal(results[None][1], results["collective"][1])
@@ -329,18 +281,18 @@ def test_implementations_agree(num_ranks, tokens):
 
 
 def test_layers_share_one_buffer():
-    mesh = make_mesh(expert=2)
+    mesh = gpu_mesh(expert=2)
     jax.clear_caches()
     functions = [jax.jit(functools.partial(mm.moe, routed_scaling_factor=factor)) for factor in (1.0, 2.0, 3.0)]
     for function in functions:
-        function(*place_all(mesh, *make_problem(32)))
+        function(*place_all(mesh, make_problem(32)))
     assert len(_library.symmetric_memories()) == 2  # one on each device
 
 
 @all_ranks
 def test_one_process_per_gpu(num_ranks, tmp_path):
-    if num_ranks > len(gpus()):
-        pytest.skip(f"needs {num_ranks} GPUs; this process sees {len(gpus())}")
+    if reason := why_no_gpus(num_ranks):
+        pytest.skip(reason)
     processes.check_ended(processes.run(process_worker.__name__, str(tmp_path), processes=num_ranks, limit=240))
     for tokens in process_worker.TOKENS:
         problem = make_problem(tokens * num_ranks, "masked")

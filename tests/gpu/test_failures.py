@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from gpu import failure_worker, processes
-from gpu.failure_worker import COMMON, LATE, LAYERS, MORE
-from gpu.processes import Outcome
-from gpu.test_expert_parallel import needs_gpus
+from tests.gpu import failure_worker
+from tests.gpu.failure_worker import COMMON, LATE, LAYERS, MORE
+from tests.support import processes
+from tests.support.processes import Outcome
+from tests.support.skips import gpu_tests, why_no_group
 
-pytestmark = needs_gpus
+pytestmark = gpu_tests(why_no_group())
 
 LIMIT, SETUP = 3.0, 20.0
 SLACK = 3.0  # of a limit, where several workers share the GPUs; one second is what is meant

@@ -6,25 +6,27 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights
-from gpu.needs import needs_hopper
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_peers import moe_peers, setup_timeout_from_environment, timeout_from_environment
+from tests.support.cases import SHARED
+from tests.support.compare import bits
+from tests.support.meshes import mesh_of
+from tests.support.problems import make_problem
+from tests.support.skips import gpu_tests, gpus, why_no_hopper
 
-pytestmark = needs_hopper
+pytestmark = gpu_tests(why_no_hopper())
 
 alone: Any = jax.jit(functools.partial(mm.moe, return_expert_load=True))
 
 
 def make_program(num_calls: int) -> Any:
     """So many calls, one after the other."""
-    mesh = Mesh(np.array(jax.devices("gpu")[:1]), ("expert",))
+    mesh = mesh_of(gpus(), {"expert": 1})
 
-    def calls(x, weights, ids, routing, layer):
+    def calls(x, weights, ids, topk_weights, layer):
         leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
         results = []
         for _ in range(num_calls):
@@ -32,7 +34,7 @@ def make_program(num_calls: int) -> Any:
                 x,
                 *leaves,
                 ids,
-                routing,
+                topk_weights,
                 layer,
                 axis_sizes={"expert": 1},
                 expert_axes=("expert",),
@@ -49,23 +51,21 @@ def make_program(num_calls: int) -> Any:
 
 @pytest.mark.parametrize("tokens", [1, 40, 128, 300])
 def test_same_as_without_a_group(tokens):
-    weights = make_weights(16, 512, 384)
-    x, ids, probs = make_inputs(tokens, 512, 16, 4, "masked")
-    wanted, wanted_load = alone(x, weights, ids, probs)
+    problem = make_problem(tokens, SHARED, "masked")
+    wanted, wanted_load = alone(*problem)
     program = make_program(12)
     for _ in range(20):
-        for y, load in program(x, weights, ids, probs, np.int32(0)):
+        for y, load in program(*problem, np.int32(0)):
             np.testing.assert_array_equal(load, wanted_load)
-            np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(wanted).view(np.uint16))
+            np.testing.assert_array_equal(bits(y), bits(wanted))
 
 
 def test_memory_goes_with_the_programs():
-    weights = make_weights(16, 512, 384)
-    x, ids, probs = make_inputs(8, 512, 16, 4)
+    problem = make_problem(8, SHARED)
     jax.clear_caches()
     before = len(_library.symmetric_memories())
     program = make_program(2)
-    jax.block_until_ready(program(x, weights, ids, probs, np.int32(0)))
+    jax.block_until_ready(program(*problem, np.int32(0)))
     held = _library.symmetric_memories()
     assert len(held) == before + 1 and held[-1]["num_ranks"] == 1  # one for both calls
     del program

@@ -15,25 +15,17 @@ from jax.sharding import Mesh
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library, wire_test
 from jax_megamoe.primitives.wire_test import WireTest
+from tests.support.meshes import mesh_of
+from tests.support.skips import gpu_tests, gpus, unless, why_no_gpus
 
-
-def _gpus() -> list[Any]:
-    try:
-        return jax.devices("gpu")
-    except RuntimeError:
-        return []
-
-
-_NUM_GPUS = len(_gpus())
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_NUM_GPUS == 0, reason="needs a GPU; this process sees none")]
-needs_two = pytest.mark.skipif(_NUM_GPUS < 2, reason=f"needs 2 GPUs; this process sees {_NUM_GPUS}")
+pytestmark = gpu_tests(why_no_gpus())
+needs_two = unless(why_no_gpus(2))
 EXPERT = ("expert",)
 
 
 def make_mesh(devices: Any = None, **sizes: int) -> Mesh:
-    sizes = sizes or {"expert": _NUM_GPUS}
-    count = int(np.prod(list(sizes.values())))
-    return Mesh(np.array(_gpus()[:count] if devices is None else devices).reshape(*sizes.values()), tuple(sizes))
+    """Of all GPUs along one axis, where nothing else is said."""
+    return mesh_of(gpus() if devices is None else devices, sizes or {"expert": len(gpus())})
 
 
 def run_command(*options: str) -> tuple[int, str, str]:
@@ -79,21 +71,21 @@ def test_many_launches_in_a_captured_program():
 
 
 def test_a_group_of_one_per_device():
-    run(make_mesh(data=_NUM_GPUS, expert=1), WireTest(bytes=4096), launches=3)
+    run(make_mesh(data=len(gpus()), expert=1), WireTest(bytes=4096), launches=3)
 
 
 @needs_two
 def test_order_of_devices():
-    run(make_mesh(devices=_gpus()[::-1], expert=_NUM_GPUS), WireTest(bytes=4096), launches=3)
+    run(make_mesh(devices=gpus()[::-1], expert=len(gpus())), WireTest(bytes=4096), launches=3)
 
 
-@pytest.mark.skipif(_NUM_GPUS < 4, reason=f"needs 4 GPUs; this process sees {_NUM_GPUS}")
+@pytest.mark.skipif(len(gpus()) < 4, reason=f"needs 4 GPUs; this process sees {len(gpus())}")
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 2}, {"expert": 2, "model": 2}], ids=str)
 def test_groups_in_a_larger_mesh(sizes):
     run(make_mesh(**sizes), WireTest(bytes=4096), launches=3)
 
 
-@pytest.mark.skipif(_NUM_GPUS < 4, reason=f"needs 4 GPUs; this process sees {_NUM_GPUS}")
+@pytest.mark.skipif(len(gpus()) < 4, reason=f"needs 4 GPUs; this process sees {len(gpus())}")
 def test_expert_axis_of_two_mesh_axes():
     run(make_mesh(a=2, b=2), WireTest(bytes=4096), launches=3, axes=("b", "a"))
 
@@ -129,7 +121,7 @@ NO_WINDOWS = re.compile(r"this NCCL, or this build, does not offer windows|NCCL 
 
 
 @pytest.mark.parametrize(
-    "processes", [1, pytest.param(_NUM_GPUS, marks=needs_two)], ids=["one process", "one process per GPU"]
+    "processes", [1, pytest.param(len(gpus()), marks=needs_two)], ids=["one process", "one process per GPU"]
 )
 def test_windows_where_they_are_offered(processes):
     # In processes of their own: a window is kept until its process ends.
@@ -150,7 +142,7 @@ def test_a_silent_rank_ends_in_an_error():
 
 @needs_two
 def test_one_process_per_gpu():
-    status, output, errors = run_command("--processes", str(_NUM_GPUS), "--launches", "40")
+    status, output, errors = run_command("--processes", str(len(gpus())), "--launches", "40")
     assert status == 0, errors[-3000:]
     assert "CUDA IPC" in output
 

@@ -15,24 +15,21 @@ import pytest
 from jax.experimental.compute_on import compute_on
 
 import jax_megamoe as mm
-from gpu.inputs import make_inputs, make_weights
-from gpu.needs import needs_hopper, needs_testing
-from gpu.test_virtual_ranks import compare
 from jax_megamoe.primitives import _library
+from tests.support.cases import SHARED
+from tests.support.compare import bits
+from tests.support.problems import Problem, make_problem
+from tests.support.skips import gpu_tests, unless, why_no_hopper, why_no_testing
+from tests.support.virtual_ranks import assert_as_one_rank
 
-pytestmark = needs_hopper
+pytestmark = gpu_tests(why_no_hopper())
 
-EXPERTS, HIDDEN, INTER, TOP_K = 16, 512, 384, 4
 moe: Any = jax.jit(mm.moe)
+needs_testing = unless(why_no_testing())
 
 
-def make_call(tokens: int, seed: int = 0) -> tuple[Any, ...]:
-    x, ids, probs = make_inputs(tokens, HIDDEN, EXPERTS, TOP_K, seed=seed)
-    return x, make_weights(EXPERTS, HIDDEN, INTER, seed), ids, probs
-
-
-def bits(y: Any) -> np.ndarray:
-    return np.asarray(y).view(np.uint16)
+def make_call(tokens: int, seed: int = 0) -> Problem:
+    return make_problem(tokens, SHARED, seed=seed, weights_seed=seed)
 
 
 @needs_testing
@@ -96,17 +93,19 @@ def test_calls_of_two_threads():
     assert wrong == [0, 0]
 
 
+@needs_testing
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("tokens", [1, 16, 150, 800])  # the last with clusters of two CTAs
 @pytest.mark.parametrize("late", ["one", "three", "all but one"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_late_ctas(num_ranks, late, tokens):
     ctas = 128 // num_ranks
-    compare(tokens, num_ranks, ctas=ctas, late_ctas={"one": 1, "three": 3}.get(late, ctas - 1), seed=7)
+    assert_as_one_rank(tokens, num_ranks, ctas=ctas, late_ctas={"one": 1, "three": 3}.get(late, ctas - 1), seed=7)
 
 
+@needs_testing
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("tokens", [1, 16, 150, 800])
 @pytest.mark.parametrize(("num_ranks", "ctas"), [(1, 200), (2, 100)])  # on 132 SMs
 def test_more_ctas_than_sms(num_ranks, ctas, tokens):
-    compare(tokens, num_ranks, ctas=ctas)
+    assert_as_one_rank(tokens, num_ranks, ctas=ctas)

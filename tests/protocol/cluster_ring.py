@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from protocol.search import Outcome, Wrong, search
+from tests.protocol.search import Outcome, Wrong, search
 
 BOTH = (0, 1)
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from protocol.model import Protocol, Sends, Step, Store, all_send, threads_of
-from protocol.search import Outcome, Wrong, search
+from tests.protocol.model import Protocol, Sends, Step, Store, all_send, threads_of
+from tests.protocol.search import Outcome, Wrong, search
 
 
 class _Rank(NamedTuple):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from protocol.residency import NOTHING, Cta, Mechanism, Memory, Rank, Scene, put
-from protocol.search import Wrong
+from tests.protocol.residency import NOTHING, Cta, Mechanism, Memory, Rank, Scene, put
+from tests.protocol.search import Wrong
 
 
 class Step(NamedTuple):

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from protocol.residency import Blocker, Cta, Mechanism, Rank, Scene, put
-from protocol.residency_cta import CtaSteps, Step
-from protocol.search import Outcome, search
+from tests.protocol.residency import Blocker, Cta, Mechanism, Rank, Scene, put
+from tests.protocol.residency_cta import CtaSteps, Step
+from tests.protocol.search import Outcome, search
 
 
 class _State(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.cluster_ring import Ring, Unit, explore
+from tests.protocol.cluster_ring import Ring, Unit, explore
 
 WEIGHTS, TOKENS = Unit(2, shares_weights=True), Unit(2, shares_tokens=True)
 SHORT_WEIGHTS, SHORT_TOKENS, ALONE = Unit(1, shares_weights=True), Unit(1, shares_tokens=True), Unit(1)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from protocol.explorer import explore
-from protocol.model import Protocol, Sends
+from tests.protocol.explorer import explore
+from tests.protocol.model import Protocol, Sends
 
 # Rank 0 sends in launches 1 and 3 only, and rank 1 never.
 SPARSE = frozenset({(1, 0, 1), (3, 0, 1)})

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from protocol.residency import Blocker, Claims, Mechanism, Scene
-from protocol.residency_explorer import explore
+from tests.protocol.residency import Blocker, Claims, Mechanism, Scene
+from tests.protocol.residency_explorer import explore
 
 COLLECTIVE = Blocker((0, 1))  # on both GPUs at once
 ON_0, ON_1 = Blocker((0,)), Blocker((1,))  # end at any moment

@@ -1,4 +1,4 @@
-// Tile geometry shared by host and device. The weight layout is documented in jax_megamoe/layout.py, its Python twin.
+// Tile geometry shared by host and device. The weight layout is documented in jax_megamoe/weight_layout.py, its Python twin.
 #pragma once
 
 #include <cstdint>

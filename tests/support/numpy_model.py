@@ -22,13 +22,6 @@ class Experts(NamedTuple):
     down_scale: Array  # f32[E, H/128, I/128]
 
 
-def diff(a: Any, b: Any) -> float:
-    """1 - 2<a, b> / (<a, a> + <b, b>) in float64: 0 for equal arrays, also of zeros; NaN where either has one."""
-    a, b = np.asarray(a).astype(np.float64).ravel(), np.asarray(b).astype(np.float64).ravel()
-    norm = a @ a + b @ b
-    return 0.0 if norm == 0 else float(((a - b) @ (a - b)) / norm)
-
-
 def round_e4m3(values: Array) -> Array:
     """float -> f8e4m3fn, round to nearest even, saturating."""
     return np.clip(np.asarray(values, np.float32), -448, 448).astype(FP8)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
-NATIVE = Path(__file__).parent / "native"
+TESTS = Path(__file__).parent.parent
+CUDA = TESTS.parent / "jax_megamoe" / "cuda"
+NATIVE = TESTS / "native"
 
 
 def host_compiler() -> str:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_megamoe.primitives import _compat, _gpus, _groups, _library
+from jax_megamoe import _compat
+from jax_megamoe.primitives import _gpus, _groups, _library
 
 # Processes may differ by so much in how long they trace and compile.
 _TIMEOUT_SECONDS = 300.0

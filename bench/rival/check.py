@@ -1,19 +1,19 @@
-"""`python -m bench.peer --check`: whether the peer runs here, and computes what this benchmark thinks it does."""
+"""`python -m bench.rival --check`: whether the rival runs here, and computes what this benchmark thinks it does."""
 
 import subprocess
 from typing import Any
 
 import numpy as np
 
-from bench.peer import Peer, find_compiler, versions
 from bench.presets import Shape
+from bench.rival import MAX_DIFF
+from bench.rival.process import Rival, find_compiler, versions
 from bench.timing import NUM_CALLS
 
 SHAPE = Shape(hidden_size=1024, intermediate_size=512, num_experts=8, top_k=4)
-MAX_DIFF = 1e-3
 
 
-def check() -> dict[str, Any]:
+def check_against_model() -> dict[str, Any]:
     """What is installed, and for a few batches the distance to the quantisation model; "error" says what is wrong."""
     report = versions()
     if "error" in report:
@@ -21,18 +21,18 @@ def check() -> dict[str, Any]:
     report["cuda_home"] = find_compiler()
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
     report["nvcc"] = nvcc.stdout.strip().splitlines()[-1] if nvcc.stdout else nvcc.stderr.strip()
-    peer = Peer()
-    report["device"] = peer.torch.cuda.get_device_name(0)
+    rival = Rival()
+    report["device"] = rival.torch.cuda.get_device_name(0)
     natural = random_weights(np.random.default_rng(0))
-    weights = peer.prepare(*natural)
-    on_device = [peer.torch.from_numpy(array).cuda() for array in natural]
+    weights = rival.prepare(*natural)
+    on_device = [rival.torch.from_numpy(array).cuda() for array in natural]
     for num_tokens in (1, 8, 200):
         case = random_case(num_tokens)
-        arrays = [peer.torch.from_numpy(case[name][0]).cuda() for name in ("x", "topk_ids", "topk_weights")]
-        wanted = model(peer.torch, arrays[0].view(peer.torch.bfloat16), *arrays[1:], *on_device)
-        case["reference"] = wanted.view(peer.torch.uint16).cpu().numpy()
+        arrays = [rival.torch.from_numpy(case[name][0]).cuda() for name in ("x", "topk_ids", "topk_weights")]
+        wanted = model(rival.torch, arrays[0].view(rival.torch.bfloat16), *arrays[1:], *on_device)
+        case["reference"] = wanted.view(rival.torch.uint16).cpu().numpy()
         case["ours"] = np.broadcast_to(case["reference"], case["x"].shape).copy()
-        report[f"{num_tokens} tokens"] = measured = peer.time(SHAPE, weights, case)
+        report[f"{num_tokens} tokens"] = measured = rival.time(SHAPE, weights, case)
         if not (abs(measured["diff"]) < MAX_DIFF and abs(measured["diff_to_ours"]) < MAX_DIFF):
             report["error"] = f"{num_tokens} tokens: the result is {measured['diff']} from the quantisation model"
     return report
@@ -66,7 +66,7 @@ def random_case(num_tokens: int) -> dict[str, np.ndarray]:
 
 
 def model(
-    torch: Any, x: Any, ids: Any, routing: Any, gate_up: Any, gate_up_scale: Any, down: Any, down_scale: Any
+    torch: Any, x: Any, topk_ids: Any, topk_weights: Any, gate_up: Any, gate_up_scale: Any, down: Any, down_scale: Any
 ) -> Any:
     """docs/numerics.md in torch, one expert at a time: bf16 [T, H] tokens -> bf16 [T, H]."""
 
@@ -83,9 +83,9 @@ def model(
     tokens = rounded(x, 128, power_of_two=False)
     result = torch.zeros_like(tokens)
     for e in range(len(gate_up)):
-        token, slot = torch.nonzero(ids == e, as_tuple=True)
+        token, slot = torch.nonzero(topk_ids == e, as_tuple=True)
         gate, up = (tokens[token] @ weight_of(gate_up[e], gate_up_scale[e]).T).chunk(2, dim=1)
-        hidden = torch.nn.functional.silu(gate) * up * routing[token, slot][:, None]
+        hidden = torch.nn.functional.silu(gate) * up * topk_weights[token, slot][:, None]
         out = rounded(hidden, 64, power_of_two=True) @ weight_of(down[e], down_scale[e]).T
         result.index_add_(0, token, out.bfloat16().float())
     return result.bfloat16()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from jax_megamoe.primitives import _compat
+from jax_megamoe import _compat
 
 # Worker's place, and after how many seconds it prints where its threads are and ends.
 _PLACE, _LIMIT = "MEGAMOE_WORKER_PLACE", "MEGAMOE_WORKER_SECONDS"

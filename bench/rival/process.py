@@ -1,16 +1,5 @@
-"""The public peer in a process of its own: `sgl-deep-gemm`, its FP8 mega MoE for SM90 on one rank.
+"""What the rival's process does: prepares weights, compiles kernels, and times the cases of a folder."""
 
-    python -m bench.peer --check             imports, compiler, and one small case against a quantisation model
-    python -m bench.peer --versions          what is installed
-    python -m bench.peer FOLDER              times the cases that `bench.rivals` wrote there
-    python -m bench.peer FOLDER --compile 8  only compiles the kernels for 8 tokens, so that many can do so at a time
-
-Needs torch and deep_gemm, and neither JAX nor jax_megamoe. The kernels are compiled at the first call: nvcc has to be
-on PATH or in CUDA_HOME, and DG_JIT_CACHE_DIR may name where they are kept. Prints one JSON object a line on the
-standard output, and everything else, that of libraries too, on the standard error.
-"""
-
-import argparse
 import importlib.metadata
 import json
 import os
@@ -24,21 +13,21 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from bench.metric import relative_difference
 from bench.presets import Shape
+from bench.rival import PACKAGES
 from bench.timing import time_per_call
-
-PACKAGES = ("sgl-deep-gemm", "apache-tvm-ffi", "torch")
 
 
 class Weights(NamedTuple):
-    """Gate/up and down, each an FP8 tensor and its scales, as the peer's kernel takes them."""
+    """Gate/up and down, each an FP8 tensor and its scales, as the rival's kernel takes them."""
 
     gate_up: tuple[Any, Any]
     down: tuple[Any, Any]
 
 
-class Peer:
-    """The peer's module and its process group of one."""
+class Rival:
+    """The rival's module and its process group of one."""
 
     def __init__(self) -> None:
         find_compiler()
@@ -64,7 +53,7 @@ class Peer:
             except Exception:
                 # Symmetric memory asks more of the system, and one rank has no peers to share it with.
                 traceback.print_exc()
-                print("peer: no symmetric memory, taking plain device memory", file=sys.stderr)
+                print("rival: no symmetric memory, taking plain device memory", file=sys.stderr)
                 self.has_symmetric_memory = False
         return self._plain_buffer(*sizes), "device memory"
 
@@ -144,13 +133,13 @@ class Peer:
         torch = self.torch
         x, ours, reference = (torch.from_numpy(case[name]).cuda() for name in ("x", "ours", "reference"))
         x, ours, reference = (bits.view(torch.bfloat16) for bits in (x, ours, reference))
-        ids, routing = (torch.from_numpy(case[name]).cuda() for name in ("topk_ids", "topk_weights"))
+        topk_ids, topk_weights = (torch.from_numpy(case[name]).cuda() for name in ("topk_ids", "topk_weights"))
         y = torch.full_like(x, float("nan"))
         buffer, memory = self.buffer(shape, x.shape[1])
 
         def calls() -> None:
             for n in range(len(x)):
-                self.call(y[n], x[n], ids[n], routing[n], weights, buffer)
+                self.call(y[n], x[n], topk_ids[n], topk_weights[n], weights, buffer)
 
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -163,18 +152,17 @@ class Peer:
         timing = time_per_call(graph.replay, lambda _: torch.cuda.synchronize(), len(x))
         return {
             **timing._asdict(),
-            "diff": self.difference(y[0], reference),
+            "diff": difference(y[0], reference),
             # NumPy's maximum: Python's drops a NaN.
-            "diff_to_ours": float(np.max([self.difference(*pair) for pair in zip(y, ours, strict=True)])),
+            "diff_to_ours": float(np.max([difference(*pair) for pair in zip(y, ours, strict=True)])),
             "captured": True,
             "memory": memory,
         }
 
-    def difference(self, a: Any, b: Any) -> float:
-        """1 - 2<a,b> / (<a,a> + <b,b>) in float64; NaN where either has one."""
-        left, right = a.double().flatten(), b.double().flatten()
-        norm = float(left @ left + right @ right)
-        return 1 - 2 * float(left @ right) / norm if norm else 0.0
+
+def difference(a: Any, b: Any) -> float:
+    """How far two tensors are apart."""
+    return relative_difference(a.double().flatten(), b.double().flatten())
 
 
 def find_compiler() -> str | None:
@@ -197,14 +185,14 @@ def versions() -> dict[str, Any]:
     return {**found, "error": f"not installed: {', '.join(missing)}"} if missing else found
 
 
-def read_weights(peer: Peer, folder: pathlib.Path, shape: Shape) -> Weights:
-    """The weights that `bench.rivals.write_weights` wrote."""
+def read_weights(rival: Rival, folder: pathlib.Path, shape: Shape) -> Weights:
+    """The weights that `bench.rival.client.write_weights` wrote."""
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
 
     def read(name: str, dtype: type, *dims: int) -> np.ndarray:
         return np.memmap(folder / f"{name}.bin", dtype, "r", shape=dims)
 
-    return peer.prepare(
+    return rival.prepare(
         read("gate_up", np.uint8, e, 2 * i, h),
         read("gate_up_scale", np.float32, e, 2 * i // 128, h // 128),
         read("down", np.uint8, e, h, i),
@@ -212,9 +200,9 @@ def read_weights(peer: Peer, folder: pathlib.Path, shape: Shape) -> Weights:
     )
 
 
-def compile_kernels(peer: Peer, shape: Shape, num_tokens: int) -> None:
+def compile_kernels(rival: Rival, shape: Shape, num_tokens: int) -> None:
     """Calls the layer once with weights of zeros: what is compiled depends on sizes only."""
-    torch = peer.torch
+    torch = rival.torch
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
 
     def zeros(*dims: int, dtype: Any = torch.float32) -> Any:
@@ -225,73 +213,22 @@ def compile_kernels(peer: Peer, shape: Shape, num_tokens: int) -> None:
         (zeros(e, h, i, dtype=torch.uint8).view(torch.float8_e4m3fn), zeros(e, h // 128, i // 128)),
     )
     x = zeros(num_tokens, h, dtype=torch.bfloat16)
-    ids = (torch.arange(num_tokens * shape.top_k, device="cuda") % e).to(torch.int32).reshape(num_tokens, -1)
-    buffer, _ = peer.buffer(shape, num_tokens)
-    peer.call(torch.empty_like(x), x, ids, zeros(num_tokens, shape.top_k), weights, buffer)
+    topk_ids = (torch.arange(num_tokens * shape.top_k, device="cuda") % e).to(torch.int32).reshape(num_tokens, -1)
+    buffer, _ = rival.buffer(shape, num_tokens)
+    rival.call(torch.empty_like(x), x, topk_ids, zeros(num_tokens, shape.top_k), weights, buffer)
     torch.cuda.synchronize()
 
 
-def run_cases(peer: Peer, folder: pathlib.Path, request: dict[str, Any], output: TextIO) -> None:
+def run_cases(rival: Rival, folder: pathlib.Path, request: dict[str, Any], output: TextIO) -> None:
     """Times each case of the request; one that fails is reported, and the others still run."""
     shape = Shape(**request["shape"])
-    weights = read_weights(peer, folder, shape)
+    weights = read_weights(rival, folder, shape)
     for case in request["cases"]:
         record: dict[str, Any] = {"case": case["name"]}
         try:
             with np.load(folder / f"{case['name']}.npz") as arrays:
-                record.update(peer.time(shape, weights, dict(arrays)))
+                record.update(rival.time(shape, weights, dict(arrays)))
         except Exception:
             record["error"] = traceback.format_exc()
             traceback.print_exc()
         print(json.dumps(record), file=output, flush=True)
-
-
-def claim_stdout() -> TextIO:
-    """The standard output for JSON alone: what others write to it goes to the standard error from now on."""
-    sys.stdout.flush()
-    mine = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return mine
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peer", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
-    parser.add_argument("folder", type=pathlib.Path, nargs="?")
-    parser.add_argument("--compile", type=int, metavar="TOKENS", help="only compile")
-    parser.add_argument("--check", action="store_true", help="one small case against a quantisation model")
-    parser.add_argument("--versions", action="store_true", help="what is installed")
-    options = parser.parse_args(argv)
-    if options.folder is None and not (options.check or options.versions):
-        parser.error("wants a FOLDER, --check or --versions")
-    output = claim_stdout()
-    try:
-        if options.versions:
-            report = versions()
-        elif options.check:
-            from bench.peer_check import check
-
-            report = check()
-        else:
-            request = json.loads((options.folder / "request.json").read_text())
-            peer = Peer()
-            if options.compile is None:
-                run_cases(peer, options.folder, request, output)
-            else:
-                compile_kernels(peer, Shape(**request["shape"]), options.compile)
-            report = {"done": True}
-    except Exception:
-        traceback.print_exc()
-        report = {"error": traceback.format_exc()}
-    print(json.dumps(report), file=output, flush=True)
-    output.flush()
-    return 1 if "error" in report else 0
-
-
-if __name__ == "__main__":
-    # A process group that is not taken apart can keep the interpreter waiting; everything is written by now.
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_megamoe import _compat
 from jax_megamoe.errors import ShapeError
-from jax_megamoe.primitives import _compat
 from jax_megamoe.primitives._specs import axes_text
 
 Op = Callable[..., tuple[jax.Array, jax.Array]]

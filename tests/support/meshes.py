@@ -1,17 +1,19 @@
 """Meshes over the devices that a test is to use, eight of a CPU or two, four or eight GPUs, and the layer on them."""
 
-import re
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_layer import Layer, check
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
+from tests.support.expert_layer import Layer, check
+from tests.support.skips import gpus, why_no_gpus
 
 # As they are on eight devices.
 MESHES = {
@@ -36,30 +38,57 @@ def find_devices() -> list[Any]:
     return found[: 1 << min(3, len(found).bit_length() - 1)]
 
 
+def mesh_of(
+    devices: Any, sizes: Mapping[str, int], kind: AxisType | tuple[AxisType, ...] = AUTO, reverse: bool = False
+) -> Mesh:
+    """The first of the devices, as many as the sizes ask for."""
+    shape = tuple(sizes.values())
+    first = np.array(devices).ravel()[: math.prod(shape)]
+    kinds = kind if isinstance(kind, tuple) else (kind,) * len(shape)
+    return Mesh((first[::-1] if reverse else first).reshape(shape), tuple(sizes), axis_types=kinds)
+
+
 def make_mesh(sizes: dict[str, int], kind: AxisType | tuple[AxisType, ...], reverse: bool = False) -> Mesh:
     """A mesh of these sizes, or of smaller ones where there are fewer devices."""
     devices, sizes = find_devices(), dict(sizes)
-    while (count := int(np.prod(list(sizes.values())))) > len(devices):
+    while (count := math.prod(sizes.values())) > len(devices):
         # Of axes of one size the experts' is the last one to be halved.
         largest = max(sizes, key=lambda axis: (sizes[axis], axis != "expert"))
         if sizes[largest] % 2:
             pytest.skip(f"needs {count} devices, and there are {len(devices)}")
         sizes[largest] //= 2
-    kinds = kind if isinstance(kind, tuple) else (kind,) * len(sizes)
-    devices = devices[:count]
-    array = np.array(devices[::-1] if reverse else devices).reshape(tuple(sizes.values()))
-    return Mesh(array, tuple(sizes), axis_types=kinds)
+    return mesh_of(devices, sizes, kind, reverse)
+
+
+def gpu_mesh(kind: AxisType = AUTO, reverse: bool = False, **sizes: int) -> Mesh:
+    """A mesh of GPUs; skips the test where there are too few."""
+    if reason := why_no_gpus(math.prod(sizes.values())):
+        pytest.skip(reason)
+    return mesh_of(gpus(), sizes, kind, reverse)
 
 
 def place(mesh: Mesh, value: Any, *entries: Any) -> Any:
-    """The value on the mesh; of the axes in `entries`, those that the mesh has."""
+    """The value on the mesh; of the axes in `entries`, those that the mesh has.
+
+    From the host: every process has all of the value, and puts its part on its devices.
+    """
     kept = [tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a in mesh.shape) or None for e in entries]
-    return jax.device_put(value, NamedSharding(mesh, P(*kept)))
+    sharding = NamedSharding(mesh, P(*kept))
+
+    def place_part(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(place_part, value)
 
 
-def place_all(mesh: Mesh, layer: Layer, tokens: Any = ("data", "expert"), experts: Any = "expert") -> tuple[Any, ...]:
-    x, ids, probs = (place(mesh, value, tokens) for value in (layer.x, layer.ids, layer.probs))
-    return x, place(mesh, layer.weights, experts), ids, probs
+def place_all(
+    mesh: Mesh, arguments: tuple[Any, ...], tokens: Any = ("data", "expert"), experts: Any = "expert"
+) -> tuple[Any, ...]:
+    """Arguments of `moe`, a `Layer` or a `Problem`, with their tokens and experts over these axes."""
+    x, weights, ids, topk_weights = arguments[:4]
+    x, ids, topk_weights = (place(mesh, value, tokens) for value in (x, ids, topk_weights))
+    return x, place(mesh, weights, experts), ids, topk_weights
 
 
 def moe_and_load(*arguments: Any) -> tuple[jax.Array, jax.Array]:
@@ -76,16 +105,3 @@ def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, pr
         return mm.moe(carry, stacked, ids, probs, layer=index), None
 
     return jax.lax.scan(step, x, jnp.arange(len(stacked.gate_up), dtype=jnp.int32))[0]
-
-
-def opcodes_of_large_results(text: str, num_elements: int) -> set[str]:
-    """The opcodes of the instructions in compiled HLO that give an array of at least so many elements."""
-    found = set()
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(", line)
-        if match is None:
-            continue
-        shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", match[1])
-        if any(np.prod([int(n) for n in shape.split(",")]) >= num_elements for shape in shapes):
-            found.add(match[2])
-    return found

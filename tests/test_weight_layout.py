@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_megamoe import layout
+from jax_megamoe import weight_layout
 
 FP8 = ml_dtypes.float8_e4m3fn
 # Few enough sizes that most examples find their program compiled.
@@ -28,7 +28,7 @@ def as_bytes(array: jax.Array | np.ndarray) -> np.ndarray:
 @given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99))
 def test_gate_up_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed):
     natural = random_bytes(seed, 2 * intermediate, hidden)
-    packed = as_bytes(jax.jit(layout.pack_gate_up)(natural.view(FP8)))
+    packed = as_bytes(jax.jit(weight_layout.pack_gate_up)(natural.view(FP8)))
     assert packed.shape == (intermediate // 64, hidden // 128, 16384)
     tile, block, plane, row, byte = np.indices((*packed.shape[:2], 2, 64, 128))
     g, q = row // 16, row % 16
@@ -42,7 +42,7 @@ def test_gate_up_bytes_lie_where_the_definition_puts_them(hidden, intermediate, 
 @given(hidden=sizes, intermediate=sizes, seed=st.integers(0, 99))
 def test_down_bytes_lie_where_the_definition_puts_them(hidden, intermediate, seed):
     natural = random_bytes(seed, hidden, intermediate)
-    packed = as_bytes(jax.jit(layout.pack_down)(natural.view(FP8)))
+    packed = as_bytes(jax.jit(weight_layout.pack_down)(natural.view(FP8)))
     assert packed.shape == (hidden // 64, intermediate // 128, 8192)
     tile, block, row, byte = np.indices((*packed.shape[:2], 64, 128))
     g, q = row // 16, row % 16
@@ -55,14 +55,14 @@ def test_scales_lie_where_the_definition_puts_them(intermediate):
     experts, hidden = 2, 384
     rng = np.random.default_rng(0)
     gate, up = rng.random((2, experts, intermediate // 128, hidden // 128), np.float32)
-    packed = np.asarray(layout.pack_gate_up_scale(jnp.concatenate([gate, up], axis=1)))
+    packed = np.asarray(weight_layout.pack_gate_up_scale(jnp.concatenate([gate, up], axis=1)))
     wanted = np.zeros((experts, intermediate // 64, hidden // 128, 4), np.float32)
     for tile in range(intermediate // 64):
         wanted[:, tile, :, 0], wanted[:, tile, :, 1] = gate[:, tile // 2], up[:, tile // 2]
     np.testing.assert_array_equal(packed, wanted)
 
     down = rng.random((experts, hidden // 128, intermediate // 128), np.float32)
-    packed = np.asarray(layout.pack_down_scale(jnp.asarray(down)))
+    packed = np.asarray(weight_layout.pack_down_scale(jnp.asarray(down)))
     wanted = np.zeros((experts, hidden // 64, -(-intermediate // 256), 4), np.float32)
     for tile, block in np.ndindex(hidden // 64, intermediate // 128):
         wanted[:, tile, block // 2, block % 2] = down[:, tile // 2, block]
@@ -71,10 +71,10 @@ def test_scales_lie_where_the_definition_puts_them(intermediate):
 
 def round_trip(gate_up, gate_up_scale, down, down_scale):
     return (
-        layout.unpack_gate_up(layout.pack_gate_up(gate_up)),
-        layout.unpack_gate_up_scale(layout.pack_gate_up_scale(gate_up_scale)),
-        layout.unpack_down(layout.pack_down(down)),
-        layout.unpack_down_scale(layout.pack_down_scale(down_scale), down.shape[-1]),
+        weight_layout.unpack_gate_up(weight_layout.pack_gate_up(gate_up)),
+        weight_layout.unpack_gate_up_scale(weight_layout.pack_gate_up_scale(gate_up_scale)),
+        weight_layout.unpack_down(weight_layout.pack_down(down)),
+        weight_layout.unpack_down_scale(weight_layout.pack_down_scale(down_scale), down.shape[-1]),
     )
 
 
@@ -95,17 +95,19 @@ def test_unpacking_inverts_packing_under_any_leading_dimensions(lead, hidden, in
 def test_leading_dimensions_equal_vmap():
     natural = random_bytes(0, 3, 256, 128).view(FP8)
     np.testing.assert_array_equal(
-        as_bytes(layout.pack_gate_up(natural)), as_bytes(jax.vmap(layout.pack_gate_up)(natural))
+        as_bytes(weight_layout.pack_gate_up(natural)), as_bytes(jax.vmap(weight_layout.pack_gate_up)(natural))
     )
-    np.testing.assert_array_equal(as_bytes(layout.pack_down(natural)), as_bytes(jax.vmap(layout.pack_down)(natural)))
+    np.testing.assert_array_equal(
+        as_bytes(weight_layout.pack_down(natural)), as_bytes(jax.vmap(weight_layout.pack_down)(natural))
+    )
 
 
 def test_shapes_are_those_that_packing_makes():
     experts, hidden, intermediate = 3, 256, 384
     packed = (
-        layout.pack_gate_up(random_bytes(0, experts, 2 * intermediate, hidden).view(FP8)),
-        layout.pack_gate_up_scale(jnp.ones((experts, 2 * intermediate // 128, hidden // 128))),
-        layout.pack_down(random_bytes(0, experts, hidden, intermediate).view(FP8)),
-        layout.pack_down_scale(jnp.ones((experts, hidden // 128, intermediate // 128))),
+        weight_layout.pack_gate_up(random_bytes(0, experts, 2 * intermediate, hidden).view(FP8)),
+        weight_layout.pack_gate_up_scale(jnp.ones((experts, 2 * intermediate // 128, hidden // 128))),
+        weight_layout.pack_down(random_bytes(0, experts, hidden, intermediate).view(FP8)),
+        weight_layout.pack_down_scale(jnp.ones((experts, hidden // 128, intermediate // 128))),
     )
-    assert tuple(leaf.shape for leaf in packed) == layout.leaf_shapes(experts, hidden, intermediate)
+    assert tuple(leaf.shape for leaf in packed) == weight_layout.leaf_shapes(experts, hidden, intermediate)

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import numpy_model
 
 import jax_megamoe as mm
+from tests.support import numpy_model
+from tests.support.compare import difference
 
 E, H, I, K = 8, 256, 128, 3
 # The order of FP32 sums, over ranks too, and FP8 values that it moves across a rounding boundary.
@@ -60,5 +61,5 @@ def check(y: Any, layer: Layer) -> None:
     tolerance = GPU_TOLERANCE if on_gpu else TOLERANCE
     rows = np.asarray(y).reshape(layer.y.shape)
     for row, wanted in zip(rows, layer.y, strict=True):
-        assert numpy_model.diff(row, wanted) < 10 * tolerance
-    assert numpy_model.diff(rows, layer.y) < tolerance
+        assert difference(row, wanted) < 10 * tolerance
+    assert difference(rows, layer.y) < tolerance

@@ -1,4 +1,4 @@
-"""The public peer's column: hands its process (`bench.peer`) the same inputs, and merges what it reports."""
+"""The rival's column: hands its process (`python -m bench.rival`) the same inputs, and merges what it reports."""
 
 import concurrent.futures
 import json
@@ -16,16 +16,14 @@ import numpy as np
 import jax_megamoe as mm
 from bench.inputs import Inputs
 from bench.presets import Shape
-from bench.timing import Timing
+from bench.rival import MAX_DIFF
 
-# The peer's numerics are those of docs/numerics.md, and it is 6e-6 to 2e-5 away from a model of them.
-MAX_DIFF = 1e-3
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def peer_versions(python: str) -> dict[str, Any]:
-    """What the peer's interpreter has; under "error" why it cannot run."""
-    command = [python, "-m", "bench.peer", "--versions"]
+def versions_of(python: str) -> dict[str, Any]:
+    """What the rival's interpreter has; under "error" why it cannot run."""
+    command = [python, "-m", "bench.rival", "--versions"]
     try:
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -72,7 +70,7 @@ def write_case(folder: pathlib.Path, name: str, inputs: Inputs, results: list[An
         folder / f"{name}.npz",
         x=_bits(inputs.x),
         topk_ids=np.stack([np.asarray(ids, np.int32) for ids in inputs.topk_ids]),
-        topk_weights=np.stack([np.asarray(routing, np.float32) for routing in inputs.topk_weights]),
+        topk_weights=np.stack([np.asarray(weights, np.float32) for weights in inputs.topk_weights]),
         ours=_bits(results),
         reference=np.asarray(reference).view(np.uint16),
     )
@@ -83,7 +81,7 @@ def _bits(arrays: list[Any]) -> np.ndarray:
 
 
 def compile_ahead(python: str, folder: pathlib.Path, shape: Shape, tokens: list[int], timeout: float = 300) -> None:
-    """Has the peer compile its kernels, several numbers of tokens at a time; it keeps them on disk.
+    """Has the rival compile its kernels, several numbers of tokens at a time; it keeps them on disk.
 
     A failure is only noted here: the process that times them meets it again and reports it.
     """
@@ -91,27 +89,27 @@ def compile_ahead(python: str, folder: pathlib.Path, shape: Shape, tokens: list[
     workers = max(1, min(8, int(40e9 // shape.weight_bytes)))
 
     def compile_one(num_tokens: int) -> None:
-        command = [python, "-m", "bench.peer", str(folder), "--compile", str(num_tokens)]
+        command = [python, "-m", "bench.rival", str(folder), "--compile", str(num_tokens)]
         try:
             done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=timeout)
         except (OSError, subprocess.TimeoutExpired) as error:
-            print(f"peer, {num_tokens} tokens: {error}", file=sys.stderr)
+            print(f"rival, {num_tokens} tokens: {error}", file=sys.stderr)
             return
         if done.returncode:
-            print(f"peer, {num_tokens} tokens, while compiling:\n{done.stderr[-4000:]}", file=sys.stderr)
+            print(f"rival, {num_tokens} tokens, while compiling:\n{done.stderr[-4000:]}", file=sys.stderr)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         list(pool.map(compile_one, tokens))
 
 
-def run_peer(
+def run_rival(
     python: str, folder: pathlib.Path, on_record: Callable[[str], None] = lambda name: None, timeout: float = 300
 ) -> dict[str, dict[str, Any]]:
-    """Times the folder's cases in a process of the peer's; a record for each, whatever happens."""
+    """Times the folder's cases in a process of the rival's; a record for each, whatever happens."""
     names = [case["name"] for case in json.loads((folder / "request.json").read_text())["cases"]]
     records: dict[str, dict[str, Any]] = {}
     why = ""
-    command = [python, "-m", "bench.peer", str(folder)]
+    command = [python, "-m", "bench.rival", str(folder)]
     for report in _lines_of(command, timeout):
         if "case" in report:
             records[report.pop("case")] = report
@@ -159,7 +157,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def merge(rows: list[dict[str, Any]], records: dict[str, dict[str, Any]], why: str = "not measured") -> None:
-    """Adds the peer's record, and the ratio of the times, to the rows of a shape; a wrong result counts as an error."""
+    """Adds the rival's record and the ratio of the times to the rows of a shape; a wrong result counts as an error."""
     for row in rows:
         record = dict(records.get(case_name(row["routing"], row["tokens"]), {"error": why}))
         diffs = {name: record[name] for name in ("diff", "diff_to_ours") if name in record}
@@ -167,24 +165,8 @@ def merge(rows: list[dict[str, Any]], records: dict[str, dict[str, Any]], why: s
             record["error"] = f"wrong result: {diffs}, wanted below {MAX_DIFF}"
         # JSON has no NaN.
         record.update({name: diff if math.isfinite(diff) else None for name, diff in diffs.items()})
-        row["peer"] = record
+        row["rival"] = record
         if "error" not in record:
-            row["ours_over_peer"] = row["us"] / record["us"]
+            row["ours_over_rival"] = row["us"] / record["us"]
             if "ceiling_us" in row:
                 record["ratio"] = record["us"] / row["ceiling_us"]
-
-
-def winner(row: dict[str, Any]) -> str:
-    """Who took least time in a row: ours, a rival, or both where their runs overlap."""
-    times = {"ours": Timing(row["us"], row["us_least"], row["us_most"])}
-    peer = row.get("peer", {"error": "not asked for"})
-    if "error" not in peer:
-        times["peer"] = Timing(peer["us"], peer["us_least"], peer["us_most"])
-    for name in ("ragged", "dense", "reference"):
-        if f"{name}_us" in row:
-            times[name] = Timing(*[row[f"{name}_us"]] * 3)
-    if len(times) == 1:
-        return "-"
-    order = sorted(times, key=lambda name: times[name].us)
-    first, second = times[order[0]], times[order[1]]
-    return f"{order[0]} or {order[1]}" if second.us_least <= first.us_most else order[0]

@@ -1,0 +1,27 @@
+"""Cases that several tests take, with their ids."""
+
+import pytest
+
+from tests.support.problems import Sizes
+
+# A small layer whose experts two, four or eight ranks share. It has fewer gate/up units than a GPU has SMs, as each of the
+# ranks does, so that all of them take the same orientation of the tiles for as many tokens an expert.
+SHARED = Sizes(hidden=512, inter=384, num_experts=16, top_k=4)
+
+# Hidden and intermediate sizes.
+MODELS = {
+    "flash": (4096, 2048),
+    "pro": (7168, 3072),
+    "deepseek-v3": (7168, 2048),
+    "qwen3-30b": (2048, 768),
+    "glm-5": (6144, 2048),
+    "odd tiles": (4096, 1408),
+    "smallest": (128, 128),
+    "wide inside": (256, 384),
+}
+LARGEST_MODELS = {name: MODELS[name] for name in ("flash", "pro")}
+
+# What a list of ids may do to the experts, beside what `make_inputs` draws by itself.
+ODD_ROUTINGS = ["one", "masked", "none"]
+
+all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])

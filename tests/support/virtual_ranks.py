@@ -1,0 +1,87 @@
+"""The ranks of an expert group on one GPU, each with a part of its SMs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_megamoe as mm
+from jax_megamoe.primitives import _library
+from tests.support.cases import SHARED
+from tests.support.compare import bits
+from tests.support.problems import Sizes, make_problem
+
+CLAMP, FACTOR = 6.0, 1.5
+one_rank: Any = jax.jit(
+    functools.partial(mm.moe, activation_clamp=CLAMP, routed_scaling_factor=FACTOR, return_expert_load=True)
+)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("num_ranks", "present", "ctas", "seed", "timeout_microseconds", "odd_rank", "late_ctas")
+)
+def on_virtual_ranks(
+    x,
+    weights,
+    ids,
+    topk_weights,
+    *,
+    num_ranks,
+    present=None,
+    ctas=None,
+    seed=0,
+    timeout_microseconds=30_000_000,
+    odd_rank=-1,
+    late_ctas=0,
+):
+    """`one_rank` with rank r having the r-th part of the tokens and of the experts.
+
+    So many late CTAs of each rank, which `seed` chooses, begin only when all others have done their part.
+    """
+    core = _library._core
+    assert core is not None
+    scratch = core.peer_workspace_bytes(
+        x.shape[0] // num_ranks,
+        ids.shape[1],
+        weights.hidden_size,
+        weights.intermediate_size,
+        weights.num_experts // num_ranks,
+        num_ranks,
+    )
+    results = (
+        jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct((weights.num_experts,), jnp.int32),
+        jax.ShapeDtypeStruct((num_ranks * scratch,), jnp.uint8),
+    )
+    leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
+    y, load, _ = jax.ffi.ffi_call("jax_megamoe.virtual_ranks.v1", results)(
+        x,
+        *leaves,
+        ids,
+        topk_weights,
+        jnp.int32(0),
+        activation_clamp=np.float32(CLAMP),
+        routed_scaling_factor=np.float32(FACTOR),
+        num_ranks=np.int64(num_ranks),
+        present=np.int64(present or num_ranks),
+        ctas_per_rank=np.int64(ctas or 128 // num_ranks),
+        delay_seed=np.int64(seed),
+        timeout_microseconds=np.int64(timeout_microseconds),
+        odd_rank=np.int64(odd_rank),
+        late_ctas=np.int64(late_ctas),
+    )
+    return y, load
+
+
+def assert_as_one_rank(
+    tokens_per_rank: int, num_ranks: int, routing: str = "uniform", sizes: Sizes = SHARED, **options: Any
+) -> None:
+    """Three launches in a row have the bits of one rank with all tokens and experts."""
+    problem = make_problem(tokens_per_rank * num_ranks, sizes, routing)
+    wanted, wanted_load = one_rank(*problem)
+    for _ in range(3):
+        y, load = on_virtual_ranks(*problem, num_ranks=num_ranks, **options)
+        np.testing.assert_array_equal(load, wanted_load)
+        np.testing.assert_array_equal(bits(y), bits(wanted))
