@@ -13,6 +13,7 @@ from bench.inputs import Inputs
 from bench.metric import relative_difference
 from bench.presets import Shape
 from bench.timing import NUM_CALLS, Timing, time_per_call
+from jax_megamoe.primitives import _library
 
 METHOD = (
     f"One jitted program makes {NUM_CALLS} calls with different inputs, one after the other on one stream. Programs "
@@ -54,6 +55,7 @@ def program_of(layer: Callable[..., Any]) -> Callable[..., Any]:
 
 def ceiling_program(buffer_bytes: int, num_bytes: int) -> Callable[..., Any]:
     """A program that reads `num_bytes` of a buffer as often, from places as far apart as possible."""
+    _library.check_testing_available()
 
     def run(buffer: jax.Array) -> list[Any]:
         call = jax.ffi.ffi_call("jax_megamoe.read_ceiling.v1", jax.ShapeDtypeStruct((1,), jnp.uint32))

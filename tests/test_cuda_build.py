@@ -8,17 +8,25 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
+import types
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.primitives import _library
 from tests.support.skips import why_no_cuda_build
 
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
-# The folders CMakeLists.txt takes CUDA sources from.
-COMPILED_FOLDERS = ("host", "kernels", "instantiations", "transport", "diagnostics", "bench")
+# What CMakeLists.txt takes CUDA sources from; with MEGAMOE_TESTING, what only tests and benchmarks call too.
+COMPILED = ("instantiations/moe_*.cu", "transport/*.cu", "diagnostics/*.cu")
+COMPILED_FOR_TESTING = ("instantiations/virtual_ranks_*.cu", "testing/*.cu")
+TARGETS = {"jax_megamoe.moe.v1", "jax_megamoe.moe_peers.v2", "jax_megamoe.wire_test.v1"}
+TARGETS_FOR_TESTING = {"jax_megamoe.virtual_ranks.v1", "jax_megamoe.read_ceiling.v1"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,18 @@ class Kernel:
 
 
 @cache
-def module_path() -> Path:
+def module() -> Any:
     if reason := why_no_cuda_build():
         pytest.skip(reason)
-    core = importlib.import_module("jax_megamoe._core")
-    assert core.__file__ is not None
-    return Path(core.__file__)
+    return importlib.import_module("jax_megamoe._core")
+
+
+def module_path() -> Path:
+    return Path(module().__file__)
+
+
+def sources_of(patterns: tuple[str, ...]) -> set[str]:
+    return {source.stem for pattern in patterns for source in CUDA_SOURCES.glob(pattern)}
 
 
 @cache
@@ -82,9 +96,47 @@ def fused_kernels() -> dict[str, set[str]]:
 
 def test_every_source_is_compiled_for_sm_90a_only():
     compiled = set(re.findall(r"ELF file\s+\d+: (\S+)\.(sm_\w+)\.cubin", dump("--list-elf")))
-    sources = {source.stem for folder in COMPILED_FOLDERS for source in (CUDA_SOURCES / folder).glob("*.cu")}
+    sources = sources_of(COMPILED) | (sources_of(COMPILED_FOR_TESTING) if module().has_testing else set())
     assert sources, f"no CUDA sources under {CUDA_SOURCES}"
     assert compiled == {(source, "sm_90a") for source in sources}
+
+
+def test_no_source_is_forgotten():
+    assert sources_of(COMPILED) | sources_of(COMPILED_FOR_TESTING) == sources_of(("**/*.cu",))
+    build = (CUDA_SOURCES / "CMakeLists.txt").read_text()
+    assert all(pattern in build for pattern in (*COMPILED, *COMPILED_FOR_TESTING))
+
+
+def test_only_a_build_for_testing_has_what_users_do_not_call():
+    core = module()
+    assert set(core.ffi_registrations()["targets"]) == TARGETS | (TARGETS_FOR_TESTING if core.has_testing else set())
+    assert hasattr(core, "hold_sms") == core.has_testing
+    assert any("moe_virtual_ranks" in kernel.name for kernel in kernels()) == core.has_testing
+
+
+def test_editable_installs_are_for_testing_and_wheels_are_not():
+    settings = tomllib.loads((CUDA_SOURCES.parent.parent / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    (override,) = settings["overrides"]
+    assert override == {"if": {"state": "editable"}, "cmake": {"define": {"MEGAMOE_TESTING": "ON"}}}
+    assert "define" not in settings["cmake"]
+    option = re.search(r"option\(MEGAMOE_TESTING\s+\"[^\"]*\" (\w+)\)", (CUDA_SOURCES / "CMakeLists.txt").read_text())
+    assert option is not None and option[1] == "OFF"
+
+
+def test_the_product_does_not_use_what_is_for_testing():
+    for source in CUDA_SOURCES.rglob("*"):
+        if source.suffix in (".h", ".cc", ".cu", ".cuh") and source.parent.name != "testing":
+            # bindings.cc registers it, under the same condition.
+            code = re.sub(r"#ifdef MEGAMOE_TESTING.*?#endif", "", source.read_text(), flags=re.DOTALL)
+            assert '"testing/' not in code, source
+
+
+def test_what_misses_it_says_so(monkeypatch):
+    monkeypatch.setattr(_library, "_core", types.SimpleNamespace(has_cuda=True, has_testing=False))
+    with pytest.raises(MegaMoEError, match=r"built without what only tests and .*MEGAMOE_TESTING=ON`\.$"):
+        _library.check_testing_available()
+    monkeypatch.setattr(_library, "_core", types.SimpleNamespace(has_cuda=True, has_testing=True))
+    _library.check_testing_available()
 
 
 def test_no_kernel_spills_registers():

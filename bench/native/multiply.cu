@@ -1,5 +1,6 @@
-// What the tensor core takes for small token tiles: cycles of a group of multiplies of 64 weight rows x N tokens x 32 of K, by
-// how many are in a group and how many warpgroups of an SM multiply at once. One group at a time per warpgroup.
+// What the tensor core takes for small token tiles: cycles of a group of multiplies of 64 weight rows x N tokens x 32
+// of K, by how many are in a group and how many warpgroups of an SM multiply at once. One group at a time per
+// warpgroup.
 #include "common/wgmma.cuh"
 #include "timing.h"
 

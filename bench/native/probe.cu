@@ -1,11 +1,11 @@
-// Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph beside the
-// device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
+// Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph
+// beside the device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing [ctas]]  routing: uniform, one (all on one expert), masked, none; more CTAs than SMs start late
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
 //   probe apart H I E k T...            ... and scratch of its own for each call, as a compiler may place it
 //   probe crossover H I E k T...        both orientations, whichever the rule would choose
-//   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (scripts/probe trace)
+//   probe trace FILE H I E k T...       events of one launch, in a build with MEGAMOE_TRACE (build/probe_trace); read by show_trace.py
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/read_ceiling.h"
 #include "calls.cuh"
 #include "kernels/trace.cuh"
+#include "testing/read_ceiling.h"
 #include "timing.h"
 
 namespace {
@@ -58,8 +58,9 @@ int check(const Problem& p, const std::string& routing, int ctas) {
   return good ? 0 : 1;
 }
 
-// Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in the L2 of its
-// weights is of no use to the next. `apart`: each call has scratch of its own. `touched`: experts that a call reads, on average.
+// Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in
+// the L2 of its weights is of no use to the next. `apart`: each call has scratch of its own. `touched`: experts that a
+// call reads, on average.
 double call_microseconds(const Problem& p, const std::vector<Weights>& layers, bool apart, double* touched) {
   std::vector<void*> scratch(apart ? kInputs : 1);
   for (void*& one : scratch) one = device_array<uint8_t>(megamoe::Workspace::bytes(p));
@@ -168,7 +169,7 @@ int main(int argc, char** argv) {
                  "usage: probe check H I E k T [routing] | probe (time | turns | apart | crossover) H I E k T...\n");
     return 2;
   }
-  CHECK(megamoe::prepare_kernels(megamoe::GroupKind::kOneRank));
+  CHECK(megamoe::prepare_moe());
   auto number = [&](int i) { return std::atoi(argv[i]); };
   if (std::string(argv[1]) == "check") {
     return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform",

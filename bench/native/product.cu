@@ -1,7 +1,7 @@
-// What a large FP8 matrix product with a promotion per K block reaches, in the normal path's shape: 128 tokens x 256 weight
-// rows a CTA, 64 x 256 a warpgroup. `resident` multiplies what lies in shared memory, `L2` has every K block brought from the
-// L2, as the fused kernel does. Long enough for the clock to settle at the power limit.
-#define MEGAMOE_OUTLINE_TRAPS  // common/ptx.cuh says why
+// What a large FP8 matrix product with a promotion per K block reaches, in the normal path's shape: 128 tokens x 256
+// weight rows a CTA, 64 x 256 a warpgroup. `resident` multiplies what lies in shared memory, `L2` has every K block
+// brought from the L2, as the fused kernel does. Long enough for the clock to settle at the power limit.
+#define MEGAMOE_OUTLINE_TRAPS  // common/bounded_wait.cuh says why
 #include <cuda_fp8.h>
 
 #include <random>
@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
 
 template <bool kFromL2>
 void time_product(const uint8_t* source) {
-  constexpr int kWarmUp = 100, kLaunches = 20, kSms = 132;
+  constexpr int kWarmUp = 100, kLaunches = 20;
+  int sms;
+  CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   auto* kernel = product<kFromL2>;
   long long* cycles;
   float* sink;
@@ -110,7 +112,7 @@ void time_product(const uint8_t* source) {
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kStageBytes));
   for (int i = 0; i < kWarmUp + kLaunches; ++i) {
     if (i == kWarmUp) CHECK(cudaEventRecord(start));
-    kernel<<<kSms, kCtaThreads, kStages * kStageBytes>>>(source, cycles, sink);
+    kernel<<<sms, kCtaThreads, kStages * kStageBytes>>>(source, cycles, sink);
   }
   CHECK(cudaEventRecord(stop));
   CHECK(cudaGetLastError());
@@ -120,7 +122,7 @@ void time_product(const uint8_t* source) {
   const double seconds = ms * 1e-3 / kLaunches;
   std::printf("%-8s %6.0f cycles a K block, %.2f GHz, %5.0f TFLOP/s\n", kFromL2 ? "L2" : "resident",
               static_cast<double>(*cycles) / kBlocks, *cycles / seconds * 1e-9,
-              kSms * 2.0 * kBlocks * kNormalTokenTile * kTiles * kTileRows * kBlockK / seconds * 1e-12);
+              sms * 2.0 * kBlocks * kNormalTokenTile * kTiles * kTileRows * kBlockK / seconds * 1e-12);
 }
 
 // Tokens and weights as quantising leaves them: the largest of 128, or of 128 x 128, normal numbers becomes 448.

@@ -9,14 +9,14 @@
 #include <cstdio>
 #include <memory>
 
-#include "bench/read_ceiling.h"
 #include "calls.cuh"
 #include "host/peers.h"
+#include "testing/read_ceiling.h"
+#include "testing/virtual_ranks.h"
 
 namespace {
 
 using namespace probe;
-using megamoe::GroupKind;
 using megamoe::PeerBuffer;
 using megamoe::PeerView;
 
@@ -174,7 +174,7 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
   const int gpus = one_gpu ? 1 : num_ranks;
   for (int d = 0; d < gpus; ++d) {
     CHECK(cudaSetDevice(d));
-    CHECK(megamoe::prepare_kernels(one_gpu ? GroupKind::kVirtualRanks : GroupKind::kPeers));
+    CHECK(one_gpu ? megamoe::prepare_virtual_ranks() : megamoe::prepare_moe_peers());
     weights.push_back(
         std::make_unique<Weights>(one.hidden_size, one.intermediate_size, one.num_local_experts * num_ranks));
   }
@@ -286,8 +286,8 @@ int main(int argc, char** argv) {
     time_shape({1, k, h, inter, experts / number(6), number(6)}, tokens, what == "virtual");
     return 0;
   }
-  CHECK(megamoe::prepare_kernels(GroupKind::kOneRank));
-  CHECK(megamoe::prepare_kernels(GroupKind::kVirtualRanks));
+  CHECK(megamoe::prepare_moe());
+  CHECK(megamoe::prepare_virtual_ranks());
   const Problem p{number(6), k, h, inter, experts / number(7), number(7)};
   if (what == "missing") return missing(p);
   return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks),

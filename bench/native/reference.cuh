@@ -1,5 +1,5 @@
-// The numerics of docs/numerics.md as naive kernels over the packed weights: one thread per output, nothing shared with the
-// fused kernel but the formulas. Slow on purpose.
+// The numerics of docs/numerics.md as naive kernels over the packed weights: one thread per output, nothing shared with
+// the fused kernel but the formulas. Slow on purpose.
 #pragma once
 
 #include <cuda_bf16.h>

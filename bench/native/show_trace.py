@@ -13,8 +13,8 @@ EVENTS = (
     "unit finished",
     "combine ready",
     "combined",
-    "gate/up asked",
-    "down asked",
+    "gate/up issued",
+    "down issued",
     "tokens ready",
     "counted",
     "placed",
@@ -45,17 +45,17 @@ def show(head: np.ndarray, words: np.ndarray) -> None:
         )
     end = np.nanmax(time)
     edges = np.linspace(0, end, 21)
-    asked = np.zeros(20)
-    bytes_of = {"gate/up asked": 128 * h, "down asked": 128 * i}
+    issued = np.zeros(20)
+    bytes_of = {"gate/up issued": 128 * h, "down issued": 128 * i}
     for cta in range(len(words)):
         mine = [(t, bytes_of[n]) for n in bytes_of for t in time[cta][named[n][cta]]]
         mine.sort()
         stop = np.nanmax(time[cta][named["combine ready"][cta]])
         for (t, size), (after, _) in zip(mine, [*mine[1:], (stop, 0)], strict=True):
             overlap = np.clip(np.minimum(edges[1:], after) - np.maximum(edges[:-1], t), 0, None)
-            asked += size * overlap / max(after - t, 1e-3)
-    rates = asked / np.diff(edges) / 1e3
-    print("GB/s asked, by twentieths: " + " ".join(f"{rate:.0f}" for rate in rates) + f"   ({edges[1]:.1f} us each)")
+            issued += size * overlap / max(after - t, 1e-3)
+    rates = issued / np.diff(edges) / 1e3
+    print("GB/s issued, by twentieths: " + " ".join(f"{rate:.0f}" for rate in rates) + f"   ({edges[1]:.1f} us each)")
     # How long consumers wait for the next unit to land, and how long they take for one.
     for what, begin, stop_name in (("wait", "unit finished", "unit landed"), ("work", "unit landed", "unit finished")):
         spans = []

@@ -1,5 +1,6 @@
 // What a stream of weights reaches before any arithmetic: chunk sizes, access patterns, token tiles loaded beside the
-// weights, and how long flags take while the memory is busy. The steps before the fused kernel in docs/performance-log.md.
+// weights, and how long flags take while the memory is busy. The steps before the fused kernel in
+// docs/performance-log.md.
 //   stream [MB...]
 #include <cuda_runtime.h>
 
@@ -8,7 +9,10 @@
 #include <cstdlib>
 #include <vector>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "timing.h"
 
 namespace {
@@ -18,8 +22,8 @@ using namespace megamoe;
 constexpr int kKilo = 1024;
 using probe::kInputs;
 
-// Chunks of consecutive CTAs neighbour each other, or every CTA reads units of its own: the first two thirds of the bytes
-// in units of `gate_up_kb`, the rest in units of `down_kb`, in turn or by ticket.
+// Chunks of consecutive CTAs neighbour each other, or every CTA reads units of its own: the first two thirds of the
+// bytes in units of `gate_up_kb`, the rest in units of `down_kb`, in turn or by ticket.
 enum class Pattern { kInterleaved, kUnits, kTickets };
 
 struct Setup {
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(64, 1) stream(const Setup s) {
   uint32_t parity = 0, sum = 0;
   for (int i = 0; i < kStages; ++i) in_flight += load(i);
   while (in_flight > 0) {
-    ptx::mbarrier_wait(&shared.full[stage], parity);
+    megamoe::await(&shared.full[stage], parity);
     sum += shared.ring[stage][0];
     --in_flight;
     in_flight += load(stage);

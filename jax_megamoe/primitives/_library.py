@@ -60,6 +60,23 @@ def check_kernel_available() -> None:
         )
 
 
+def why_no_testing() -> str | None:
+    """Why the module has not what only tests and benchmarks call, None where it has."""
+    if getattr(_core, "has_testing", False):
+        return None
+    state = "is not built" if _core is None else "was built without what only tests and benchmarks call"
+    return (
+        f"jax_megamoe._core {state}: install the package by `pip install -e .`, or build its wheel with "
+        "`-C cmake.define.MEGAMOE_TESTING=ON`"
+    )
+
+
+def check_testing_available() -> None:
+    """Raises `MegaMoEError` where `why_no_testing` says something."""
+    if reason := why_no_testing():
+        raise MegaMoEError(f"{reason}.")
+
+
 def workspace_bytes(sizes: Sizes) -> int:
     """Scratch memory that one call of the fused kernel needs on a device."""
     return int(_host_function("workspace_bytes")(*sizes))

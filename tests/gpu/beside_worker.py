@@ -31,7 +31,7 @@ from tests.support.meshes import mesh_of
 from tests.support.meshes import place as place_on
 from tests.support.problems import Sizes, make_problem, make_weights
 from tests.support.processes import Place, join, leave, meet, say
-from tests.support.skips import why_no_hold_sms
+from tests.support.skips import why_no_testing
 
 RUNS = int(os.environ.get("MEGAMOE_BESIDE_RUNS", "250"))  # of each kind, captured and not
 ENQUEUED = 10  # runs that wait for none of each other
@@ -307,7 +307,7 @@ def check_kinds(place: Place) -> None:
     state = {"layout": "one process" if place.processes == 1 else "a process for each GPU"}
     for captured, kind in itertools.product((True, False), KINDS):
         line: dict[str, Any] = {"kind": kind, **state, "captured": captured}
-        if kind == "spinner" and (reason := why_no_hold_sms()):
+        if kind == "spinner" and (reason := why_no_testing()):
             say(**line, skip=reason)
             continue
         transfers = Transfers() if kind == "transfers" else None

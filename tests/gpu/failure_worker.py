@@ -29,7 +29,7 @@ from tests.support.meshes import mesh_of
 from tests.support.meshes import place as place_on
 from tests.support.problems import Problem, make_problem, make_weights
 from tests.support.processes import Place, join, leave, meet, say
-from tests.support.skips import why_no_hold_sms
+from tests.support.skips import why_no_testing
 
 RANKS, LAYERS = 2, 3
 TOKENS = 8  # of each rank
@@ -109,7 +109,7 @@ class Session:
             time.sleep(seconds if self.place.process == 1 else 0.0)
             return
         device = self.mesh.devices.flat[1]
-        if reason := why_no_hold_sms():
+        if reason := why_no_testing():
             say(skip=reason)
             leave(self.place, alone=True)
         _library._core.hold_sms(  # type: ignore[union-attr]

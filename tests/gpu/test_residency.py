@@ -19,20 +19,20 @@ from jax_megamoe.primitives import _library
 from tests.support.cases import SHARED
 from tests.support.compare import bits
 from tests.support.problems import Problem, make_problem
-from tests.support.skips import gpu_tests, unless, why_no_hold_sms, why_no_hopper
+from tests.support.skips import gpu_tests, unless, why_no_hopper, why_no_testing
 from tests.support.virtual_ranks import assert_as_one_rank
 
 pytestmark = gpu_tests(why_no_hopper())
 
 moe: Any = jax.jit(mm.moe)
-needs_spinner = unless(why_no_hold_sms())
+needs_testing = unless(why_no_testing())
 
 
 def make_call(tokens: int, seed: int = 0) -> Problem:
     return make_problem(tokens, SHARED, seed=seed, weights_seed=seed)
 
 
-@needs_spinner
+@needs_testing
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("ctas", "milliseconds"), [(100, 50), (131, 50), (132, 50), (100, 2500)])
 @pytest.mark.parametrize("tokens", [1, 128, 800])
@@ -93,6 +93,7 @@ def test_calls_of_two_threads():
     assert wrong == [0, 0]
 
 
+@needs_testing
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("tokens", [1, 16, 150, 800])  # the last with clusters of two CTAs
 @pytest.mark.parametrize("late", ["one", "three", "all but one"])
@@ -102,6 +103,7 @@ def test_late_ctas(num_ranks, late, tokens):
     assert_as_one_rank(tokens, num_ranks, ctas=ctas, late_ctas={"one": 1, "three": 3}.get(late, ctas - 1), seed=7)
 
 
+@needs_testing
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("tokens", [1, 16, 150, 800])
 @pytest.mark.parametrize(("num_ranks", "ctas"), [(1, 200), (2, 100)])  # on 132 SMs

@@ -10,10 +10,10 @@ import pytest
 from tests.support.cases import LARGEST_MODELS, ODD_ROUTINGS, SHARED
 from tests.support.compare import bits, difference
 from tests.support.problems import Sizes, make_inputs, make_problem, make_weights
-from tests.support.skips import gpu_tests, why_no_hopper
+from tests.support.skips import gpu_tests, why_no_hopper, why_no_testing
 from tests.support.virtual_ranks import assert_as_one_rank, on_virtual_ranks, one_rank
 
-pytestmark = gpu_tests(why_no_hopper())
+pytestmark = gpu_tests(why_no_hopper() or why_no_testing())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])

@@ -1,5 +1,6 @@
-// What a launch is like. In, a line each: "T k H I E R peers sms ctas clusters bytes_per_microsecond". Out: whether tokens and
-// weights change places, CTAs of a cluster, whether rows are gathered, whether activations stay, bytes of weights in flight.
+// What a launch is like. In, a line each: "T k H I E R peers sms ctas clusters bytes_per_microsecond". Out: whether
+// tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether activations stay, bytes of
+// weights in flight.
 #include <iostream>
 
 #include "host/choices.h"

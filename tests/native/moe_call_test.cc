@@ -1,6 +1,6 @@
-// The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of one operand
-// (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. Out: the error, or the sizes and what each argument
-// points at, by the number of the operand.
+// The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of
+// one operand (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. Out: the error, or the sizes
+// and what each argument points at, by the number of the operand.
 #include <cstdint>
 #include <iostream>
 #include <map>
@@ -21,9 +21,12 @@ struct Array {
 
 // T 3, k 2, H 256, I 384, E 4.
 const std::vector<Array> kRight = {
-    {"bf16", {3, 256}},          {"f8e4m3fn", {4, 6, 2, 16384}}, {"f32", {4, 6, 2, 4}}, {"f8e4m3fn", {4, 4, 3, 8192}},
-    {"f32", {4, 4, 2, 4}},       {"s32", {3, 2}},                {"f32", {3, 2}},       {"s32", {}},
-    {"bf16", {3, 256}},          {"s32", {4}},                   {"u8", {1 << 20}},
+    {"bf16", {3, 256}},    {"f8e4m3fn", {4, 6, 2, 16384}},
+    {"f32", {4, 6, 2, 4}}, {"f8e4m3fn", {4, 4, 3, 8192}},
+    {"f32", {4, 4, 2, 4}}, {"s32", {3, 2}},
+    {"f32", {3, 2}},       {"s32", {}},
+    {"bf16", {3, 256}},    {"s32", {4}},
+    {"u8", {1 << 20}},
 };
 constexpr size_t kResults = 3;
 

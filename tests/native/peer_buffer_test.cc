@@ -1,6 +1,7 @@
-// Where things lie in the buffers of a group. In: "T k H I E R" per line. Out, for the call's largest launch: its tokens and its
-// scratch beside the buffer; then, for the smallest buffer and one that is an eighth larger: bytes, whether the launch fits, the
-// offsets of ids (both parities), header and workspace, the bytes of ids, header and workspace.
+// Where things lie in the buffers of a group. In: "T k H I E R" per line. Out, for the call's largest launch: its
+// tokens and its scratch beside the buffer; then, for the smallest buffer and one that is an eighth larger: bytes,
+// whether the launch fits, the offsets of ids (both parities), header and workspace, the bytes of ids, header and
+// workspace.
 #include <iostream>
 
 #include "host/limits.h"

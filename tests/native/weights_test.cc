@@ -1,4 +1,5 @@
-// The weights as C++ knows them: format and layout, then for each line "H I" the leaves, a line each, and an empty line.
+// The weights as C++ knows them: format and layout, then for each line "H I" the leaves, a line each, and an empty
+// line.
 #include <iostream>
 
 #include "layout/weights.h"

@@ -75,11 +75,9 @@ def why_no_cuda_plugin() -> str | None:
     return None
 
 
-def why_no_hold_sms() -> str | None:
-    """A build without the kernel that keeps SMs from others."""
-    return (
-        None if hasattr(_library._core, "hold_sms") else "jax_megamoe._core has no hold_sms: needs a build that has it"
-    )
+def why_no_testing() -> str | None:
+    """A build without what only tests and benchmarks call: virtual ranks, the read ceiling, a kernel that holds SMs."""
+    return _library.why_no_testing()
 
 
 def unless(reason: str | None) -> pytest.MarkDecorator:

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/ptx/address.cuh"
+#include "common/ptx/warp.cuh"
 
 namespace megamoe::wgmma {
 

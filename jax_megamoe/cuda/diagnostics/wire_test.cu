@@ -1,6 +1,8 @@
 #include "diagnostics/wire_test.h"
 
-#include "common/system_flags.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/clock.cuh"
+#include "common/ptx/memory_order.cuh"
 
 namespace megamoe {
 
@@ -9,7 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPushBlocks = 16;  // for each target: 8 targets leave no block of an H100 waiting for an SM
 
-// What rank `src` and this rank tell each other, in this rank's buffer; one cache line, so that pairs don't disturb others.
+// What rank `src` and this rank tell each other, in this rank's buffer; one cache line, so that pairs don't disturb
+// others.
 struct alignas(128) Cell {
   // Written by the peer.
   uint64_t flag;     // epoch whose pattern has arrived
@@ -83,7 +86,7 @@ class WireTest {
 
   __device__ bool wait(const uint64_t* flag, uint64_t target, WireTestPhase phase, int peer) {
     uint64_t seen;
-    if (ptx::wait_system(flag, target, a_.timeout_nanoseconds, &seen)) return true;
+    if (wait_system(flag, target, a_.timeout_nanoseconds, &seen)) return true;
     WireTestRow& row = a_.rows[peer];
     row.failed_phase = static_cast<int64_t>(phase);
     row.wanted = static_cast<int64_t>(target);

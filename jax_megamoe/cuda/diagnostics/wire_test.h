@@ -53,7 +53,8 @@ constexpr int kWireTestMaxIterations = 1 << 20;
 // Bytes of symmetric memory that the test uses.
 size_t wire_test_bytes(int num_ranks, int64_t bytes);
 
-// Loads the kernel on the current device: a lazy load at the first launch may wait for a peer's kernel, which waits for us.
+// Loads the kernel on the current device: a lazy load at the first launch may wait for a peer's kernel, which waits for
+// us.
 cudaError_t prepare_wire_test();
 
 cudaError_t launch_wire_test(const WireTestArguments& arguments, cudaStream_t stream);

@@ -12,10 +12,14 @@
 #ifdef MEGAMOE_CUDA
 #include <cuda_runtime_api.h>
 
-#include "bench/hold_sms.h"
 #include "common/device_scope.h"
 #include "ffi/handlers.h"
 #include "transport/registry.h"
+#endif
+
+#ifdef MEGAMOE_TESTING
+#include "testing/hold_sms.h"
+#include "testing/targets.h"
 #endif
 
 namespace py = pybind11;
@@ -36,7 +40,8 @@ void add(const megamoe::Target& target, py::dict types, py::dict targets) {
   targets[target.name] = capsules;
 }
 
-// Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no driver.
+// Whether device `from` can reach the memory of `to`, both ordinals of this process; an exception where there is no
+// driver.
 bool can_access_peer(int from, int to) {
   if (from == to) return true;
   int possible = 0;
@@ -47,13 +52,6 @@ bool can_access_peer(int from, int to) {
                              std::to_string(to) + " failed: " + cudaGetErrorString(error));
   }
   return possible != 0;
-}
-
-void hold_sms(int device, int ctas, int milliseconds) {
-  const megamoe::DeviceScope scope(device);
-  cudaError_t error = scope.status();
-  if (error == cudaSuccess) error = megamoe::hold_sms(ctas, milliseconds);
-  if (error != cudaSuccess) throw std::runtime_error(megamoe::cuda_failure("hold_sms", error));
 }
 
 py::list symmetric_memories() {
@@ -73,6 +71,15 @@ py::list symmetric_memories() {
 }
 #endif
 
+#ifdef MEGAMOE_TESTING
+void hold_sms(int device, int ctas, int milliseconds) {
+  const megamoe::DeviceScope scope(device);
+  cudaError_t error = scope.status();
+  if (error == cudaSuccess) error = megamoe::hold_sms(ctas, milliseconds);
+  if (error != cudaSuccess) throw std::runtime_error(megamoe::cuda_failure("hold_sms", error));
+}
+#endif
+
 // {"types": {name: {"type_id", "type_info"}}, "targets": {name: {stage: capsule}}}; types have to be registered first.
 py::dict ffi_registrations() {
   py::dict types, targets;
@@ -80,6 +87,8 @@ py::dict ffi_registrations() {
   add(megamoe::moe_target(), types, targets);
   add(megamoe::moe_peers_target(), types, targets);
   add(megamoe::wire_test_target(), types, targets);
+#endif
+#ifdef MEGAMOE_TESTING
   add(megamoe::virtual_ranks_target(), types, targets);
   add(megamoe::read_ceiling_target(), types, targets);
 #endif
@@ -139,13 +148,18 @@ PYBIND11_MODULE(_core, module) {
   module.attr("has_cuda") = true;
   module.def("moe_execute_count", &megamoe::moe_execute_count,
              "Times the fused kernel's handler ran in this process; replayed command buffers do not count.");
-  module.def("hold_sms", &hold_sms, py::arg("device"), py::arg("ctas"), py::arg("milliseconds"),
-             "For tests: a kernel on a stream of its own that keeps so many SMs for so long; returns at once.");
   module.def("can_access_peer", &can_access_peer, py::arg("from_device"), py::arg("to_device"),
              "Whether one device of this process can reach the memory of another.");
   module.def("symmetric_memories", &symmetric_memories, "The buffers that this process shares with other ranks.");
 #else
   module.attr("has_cuda") = false;
+#endif
+#ifdef MEGAMOE_TESTING
+  module.attr("has_testing") = true;
+  module.def("hold_sms", &hold_sms, py::arg("device"), py::arg("ctas"), py::arg("milliseconds"),
+             "A kernel on a stream of its own that keeps so many SMs for so long; returns at once.");
+#else
+  module.attr("has_testing") = false;
 #endif
   module.def("ffi_registrations", &ffi_registrations, "FFI types and targets, for jax.ffi to register.");
   module.def("host_identity", &megamoe::transport::host_identity,

@@ -25,8 +25,9 @@ class CallSite {
 
   ~CallSite();
 
-  // `ordinal` names it, `device` is the CUDA runtime's number; `problem` is that of the call's largest launch.
-  ffi::Error initialize(int ordinal, int device, const Problem& problem, GroupKind kind);
+  // `ordinal` names it, `device` is the CUDA runtime's number; `problem` is that of the call's largest launch;
+  // `prepare` loads the kernels that it launches.
+  ffi::Error initialize(int ordinal, int device, const Problem& problem, cudaError_t (*prepare)());
 
   // Null before `initialize`.
   const Device* find(int ordinal) const;

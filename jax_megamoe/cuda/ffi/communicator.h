@@ -17,8 +17,8 @@ namespace megamoe {
 
 namespace ffi = xla::ffi;
 
-// One communicator for all calls over a group, apart from those of XLA's own collectives (ids 0 and 1): what is enqueued
-// on it in Initialize never meets a collective of a program. `COMMUNICATION_ID` in primitives/_groups.py.
+// One communicator for all calls over a group, apart from those of XLA's own collectives (ids 0 and 1): what is
+// enqueued on it in Initialize never meets a collective of a program. `COMMUNICATION_ID` in primitives/_groups.py.
 constexpr int64_t kCommunicationId = 0x6d6f65;
 
 struct CollectivesContext : ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> {
@@ -26,8 +26,8 @@ struct CollectivesContext : ffi::internal::CommunicatorContextBase<ffi::internal
 };
 
 struct Collectives : ffi::internal::CollectivesExtensionBase<CollectivesContext> {
-  // The two calls used here and their arguments are the same in 0.1 (jaxlib 0.11.2) and 0.2 (0.12), which appends others.
-  // The default would ask for the very version of the headers that this was compiled with.
+  // The two calls used here and their arguments are the same in 0.1 (jaxlib 0.11.2) and 0.2 (0.12), which appends
+  // others. The default would ask for the very version of the headers that this was compiled with.
   static bool Support(int32_t major, int32_t minor) { return major == 0 && (minor == 1 || minor == 2); }
 };
 

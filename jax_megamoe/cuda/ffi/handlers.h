@@ -10,8 +10,6 @@ namespace megamoe {
 Target moe_target();
 Target moe_peers_target();
 Target wire_test_target();
-Target virtual_ranks_target();
-Target read_ceiling_target();
 
 // How often the execute handler of one device ran in this process: a replayed command buffer does not call it.
 int64_t moe_execute_count();

@@ -1,5 +1,5 @@
-// A call of the fused layer as XLA hands it over: its operands and results, bound and checked in one place for all handlers
-// and stages. The counterpart of Python's call is primitives/_kernel_call.py.
+// A call of the fused layer as XLA hands it over: its operands and results, bound and checked in one place for all
+// handlers and stages. The counterpart of Python's call is primitives/_kernel_call.py.
 #pragma once
 
 #include <cstddef>
@@ -14,9 +14,9 @@ namespace ffi = xla::ffi;
 
 class MoeCall {
  public:
-  // A handler binds `.RemainingArgs().RemainingRets()`. `num_ranks`: of the group that has the experts. `num_more`: operands
-  // of the handler's own, after the layer's. An error where any operand has not the shape and type that go with the others',
-  // so that no launch can read out of bounds.
+  // A handler binds `.RemainingArgs().RemainingRets()`. `num_ranks`: of the group that has the experts. `num_more`:
+  // operands of the handler's own, after the layer's. An error where any operand has not the shape and type that go
+  // with the others', so that no launch can read out of bounds.
   static ffi::ErrorOr<MoeCall> parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
                                      int num_more = 0);
 
@@ -24,8 +24,8 @@ class MoeCall {
   ffi::AnyBuffer more(int index) const;
   void* workspace() const;
 
-  // Sets problem, layers, operands, results and the two numbers among the attributes: all arguments but workspace, counters
-  // and peers. `workspace_bytes`: what the result for scratch has to hold.
+  // Sets problem, layers, operands, results and the two numbers among the attributes: all arguments but workspace,
+  // counters and peers. `workspace_bytes`: what the result for scratch has to hold.
   ffi::Error fill(const ffi::Dictionary& attributes, size_t workspace_bytes, MoeArguments* arguments) const;
 
  private:

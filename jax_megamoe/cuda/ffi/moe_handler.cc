@@ -1,4 +1,5 @@
-// XLA FFI handlers of the fused expert layer on one device: buffers and attributes in, one launch out. No device code here.
+// XLA FFI handlers of the fused expert layer on one device: buffers and attributes in, one launch out. No device code
+// here.
 #include <atomic>
 #include <cstdint>
 #include <utility>
@@ -21,7 +22,7 @@ std::atomic<int64_t> execute_count{0};
 ffi::Error initialize(MoeInstance* instance, int32_t device, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, 1);
   if (call.has_error()) return std::move(call).error();
-  return instance->site.initialize(device, device, per_launch(call.value().problem()), GroupKind::kOneRank);
+  return instance->site.initialize(device, device, per_launch(call.value().problem()), prepare_moe);
 }
 
 ffi::Error execute(cudaStream_t stream, MoeInstance* instance, int32_t device, ffi::RemainingArgs args,

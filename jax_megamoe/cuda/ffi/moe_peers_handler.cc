@@ -63,7 +63,7 @@ ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
   const Problem part = per_launch(call.value().problem());
-  ffi::Error error = instance->site.initialize(ordinal, device.value(), part, GroupKind::kPeers);
+  ffi::Error error = instance->site.initialize(ordinal, device.value(), part, prepare_moe_peers);
   if (error.failure()) return error;
   // Last: see `ExpertGroup::initialize`.
   return instance->group.initialize(collectives, groups.value(), ordinal, run, PeerBuffer::bytes_for(part), kMoeLayout,

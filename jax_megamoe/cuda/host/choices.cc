@@ -47,7 +47,8 @@ LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
   choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest
   choice.cluster_ctas = cluster_ctas(p, device);
-  // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is used.
+  // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is
+  // used.
   choice.gathers_rows = !has_peers && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
   choice.activations_stay = waits_for_memory(p, device) && gate_up_bytes(p) <= kMostGateUpBytesBesideActivations;
   return choice;

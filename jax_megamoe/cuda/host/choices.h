@@ -1,5 +1,6 @@
-// Every decision about a launch, in one pure function of the problem and the device: no CUDA, so that tests ask it on a CPU
-// (tests/test_choices.py). The numbers that it goes by are in layout/thresholds.h; instantiations/ does what it says.
+// Every decision about a launch, in one pure function of the problem and the device: no CUDA, so that tests ask it on a
+// CPU (tests/test_choices.py). The numbers that it goes by are in layout/thresholds.h; instantiations/ does what it
+// says.
 #pragma once
 
 #include "layout/problem.h"

@@ -1,5 +1,6 @@
-// Device memory for the counters of call sites. They are small and there is a set for each call of a model, so that they share a few
-// allocations: an allocation and a device-wide wait for each would empty the pipeline at every new program.
+// Device memory for the counters of call sites. They are small and there is a set for each call of a model, so that
+// they share a few allocations: an allocation and a device-wide wait for each would empty the pipeline at every new
+// program.
 #pragma once
 
 #include <cuda_runtime_api.h>

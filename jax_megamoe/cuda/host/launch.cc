@@ -10,25 +10,20 @@ namespace megamoe {
 
 namespace {
 
-template <bool kSwap>
-cudaError_t prepare(GroupKind kind) {
-  switch (kind) {
-    case GroupKind::kOneRank:
-      return Launcher<kSwap, OneRank>::prepare();
-    case GroupKind::kPeers:
-      return Launcher<kSwap, PeerRanks>::prepare();
-    default:
-      return VirtualRanksLauncher<kSwap>::prepare();
-  }
+template <typename Group>
+cudaError_t prepare() {
+  cudaError_t error = Launcher<SwapAb, Group>::prepare();
+  if (error == cudaSuccess) error = Launcher<Normal, Group>::prepare();
+  // Asked here, so that no launch is the first to ask.
+  if (error == cudaSuccess) Launcher<Normal, Group>::num_clusters();
+  return error;
 }
 
 // One launch for each slice of the tokens.
 template <typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
-  using SwapAb = Launcher<true, Group>;
-  using Normal = Launcher<false, Group>;
   Device device = current_device(num_ctas);
-  device.num_clusters = Normal::num_clusters();
+  device.num_clusters = Launcher<Normal, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
@@ -45,8 +40,8 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
     const LaunchChoice choice = choose(slice.problem, device, has_peers);
-    const cudaError_t error = choice.swap_operands ? SwapAb::launch(slice, choice, num_ctas, stream)
-                                                   : Normal::launch(slice, choice, num_ctas, stream);
+    const cudaError_t error = choice.swap_operands ? Launcher<SwapAb, Group>::launch(slice, choice, num_ctas, stream)
+                                                   : Launcher<Normal, Group>::launch(slice, choice, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -54,10 +49,9 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
 
 }  // namespace
 
-cudaError_t prepare_kernels(GroupKind kind) {
-  const cudaError_t error = prepare<true>(kind);
-  return error != cudaSuccess ? error : prepare<false>(kind);
-}
+cudaError_t prepare_moe() { return prepare<OneRank>(); }
+
+cudaError_t prepare_moe_peers() { return prepare<PeerRanks>(); }
 
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
   return launch<OneRank>(arguments, /*has_peers=*/false, tokens_per_launch, num_ctas, stream);
@@ -65,17 +59,6 @@ cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int
 
 cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
   return launch<PeerRanks>(arguments, /*has_peers=*/true, tokens_per_launch, num_ctas, stream);
-}
-
-cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
-                                 cudaStream_t stream) {
-  using SwapAb = VirtualRanksLauncher<true>;
-  using Normal = VirtualRanksLauncher<false>;
-  Device device = current_device(ctas_per_rank);
-  device.num_clusters = Normal::num_clusters() / present;
-  const LaunchChoice choice = choose(arguments.of_rank[0].problem, device, /*has_peers=*/true);
-  return choice.swap_operands ? SwapAb::launch(arguments, choice, present, ctas_per_rank, stream)
-                              : Normal::launch(arguments, choice, present, ctas_per_rank, stream);
 }
 
 }  // namespace megamoe

@@ -8,10 +8,12 @@
 
 namespace megamoe {
 
+struct SwapAb;
+struct Normal;
 struct OneRank;
 struct PeerRanks;
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 struct Launcher {
   static cudaError_t prepare();
   // Of two CTAs, that the current device runs at the same time.
@@ -21,7 +23,7 @@ struct Launcher {
 };
 
 // Several ranks on one GPU.
-template <bool kSwap>
+template <typename Orientation>
 struct VirtualRanksLauncher {
   static cudaError_t prepare();
   static int num_clusters();

@@ -52,69 +52,71 @@ int most_clusters() {
 }
 
 // What the choice and the sizes come to, in numbers that the kernel would have to work out.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas) {
   const Problem& p = arguments.problem;
   LaunchConstants c;
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
-  c.dispatch_blocks = Divisor(ceil_div(p.hidden_size, Orientation<kSwap>::kDispatchColumns));
+  c.dispatch_blocks = Divisor(ceil_div(p.hidden_size, Orientation::kDispatchColumns));
   c.dispatch_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.dispatch_blocks.value()), num_ctas);
-  c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation<kSwap>::kUnitTiles));
-  c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation<kSwap>::kUnitTiles));
+  c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation::kUnitTiles));
+  c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation::kUnitTiles));
   c.cluster_ctas = choice.cluster_ctas;
   c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), choice.cluster_ctas));
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), choice.cluster_ctas));
   c.gathers_rows = choice.gathers_rows;
   c.activations_stay = choice.activations_stay;
   const Plan plan(p.num_local_experts, p.num_ranks, 0);
-  for (int rows = 8; rows <= Orientation<kSwap>::kTokenTile; rows += 8) {
-    c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<kSwap>::stages_that_fit(plan, rows));
+  for (int rows = 8; rows <= Orientation::kTokenTile; rows += 8) {
+    c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(plan, rows));
   }
-  const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation<kSwap>::kStageWeightBytes);
-  c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation<kSwap>::kTokenTile / 8 - 1]);
+  const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation::kStageWeightBytes);
+  c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation::kTokenTile / 8 - 1]);
   return c;
 }
 
-template <bool kSwap, typename Group>
-cudaError_t Launcher<kSwap, Group>::prepare() {
-  return cudaFuncSetAttribute(moe_sm90<kSwap, Group>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+template <typename Orientation, typename Group>
+cudaError_t Launcher<Orientation, Group>::prepare() {
+  return cudaFuncSetAttribute(moe_sm90<Orientation, Group>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
 }
 
-template <bool kSwap, typename Group>
-int Launcher<kSwap, Group>::num_clusters() {
-  return most_clusters<moe_sm90<kSwap, Group>>();
+template <typename Orientation, typename Group>
+int Launcher<Orientation, Group>::num_clusters() {
+  return most_clusters<moe_sm90<Orientation, Group>>();
 }
 
-template <bool kSwap, typename Group>
-cudaError_t Launcher<kSwap, Group>::launch(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas,
-                                           cudaStream_t stream) {
+template <typename Orientation, typename Group>
+cudaError_t Launcher<Orientation, Group>::launch(const MoeArguments& arguments, const LaunchChoice& choice,
+                                                 int num_ctas, cudaStream_t stream) {
   MoeArguments complete = arguments;
-  complete.constants = launch_constants<kSwap, Group>(arguments, choice, num_ctas);
-  return ClusterLaunch(dim3(num_ctas), choice.cluster_ctas, stream).run(moe_sm90<kSwap, Group>, complete);
+  complete.constants = launch_constants<Orientation, Group>(arguments, choice, num_ctas);
+  return ClusterLaunch(dim3(num_ctas), choice.cluster_ctas, stream).run(moe_sm90<Orientation, Group>, complete);
 }
 
-template <bool kSwap>
-cudaError_t VirtualRanksLauncher<kSwap>::prepare() {
-  return cudaFuncSetAttribute(moe_virtual_ranks<kSwap>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+template <typename Orientation>
+cudaError_t VirtualRanksLauncher<Orientation>::prepare() {
+  return cudaFuncSetAttribute(moe_virtual_ranks<Orientation>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kSharedBytes);
 }
 
-template <bool kSwap>
-int VirtualRanksLauncher<kSwap>::num_clusters() {
-  return most_clusters<moe_virtual_ranks<kSwap>>();
+template <typename Orientation>
+int VirtualRanksLauncher<Orientation>::num_clusters() {
+  return most_clusters<moe_virtual_ranks<Orientation>>();
 }
 
-template <bool kSwap>
-cudaError_t VirtualRanksLauncher<kSwap>::launch(const VirtualRanksArguments& arguments, const LaunchChoice& choice,
-                                                int num_ranks, int ctas_per_rank, cudaStream_t stream) {
+template <typename Orientation>
+cudaError_t VirtualRanksLauncher<Orientation>::launch(const VirtualRanksArguments& arguments,
+                                                      const LaunchChoice& choice, int num_ranks, int ctas_per_rank,
+                                                      cudaStream_t stream) {
   const int cluster = choice.cluster_ctas;
   VirtualRanksArguments complete = arguments;
   for (int r = 0; r < num_ranks; ++r) {
     MoeArguments& one = complete.of_rank[r];
-    one.constants = launch_constants<kSwap, VirtualRanks>(one, choice, ctas_per_rank);
+    one.constants = launch_constants<Orientation, VirtualRanks>(one, choice, ctas_per_rank);
     one.peers.late_ctas =
         std::min(round_up(one.peers.late_ctas, cluster), ctas_per_rank - cluster);  // both of a cluster
   }
-  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(moe_virtual_ranks<kSwap>, complete);
+  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(moe_virtual_ranks<Orientation>, complete);
 }
 
 }  // namespace megamoe

@@ -1,5 +1,5 @@
-#define MEGAMOE_WAITS_FOR_RANKS  // kernels/waiting.cuh says why
-#define MEGAMOE_OUTLINE_TRAPS    // common/ptx.cuh says why
+#define MEGAMOE_WAITS_FOR_RANKS  // common/bounded_wait.cuh says why
+#define MEGAMOE_OUTLINE_TRAPS    // common/bounded_wait.cuh says why
 #include "instantiations/launchers.cuh"
 
-template struct megamoe::Launcher<false, megamoe::PeerRanks>;
+template struct megamoe::Launcher<megamoe::Normal, megamoe::PeerRanks>;

@@ -1,29 +1,31 @@
-// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it tells the other ranks.
+// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it announces that to the
+// other ranks.
 #pragma once
 
 #include <cstdint>
 
+#include "common/ptx/memory_order.cuh"
 #include "kernels/group.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"
 
 namespace megamoe {
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 class CounterAdvance {
  public:
   __device__ CounterAdvance(const MoeArguments& args, const Plan& plan) : args_(args), plan_(plan) {}
 
   __device__ void operator()(uint32_t* counter) const {
     if constexpr (Group::kHasPeers) {
-      const CounterSet& counters = SharedMap<kSwap>::counters(args_);
+      const CounterSet& counters = SharedMap<Orientation>::counters(args_);
       if (counter == counters.dispatched_shares()) {
         if (is_last(counter, gridDim.x)) announce_tokens();
         return;
       }
       const int64_t tile = counter - counters.down_done(0);
       if (tile >= 0 && tile < column_tiles()) {
-        if (is_last(counter, plan_.num_chunks() * Orientation<kSwap>::kDownSignals)) announce_columns(tile);
+        if (is_last(counter, plan_.num_chunks() * Orientation::kDownSignals)) announce_columns(tile);
         return;
       }
     }
@@ -34,7 +36,7 @@ class CounterAdvance {
   // announces.
   __device__ void announce_if_idle() const {
     if (plan_.num_chunks() != 0) return;
-    if (ptx::fetch_add(SharedMap<kSwap>::counters(args_).idle_ctas(), 1) != 0) return;
+    if (ptx::fetch_add(SharedMap<Orientation>::counters(args_).idle_ctas(), 1) != 0) return;
     for (int tile = 0; tile < column_tiles(); ++tile) announce_columns(tile);
   }
 
@@ -43,11 +45,11 @@ class CounterAdvance {
 
   __device__ int column_tiles() const { return args_.constants.down_units.value(); }
   __device__ void announce_tokens() const {
-    Group::dawdle(args_, 2);
+    Group::inject_delay(args_, DelayPoint::kBeforeTokensFlag);
     Group::announce(args_, [](PeerHeader* header) { return header->tokens_sent; }, shared_header().epoch);
   }
   __device__ void announce_columns(int tile) const {
-    Group::dawdle(args_, 3);
+    Group::inject_delay(args_, DelayPoint::kBeforeColumnsFlag);
     Group::announce(args_, [tile](PeerHeader* header) { return header->columns_done[tile]; }, shared_header().epoch);
   }
 

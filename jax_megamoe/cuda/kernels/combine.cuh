@@ -6,6 +6,11 @@
 #include <cstdint>
 
 #include "common/bf16.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"
 
@@ -101,15 +106,15 @@ __device__ __forceinline__ void store_nothing(const MoeArguments& args, const in
 }
 
 // Waits until down units [first, end) of all ranks' experts are done. One warp; returns whether they are.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ bool wait_for_units(const MoeArguments& args, int num_chunks, int first, int end) {
   if constexpr (Group::kHasPeers) {
     return Group::wait_for_ranks(args, own_peer_header()->columns_done[first], end - first, shared_header().epoch,
                                  PeerFailure::kColumns, [](int) {});
   } else {
-    const uint32_t signals = num_chunks * Orientation<kSwap>::kDownSignals;
+    const uint32_t signals = num_chunks * Orientation::kDownSignals;
     for (int unit = first + threadIdx.x % 32; unit < end; unit += 32) {
-      await_at_least(SharedMap<kSwap>::counters(args).down_done(unit), signals);
+      await_at_least(SharedMap<Orientation>::counters(args).down_done(unit), signals);
     }
     __syncwarp();
     return true;
@@ -136,7 +141,7 @@ struct CombineItem {
 // swapAB: columns are complete one after the other; items are taken column by column, and a warp waits for each.
 template <typename Group>
 __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& args, int num_chunks) {
-  constexpr int kSlotsInFlight = Orientation<true>::kSlotsInFlight;
+  constexpr int kSlotsInFlight = SwapAb::kSlotsInFlight;
   const Problem& p = args.problem;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
@@ -145,7 +150,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
     if (at.move_to(item % column_tiles, item / column_tiles)) find_used_slots<Group>(args, at.tokens, at.used);
     const int unit = item % column_tiles * kCombineColumns / kDownUnitColumns;
-    if (!wait_for_units<true, Group>(args, num_chunks, unit, unit + 1)) {
+    if (!wait_for_units<SwapAb, Group>(args, num_chunks, unit, unit + 1)) {
       store_nothing(args, at.tokens, at.column);
       continue;
     }
@@ -181,7 +186,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   }
 }
 
-// Which of the down units are complete, as one warp knows: the first so many.
+// How many of the first down units are complete, as far as one warp knows.
 template <typename Group>
 class CompleteUnits {
  public:
@@ -191,17 +196,17 @@ class CompleteUnits {
   __device__ __forceinline__ bool await(int unit) {
     if (unit < complete_) return true;
     if constexpr (Group::kHasPeers) {
-      if (!wait_for_units<false, Group>(args_, num_chunks_, complete_, unit + 1)) return false;
+      if (!wait_for_units<Normal, Group>(args_, num_chunks_, complete_, unit + 1)) return false;
       complete_ = unit + 1;
     } else {
-      // Looks at as many as there are lanes: what is complete already is not asked for again.
-      const uint32_t signals = num_chunks_ * Orientation<false>::kDownSignals;
+      // Looks at as many as there are lanes: what is complete already is not read again.
+      const uint32_t signals = num_chunks_ * Normal::kDownSignals;
       const int units = args_.constants.down_units.value();
       WaitLimit limit;
       while (true) {
         const int mine = complete_ + static_cast<int>(threadIdx.x % 32);
         const bool done =
-            mine < units && ptx::load_acquire(SharedMap<false>::counters(args_).down_done(mine)) >= signals;
+            mine < units && ptx::load_acquire(SharedMap<Normal>::counters(args_).down_done(mine)) >= signals;
         complete_ += __ffs(~__ballot_sync(~0u, done)) - 1;
         if (unit < complete_) break;
         limit.check();
@@ -221,8 +226,7 @@ class CompleteUnits {
 // waits for the columns of each.
 template <typename Group>
 class CombineStream {
-  using O = Orientation<false>;
-  static constexpr int kSlots = O::kSlotsInFlight, kStepsAhead = 3;
+  static constexpr int kSlots = Normal::kSlotsInFlight, kStepsAhead = 3;
   static constexpr int kRowBytes = 32 * 16, kStepBytes = 2 * kSlots * kRowBytes;
 
  public:
@@ -254,9 +258,9 @@ class CombineStream {
   }
 
   __device__ __forceinline__ void run() {
-    CombineItem asked, at;
+    CombineItem ahead, at;
     int complete_steps = steps_;
-    for (int step = 0; step < kStepsAhead; ++step) ask(step, step, asked, complete_steps);
+    for (int step = 0; step < kStepsAhead; ++step) issue(step, step, ahead, complete_steps);
     float sum[2][8] = {};
     int stage = 0;
 #pragma unroll 1
@@ -273,7 +277,7 @@ class CombineStream {
         store_nothing(args_, at.tokens, at.column);
       } else {
         discard_slots<Group>(args_, at.tokens, here_.base, at.column);
-        if (here_.base == 0 && gathers_rows<false, Group>(args_)) discard_rows(args_, at.tokens, at.column);
+        if (here_.base == 0 && gathers_rows<Normal, Group>(args_)) discard_rows(args_, at.tokens, at.column);
         if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
@@ -284,7 +288,7 @@ class CombineStream {
         }
       }
       advance(here_);
-      ask(step + kStepsAhead, stage, asked, complete_steps);
+      issue(step + kStepsAhead, stage, ahead, complete_steps);
       stage = stage + 1 == kStepsAhead ? 0 : stage + 1;
     }
   }
@@ -311,9 +315,9 @@ class CombineStream {
   }
 
   // A group of copies, empty beyond the last step. A slot that is not used adds zero, which changes no sum that began with +0.
-  __device__ __forceinline__ void ask(int step, int stage, CombineItem& item, int& complete_steps) {
+  __device__ __forceinline__ void issue(int step, int stage, CombineItem& item, int& complete_steps) {
     if (step < complete_steps) {
-      const int unit = ahead_.column_tile * kCombineColumns / (O::kUnitTiles * kDownUnitColumns);
+      const int unit = ahead_.column_tile * kCombineColumns / (Normal::kUnitTiles * kDownUnitColumns);
       if (units_.await(unit)) {
         if (item.move_to(ahead_.column_tile, ahead_.token_group)) find_used_slots<Group>(args_, item.tokens, item.used);
 #pragma unroll
@@ -344,9 +348,9 @@ class CombineStream {
 };
 
 // All consumer warps of all CTAs.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
-  if constexpr (kSwap) {
+  if constexpr (Orientation::kSwapsOperands) {
     combine_as_columns_complete<Group>(args, num_chunks);
   } else {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // both warpgroups have left the ring

@@ -7,6 +7,12 @@
 
 #include "common/bf16.cuh"
 #include "common/fp8.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"
@@ -48,29 +54,30 @@ struct DispatchCursor {
 };
 
 // Piece by piece of eight columns: lane l has pieces l, and l + 32 where an item is 512 columns.
-template <bool kSwap>
+template <typename Orientation>
 struct ItemPieces {
-  static constexpr int kPieces = Orientation<kSwap>::kDispatchColumns / 8 / 32;
+  static constexpr int kPieces = Orientation::kDispatchColumns / 8 / 32;
   uint4 piece[kPieces];
 };
 
 // Where a piece of an item is, as the caller has it; null where there is none.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ const uint16_t* piece_of_item(const MoeArguments& args, const DispatchShare& share,
                                                          const DispatchCursor& at, int piece) {
-  const int column = at.block * Orientation<kSwap>::kDispatchColumns + piece * 8;
+  const int column = at.block * Orientation::kDispatchColumns + piece * 8;
   if (at.item >= share.end_item || column >= args.problem.hidden_size) return nullptr;
   return args.x + static_cast<size_t>(at.token) * args.problem.hidden_size + column;
 }
 
-// A warp's first item, asked for before anything else.
-template <bool kSwap>
-__device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments& args, const DispatchShare& share) {
+// A warp's first item, loaded before anything else.
+template <typename Orientation>
+__device__ __forceinline__ ItemPieces<Orientation> load_first_item(const MoeArguments& args,
+                                                                   const DispatchShare& share) {
   const DispatchCursor at(share, share.first_item + threadIdx.x / 32);
-  ItemPieces<kSwap> item;
+  ItemPieces<Orientation> item;
 #pragma unroll
-  for (int i = 0; i < ItemPieces<kSwap>::kPieces; ++i) {
-    const uint16_t* source = piece_of_item<kSwap>(args, share, at, threadIdx.x % 32 + 32 * i);
+  for (int i = 0; i < ItemPieces<Orientation>::kPieces; ++i) {
+    const uint16_t* source = piece_of_item<Orientation>(args, share, at, threadIdx.x % 32 + 32 * i);
     item.piece[i] = source == nullptr ? make_uint4(0, 0, 0, 0) : __ldg(reinterpret_cast<const uint4*>(source));
   }
   return item;
@@ -79,17 +86,17 @@ __device__ __forceinline__ ItemPieces<kSwap> load_first_item(const MoeArguments&
 // A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The memory is
 // the token parts of the ring, which are empty until all tokens are dispatched. Two warps share a stage, which has 2 KB for swapAB's
 // two items each and 8 KB for the normal orientation's four, or three warps one of 16 KB.
-template <bool kSwap>
+template <typename Orientation>
 class ItemStream {
-  static constexpr int kItems = Orientation<kSwap>::kItemsInFlight;
-  static constexpr int kPieces = ItemPieces<kSwap>::kPieces;
+  static constexpr int kItems = Orientation::kItemsInFlight;
+  static constexpr int kPieces = ItemPieces<Orientation>::kPieces;
   static constexpr int kItemBytes = kPieces * 32 * static_cast<int>(sizeof(uint4));
 
  public:
   // `first` has come already.
   __device__ __forceinline__ ItemStream(const MoeArguments& args, const DispatchShare& share,
-                                        const SharedMap<kSwap>& map, const DispatchCursor& at,
-                                        const ItemPieces<kSwap>& first)
+                                        const SharedMap<Orientation>& map, const DispatchCursor& at,
+                                        const ItemPieces<Orientation>& first)
       : args_(args), share_(share), ahead_(at) {
     const int warp = threadIdx.x / 32;
     const int warps_per_stage = ceil_div(kConsumerWarps, map.num_stages);
@@ -98,19 +105,19 @@ class ItemStream {
     for (int i = 0; i < kPieces; ++i) *place(0, threadIdx.x % 32 + 32 * i) = first.piece[i];
     ptx::commit_copies();
     ahead_.advance(share);
-    for (slot_ = 1; slot_ < kItems; ++slot_) ask();
+    for (slot_ = 1; slot_ < kItems; ++slot_) issue();
     slot_ = 0;
   }
 
   // The next item: a lane's 8 or 16 columns in a row.
-  __device__ __forceinline__ ItemPieces<kSwap> next() {
+  __device__ __forceinline__ ItemPieces<Orientation> next() {
     ptx::wait_copies<kItems - 1>();
     __syncwarp();
-    ItemPieces<kSwap> item;
+    ItemPieces<Orientation> item;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) item.piece[i] = *place(slot_, threadIdx.x % 32 * kPieces + i);
     __syncwarp();
-    ask();
+    issue();
     slot_ = slot_ + 1 == kItems ? 0 : slot_ + 1;
     return item;
   }
@@ -120,11 +127,11 @@ class ItemStream {
     return reinterpret_cast<uint4*>(buffer_ + slot * kItemBytes) + piece;
   }
 
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void issue() {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int piece = threadIdx.x % 32 + 32 * i;
-      const uint16_t* source = piece_of_item<kSwap>(args_, share_, ahead_, piece);
+      const uint16_t* source = piece_of_item<Orientation>(args_, share_, ahead_, piece);
       if (source != nullptr) ptx::copy_async_16(place(slot_, piece), source, true);
     }
     ptx::commit_copies();
@@ -144,7 +151,7 @@ struct RoutesAhead {
   float weight = 0.0f;
 
   // A warp, of routes [first, end).
-  __device__ __forceinline__ void ask(const MoeArguments& args, int first, int end) {
+  __device__ __forceinline__ void load(const MoeArguments& args, int first, int end) {
     const int route = first + static_cast<int>(threadIdx.x % 32);
     expert = route < end ? __ldg(args.topk_ids + route) : -1;
     weight = route < end ? __ldg(args.topk_weights + route) : 0.0f;
@@ -154,10 +161,10 @@ struct RoutesAhead {
 // Finds the image row of every route of tokens [token_begin, token_end) by counting earlier routes of the same expert. One
 // warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` holds the
 // first routes, and afterwards the first ones after these tokens.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void place_routes(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
                                              int token_begin, int token_end, RoutesAhead& ahead, RouteTarget* targets) {
-  constexpr int kTile = Orientation<kSwap>::kTokenTile;
+  constexpr int kTile = Orientation::kTokenTile;
   const int lane = threadIdx.x % 32;
   const int top_k = args.problem.top_k;
   const int first_route = token_begin * top_k;
@@ -167,7 +174,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
     const int route = base + lane;
     int expert = route < end_route ? ahead.expert : -1;
     const float weight = ahead.weight;
-    ahead.ask(args, min(base + 32, end_route), share.end_token() * top_k);
+    ahead.load(args, min(base + 32, end_route), share.end_token() * top_k);
     if (expert < 0 || expert >= plan.group_experts() || !Group::has_ids()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
@@ -183,7 +190,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
       // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/limits.h).
-      target = RouteTarget::at(rank, chunk_row_base * k_blocks, row, padded);
+      target = RouteTarget::at(rank, Image::first_row(chunk_row_base, k_blocks), row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(route / top_k) >= share.first_item) {
         Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::route_with_rank(args, route),
@@ -197,14 +204,14 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
 
 // Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the
 // token's used slots; where rows are gathered, once, and for the slots its scales.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
-                                              const ItemPieces<kSwap>& item, const RouteTarget* token_targets) {
-  constexpr int kPieces = ItemPieces<kSwap>::kPieces;
+                                              const ItemPieces<Orientation>& item, const RouteTarget* token_targets) {
+  constexpr int kPieces = ItemPieces<Orientation>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
-  const int column = at.block * Orientation<kSwap>::kDispatchColumns + lane * 8 * kPieces;
+  const int column = at.block * Orientation::kDispatchColumns + lane * 8 * kPieces;
   float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
@@ -231,34 +238,32 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
   const uint32_t k_block = column / kBlockK;
-  const bool rows = gathers_rows<kSwap, Group>(args);
+  const bool rows = gathers_rows<Orientation, Group>(args);
   if constexpr (kPieces == 2) {
     if (rows) ptx::store_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
   }
-  // Some slots at a time, without branches, so that the ways to their addresses overlap.
+  // Some slots at a time, without branches, so that the loads of their targets overlap.
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
     RouteTarget target[kSlotsAtOnce];
-    uint8_t* plane[kSlotsAtOnce];
+    uint8_t* place[kSlotsAtOnce];
     float* scales[kSlotsAtOnce];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      const uint32_t row = target[i].image_row + k_block * target[i].padded_rows();
-      const uint32_t byte = row * kBlockK + (column % kBlockK ^ target[i].swizzle());
-      plane[i] = Group::on(target[i].rank(), args.workspace.token_planes) + byte;
-      scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + row;
+      place[i] = Group::on(target[i].rank(), args.workspace.token_planes) + target[i].byte(k_block, column);
+      scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + target[i].row(k_block);
     }
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
       const bool used = slot + i < p.top_k && target[i].used();
       if (used && !rows) {
         if constexpr (kPieces == 1) {
-          ptx::store(plane[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
+          ptx::store(place[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
         } else {
-          *reinterpret_cast<uint4*>(plane[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+          *reinterpret_cast<uint4*>(place[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
         }
       }
       if (used && lane % kLanesPerScale == 0) *scales[i] = scale;
@@ -268,25 +273,26 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 
 // One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `routes` are warp
 // 0's first routes, both loaded before. Ends by counting the share as done, for all CTAs to know.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
-                                               const ItemPieces<kSwap>& first, RoutesAhead& routes,
-                                               const SharedMap<kSwap>& map, Signaller& signaller, Tracer& tracer) {
+                                               const ItemPieces<Orientation>& first, RoutesAhead& routes,
+                                               const SharedMap<Orientation>& map, Signaller& signaller,
+                                               Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kRouteBatch / top_k;
   const int end_token = share.end_token();
   RouteTarget* targets = map.route_targets();
   DispatchCursor at(share, share.first_item + warp);
-  ItemStream<kSwap> items(args, share, map, at, first);
+  ItemStream<Orientation> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {
     const int token_end = min(token_begin + tokens_per_batch, end_token);
-    if (warp == 0) place_routes<kSwap, Group>(args, plan, share, token_begin, token_end, routes, targets);
+    if (warp == 0) place_routes<Orientation, Group>(args, plan, share, token_begin, token_end, routes, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));
     for (; at.item < end_item; at.advance(share)) {
-      dispatch_item<kSwap, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
+      dispatch_item<Orientation, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
@@ -296,7 +302,7 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
   ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
-    uint32_t* counter = SharedMap<kSwap>::counters(args).dispatched_shares();
+    uint32_t* counter = SharedMap<Orientation>::counters(args).dispatched_shares();
     if constexpr (Group::kHasPeers) {
       signaller.post(counter);
     } else {
@@ -306,18 +312,19 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
 }
 
 // Tells the token producers of the cluster's CTAs that this CTA dispatches no more: they may fill stages with tokens. All consumers, once they are through with the CTA's own share.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ void end_dispatch(const MoeArguments& args) {
   if (kEveryLaneArrives || threadIdx.x == 0) {
-    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<Orientation>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&shared_header().dispatched, rank);
     }
   }
 }
 
 // The next share of a CTA that has not started, from `place` on; past the last one: there is none any more. All consumers.
-template <bool kSwap>
-__device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<kSwap>& map, int place) {
+template <typename Orientation>
+__device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<Orientation>& map,
+                                                 int place) {
   int* const taken = reinterpret_cast<int*>(map.row_amax());  // scratch, nobody's while tokens are dispatched
   const int places = static_cast<int>(gridDim.x);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
@@ -331,11 +338,11 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
   return place;
 }
 
-// The shares of CTAs that have not started, which the token producer has asked for. It fills no stage until it has its
-// answer, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
-template <bool kSwap, typename Group>
+// The shares of CTAs that have not started, once the token producer has requested it. It fills no stage until they are
+// done, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args, const Plan& plan,
-                                                       const SharedMap<kSwap>& map, Signaller& signaller,
+                                                       const SharedMap<Orientation>& map, Signaller& signaller,
                                                        Tracer& tracer) {
   int place = -1;
 #pragma unroll 1
@@ -344,9 +351,9 @@ __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args,
     const int first_route = share.first_token() * args.problem.top_k;
     recount_before<Group>(args, plan, Group::route_in_group(args, first_route));
     RoutesAhead routes;
-    if (threadIdx.x / 32 == 0) routes.ask(args, first_route, share.end_token() * args.problem.top_k);
-    dispatch_share<kSwap, Group>(args, plan, share, load_first_item<kSwap>(args, share), routes, map, signaller,
-                                 tracer);
+    if (threadIdx.x / 32 == 0) routes.load(args, first_route, share.end_token() * args.problem.top_k);
+    dispatch_share<Orientation, Group>(args, plan, share, load_first_item<Orientation>(args, share), routes, map,
+                                       signaller, tracer);
   }
   if (kEveryLaneArrives || threadIdx.x == 0) ptx::mbarrier_arrive(&map.header().vacant_shares_done);
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // all of them see it

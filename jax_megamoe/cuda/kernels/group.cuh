@@ -1,25 +1,27 @@
-// The expert group: how ranks find each other's memory, tell each other what is done, and wait for it.
+// The expert group: how ranks find each other's memory, announce what is done, and wait for it.
 // OneRank has all experts; PeerRanks are GPUs that see each other's memory. The protocol is in docs/expert-parallel.md.
 #pragma once
 
 #include <cstdint>
 
-#include "common/system_flags.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/clock.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/arguments.h"
 #include "kernels/places.cuh"
 #include "kernels/shared_header.cuh"
-#include "kernels/waiting.cuh"
 
 namespace megamoe {
 
-// What the ranks tell each other, in the buffer of another rank and in the own one.
+// The flags that the ranks set for each other, in the buffer of another rank and in the own one.
 __device__ __forceinline__ PeerHeader* peer_header(int rank) {
   return PeerBuffer::header(shared_header().workspace[rank]);
 }
 __device__ __forceinline__ PeerHeader* own_peer_header() { return PeerBuffer::header(shared_header().own_workspace); }
 
-// Bounded waiting in a group: until it has come, or the time is over, or somebody's time is. After a failure, every wait ends,
-// whatever it waited for: the launch comes to its end, with results that say so.
+// Bounded waiting in a group: until it has come, or the time is over, or another rank's time is. After a failure every
+// wait ends, whatever it waited for: the launch comes to its end, and its results are NaN.
 class PeerWait {
  public:
   __device__ explicit PeerWait(const Peers& peers) : peers_(peers) {}
@@ -37,7 +39,7 @@ class PeerWait {
     return false;
   }
 
-  // Whoever notices tells the host: also a rank that was told, whose waits all end in vain from now on.
+  // Whoever notices a failure notes it for the host: also a rank to which another one reported it.
   __device__ static bool has_failed(const Peers& peers) { return is_failure(peers, failure_word()); }
 
   // The same in two parts, for who has something else to do until the word is here.
@@ -48,7 +50,7 @@ class PeerWait {
     return true;
   }
 
-  // The first one leaves word, and tells the other ranks, which would wait in vain.
+  // The first failure is kept, and reported to the other ranks, which would wait in vain.
   __device__ static void fail(const Peers& peers, PeerFailure::Phase phase, int peer) {
     const uint64_t word = PeerFailure{phase, peers.rank, peer, shared_header().epoch}.word();
     auto* failed = reinterpret_cast<unsigned long long*>(&own_peer_header()->failed);
@@ -67,11 +69,14 @@ class PeerWait {
   uint64_t start_ = 0;
 };
 
+// Where a rank may be slow: virtual ranks pause there in tests, to shuffle the order of events.
+enum class DelayPoint : int { kBeforeIds, kBeforeDispatch, kBeforeTokensFlag, kBeforeColumnsFlag, kBeforeCombine };
+
 // All experts on one device.
 struct OneRank {
   static constexpr bool kHasPeers = false;
 
-  // What a launch asks for before anything else: the id of the thread's first route.
+  // What a launch loads before anything else: the id of the thread's first route.
   struct Opening {
     int id;
     __device__ explicit Opening(const MoeArguments& args)
@@ -97,9 +102,9 @@ struct OneRank {
   __device__ static T* own(T* pointer) {
     return pointer;
   }
-  __device__ static void come_late(const MoeArguments&) {}
-  __device__ static void go(const MoeArguments&) {}
-  __device__ static void dawdle(const MoeArguments&, int) {}
+  __device__ static void start_late(const MoeArguments&) {}
+  __device__ static void finish(const MoeArguments&) {}
+  __device__ static void inject_delay(const MoeArguments&, DelayPoint) {}
   __device__ static void wait_local(const MoeArguments&, const uint32_t* counter, uint32_t target) {
     await_at_least(counter, target);
   }
@@ -169,15 +174,15 @@ struct PeerRanks {
   // have not started; those that do come find no stage that is still needed for dispatch.
   __device__ static void await_tokens(const MoeArguments& args) {
     await(&shared_header().dispatched, 0);
-    SharePatience patience(args);
+    VacantShareWatch vacant_shares(args);
     const bool came = wait_for_ranks(args, own_peer_header()->tokens_sent, 1, shared_header().epoch,
                                      PeerFailure::kTokens, [&](int rank) {
-                                       if (rank == args.peers.rank) patience.check();
+                                       if (rank == args.peers.rank) vacant_shares.check();
                                      });
     // Whichever lane brings tokens has seen that the consumers are through.
-    if (__any_sync(~0u, patience.has_asked())) await(&shared_header().vacant_shares_done, 0);
+    if (__any_sync(~0u, vacant_shares.has_requested())) await(&shared_header().vacant_shares_done, 0);
     if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
-    __syncwarp();  // before a thread of the warp tells the consumers of the first tokens
+    __syncwarp();  // before a thread of the warp releases the first tokens to the consumers
   }
 
   // One thread, which has observed what is announced: sets this rank's place of `flags(header)` on every rank. A rank that has failed
@@ -192,8 +197,8 @@ struct PeerRanks {
     }
   }
 
-  // What a launch asks for before anything else, all at once: which one it is in the group, where the group's memory is, and what the
-  // warp sends first.
+  // What a launch loads before anything else, all at once: its number in the group, where the group's memory is, and what
+  // the warp sends first.
   struct Opening {
     uint64_t epoch;
     uint64_t ids_bytes;
@@ -252,8 +257,8 @@ struct PeerRanks {
   }
   __device__ static int id_of_word(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
-  // Reads of a word, of a microsecond at most, before it is asked why it does not come.
-  static constexpr int kIdsPatience = 64;
+  // Reads of a word, of a microsecond at most, before the bounded wait for it begins.
+  static constexpr int kQuickTries = 64;
 
   // The id of a route, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not
   // come was to be sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
@@ -287,10 +292,9 @@ struct PeerRanks {
   // For consumers that have had a stage.
   __device__ static bool has_tokens() { return shared_header().tokens_missing == 0; }
 
-  __device__ static void come_late(const MoeArguments&) {}
-  __device__ static void go(const MoeArguments&) {}
-  // Called at the points of the protocol where a rank may be slow.
-  __device__ static void dawdle(const MoeArguments&, int) {}
+  __device__ static void start_late(const MoeArguments&) {}
+  __device__ static void finish(const MoeArguments&) {}
+  __device__ static void inject_delay(const MoeArguments&, DelayPoint) {}
 
  private:
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
@@ -316,29 +320,29 @@ struct PeerRanks {
   }
 };
 
-// Ranks that share one GPU, in tests: the same, with pauses of random length to shuffle the order of events, and CTAs that begin only
-// when all others of their rank are through.
+// Ranks that share one GPU, in tests: the same, with delays of random length, and CTAs that start only when all others of
+// their rank have finished.
 struct VirtualRanks : PeerRanks {
-  __device__ static void dawdle(const MoeArguments& args, int point) {
+  __device__ static void inject_delay(const MoeArguments& args, DelayPoint point) {
     if (args.peers.delay_seed == 0) return;
     uint32_t v = args.peers.delay_seed ^ (__ldcg(&args.control->launch) * 2654435761u) ^
-                 (args.peers.rank * 97u + blockIdx.x % 4 * 1009u + point) * 2246822519u;
+                 (args.peers.rank * 97u + blockIdx.x % 4 * 1009u + static_cast<uint32_t>(point)) * 2246822519u;
     v ^= v >> 15, v *= 0x2c1b3c6du, v ^= v >> 12;
     if (v % 4 != 0) return;
     const uint64_t end = ptx::global_nanoseconds() + v / 4 % 20000;
     while (ptx::global_nanoseconds() < end) __nanosleep(200);
   }
 
-  // All threads of a CTA, before it takes part in anything: late ones follow each other, from one that the seed chooses.
-  __device__ static void come_late(const MoeArguments& args) {
+  // All threads of a CTA, before it does anything: late CTAs follow each other, from one that the seed chooses.
+  __device__ static void start_late(const MoeArguments& args) {
     const uint32_t ctas = gridDim.x, late = args.peers.late_ctas, first = args.peers.delay_seed * 2u % ctas;
     if ((blockIdx.x + ctas - first) % ctas >= late) return;
     const uint32_t target = __ldcg(&args.control->launch) * ctas + ctas - late;
     while (static_cast<int32_t>(ptx::load_acquire(&args.control->finished) - target) < 0) __nanosleep(200);
     __syncthreads();
   }
-  // All consumers of a CTA that is through.
-  __device__ static void go(const MoeArguments& args) {
+  // All consumers of a CTA, at the end.
+  __device__ static void finish(const MoeArguments& args) {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) ptx::add_release(&args.control->finished, 1);
   }

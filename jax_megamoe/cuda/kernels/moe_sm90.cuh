@@ -15,6 +15,12 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/expected.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/registers.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/announce.cuh"
 #include "kernels/arguments.h"
 #include "kernels/combine.cuh"
@@ -32,15 +38,15 @@
 namespace megamoe {
 
 // One unit: swapAB with the smallest token tile that holds its chunk.
-template <bool kSwap, typename Group, int kN = 8>
-__device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<kSwap>& map,
+template <typename Orientation, typename Group, int kN = 8>
+__device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<Orientation>& map,
                                              const UnitNote& note, Signaller& signaller, Tracer& tracer,
                                              StageCursor& cursor) {
-  if constexpr (!kSwap) {
+  if constexpr (!Orientation::kSwapsOperands) {
     NormalConsumer<Group>(args, map, note, signaller, tracer).run(cursor);
   } else {
     if constexpr (kN < kSwapTokenTile) {
-      if (note.rows() > kN) return consume_unit<kSwap, Group, kN + 8>(args, map, note, signaller, tracer, cursor);
+      if (note.rows() > kN) return consume_unit<Orientation, Group, kN + 8>(args, map, note, signaller, tracer, cursor);
     }
     SwapConsumer<kN, Group>(args, map, note, signaller, tracer).run(cursor);
   }
@@ -48,13 +54,13 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
 
 // Unit after unit, until the weight producer says that there are no more. swapAB returns false, before the first one, where its tokens
 // don't come since they are the shares of CTAs that have not started.
-template <bool kSwap, typename Group>
-__device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<kSwap>& map, Signaller& signaller,
-                                        Tracer& tracer) {
+template <typename Orientation, typename Group>
+__device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
+                                        Signaller& signaller, Tracer& tracer) {
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
-    if constexpr (kSwap) {
+    if constexpr (Orientation::kSwapsOperands) {
       await(&map.header().weights_full[cursor.stage], cursor.parity);
       if (!await_unless(&map.header().tokens_full[cursor.stage], cursor.parity, vacant_shares_wanted)) return false;
     } else {
@@ -63,7 +69,7 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
     const UnitNote note = map.header().note[cursor.stage];
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
     if (note.end()) break;
-    consume_unit<kSwap, Group>(args, map, note, signaller, tracer, cursor);
+    consume_unit<Orientation, Group>(args, map, note, signaller, tracer, cursor);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
@@ -72,19 +78,19 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
 
 // All units; before them, what tokens no other CTA dispatches. swapAB looks for these while it waits for its first unit, which is 1 % of a
 // launch of 128 tokens; the normal orientation has no registers left for that.
-template <bool kSwap, typename Group>
-__device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan, const SharedMap<kSwap>& map,
-                                            Signaller& signaller, Tracer& tracer) {
-  if constexpr (kSwap) {
+template <typename Orientation, typename Group>
+__device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan,
+                                            const SharedMap<Orientation>& map, Signaller& signaller, Tracer& tracer) {
+  if constexpr (Orientation::kSwapsOperands) {
 #pragma unroll 1
-    while (!expected(consume<kSwap, Group>(args, map, signaller, tracer))) {
-      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+    while (!expected(consume<Orientation, Group>(args, map, signaller, tracer))) {
+      dispatch_vacant_shares<Orientation, Group>(args, plan, map, signaller, tracer);
     }
   } else {
     if (!expected(await_unless(&shared_header().tokens_full[0], 0, vacant_shares_wanted))) {
-      dispatch_vacant_shares<kSwap, Group>(args, plan, map, signaller, tracer);
+      dispatch_vacant_shares<Orientation, Group>(args, plan, map, signaller, tracer);
     }
-    consume<kSwap, Group>(args, map, signaller, tracer);
+    consume<Orientation, Group>(args, map, signaller, tracer);
   }
 }
 
@@ -97,68 +103,69 @@ __device__ __forceinline__ void clear_counters(const MoeArguments& args, uint32_
 }
 
 // One thread, for one consumer warpgroup or for both.
-template <bool kSwap, typename Group, int kQueues>
+template <typename Orientation, typename Group, int kQueues>
 __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& plan) {
-  const CounterAdvance<kSwap, Group> advance(args, plan);
+  const CounterAdvance<Orientation, Group> advance(args, plan);
   const int first = threadIdx.x / 32 - kFirstSignalWarp;
   if (first == 0) {
-    pass_turn<Group>(args);
+    advance_launch<Group>(args);
     if constexpr (Group::kHasPeers) advance.announce_if_idle();
   }
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }
 
 // The producer warps, once the plan is complete.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
   const int warp = threadIdx.x / 32;
-  if constexpr (kMayGatherRows<kSwap, Group>) {
+  if constexpr (kMayGatherRows<Orientation, Group>) {
     if (args.constants.gathers_rows && (warp == kTokenProducerWarp || warp == kSecondRowWarp)) {
-      const SharedMap<kSwap> map(args, plan);
-      return TokenProducer<kSwap, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
+      const SharedMap<Orientation> map(args, plan);
+      return TokenProducer<Orientation, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
     }
   }
   if (!ptx::elect_one()) return;
   if (warp == kWeightProducerWarp) {
-    const SharedMap<kSwap> map(args, plan);
-    WeightProducer<kSwap>(args, map).run(UnitSchedule<kSwap>(args, plan));
+    const SharedMap<Orientation> map(args, plan);
+    WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, plan));
   } else if (warp == kTokenProducerWarp) {
-    const SharedMap<kSwap> map(args, plan);
-    TokenProducer<kSwap, Group, false>(args, map, 0).run();
-  } else if (gathers_rows<kSwap, Group>(args)) {
-    signal<kSwap, Group, kConsumerWarpgroups>(args, plan);
+    const SharedMap<Orientation> map(args, plan);
+    TokenProducer<Orientation, Group, false>(args, map, 0).run();
+  } else if (gathers_rows<Orientation, Group>(args)) {
+    signal<Orientation, Group, kConsumerWarpgroups>(args, plan);
   } else {
-    signal<kSwap, Group, 1>(args, plan);
+    signal<Orientation, Group, 1>(args, plan);
   }
 }
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Group::come_late(args);
+  Group::start_late(args);
   Tracer tracer(args, TraceRole::kConsumer);
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
 
-  // What comes from memory is asked for first, before the weights flood its queues.
+  // Loads come first, before the weights fill the memory's queues.
   const DispatchShare share(args, blockIdx.x);
   const typename Group::Opening opening(args);
-  ItemPieces<kSwap> first_item;
-  if (warp < kConsumerWarps) first_item = load_first_item<kSwap>(args, share);
+  ItemPieces<Orientation> first_item;
+  if (warp < kConsumerWarps) first_item = load_first_item<Orientation>(args, share);
   RoutesAhead first_routes;
-  if (warp == 0) first_routes.ask(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
-  if constexpr (kSwap && !Group::kHasPeers) {
+  if (warp == 0) first_routes.load(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
+  if constexpr (Orientation::kSwapsOperands && !Group::kHasPeers) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
   }
   OwnPlace place;
   const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
   if (claims) place.claim(args.control);
   if (threadIdx.x == kTokenProducerWarp * 32) {
-    init_pipeline(shared_header(), Cluster<kSwap>(args).ctas(), gathers_rows<kSwap, Group>(args));
-    if constexpr (Group::kHasPeers && !kSwap) ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
+    init_pipeline(shared_header(), Cluster<Orientation>(args).ctas(), gathers_rows<Orientation, Group>(args));
+    if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands)
+      ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
   }
   __syncwarp();
-  Cluster<kSwap>::announce_barriers();
+  Cluster<Orientation>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) {
     SharedHeader& header = shared_header();
     header.launch = __ldcg(&args.control->launch);
@@ -175,22 +182,22 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
       shared_header().workspace[lane] = opening.workspace;
       if (lane == args.peers.rank) shared_header().own_workspace = opening.workspace;
     }
-    Group::dawdle(args, 0);
+    Group::inject_delay(args, DelayPoint::kBeforeIds);
     Group::send_ids(args, opening);
     if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
     first_route += Group::rank(args) * p.num_routes();
   }
 
   const Plan plan(p.num_local_experts, Group::num_ranks(args), Group::rank(args));
-  count_routes<kSwap, Group>(args, plan, first_route, opening.id);
-  Cluster<kSwap>::await_barriers();
-  if constexpr (Group::kHasPeers) Cluster<kSwap>(args).agree_on_missing_ids(shared_header());
+  count_routes<Orientation, Group>(args, plan, first_route, opening.id);
+  Cluster<Orientation>::await_barriers();
+  if constexpr (Group::kHasPeers) Cluster<Orientation>(args).agree_on_missing_ids(shared_header());
   if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
 
   if (warp >= kConsumerWarps) {
-    ptx::decrease_registers<Orientation<kSwap>::kProducerRegisters>();
+    ptx::decrease_registers<Orientation::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
-      lay_out_chunks<kSwap>(args, plan, plan.first_expert());
+      lay_out_chunks<Orientation>(args, plan, plan.first_expert());
       ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
     } else if (claims) {
       place.settle(args.control);
@@ -201,19 +208,19 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if constexpr (Group::kHasPeers) {
       if (warp == kTokenProducerWarp) Group::await_tokens(args);
     }
-    produce<kSwap, Group>(args, plan);
+    produce<Orientation, Group>(args, plan);
   } else {
-    ptx::increase_registers<Orientation<kSwap>::kConsumerRegisters>();
-    if constexpr (Group::kHasPeers) lay_out_other_ranks<kSwap>(args, plan, Group::num_ranks(args));
+    ptx::increase_registers<Orientation::kConsumerRegisters>();
+    if constexpr (Group::kHasPeers) lay_out_other_ranks<Orientation>(args, plan, Group::num_ranks(args));
     await(&shared_header().planned, 0);
-    const SharedMap<kSwap> map(args, plan);
+    const SharedMap<Orientation> map(args, plan);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
-    Group::dawdle(args, 1);
+    Group::inject_delay(args, DelayPoint::kBeforeDispatch);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
-      dispatch_share<kSwap, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
+      dispatch_share<Orientation, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
-    end_dispatch<kSwap>(args);
+    end_dispatch<Orientation>(args);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);
     clear_counters(args, (map.launch() + 1) % 2);
     if (blockIdx.x == 0) {
@@ -221,25 +228,25 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
         args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
       }
     }
-    consume_all<kSwap, Group>(args, plan, map, signaller, tracer);
+    consume_all<Orientation, Group>(args, plan, map, signaller, tracer);
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
-    Group::dawdle(args, 4);
-    combine_tokens<kSwap, Group>(args, plan.num_chunks());
+    Group::inject_delay(args, DelayPoint::kBeforeCombine);
+    combine_tokens<Orientation, Group>(args, plan.num_chunks());
     if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
-    Group::go(args);
+    Group::finish(args);
   }
 }
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant__ MoeArguments args) {
-  run_moe<kSwap, Group>(args);
+  run_moe<Orientation, Group>(args);
 }
 
 // Several ranks on one GPU, a row of CTAs each.
-template <bool kSwap>
+template <typename Orientation>
 __global__ void __launch_bounds__(kCtaThreads, 1)
     moe_virtual_ranks(const __grid_constant__ VirtualRanksArguments args) {
-  run_moe<kSwap, VirtualRanks>(args.of_rank[blockIdx.y]);
+  run_moe<Orientation, VirtualRanks>(args.of_rank[blockIdx.y]);
 }
 
 }  // namespace megamoe

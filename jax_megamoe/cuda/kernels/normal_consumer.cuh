@@ -13,6 +13,9 @@
 #include <cstdint>
 
 #include "common/fp8.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"
@@ -23,14 +26,12 @@ namespace megamoe {
 
 template <typename Group>
 class NormalConsumer {
-  using O = Orientation<false>;
-
  public:
-  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<false>& map, const UnitNote& note,
-                                            Signaller& signaller, Tracer& tracer)
+  __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<Normal>& map,
+                                            const UnitNote& note, Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
-    static_assert(O::kUnitTiles == kConsumerWarpgroups && O::kStageBlocks == 1);
-    static_assert(O::kActivationScaleColumns == kBlockK,
+    static_assert(Normal::kUnitTiles == kConsumerWarpgroups && Normal::kStageBlocks == 1);
+    static_assert(Normal::kActivationScaleColumns == kBlockK,
                   "a gate/up unit's columns are one K block of the down projection");
     const bool shares_tokens = note.rows() <= kWarpgroupTokens;
     first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
@@ -49,7 +50,7 @@ class NormalConsumer {
     if (note_.rows() <= kWarpgroupTokens) {
       run_tiles<1>(cursor);
     } else {
-      run_tiles<O::kUnitTiles>(cursor);
+      run_tiles<Normal::kUnitTiles>(cursor);
     }
   }
 
@@ -78,7 +79,7 @@ class NormalConsumer {
       accumulate<true, kTiles>(cursor, acc);
       if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * O::kUnitTiles + first_tile_ + t);
+      for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
       announce(map_.counters(args_).down_done(note_.tile));
     } else {
       accumulate<false, kTiles>(cursor, acc);
@@ -119,7 +120,7 @@ class NormalConsumer {
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
-      if (!kDown && gathers_rows<false, Group>(args_)) ptx::fence_proxy_async_shared();  // by copies of threads
+      if (!kDown && gathers_rows<Normal, Group>(args_)) ptx::fence_proxy_async_shared();  // by copies of threads
       const float token_scale[2] = {token_scales[0], token_scales[8]};
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -132,7 +133,7 @@ class NormalConsumer {
         const float odd = kDown ? even : weight_scales[1];
         wgmma::wait<0>();
         wgmma::pin(partial);
-        if (t == kTiles - 1) release_stage<false>(args_, map_.header(), stage);
+        if (t == kTiles - 1) release_stage<Normal>(args_, map_.header(), stage);
         promote(acc[t], partial, token_scale, even, odd);
       }
       cursor.advance(map_.num_stages);
@@ -164,10 +165,11 @@ class NormalConsumer {
     }
     if constexpr (kTiles == 1) exchange_maxima(amax);
 
+    // activation_image's plane and scales, written out: through it, nvcc moves other code around.
     uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
                      static_cast<size_t>(note_.tile) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / O::kActivationScaleColumns) +
+                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / Normal::kActivationScaleColumns) +
                     static_cast<size_t>(note_.tile) * padded;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -257,7 +259,7 @@ class NormalConsumer {
   }
 
   const MoeArguments& args_;
-  const SharedMap<false>& map_;
+  const SharedMap<Normal>& map_;
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;

@@ -3,41 +3,16 @@
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
 #include "kernels/cluster.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
-#include "kernels/waiting.cuh"
+#include "kernels/route_target.cuh"
+#include "layout/image.h"
 
 namespace megamoe {
-
-// Where byte `column % 128` lies in image row `row`: 16-byte pieces are permuted by the row number (the 128-byte swizzle).
-__device__ __forceinline__ int swizzled_column(int row, int column) {
-  return ((((column >> 4) ^ row) & 7) << 4) + (column & 15);
-}
-__device__ __forceinline__ int swizzled_offset(int row, int column) {
-  return row * kBlockK + swizzled_column(row, column);
-}
-
-// Where a route's token goes: worked out once for all its columns; used while the tokens are dispatched.
-struct RouteTarget {
-  uint32_t image_row;  // of 128 bytes, in the plane of the first K block, counted over all chunks' images
-  uint32_t packed;     // rank << 16 | swizzle << 8 | padded rows of the chunk
-
-  static constexpr uint32_t kUnused = ~0u;
-
-  __device__ static RouteTarget unused() { return {kUnused, 0}; }
-  __device__ static RouteTarget at(int rank, int chunk_image_row, int row, int padded_rows) {
-    return {static_cast<uint32_t>(chunk_image_row + row),
-            static_cast<uint32_t>(rank << 16 | swizzled_column(row, 0) << 8 | padded_rows)};
-  }
-
-  __device__ bool used() const { return image_row != kUnused; }
-  __device__ uint32_t padded_rows() const { return packed & 0xff; }
-  __device__ uint32_t swizzle() const { return packed >> 8 & 0xff; }
-  __device__ int rank() const { return packed >> 16; }
-};
-constexpr int kRouteBatch = 256;
 
 constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
 static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");
@@ -46,7 +21,7 @@ constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory 
 
 // Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage is
 // sized by the largest chunk of this launch, which every CTA knows from its plan.
-template <bool kSwap>
+template <typename Orientation>
 class SharedMap {
  public:
   int max_rows;
@@ -55,7 +30,7 @@ class SharedMap {
   // For a plan that is complete.
   __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
     // The normal path reads 64 or 128 rows, the padding ones included.
-    max_rows = kSwap ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
+    max_rows = Orientation::kSwapsOperands ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
     scratch_offset_ = plan.end();
     ring_offset_ = ring_begin(plan, max_rows);
     num_stages = args.constants.stages[max_rows / 8 - 1];
@@ -95,26 +70,28 @@ class SharedMap {
   __device__ uint8_t* weights(int stage) const {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
   }
-  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation<kSwap>::kStageWeightBytes; }
+  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightBytes; }
   __device__ float* token_scales(int stage) const {
     return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
   }
 
  private:
   // The normal orientation's consumers have no register for it.
-  __device__ uint8_t* scratch() const { return shared_memory() + (kSwap ? scratch_offset_ : header().plan_end); }
+  __device__ uint8_t* scratch() const {
+    return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
+  }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
     const int targets = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
-    const int epilogue = kSwap ? rows * kRowBytes : 0;
+    const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }
-  __host__ __device__ static int token_bytes(int rows) { return Orientation<kSwap>::kStageBlocks * rows * kBlockK; }
+  __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
-    const int scales = Orientation<kSwap>::kStageBlocks * Orientation<kSwap>::kActivationScalesPerBlock * rows;
-    return Orientation<kSwap>::kStageWeightBytes + token_bytes(rows) +
+    const int scales = Orientation::kStageBlocks * Orientation::kActivationScalesPerBlock * rows;
+    return Orientation::kStageWeightBytes + token_bytes(rows) +
            round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
 
@@ -156,14 +133,14 @@ __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t cta
   }
   if (ctas > 1) {
 #pragma unroll
-    for (uint64_t& told : header.ticket_told) ptx::mbarrier_init(&told, 1);
+    for (uint64_t& published : header.ticket_published) ptx::mbarrier_init(&published, 1);
   }
   ptx::mbarrier_init(&header.planned, 32 + 1);  // the weight producer's warp, and who claims the CTA's place
   ptx::mbarrier_init(&header.dispatched, ctas * (kEveryLaneArrives ? kConsumerThreads : 1));
   ptx::mbarrier_init(&header.vacant_shares_wanted, 1);
   ptx::mbarrier_init(&header.vacant_shares_done, kEveryLaneArrives ? kConsumerThreads : 1);
   header.ids_missing = 0;
-  header.vacant_units.looked_at = 0;
+  header.vacant_units.places_tried = 0;
   ptx::mbarrier_init_fence();
 }
 
@@ -197,18 +174,18 @@ class StageQuery {
 };
 
 // One arrival per consumer warp, in every CTA that shares the stage: the warp has no more use of it.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ void release_stage(const MoeArguments& args, SharedHeader& header, int stage) {
   __syncwarp();
   const uint32_t lane = threadIdx.x % 32;
-  if constexpr (kSwap) {
+  if constexpr (Orientation::kSwapsOperands) {
     if (kEveryLaneArrives || lane == 0) ptx::mbarrier_arrive(&header.empty[stage]);
   } else if constexpr (kEveryLaneArrives) {
-    for (uint32_t rank = 0; rank < Cluster<kSwap>(args).ctas(); ++rank) {
+    for (uint32_t rank = 0; rank < Cluster<Orientation>(args).ctas(); ++rank) {
       ptx::mbarrier_arrive_in_cluster(&header.empty[stage], rank);
     }
   } else {
-    if (lane < Cluster<kSwap>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
+    if (lane < Cluster<Orientation>(args).ctas()) ptx::mbarrier_arrive_in_cluster(&header.empty[stage], lane);
   }
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "kernels/arguments.h"
 #include "kernels/cluster.cuh"
 #include "kernels/group.cuh"
@@ -75,12 +77,12 @@ __device__ __forceinline__ void count_route(const Plan& plan, int expert, bool b
 
 // Counts the group's routes per expert, in all and before `first_route`. All threads of the CTA; with one rank `expert` is
 // the id of the thread's first route, loaded before. Begins and ends with a CTA barrier.
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void count_routes(const MoeArguments& args, const Plan& plan, int first_route, int expert) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
-  constexpr int kIdsInFlight = Orientation<kSwap>::kIdsInFlight;
+  constexpr int kIdsInFlight = Orientation::kIdsInFlight;
   if constexpr (Group::kHasPeers) {
     const int num_routes = args.problem.group_routes();
     const uint64_t epoch = shared_header().epoch;
@@ -90,7 +92,7 @@ __device__ __forceinline__ void count_routes(const MoeArguments& args, const Pla
     for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * kCtaThreads) {
       uint64_t words[kWordsInFlight];
       bool all_there = false;
-      for (int tries = 0; !all_there && tries < Group::kIdsPatience; ++tries) {
+      for (int tries = 0; !all_there && tries < Group::kQuickTries; ++tries) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
           const int route = first + i * kCtaThreads;
@@ -158,10 +160,10 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 }
 
 // Prefix sums over the experts of a rank, this one's if `kOwn`: then chunks too. One warp.
-template <bool kSwap, bool kOwn = true>
+template <typename Orientation, bool kOwn = true>
 __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const Plan& plan, int first_expert) {
   const int num_experts = plan.num_experts();
-  constexpr int kTile = Orientation<kSwap>::kTokenTile, kChunkBits = 24;
+  constexpr int kTile = Orientation::kTokenTile, kChunkBits = 24;
   const int lane = threadIdx.x % 32;
   int rows_so_far = 0, chunks_so_far = 0, max_rows = 8;
   uint32_t smallest = ~0u;  // tokens << kChunkBits | chunk
@@ -177,7 +179,7 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
       const int chunks_end = warp_inclusive_sum(chunks);
       const int first_chunk = chunks_so_far + chunks_end - chunks;
       if (e < num_experts) plan.chunk_base(e) = first_chunk;
-      if constexpr (kSwap) {
+      if constexpr (Orientation::kSwapsOperands) {
         prefetch_first_unit(args, e, first_chunk, chunks);
         if (chunks == 1) smallest = min(smallest, static_cast<uint32_t>(count) << kChunkBits | first_chunk);
       }
@@ -185,7 +187,7 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
       max_rows = max(max_rows, __reduce_max_sync(~0u, min(rows, kTile)));
     }
   }
-  if constexpr (kOwn && kSwap) smallest = __reduce_min_sync(~0u, smallest);
+  if constexpr (kOwn && Orientation::kSwapsOperands) smallest = __reduce_min_sync(~0u, smallest);
   if (kOwn && lane == 0) {
     plan.chunk_base(num_experts) = plan.num_chunks() = chunks_so_far;
     plan.max_rows() = max_rows;
@@ -195,12 +197,12 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
 }
 
 // Where the rows of other ranks' experts lie. All consumers.
-template <bool kSwap>
+template <typename Orientation>
 __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, const Plan& plan, int num_ranks) {
 #pragma unroll 1
   for (int rank = threadIdx.x / 32; rank < num_ranks; rank += kConsumerWarps) {
     const int first_expert = rank * plan.num_experts();
-    if (first_expert != plan.first_expert()) lay_out_chunks<kSwap, false>(args, plan, first_expert);
+    if (first_expert != plan.first_expert()) lay_out_chunks<Orientation, false>(args, plan, first_expert);
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 }
@@ -211,12 +213,13 @@ __device__ __forceinline__ void lay_out_other_ranks(const MoeArguments& args, co
 // where that would be most of them, which would wait for the last gate/up units. In swapAB the chunk with the fewest tokens has the last
 // down units: nothing else is left to do by then, and they take the less time the fewer tokens they have. A ticket is a unit, or
 // one for each CTA of a cluster.
-template <bool kSwap>
+template <typename Orientation>
 class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
       : constants_(args.constants), cluster_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
-    if (kSwap || cluster_.has_partner()) return;  // two CTAs share an expert's chunks in an order of their own
+    if (Orientation::kSwapsOperands || cluster_.has_partner())
+      return;  // two CTAs share an expert's chunks in an order of their own
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
     if (2 * chunks > num_chunks()) return;
     first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(num_chunks() - chunks));
@@ -238,12 +241,12 @@ class UnitSchedule {
     int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
     int chunk = tickets.divide(index);
-    if (kSwap && u.down) {
+    if (Orientation::kSwapsOperands && u.down) {
       const int place = chunk, smallest = plan_.smallest_chunk();
       if (place >= smallest) chunk = place == num_chunks() - 1 ? smallest : place + 1;
       index += (chunk - place) * static_cast<int>(tickets.value());
     }
-    const bool tail = !kSwap && u.down && chunk >= first_tail_chunk_;
+    const bool tail = !Orientation::kSwapsOperands && u.down && chunk >= first_tail_chunk_;
     u.expert = expert_of_chunk(chunk);
     // The chunks that take turns.
     const int first = tail ? first_tail_chunk_ : plan_.chunk_base(u.expert);
@@ -273,7 +276,7 @@ class UnitSchedule {
   }
 
  private:
-  static constexpr int kTile = Orientation<kSwap>::kTokenTile;
+  static constexpr int kTile = Orientation::kTokenTile;
 
   // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
   __device__ int expert_of_chunk(int chunk) const {
@@ -290,7 +293,7 @@ class UnitSchedule {
   }
 
   const LaunchConstants& constants_;
-  Cluster<kSwap> cluster_;
+  Cluster<Orientation> cluster_;
   Plan plan_;
   int first_tail_chunk_;  // from which on chunks take turns
 };

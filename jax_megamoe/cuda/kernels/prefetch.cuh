@@ -1,9 +1,9 @@
-// Weights that are certain or likely to be read, asked for before there is a place for them: the L2 has them by then.
+// Prefetches into the L2: weights that are certain or likely to be read, before a stage is free for them.
 #pragma once
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/ptx/bulk_copy.cuh"
 #include "kernels/arguments.h"
 #include "kernels/roles.h"
 
@@ -21,8 +21,8 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
          (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
 }
 
-// Until the other ranks' ids are here, nobody knows the units. But experts of this rank that its own tokens want are certain to be
-// read: the CTAs ask for a part of their weights, as much as may be in flight. One warp.
+// Until the other ranks' ids are here, nobody knows the units. But the experts of this rank that its own tokens name are
+// certain to be read: the CTAs prefetch a part of their weights, as much as may be in flight. One warp.
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
@@ -44,27 +44,26 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
                             min(k_blocks, static_cast<int>(tile_blocks)) * kBlockWeightBytes);
 }
 
-// The CTA's first unit if all experts have one chunk each, before anybody has looked at the ids: its first two stages. With as many
-// routes as experts most experts have one, and the memory has nothing else to do. One thread.
+// The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With as
+// many routes as experts most experts have one, and the memory has nothing else to do. One thread.
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
-  using O = Orientation<true>;
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
   if (p.num_routes() < p.num_local_experts || expert >= p.num_local_experts) return;
-  prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * O::kStageBlocks);
+  prefetch_unit(args, expert, blockIdx.x - expert * tiles.value(), 2 * SwapAb::kStageBlocks);
 }
 
-// The CTA's first unit, if it is one of those of an expert's `chunks` chunks from `first_chunk` on: its first stage, a microsecond
-// before the weight producer comes to it. Only if the CTA has little to dispatch; otherwise the prefetch delays that.
+// The first stage of the CTA's first unit, if that is one of the expert's `chunks` chunks from `first_chunk` on; a
+// microsecond before the weight producer comes to it. Only if the CTA has little to dispatch; otherwise the prefetch
+// delays that.
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
-  using O = Orientation<true>;
   const int tiles = args.constants.gate_up_units.value();
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
   if (args.constants.dispatch_items_per_cta > kMostItemsBesidePrefetch || within < 0 || within >= chunks * tiles)
     return;
   const int tile = chunks == 1 ? within : within / chunks;
-  prefetch_unit(args, expert, tile, O::kStageBlocks);
+  prefetch_unit(args, expert, tile, SwapAb::kStageBlocks);
 }
 
 }  // namespace megamoe

@@ -41,9 +41,10 @@ constexpr int kSignalSlots = 4;
 // Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
-// What differs between the two orientations besides the multiply itself.
+// What differs between the two orientations besides the multiply itself, side by side.
 template <bool kSwap>
-struct Orientation {
+struct OrientationConstants {
+  static constexpr bool kSwapsOperands = kSwap;
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less per
@@ -58,7 +59,7 @@ struct Orientation {
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
   static constexpr int kDispatchColumns = kSwap ? 256 : 512;
-  // What a thread asks for before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
+  // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
   // slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
   static constexpr int kItemsInFlight = kSwap ? 2 : 4;
@@ -71,5 +72,10 @@ struct Orientation {
 
   __device__ static int stages(int k_blocks) { return ceil_div(k_blocks, kStageBlocks); }
 };
+
+// swapAB: weights on WGMMA's M dimension, tokens on N, which may be as small as eight. For few tokens per expert.
+struct SwapAb : OrientationConstants<true> {};
+// Tokens on M, weights on N. For many.
+struct Normal : OrientationConstants<false> {};
 
 }  // namespace megamoe

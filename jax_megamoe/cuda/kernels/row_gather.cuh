@@ -1,31 +1,36 @@
 // Rows of quantised tokens, brought into the stages one by one.
 //
-// A chunk's image comes by one copy, but a token is in the images of all its experts, and these are written to the device's memory
-// before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save that. The price: two warps find
-// 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for their weights (host/choices.h).
+// A plane of a chunk's image comes by one copy. But a token is in the images of all its experts, and these are written to
+// the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save
+// that. The price: two warps find 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for
+// their weights (host/choices.h).
 #pragma once
 
 #include <cstdint>
 
+#include "common/ptx/address.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
 #include "kernels/pipeline.cuh"
 
 namespace megamoe {
 
-// What other ranks gather they write where it is used; swapAB's chunks are small.
-template <bool kSwap, typename Group>
-constexpr bool kMayGatherRows = !kSwap && !Group::kHasPeers;
+// Not with peers, which write straight into the image on the expert's rank, and not for swapAB, whose chunks are too small
+// to gain.
+template <typename Orientation, typename Group>
+constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Group::kHasPeers;
 
-template <bool kSwap, typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {
-  return kMayGatherRows<kSwap, Group> && args.constants.gathers_rows;
+  return kMayGatherRows<Orientation, Group> && args.constants.gathers_rows;
 }
 
 __device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int token) {
   return args.workspace.token_planes + static_cast<size_t>(token) * args.problem.hidden_size;
 }
 
-// One warp's half of a gate/up unit's rows: 4, 5, 6, 7 of each eight for the second one. A copy of the warp is of 16 bytes a lane, 128
-// columns of four rows. What pads the chunk is its last row again.
+// One warp's half of a gate/up unit's rows: the first warp has rows 0 to 3 of each eight, the second one rows 4 to 7. A
+// copy of the warp brings 128 columns of four rows, 16 bytes a lane. What pads the chunk is its last row again.
 class RowGather {
   static constexpr int kLanesPerRow = kBlockK / sizeof(uint4);
   static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
@@ -34,7 +39,7 @@ class RowGather {
 
  public:
   // All tokens are quantised, and their places known.
-  __device__ __forceinline__ RowGather(const MoeArguments& args, const SharedMap<false>& map, int row_warp,
+  __device__ __forceinline__ RowGather(const MoeArguments& args, const SharedMap<Normal>& map, int row_warp,
                                        const UnitNote& note)
       : rows_(note.rows()), policy_(ptx::keep_policy()) {
     const int lane = threadIdx.x % 32;
@@ -54,7 +59,7 @@ class RowGather {
     place_ = swizzled_offset(row_warp * kRowsPerCopy + lane / kLanesPerRow, column);
   }
 
-  // Asks for the next 128 columns of every row, for the token part of a stage.
+  // Issues copies of the next 128 columns of every row, into the token part of a stage.
   __device__ __forceinline__ void next_block(uint8_t* tokens) {
     const uint32_t destination = ptx::smem_address(tokens) + place_;
     constexpr int kStepBytes = kRowStep * kBlockK;  // which leaves the swizzle as it is

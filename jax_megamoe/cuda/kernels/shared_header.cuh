@@ -8,20 +8,29 @@
 
 namespace megamoe {
 
-// Told by the weight producer in the first stage of every unit.
+// Written by the weight producer in the first stage of every unit, for the token producer and the consumers.
+// What it says of the unit is explained at Unit (kernels/plan.cuh).
 struct UnitNote {
   int tile;  // negative: no more units
   int chunk;
   int row_base;
-  int rows_and_flags;
+  int packed;  // rows << kRowsShift | shares_tokens << kSharesTokensShift | down
 
-  static constexpr int kEnd = -1;
+  // `down` and `shares_tokens`: 0 or 1.
+  __device__ static UnitNote make(int tile, int chunk, int row_base, int rows, int down, int shares_tokens) {
+    return {tile, chunk, row_base, rows << kRowsShift | shares_tokens << kSharesTokensShift | down};
+  }
+  // Of a stage's note: there are no more units. The rest of the note is not read.
+  __device__ void set_end() { tile = -1; }
 
   __device__ bool end() const { return tile < 0; }
-  __device__ bool down() const { return (rows_and_flags & 1) != 0; }
-  __device__ bool shares_tokens() const { return (rows_and_flags & 2) != 0; }
-  __device__ int rows() const { return rows_and_flags >> 2; }
+  __device__ bool down() const { return (packed & 1) != 0; }
+  __device__ bool shares_tokens() const { return (packed & 1 << kSharesTokensShift) != 0; }
+  __device__ int rows() const { return packed >> kRowsShift; }
   __device__ int padded_rows() const { return round_up(rows(), 8); }
+
+ private:
+  static constexpr int kSharesTokensShift = 1, kRowsShift = 2;
 };
 
 // Counters that wait to be advanced: written by a consumer warpgroup, read by its signal thread.
@@ -34,8 +43,8 @@ struct SignalQueue {
 // What the weight producer knows of the first units of CTAs that have not started (kernels/tickets.cuh).
 struct VacantUnits {
   alignas(16) ControlHead control;  // as it was when the last ticket was drawn
-  uint32_t looked_at;               // so many places
-  uint32_t put_off;                 // a ticket that was drawn, until a vacant unit is done
+  uint32_t places_tried;            // places that need no second look
+  uint32_t deferred_ticket;         // drawn, and kept until a vacant unit is done
 };
 
 // Fixed part of shared memory.
@@ -49,7 +58,7 @@ struct SharedHeader {
   uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  uint64_t ticket_told[kTicketSlots];  // from the cluster's first CTA to the other
+  uint64_t ticket_published[kTicketSlots];  // from the cluster's first CTA to the other
   uint32_t ticket[kTicketSlots];
   int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)
   int plan_end;

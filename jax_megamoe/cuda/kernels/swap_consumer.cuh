@@ -13,7 +13,12 @@
 #include <cstdint>
 
 #include "common/fp8.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/l2.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
+#include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
@@ -23,7 +28,7 @@ namespace megamoe {
 template <int kN, typename Group>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<true>& map, const UnitNote& note,
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<SwapAb>& map, const UnitNote& note,
                                           Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     fetch_sources();
@@ -44,9 +49,9 @@ class SwapConsumer {
 
  private:
   static constexpr int kTokenGroups = kN / 8;
-  static constexpr int kStageBlocks = Orientation<true>::kStageBlocks;
-  static constexpr int kActivationScaleColumns = Orientation<true>::kActivationScaleColumns;
-  static constexpr int kActivationScalesPerBlock = Orientation<true>::kActivationScalesPerBlock;
+  static constexpr int kStageBlocks = SwapAb::kStageBlocks;
+
+  static constexpr int kActivationScalesPerBlock = SwapAb::kActivationScalesPerBlock;
   using Partial = float[kN / 2];
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
@@ -74,7 +79,7 @@ class SwapConsumer {
     wgmma::Descriptor weights;
     wgmma::Descriptor tokens;
 
-    __device__ __forceinline__ Stage(const SharedMap<true>& map, int stage, int first_plane)
+    __device__ __forceinline__ Stage(const SharedMap<SwapAb>& map, int stage, int first_plane)
         : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
   };
 
@@ -165,20 +170,20 @@ class SwapConsumer {
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
     static_assert(kSteps % 2 == 0, "a stage begins with the first of two sums and ends with the second");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = Orientation<true>::stages(k_blocks);
+    const int num_stages = SwapAb::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
     const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
     Step<kDown> sums[2];
     Scales<kDown> scales[2];
 #pragma unroll
     for (float& value : acc) value = 0.0f;
-    const auto ask = [&](const Stage& from, int step) {
+    const auto issue = [&](const Stage& from, int step) {
       start<kDown>(from, step, token_plane_bytes, sums[step % 2]);
       scales[step % 2] = load_scales<kDown>(from, step);
     };
     Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    ask(stage, 0);
+    issue(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
@@ -188,18 +193,18 @@ class SwapConsumer {
       const Stage here = stage;
 #pragma unroll
       for (int step = 1; step < kSteps - 1; ++step) {
-        ask(here, step);
+        issue(here, step);
         add(step - 1);
       }
-      ask(here, kSteps - 1);
+      issue(here, kSteps - 1);
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       stage = Stage(map_, cursor.stage, first_plane);
       const StageQuery next(map_.header(), cursor);
       add(kSteps - 2);
       next.wait();
-      ask(stage, 0);
+      issue(stage, 0);
       add(kSteps - 1);
-      release_stage<true>(args_, map_.header(), here.index);
+      release_stage<SwapAb>(args_, map_.header(), here.index);
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);
@@ -234,13 +239,10 @@ class SwapConsumer {
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
-    const Problem& p = args_.problem;
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
-    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
-                     static_cast<size_t>(column / kBlockK) * padded * kBlockK;
-    float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / kActivationScaleColumns) +
-                    static_cast<size_t>(note_.tile) * padded;
+    const Image image = activation_image<SwapAb>(args_, note_);
+    uint8_t* plane = image.plane(column / kBlockK);
+    float* scales = image.scales(note_.tile);
 #pragma unroll 1
     for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
       float2 amax = make_float2(0.0f, 0.0f);
@@ -320,7 +322,7 @@ class SwapConsumer {
   }
 
   const MoeArguments& args_;
-  const SharedMap<true>& map_;
+  const SharedMap<SwapAb>& map_;
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;

@@ -4,20 +4,22 @@
 
 #include <cstdint>
 
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/clock.cuh"
 #include "kernels/cluster.cuh"
-#include "kernels/places.cuh"
 #include "kernels/pipeline.cuh"
-#include "kernels/waiting.cuh"
+#include "kernels/places.cuh"
 
 namespace megamoe {
 
 // One thread of each CTA, the weight producer. The one of rank 0 in the cluster draws, and tells its partner. What is
 // seldom needed is kept in shared memory (VacantUnits): the thread has no registers to spare.
-template <bool kSwap>
+template <typename Orientation>
 class UnitTickets {
  public:
-  __device__ UnitTickets(const MoeArguments& args, const Cluster<kSwap>& cluster, const UnitSchedule<kSwap>& schedule)
-      : args_(args), cluster_(cluster), schedule_(schedule), plain_(schedule.num_gate_up()) {}
+  __device__ UnitTickets(const MoeArguments& args, const Cluster<Orientation>& cluster,
+                         const UnitSchedule<Orientation>& schedule)
+      : args_(args), cluster_(cluster), schedule_(schedule), runnable_end_(schedule.num_gate_up()) {}
 
   static constexpr uint32_t kEnd = ~0u;  // there are no more
 
@@ -27,20 +29,20 @@ class UnitTickets {
     uint32_t ticket = cluster_.index();
     if (shared_header().has_unit == 0) {
       ticket = cluster_.count() + draw_any();
-    } else if (ticket >= plain_) {
-      ask_who_started();
+    } else if (ticket >= runnable_end_) {
+      fetch_control();
     }
-    return cluster_.has_partner() ? told(settle(ticket), 0) : ticket;
+    return cluster_.has_partner() ? published(settle(ticket), 0) : ticket;
   }
 
-  // Asks for the ticket of unit `number`; the answer is waited for where it is used, unless another CTA is to hear of it.
+  // Draws the ticket of unit `number`. The atomic's answer is waited for where it is used, unless a partner needs it.
   __device__ __forceinline__ uint32_t draw(uint32_t number) {
     if (!leads()) return 0;
     const uint32_t drawn = draw_any();
-    return cluster_.has_partner() ? told(settle(cluster_.count() + drawn), number) : drawn;
+    return cluster_.has_partner() ? published(settle(cluster_.count() + drawn), number) : drawn;
   }
 
-  // What `draw` has asked for.
+  // The ticket that `draw` has drawn.
   __device__ __forceinline__ uint32_t next(uint32_t drawn, uint32_t number) {
     if (!leads()) return cluster_.await_ticket(shared_header(), number);
     return cluster_.has_partner() ? drawn : cluster_.count() + drawn;
@@ -48,45 +50,45 @@ class UnitTickets {
 
   // Whether the ticket is a unit to go on with; else it has to be settled.
   __device__ __forceinline__ bool is_unit(uint32_t ticket) const {
-    return cluster_.has_partner() ? ticket != kEnd : ticket < plain_;
+    return cluster_.has_partner() ? ticket != kEnd : ticket < runnable_end_;
   }
 
-  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units: before the first of
-  // them, the CTA does the first units of those that have not started.
+  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units: before
+  // the first of them, the CTA does the first units of those that have not started.
   __device__ __forceinline__ uint32_t settle(uint32_t ticket) {
-    if (ticket < plain_) return ticket;
-    if (plain_ == kPutOff) ticket = vacant().put_off;
-    if (plain_ != schedule_.size()) {
+    if (ticket < runnable_end_) return ticket;
+    if (runnable_end_ == kDeferring) ticket = vacant().deferred_ticket;
+    if (runnable_end_ != schedule_.size()) {
       const int place = take_vacant();
       if (place != kNone) {
-        vacant().put_off = ticket;
-        plain_ = kPutOff;
+        vacant().deferred_ticket = ticket;
+        runnable_end_ = kDeferring;
         return place;
       }
-      plain_ = schedule_.size();
+      runnable_end_ = schedule_.size();
     }
     return ticket < schedule_.size() ? ticket : kEnd;
   }
 
  private:
   static constexpr int kNone = -1;
-  static constexpr uint32_t kPutOff = 0;  // as `plain_`: a ticket waits until a vacant unit is done
+  static constexpr uint32_t kDeferring = 0;  // as `runnable_end_`: a ticket is deferred until a vacant unit is done
 
   __device__ static VacantUnits& vacant() { return shared_header().vacant_units; }
   __device__ bool leads() const { return cluster_.rank() == 0; }
 
-  // Asynchronously, to shared memory: the answer is needed once, at the first down unit.
-  __device__ __forceinline__ void ask_who_started() const {
+  // How many CTAs have started: asynchronously, to shared memory, since it is needed once, at the first down unit.
+  __device__ __forceinline__ void fetch_control() const {
     ptx::wait_copies<0>();  // the one before, which is here: else it might come after this one
     ptx::copy_async_16(&vacant().control, args_.control, true);
     ptx::commit_copies();
   }
 
-  // Behind the units that are somebody's own; nothing while a ticket waits.
+  // Counted behind the units that are a CTA's own; draws nothing while a ticket is deferred.
   __device__ __forceinline__ uint32_t draw_any() const {
-    if (plain_ == kPutOff) return 0;
-    const uint32_t drawn = atomicAdd(SharedMap<kSwap>::counters(args_).next_unit(), 1);
-    if (plain_ != schedule_.size()) ask_who_started();
+    if (runnable_end_ == kDeferring) return 0;
+    const uint32_t drawn = atomicAdd(SharedMap<Orientation>::counters(args_).next_unit(), 1);
+    if (runnable_end_ != schedule_.size()) fetch_control();
     return drawn;
   }
 
@@ -95,27 +97,27 @@ class UnitTickets {
   __device__ __forceinline__ int take_vacant() const {
     ptx::wait_copies<0>();
     if (all_started(vacant().control.launch)) return kNone;
-    for (const int64_t begin = ptx::cycles(); vacant().looked_at == 0 && ptx::cycles() - begin < kPatienceCycles;) {
+    for (const int64_t begin = ptx::cycles(); vacant().places_tried == 0 && ptx::cycles() - begin < kTakeOverCycles;) {
       if (all_started(launch_now(args_))) return kNone;
     }
     const int places = min(cluster_.count(), schedule_.size());
-    for (int place = vacant().looked_at; place < places; ++place) {
+    for (int place = vacant().places_tried; place < places; ++place) {
       if (!take_over(args_.control->unit_claims + place * cluster_.ctas())) continue;
-      vacant().looked_at = place + 1;
+      vacant().places_tried = place + 1;
       return place;
     }
     return kNone;
   }
 
-  __device__ __forceinline__ uint32_t told(uint32_t ticket, uint32_t number) const {
-    if (cluster_.has_partner()) cluster_.tell_ticket(shared_header(), number, ticket);
+  __device__ __forceinline__ uint32_t published(uint32_t ticket, uint32_t number) const {
+    if (cluster_.has_partner()) cluster_.publish_ticket(shared_header(), number, ticket);
     return ticket;
   }
 
   const MoeArguments& args_;
-  const Cluster<kSwap>& cluster_;
-  const UnitSchedule<kSwap>& schedule_;
-  uint32_t plain_;  // tickets below it are units to go on with: gate/up units, or all once nothing is vacant
+  const Cluster<Orientation>& cluster_;
+  const UnitSchedule<Orientation>& schedule_;
+  uint32_t runnable_end_;  // tickets below it need no settling: gate/up units, or all units once nothing is vacant
 };
 
 }  // namespace megamoe

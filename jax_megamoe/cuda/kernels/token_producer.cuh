@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
+#include "common/ptx/warp.cuh"
+#include "kernels/images.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/row_gather.cuh"
@@ -12,16 +18,14 @@ namespace megamoe {
 
 // Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two warps that
 // gather the rows of gate/up units, of which the first brings what are images.
-template <bool kSwap, typename Group, bool kRows>
+template <typename Orientation, typename Group, bool kRows>
 class TokenProducer {
-  using O = Orientation<kSwap>;
-
  public:
-  __device__ TokenProducer(const MoeArguments& args, const SharedMap<kSwap>& map, int row_warp)
+  __device__ TokenProducer(const MoeArguments& args, const SharedMap<Orientation>& map, int row_warp)
       : args_(args),
         map_(map),
         row_warp_(row_warp),
-        rank_(Cluster<kSwap>(args).rank()),
+        rank_(Cluster<Orientation>(args).rank()),
         tokens_ready_(Group::kHasPeers),  // other ranks' have been waited for
         tracer_(args, TraceRole::kTokenProducer) {}
 
@@ -76,8 +80,8 @@ class TokenProducer {
 
   __device__ __forceinline__ void await_tokens(const UnitNote& note) {
     if (note.down() && brings_images()) {
-      const uint32_t signals = args_.constants.gate_up_units.value() * O::kGateUpSignals;
-      Group::wait_local(args_, SharedMap<kSwap>::counters(args_).gate_up_done(note.chunk), signals);
+      const uint32_t signals = args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
+      Group::wait_local(args_, SharedMap<Orientation>::counters(args_).gate_up_done(note.chunk), signals);
     }
     ptx::fence_proxy_async_global();
     if (brings_images() && threadIdx.x % 32 == 0) tracer_.mark(TraceEvent::kTokensReady);
@@ -87,20 +91,20 @@ class TokenProducer {
   // Of one rank, before the first gate/up unit. Those of CTAs that have not started are taken over after a while.
   __device__ __forceinline__ void await_all_shares() {
     tokens_ready_ = true;
-    const uint32_t* quantized = SharedMap<kSwap>::counters(args_).dispatched_shares();
-    SharePatience patience(args_);
+    const uint32_t* quantized = SharedMap<Orientation>::counters(args_).dispatched_shares();
+    VacantShareWatch vacant_shares(args_);
     WaitLimit limit;
     while (true) {
       const bool here = ptx::load_acquire(quantized) >= gridDim.x;
       // The lanes go on together: only so, one of them leads.
       if (kRows ? __all_sync(~0u, here) : here) break;
-      if (brings_images() && leads()) patience.check();
+      if (brings_images() && leads()) vacant_shares.check();
       limit.check();
     }
   }
 
   __device__ __forceinline__ void skip_unit(const UnitNote& note) {
-    for (int block = 0; block < k_blocks(note); block += O::kStageBlocks, cursor_.advance(map_.num_stages)) {
+    for (int block = 0; block < k_blocks(note); block += Orientation::kStageBlocks, cursor_.advance(map_.num_stages)) {
       if (block != 0) await_claim();
       if (leads()) ptx::mbarrier_arrive(full(), kArrivals);
     }
@@ -110,7 +114,8 @@ class TokenProducer {
   __device__ __forceinline__ void copy_unit(const UnitNote& note) {
     const int rows = note.padded_rows();
     const int blocks = k_blocks(note);
-    const int scales_per_block = note.down() ? O::kActivationScalesPerBlock : 1;
+    const int scales_per_block = note.down() ? Orientation::kActivationScalesPerBlock : 1;
+    // An Image, written out: through it, nvcc moves other code around.
     const uint8_t* planes =
         (note.down() ? args_.workspace.activation_planes : Group::own(args_.workspace.token_planes)) +
         static_cast<size_t>(note.row_base) * (blocks * kBlockK);
@@ -119,30 +124,30 @@ class TokenProducer {
     const int plane_bytes = rows * kBlockK;
     const int block_scales = scales_per_block * rows;
     const int scale_bytes = block_scales * static_cast<int>(sizeof(float));
-    for (int block = 0; block < blocks; block += O::kStageBlocks, cursor_.advance(map_.num_stages)) {
+    for (int block = 0; block < blocks; block += Orientation::kStageBlocks, cursor_.advance(map_.num_stages)) {
       if (block != 0) await_claim();
       if (leads()) {
         if (brings_images()) {
-          const int whole = O::kStageBlocks == 1 ? 1 : min(O::kStageBlocks, blocks - block);
+          const int whole = Orientation::kStageBlocks == 1 ? 1 : min(Orientation::kStageBlocks, blocks - block);
           uint8_t* stage_planes = map_.tokens(cursor_.stage);
           float* stage_scales = map_.token_scales(cursor_.stage);
-          expect(O::kStageBlocks * (plane_bytes + scale_bytes));
-          if (!kSwap && note.shares_tokens()) {
+          expect(Orientation::kStageBlocks * (plane_bytes + scale_bytes));
+          if (!Orientation::kSwapsOperands && note.shares_tokens()) {
             const int half = plane_bytes / 2, offset = rank_ * half;
             ptx::bulk_copy_global_to_cluster(stage_planes + offset, planes + offset, half, full(), kBothCtas);
           } else {
             ptx::bulk_copy_global_to_shared(stage_planes, planes, whole * plane_bytes, full());
           }
           ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full());
-          if (whole < O::kStageBlocks) {  // as the weights do
+          if (whole < Orientation::kStageBlocks) {  // as the weights do
             ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full());
             ptx::bulk_copy_global_to_shared(stage_scales + block_scales, scales, scale_bytes, full());
           }
         }
         if constexpr (kRows) ptx::mbarrier_arrive(full(), kArrivals);
       }
-      planes += O::kStageBlocks * plane_bytes;
-      scales += O::kStageBlocks * block_scales;
+      planes += Orientation::kStageBlocks * plane_bytes;
+      scales += Orientation::kStageBlocks * block_scales;
     }
   }
 
@@ -150,7 +155,7 @@ class TokenProducer {
   __device__ __forceinline__ void gather_unit(const UnitNote& note) {
     const int rows = note.padded_rows();
     const int blocks = k_blocks(note);
-    const float* scales = args_.workspace.token_scales + static_cast<size_t>(note.row_base) * blocks;
+    const float* scales = token_image<Group>(args_, note, blocks).scales(0);
     const int scale_bytes = rows * static_cast<int>(sizeof(float));
     RowGather gather(args_, map_, row_warp_, note);
 #pragma unroll 1
@@ -168,7 +173,7 @@ class TokenProducer {
   }
 
   const MoeArguments& args_;
-  const SharedMap<kSwap>& map_;
+  const SharedMap<Orientation>& map_;
   int row_warp_;
   uint32_t rank_;
   bool tokens_ready_;

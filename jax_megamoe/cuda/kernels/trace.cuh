@@ -1,9 +1,10 @@
-// Timestamps of one thread's progress, for development: compiled in only with MEGAMOE_TRACE (scripts/probe trace).
+// Timestamps of one thread's progress, for development: compiled in only with MEGAMOE_TRACE, as `scripts/probe build` does
+// for build/probe_trace. bench/native/show_trace.py reads what `probe_trace trace` writes.
 #pragma once
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
+#include "common/ptx/clock.cuh"
 #include "kernels/arguments.h"
 
 namespace megamoe {
@@ -18,8 +19,8 @@ enum class TraceEvent : uint64_t {
   kUnitFinished,    // its epilogue
   kCombineReady,
   kCombined,
-  kGateUpAsked,
-  kDownAsked,
+  kGateUpIssued,
+  kDownIssued,
   kTokensReady,
   kCounted,
   kPlaced,  // the share's routes have targets

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/tickets.cuh"
@@ -10,22 +14,20 @@
 
 namespace megamoe {
 
-template <bool kSwap>
+template <typename Orientation>
 class WeightProducer {
-  using O = Orientation<kSwap>;
-
  public:
-  __device__ WeightProducer(const MoeArguments& args, const SharedMap<kSwap>& map)
+  __device__ WeightProducer(const MoeArguments& args, const SharedMap<Orientation>& map)
       : args_(args), map_(map), cluster_(args), first_expert_(clamped_layer(args) * args.problem.num_local_experts) {}
 
   // One thread.
-  __device__ __forceinline__ void run(const UnitSchedule<kSwap>& schedule) {
+  __device__ __forceinline__ void run(const UnitSchedule<Orientation>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const uint32_t rank = cluster_.rank();
     // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
-    const bool few_units = kSwap && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
-    most_in_flight_ = few_units ? O::kLeastStagesInFlight : args_.constants.stages_in_flight;
-    UnitTickets<kSwap> tickets(args_, cluster_, schedule);
+    const bool few_units = Orientation::kSwapsOperands && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
+    most_in_flight_ = few_units ? Orientation::kLeastStagesInFlight : args_.constants.stages_in_flight;
+    UnitTickets<Orientation> tickets(args_, cluster_, schedule);
     const bool no_units = cluster_.has_partner() && map_.header().ids_missing != 0;
     uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
     bool settled = tickets.is_unit(ticket);
@@ -33,11 +35,11 @@ class WeightProducer {
     for (uint32_t number = 0;;) {
       if (settled) {
         const Unit u = schedule.unit(ticket, rank);
-        tracer.mark(u.down ? TraceEvent::kDownAsked : TraceEvent::kGateUpAsked);
+        tracer.mark(u.down ? TraceEvent::kDownIssued : TraceEvent::kGateUpIssued);
         ++number;
         uint32_t drawn;
-        if (kSwap && u.down && few_units) {
-          drawn = load_unit<kSwap>(schedule, u, tickets, number);
+        if (Orientation::kSwapsOperands && u.down && few_units) {
+          drawn = load_unit<Orientation::kSwapsOperands>(schedule, u, tickets, number);
         } else {
           drawn = load_unit<false>(schedule, u, tickets, number);
         }
@@ -51,7 +53,7 @@ class WeightProducer {
       }
     }
     claim();
-    map_.header().note[cursor_.stage].tile = UnitNote::kEnd;
+    map_.header().note[cursor_.stage].set_end();
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
     announce();
     if (cluster_.has_partner()) await_last_releases();
@@ -59,7 +61,7 @@ class WeightProducer {
 
  private:
   // What a unit's weights look like to the copies: tiles of two planes' rows, and what the next K blocks are away. Worked out once
-  // for each unit: the thread that asks for the weights is on the critical path of every stage.
+  // for each unit: the thread that issues the copies is on the critical path of every stage.
   struct Stream {
     const uint8_t* weights;  // the next K blocks of the first tile
     const float* scales;
@@ -74,18 +76,19 @@ class WeightProducer {
   // Returns what it draws for the next unit, which is number `next` of this CTA. With `kYields` copies come one by one while gate/up
   // units want the memory for themselves.
   template <bool kYields>
-  __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<kSwap>& schedule, const Unit& u,
-                                                UnitTickets<kSwap>& tickets, uint32_t next) {
+  __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<Orientation>& schedule, const Unit& u,
+                                                UnitTickets<Orientation>& tickets, uint32_t next) {
     const uint32_t rank = cluster_.rank();
     Stream s = stream(u);
-    const UnitNote note{u.tile, u.chunk, u.row_base, u.rows << 2 | u.shares_tokens << 1 | u.down};
+    const auto note = UnitNote::make(u.tile, u.chunk, u.row_base, u.rows, u.down, u.shares_tokens);
     bool yields = kYields;
     uint32_t drawn = 0;
-    for (int block = 0; block < s.k_blocks; block += O::kStageBlocks) {
+    for (int block = 0; block < s.k_blocks; block += Orientation::kStageBlocks) {
       // Early enough to be here at the unit's end, and late enough not to reserve a unit for long.
-      if (block + O::kStageBlocks >= s.k_blocks) drawn = tickets.draw(next);
+      if (block + Orientation::kStageBlocks >= s.k_blocks) drawn = tickets.draw(next);
       // The ring is full for the first time.
-      if (kSwap && !kYields && claimed_ == map_.num_stages && !u.down) prefetch_until_free(s, block);
+      if (Orientation::kSwapsOperands && !kYields && claimed_ == map_.num_stages && !u.down)
+        prefetch_until_free(s, block);
       if constexpr (kYields) {
         if (yields) yields = !gate_up_complete(schedule);
         while (yields && in_flight_ > 0) await_oldest();
@@ -104,21 +107,21 @@ class WeightProducer {
     s.down = u.down;
     s.shared = u.shares_weights;
     // Slots and activations stay in the L2 instead.
-    s.once = kSwap || (u.only_chunk && (u.down || args_.constants.activations_stay));
+    s.once = Orientation::kSwapsOperands || (u.only_chunk && (u.down || args_.constants.activations_stay));
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
     const size_t expert = first_expert_ + u.expert;
     if (u.down) {
       const int tile_pairs = p.hidden_size / kDownUnitColumns;
       const int vectors = ceil_div(s.k_blocks, 2);
-      const size_t tile_pair = expert * tile_pairs + u.tile * O::kUnitTiles;
+      const size_t tile_pair = expert * tile_pairs + u.tile * Orientation::kUnitTiles;
       s.weights = args_.weights.down + tile_pair * s.tile_bytes;
       s.scales = args_.weights.down_scale + 2 * tile_pair * vectors * kScaleVectorFloats;
       s.scale_distance = 2 * vectors * kScaleVectorFloats;
       // An odd last one comes twice: its copy is multiplied and dropped.
-      if ((u.tile + 1) * O::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
+      if ((u.tile + 1) * Orientation::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
-      const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * O::kUnitTiles;
+      const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * Orientation::kUnitTiles;
       s.weights = args_.weights.gate_up + tile * s.tile_bytes;
       s.scales =
           args_.weights.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
@@ -127,10 +130,10 @@ class WeightProducer {
   }
 
   // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
-  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk tells.
-  __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<kSwap>& schedule) const {
+  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk is the last one to be complete.
+  __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<Orientation>& schedule) const {
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
-           args_.constants.gate_up_units.value() * O::kGateUpSignals;
+           args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
   }
 
   // The oldest copies on their way.
@@ -147,7 +150,8 @@ class WeightProducer {
     await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
   }
 
-  // Nobody leaves the stage that says so, and everybody the other ones.
+  // The stage with the end mark is never released; every other stage is. Wait for those, so that no arrival from the
+  // partner hits a CTA that has exited.
   __device__ __forceinline__ void await_last_releases() {
     for (int i = 1; i < map_.num_stages; ++i, cursor_.advance(map_.num_stages)) {
       await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
@@ -157,14 +161,14 @@ class WeightProducer {
   // While the first tokens are on their way and no stage gets free, the memory would have nothing to do: weights that come
   // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
-    constexpr int kPieceBytes = O::kStageWeightBytes;
+    constexpr int kPieceBytes = Orientation::kStageWeightBytes;
     const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytesAheadOfRing);
-    for (int asked = 0; asked + kPieceBytes <= bytes; asked += kPieceBytes) {
+    for (int prefetched = 0; prefetched + kPieceBytes <= bytes; prefetched += kPieceBytes) {
       const int64_t begin = clock64();
       while (clock64() - begin < kCyclesPerStageAheadOfRing) {
         if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
       }
-      ptx::bulk_prefetch(s.weights + asked, kPieceBytes);
+      ptx::bulk_prefetch(s.weights + prefetched, kPieceBytes);
     }
   }
 
@@ -177,7 +181,7 @@ class WeightProducer {
                                               uint64_t* full) {
     if (s.once) {
       ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
-    } else if (!kSwap && s.shared) {
+    } else if (!Orientation::kSwapsOperands && s.shared) {
       ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBothCtas);
     } else {
       ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
@@ -189,10 +193,10 @@ class WeightProducer {
   template <int kBytes>
   __device__ __forceinline__ static void load_blocks(const Stream& s, uint8_t* stage, const uint8_t* blocks, int whole,
                                                      uint64_t* full) {
-    if constexpr (O::kStageBlocks == 1) {
+    if constexpr (Orientation::kStageBlocks == 1) {
       load(s, stage, blocks, kBytes, full);
     } else {
-      static_assert(O::kStageBlocks == 2);
+      static_assert(Orientation::kStageBlocks == 2);
       load(s, stage, blocks, whole * kBytes, full);
       if (whole == 1) load(s, stage + kBytes, blocks, kBytes, full);
     }
@@ -201,42 +205,43 @@ class WeightProducer {
   // K blocks [block, block + kStageBlocks) of the unit, whose stage is claimed.
   __device__ __forceinline__ void load_stage(Stream& s, int block, uint32_t rank) {
     const auto brings = [&](int tile) { return !s.shared || static_cast<int>(rank) == tile; };
-    const int whole = min(O::kStageBlocks, s.k_blocks - block);
+    const int whole = min(Orientation::kStageBlocks, s.k_blocks - block);
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     uint8_t* stage = map_.weights(cursor_.stage);
     float* scales = map_.header().weight_scale[cursor_.stage];
     if (s.down) {
-      ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + O::kUnitTiles * kScaleVectorBytes);
+      ptx::mbarrier_arrive_expect_tx(full,
+                                     Orientation::kStageWeightBytes + Orientation::kUnitTiles * kScaleVectorBytes);
 #pragma unroll
-      for (int t = 0; t < O::kUnitTiles; ++t) {
+      for (int t = 0; t < Orientation::kUnitTiles; ++t) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (!brings(t)) continue;
-          load_blocks<kPlaneBytes>(s, stage + (2 * t + half) * O::kStageBlocks * kPlaneBytes,
+          load_blocks<kPlaneBytes>(s, stage + (2 * t + half) * Orientation::kStageBlocks * kPlaneBytes,
                                    s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full);
         }
         ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
                                         s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
                                         kScaleVectorBytes, full);
       }
-      s.weights += O::kStageBlocks * kPlaneBytes;
+      s.weights += Orientation::kStageBlocks * kPlaneBytes;
     } else {
       const int scale_bytes = whole * kScaleVectorBytes;
-      ptx::mbarrier_arrive_expect_tx(full, O::kStageWeightBytes + scale_bytes);
+      ptx::mbarrier_arrive_expect_tx(full, Orientation::kStageWeightBytes + scale_bytes);
 #pragma unroll
-      for (int t = 0; t < O::kUnitTiles; ++t) {
+      for (int t = 0; t < Orientation::kUnitTiles; ++t) {
         if (!brings(t)) continue;
-        load_blocks<kBlockWeightBytes>(s, stage + t * O::kStageBlocks * kBlockWeightBytes, s.weights + t * s.tile_bytes,
-                                       whole, full);
+        load_blocks<kBlockWeightBytes>(s, stage + t * Orientation::kStageBlocks * kBlockWeightBytes,
+                                       s.weights + t * s.tile_bytes, whole, full);
       }
       ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
-      s.weights += O::kStageBlocks * kBlockWeightBytes;
+      s.weights += Orientation::kStageBlocks * kBlockWeightBytes;
     }
   }
 
   const MoeArguments& args_;
-  const SharedMap<kSwap>& map_;
-  Cluster<kSwap> cluster_;
+  const SharedMap<Orientation>& map_;
+  Cluster<Orientation> cluster_;
   int first_expert_;
   int most_in_flight_ = 1;
   StageCursor cursor_;

@@ -13,10 +13,10 @@ constexpr int kMaxColumnTiles = 512;  // of kDownUnitColumns: hidden sizes up to
 constexpr int kRouteRankShift = 25;   // a route of the group: its rank above, its number there below
 constexpr int kMaxGroupRoutes = 1 << 30;
 
-// What ranks tell each other. Flags hold epochs, which only grow.
+// Flags that ranks set for each other. They hold epochs, which only grow.
 struct PeerHeader {
   alignas(128) uint64_t failed;  // a PeerFailure: a wait came to no end, here or on a rank that said so
-  uint32_t noted;                // not zero: the host has been told
+  uint32_t noted;                // not zero: the failure is noted for the host
   // By rank: all its tokens for this rank's experts are in the images.
   alignas(128) uint64_t tokens_sent[kMaxRanks];
   // By tile and rank: the results of its experts are in these columns of this rank's slots.
@@ -78,7 +78,7 @@ class PeerBuffer {
   static size_t half_bytes(size_t bytes) { return bytes / kIdsShare / Workspace::kAlignment * Workspace::kAlignment; }
 };
 
-// What stopped a wait, in a word that a rank tells the others and the host. Zero: nothing did.
+// What stopped a wait, in a word that a rank reports to the others and to the host. Zero: nothing did.
 struct PeerFailure {
   enum Phase : uint32_t { kNone, kIds, kTokens, kColumns, kOwn, kRankOrder };
 
@@ -107,7 +107,7 @@ struct Peers {
   PeerView* view;
   int rank;
   int num_ranks;
-  const int32_t* mesh_rank;  // where the program takes this rank to be; null or negative: nobody asks
+  const int32_t* mesh_rank;  // where the program takes this rank to be; null or negative: not checked
   uint64_t* note;            // for the host, in memory that both see: a PeerFailure
   uint64_t timeout_nanoseconds;
   uint64_t first_timeout_nanoseconds;  // in the first launch of a call site: other ranks may still be compiling

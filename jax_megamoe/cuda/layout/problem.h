@@ -6,8 +6,8 @@
 
 namespace megamoe {
 
-// Whether tokens and weights change places in the multiply. The rule decides, but for measurements (`probe crossover`) and
-// for the launches of one call, which all take the first one's side.
+// Whether tokens and weights change places in the multiply. The rule decides, but for measurements (`probe crossover`)
+// and for the launches of one call, which all take the first one's side.
 enum class OperandOrder : int { kByRule, kSwapped, kNormal };
 
 // `num_tokens` and `num_local_experts` are what this device holds.
@@ -20,8 +20,8 @@ struct Problem {
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
   OperandOrder order = OperandOrder::kByRule;
 
-  // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from it:
-  // it is asked where a program is lowered, too, and never of a device.
+  // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from
+  // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
     int most = kLeastSwapLimit;
@@ -38,7 +38,8 @@ struct Problem {
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
   __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
   __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }
-  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than this.
+  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than
+  // this.
   int max_chunks() const {
     return (num_local_experts < group_routes() ? num_local_experts : group_routes()) + group_routes() / token_tile();
   }

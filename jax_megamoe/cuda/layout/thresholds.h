@@ -1,19 +1,19 @@
 // Every number that a decision about a launch rests on: with its unit, what it decides, and the section of
-// docs/performance-log.md that has its measurements. host/choices.h decides with the first half of them; kernels use the
-// second half where they go. All were measured on an H100 and an H200: on another GPU, begin here, with `scripts/probe
-// crossover` and `build/stream`. What the tensor cores, registers and shared memory dictate is no threshold and lies in
-// layout/tiles.h and kernels/roles.h.
+// docs/performance-log.md that has its measurements. host/choices.h decides with the first half of them; kernels use
+// the second half where they go. All were measured on an H100 and an H200: on another GPU, begin here, with
+// `scripts/probe crossover` and `build/stream`. What the tensor cores, registers and shared memory dictate is no
+// threshold and lies in layout/tiles.h and kernels/roles.h.
 #pragma once
 
 namespace megamoe {
 
 // Decided by the host, before the launch.
 
-// swapAB serves calls of up to so many routes per expert, on average. Beyond, the memory does not hide that 56 tokens take
-// longer on N than 128 do on M. The normal orientation starts and ends with units twice as large, which matters the more the
-// fewer gate/up units it has: hence by its units for each SM. The SMs are those of the GPUs that were measured and not the
-// device's own, since the orientation is known where a program is lowered, perhaps without a GPU, and is the same on all
-// ranks of a group.
+// swapAB serves calls of up to so many routes per expert, on average. Beyond, the memory does not hide that 56 tokens
+// take longer on N than 128 do on M. The normal orientation starts and ends with units twice as large, which matters
+// the more the fewer gate/up units it has: hence by its units for each SM. The SMs are those of the GPUs that were
+// measured and not the device's own, since the orientation is known where a program is lowered, perhaps without a GPU,
+// and is the same on all ranks of a group.
 // Unit: routes per expert, below so many units per SM. Measured: "Where swapAB ends".
 struct SwapLimit {
   int units_per_sm;
@@ -27,8 +27,8 @@ constexpr int kLeastSwapLimit = 18;
 // Unit: routes per expert. Measured: "The producer, and pairs".
 constexpr int kLeastRoutesPerExpertOfClusters = 192;
 
-// Weights on their way at any time, at least. About 48 KB per SM saturate the memory; what goes beyond that only queues, and
-// every flag, atomic and token of the whole device waits in the same queues.
+// Weights on their way at any time, at least. About 48 KB per SM saturate the memory; what goes beyond that only
+// queues, and every flag, atomic and token of the whole device waits in the same queues.
 // Unit: bytes per SM. Measured: "Decode at the memory floor: what taught most".
 constexpr int kWeightBytesInFlight = 64 * 1024;
 
@@ -36,15 +36,15 @@ constexpr int kWeightBytesInFlight = 64 * 1024;
 // Unit: microseconds. Measured: "Steps, Flash on an H200".
 constexpr double kMicrosecondsInFlight = 2.0;
 
-// Up to so many the normal orientation waits for its weights more than it multiplies: so many on an H100, fewer where the
-// memory is faster, in inverse proportion to its rate.
+// Up to so many the normal orientation waits for its weights more than it multiplies: so many on an H100, fewer where
+// the memory is faster, in inverse proportion to its rate.
 // Unit: routes per expert; routes per expert times kilobytes per microsecond and SM.
 // Measured: "Rows, and what stays in the L2".
 constexpr int kMostRoutesPerExpertWaiting = 112;
 constexpr double kRoutesPerExpertTimesRate = 2850.0;
 
-// Up to so many, activations stay in the L2 where gate/up weights leave it first; with more, they have left before their
-// down units come, whatever the L2 is told.
+// Up to so many, activations stay in the L2 where gate/up weights leave it first; with more, they have left before
+// their down units come, whatever the L2 is told.
 // Unit: bytes of a rank's gate/up weights. Measured: "Rows, and what stays in the L2".
 constexpr long long kMostGateUpBytesBesideActivations = 1LL << 30;
 
@@ -59,14 +59,14 @@ constexpr int kStagesAtStart = 3;
 // Unit: gate/up units per CTA. Measured: "Steps, Flash on an H200".
 constexpr int kFewUnitsPerCta = 2;
 
-// A CTA whose swapAB ring is full before the first tokens have come brings so much of its first unit into the L2, a stage at
-// a time, at about the pace at which the memory serves all SMs.
+// A CTA whose swapAB ring is full before the first tokens have come brings so much of its first unit into the L2, a
+// stage at a time, at about the pace at which the memory serves all SMs.
 // Unit: bytes; cycles per stage. Measured: "Expert parallel (2 x H100, NV18)".
 constexpr int kMostBytesAheadOfRing = 192 * 1024;
 constexpr int kCyclesPerStageAheadOfRing = 1800;
 
-// A CTA that has more of the tokens to dispatch does not ask for its first unit before the weight producer does: the tokens
-// would wait behind it.
+// A CTA that has more of the tokens to dispatch does not ask for its first unit before the weight producer does: the
+// tokens would wait behind it.
 // Unit: items of kDispatchColumns columns of a token. Measured: "Gather, start and tail".
 constexpr int kMostItemsBesidePrefetch = 2;
 
@@ -74,8 +74,8 @@ constexpr int kMostItemsBesidePrefetch = 2;
 // Unit: down units per CTA. Measured: "Rows, and what stays in the L2".
 constexpr int kTailUnitsPerCta = 2;
 
-// From so many on, a warp sums columns far apart of the same tokens as they complete; with fewer, most of the sum comes after
-// the last unit anyway, and its share is in one piece.
+// From so many on, a warp sums columns far apart of the same tokens as they complete; with fewer, most of the sum comes
+// after the last unit anyway, and its share is in one piece.
 // Unit: warps per group of tokens. Measured: "Rows, and what stays in the L2".
 constexpr int kLeastWarpsPerTokenGroup = 4;
 

@@ -11,7 +11,8 @@ namespace megamoe::transport {
 
 namespace {
 
-// As CUDA answers. That there is still work is no error: the next caller who asks for the last one would take it for its own.
+// As CUDA answers. That there is still work is no error: the next caller who asks for the last one would take it for
+// its own.
 cudaError_t query(cudaStream_t stream) {
   const cudaError_t answer = cudaStreamQuery(stream);
   if (answer == cudaErrorNotReady) cudaGetLastError();

@@ -16,13 +16,14 @@
 
 namespace megamoe::transport {
 
-// One for each communicator, for as long as the process runs: all-gathers of small records. The first operation does them by NCCL, on
-// a stream of its own; once it has made a mailbox, later ones go through that, where all ranks are on one host.
+// One for each communicator, for as long as the process runs: all-gathers of small records. The first operation does
+// them by NCCL, on a stream of its own; once it has made a mailbox, later ones go through that, where all ranks are on
+// one host.
 //
-// A rank that waits in vain leaves its all-gather behind, where a rank that comes later meets it. So the
-// next operation first waits for that one: every rank sees how every all-gather ends, and begins none before. Each
-// record carries the number of its phase, which is zero only at the start of an operation. Where they differ, some rank
-// has begun anew while others went on; all of them see it, and all begin anew.
+// A rank that waits in vain leaves its all-gather behind, where a rank that comes later meets it. So the next operation
+// first waits for that one: every rank sees how every all-gather ends, and begins none before. Each record carries the
+// number of its phase, which is zero only at the start of an operation. Where they differ, some rank has begun anew
+// while others went on; all of them see it, and all begin anew.
 class Bootstrap {
  public:
   Bootstrap(Communicator communicator, const Place& place) : communicator_(communicator), place_(place) {}
@@ -56,8 +57,9 @@ class Bootstrap {
   std::string agree(const char* phase, const std::string& own_failure);
 
   bool has_mailbox() const { return mailbox_ != nullptr; }
-  // A step of an operation that is all but done, where no rank has a mailbox: makes one for the next operations. `name` is the same on all
-  // ranks, and nobody else's. Without one all goes on as before; returns what keeps the ranks from agreeing on it.
+  // A step of an operation that is all but done, where no rank has a mailbox: makes one for the next operations. `name`
+  // is the same on all ranks, and nobody else's. Without one all goes on as before; returns what keeps the ranks from
+  // agreeing on it.
   std::string make_mailbox(const std::string& name);
 
   // Whether all ranks have been in the last step. If not, others may still do what they did not hear of.

@@ -29,8 +29,8 @@ std::string Mailbox::map(const std::string& name, int num_ranks, int flags) {
   const int file = shm_open(name.c_str(), O_RDWR | flags, 0600);
   if (file < 0) return std::string("shm_open failed: ") + std::strerror(errno);
   const size_t bytes = 2 * static_cast<size_t>(num_ranks) * sizeof(Slot);
-  // New memory is zero: no all-gather has that number. Reserved, and not only promised: where there is none left, a write would end the
-  // process.
+  // New memory is zero: no all-gather has that number. Reserved, and not only promised: where there is none left, a
+  // write would end the process.
   int error = flags == 0 ? 0 : posix_fallocate(file, 0, static_cast<off_t>(bytes));
   void* memory = nullptr;
   if (error == 0) {

@@ -1,7 +1,8 @@
 // All-gathers of small records between ranks on one host, through memory of the host.
 //
-// NCCL's all-gather is a kernel: one that waits for a rank that died stays on the device for ever, and whatever waits for the device
-// waits as long, the end of the process too. Here a rank that waits in vain has left a record behind, and nothing else.
+// NCCL's all-gather is a kernel: one that waits for a rank that died stays on the device for ever, and whatever waits
+// for the device waits as long, the end of the process too. Here a rank that waits in vain has left a record behind,
+// and nothing else.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +20,8 @@ class Mailbox {
   Mailbox(const Mailbox&) = delete;
   Mailbox& operator=(const Mailbox&) = delete;
 
-  // The same name on all ranks, which nobody else has. One rank creates it before the others open it, and removes the name when
-  // all have. Return what is wrong.
+  // The same name on all ranks, which nobody else has. One rank creates it before the others open it, and removes the
+  // name when all have. Return what is wrong.
   std::string create(const std::string& name, int num_ranks);
   std::string open(const std::string& name, int num_ranks);
   static void remove(const std::string& name);

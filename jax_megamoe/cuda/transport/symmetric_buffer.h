@@ -24,9 +24,9 @@ class SymmetricBuffer {
   // communicator that it needs in order to be given back.
   bool is_kept() const { return spans_processes_ || (backing_ != nullptr && backing_->needs_communicator()); }
 
-  // Gives back what there is, and makes a buffer of topology.bytes. All ranks do so at the same time, in an operation of
-  // the bootstrap, while no kernel uses what there is. All fail or none does, unless one does not come; then it can be
-  // called again.
+  // Gives back what there is, and makes a buffer of topology.bytes. All ranks do so at the same time, in an operation
+  // of the bootstrap, while no kernel uses what there is. All fail or none does, unless one does not come; then it can
+  // be called again.
   std::string replace(Bootstrap& bootstrap, const Topology& topology);
   // Of the own buffer, for the memory of this rank.
   std::string clear(Bootstrap& bootstrap);

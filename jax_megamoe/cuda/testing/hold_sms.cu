@@ -1,5 +1,5 @@
-#include "bench/hold_sms.h"
-#include "common/ptx.cuh"
+#include "testing/hold_sms.h"
+#include "common/ptx/clock.cuh"
 
 namespace megamoe {
 

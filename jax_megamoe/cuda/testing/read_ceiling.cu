@@ -1,7 +1,9 @@
 // How fast the device can stream bytes into shared memory: one CTA per SM, one thread, a ring of 1-D bulk copies.
-#include "bench/read_ceiling.h"
+#include "testing/read_ceiling.h"
 
-#include "common/ptx.cuh"
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/mbarrier.cuh"
 
 namespace megamoe {
 
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(32, 1)
   int stage = 0;
   uint32_t parity = 0, sum = 0;
   for (size_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    ptx::mbarrier_wait(&full[stage], parity);
+    megamoe::await(&full[stage], parity);
     sum += ring[stage * kCeilingChunk];
     if (next < chunks) load(next, stage);
     next += gridDim.x;

@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "bench/read_ceiling.h"
-#include "ffi/handlers.h"
+#include "testing/read_ceiling.h"
+#include "testing/targets.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace megamoe {

@@ -5,7 +5,8 @@
 
 namespace megamoe {
 
-// Enqueues `ctas` CTAs on a stream of their own on the current device, each of which has an SM to itself for so long. Returns at once.
+// Enqueues `ctas` CTAs on a stream of their own on the current device, each of which has an SM to itself for so long.
+// Returns at once.
 cudaError_t hold_sms(int ctas, int milliseconds);
 
 }  // namespace megamoe

@@ -1,5 +1,5 @@
-// For tests: the ranks of a group on one GPU, each with a part of its SMs. Operands and results are those of the one-device
-// call over all tokens and experts, so that the two compare bit by bit.
+// For tests: the ranks of a group on one GPU, each with a part of its SMs. Operands and results are those of the
+// one-device call over all tokens and experts, so that the two compare bit by bit.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -8,9 +8,10 @@
 #include "ffi/attributes.h"
 #include "ffi/call_site.h"
 #include "ffi/errors.h"
-#include "ffi/handlers.h"
 #include "ffi/moe_call.h"
 #include "host/peers.h"
+#include "testing/targets.h"
+#include "testing/virtual_ranks.h"
 
 namespace megamoe {
 
@@ -83,7 +84,7 @@ ffi::Error initialize(VirtualRanksInstance* instance, int32_t device, ffi::Remai
   for (int r = 0; r < num_ranks; ++r) {
     instance->notes[r] = 0;
     instance->sites.push_back(std::make_unique<CallSite>());
-    error = instance->sites.back()->initialize(device, device, problem, GroupKind::kVirtualRanks);
+    error = instance->sites.back()->initialize(device, device, problem, prepare_virtual_ranks);
     if (error.failure()) return error;
     instance->buffers.push_back(nullptr);
     status = cudaMalloc(&instance->buffers.back(), bytes);
