@@ -5,7 +5,7 @@ from typing import get_args
 import jax
 
 from jax_megamoe import arguments
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
 from jax_megamoe.options import Implementation, typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
@@ -70,9 +70,10 @@ def moe(
       this device's experts).
 
     Raises:
-      ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an argument that cannot be served.
-      MegaMoEError: the class of all these; itself for wrong options, and, while lowering, for a platform, GPU or group
-        of GPUs that `implementation` does not run on.
+      ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an array that cannot be served.
+      ArgumentError: the class of all these; itself for other arguments.
+      PlatformError, GroupError: while lowering, for a platform, GPU, build or group of GPUs that `implementation` does
+        not run on. All are MegaMoEError, and that is a ValueError.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
     x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(
@@ -85,7 +86,7 @@ def moe(
         layer=layer,
     )
     if implementation is not None and implementation not in get_args(Implementation):
-        raise MegaMoEError(
+        raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)

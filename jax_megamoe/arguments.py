@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_megamoe import weight_layout
 from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
-from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
 MAX_TOP_K = 32
@@ -44,7 +44,7 @@ def check(
 ) -> Arguments:
     """The arguments that `moe` goes on with.
 
-    Raises `ShapeError`, `DTypeError`, `LayoutError` or `MegaMoEError` for arguments that `moe` cannot take.
+    Raises `ShapeError`, `DTypeError`, `LayoutError` or `ArgumentError` for arguments that `moe` cannot take.
     """
     weights = _check_weights(unwrap(weights))
     x = as_array("x", x, "an array of bfloat16")
@@ -79,13 +79,13 @@ def check(
         )
     clamp = math.inf if activation_clamp is None else _as_float(activation_clamp)
     if not np.float32(clamp) > 0:
-        raise MegaMoEError(
+        raise ArgumentError(
             f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
             "pass a number of Python or NumPy, or leave it out for no clamp."
         )
     factor = _as_float(routed_scaling_factor)
     if not abs(factor) <= _MAX_FLOAT32:
-        raise MegaMoEError(
+        raise ArgumentError(
             f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
         )
@@ -194,14 +194,15 @@ def _place(number: int, *arrays: Array) -> jax.Array:
     """int32[] where the arrays are; from elsewhere it would be moved, which jax.transfer_guard may forbid."""
     for array in arrays:
         if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and len(array.sharding.device_set) > 1):
-            return _constant_beside(array, number=number)
+            beside: jax.Array = _constant_beside(array, number=number)
+            return beside
     # By itself a transfer that the guard counts as meant.
-    return jax.device_put(np.int32(number))
+    return jnp.asarray(jax.device_put(np.int32(number)))
 
 
 @functools.partial(jax.jit, static_argnames="number", keep_unused=True, inline=True)
 def _constant_beside(_: jax.Array, *, number: int) -> jax.Array:
-    return jnp.int32(number)
+    return jnp.asarray(number, jnp.int32)
 
 
 # int32[] that is inside or outside of [0, L) like the layer, also of types that hold more. Compiled: its constants

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jax_megamoe.errors import DTypeError, MegaMoEError, ShardingError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShardingError
 
 Array = jax.Array | np.ndarray
 
@@ -54,9 +54,9 @@ def require_device_memory(name: str, array: Array, move: str | None = None) -> N
 
 
 def require_known_sizes(name: str, array: Array) -> None:
-    """Raises `MegaMoEError` for symbolic sizes: memory and launches are planned while a program is traced."""
+    """Raises `ArgumentError` for symbolic sizes: memory and launches are planned while a program is traced."""
     if any(export.is_symbolic_dim(size) for size in array.shape):
-        raise MegaMoEError(
+        raise ArgumentError(
             f"{name} has shape {array.shape}, wanted sizes that are numbers, also under jax.export: "
             "export one program for each number of tokens, and pad to the next."
         )
@@ -78,5 +78,6 @@ def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:
     info, int32 = jnp.iinfo(values.dtype), jnp.iinfo(jnp.int32)
     low, high = max(info.min, int32.min), min(info.max, int32.max)
     if isinstance(values, np.ndarray):
-        return np.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(np.int32)
+        clipped: np.ndarray = np.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(np.int32)
+        return clipped
     return jnp.clip(values, jnp.asarray(low, values.dtype), jnp.asarray(high, values.dtype)).astype(jnp.int32)

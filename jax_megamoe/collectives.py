@@ -139,7 +139,7 @@ def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_tokens: int) -> jax
     order is the library's choice, of the topology, and of where in the group a token's rank stands.
     """
     parts = jax.lax.all_to_all(y.reshape(-1, num_tokens, y.shape[-1]), axes, split_axis=0, concat_axis=0)
-    total = parts[0]
+    total: jax.Array = parts[0]
     for rank in range(1, parts.shape[0]):
         total = total + parts[rank]
     return total

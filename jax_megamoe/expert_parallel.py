@@ -28,7 +28,7 @@ def buffer_bytes(
     Raises:
       ShapeError: num_experts is no multiple of num_ranks.
       ValueError: sizes that the kernel does not serve.
-      MegaMoEError: the package is not built, or its compiled module is of another version.
+      PlatformError: the package is not built, or its compiled module is of another version.
     """
     if num_ranks < 1 or num_experts % num_ranks:
         raise ShapeError(

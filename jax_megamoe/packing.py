@@ -86,7 +86,8 @@ def pack_experts(
     blocks = [_array(name, value) for name, value in arrays.items()]
     weight_checks.check_blocks(*blocks)
     num_experts = weight_checks.count_experts(blocks[2].shape[0], num_experts)
-    return dataclasses.replace(_pack(*blocks), num_experts=num_experts)
+    packed: ExpertWeights = _pack(*blocks)
+    return dataclasses.replace(packed, num_experts=num_experts)
 
 
 def stack_experts(
@@ -109,7 +110,8 @@ def stack_experts(
     gathered = list(layers)
     if not gathered:
         raise ShapeError("weights is an empty sequence, wanted the ExpertWeights of at least one layer: pass some.")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gathered)
+    stacked: ExpertWeights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gathered)
+    return stacked
 
 
 @functools.partial(jax.jit, static_argnames="order")
@@ -136,8 +138,11 @@ def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) 
     )
 
 
-# Fused with packing, which reads each byte through several exchanges, quantising would be done several times.
-_materialize = jax.lax.optimization_barrier
+def _materialize[T](value: T) -> T:
+    # Fused with packing, which reads each byte through several exchanges, quantising would be done several times.
+    materialized: T = jax.lax.optimization_barrier(value)
+    return materialized
+
 
 # A weight is quantised in so many parts at least, where it has so many blocks: what one needs meanwhile is then less
 # than a sixth of the input. Measured as `memory_analysis` of the compiled program.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jax_megamoe import arguments, collectives, quantization, weight_layout
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
@@ -47,7 +47,7 @@ def moe(
     have no influence there.
     """
     if implementation not in (None, "reference"):
-        raise MegaMoEError(
+        raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
     x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import as_array, clamp_to_int32, require_device_memory
-from jax_megamoe.errors import DTypeError, MegaMoEError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScoring = Literal["sum_of_two", "max"]
@@ -65,7 +65,7 @@ def route(
 
     Raises:
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
-      MegaMoEError: for an unknown `scoring` or `group_scoring`, numbers that are no ints known while tracing, and
+      ArgumentError: for an unknown `scoring` or `group_scoring`, numbers that are no ints known while tracing, and
         one of `token_ids` and `hash_table` without the other.
     """
     logits = as_array("logits", logits)
@@ -98,7 +98,7 @@ def route(
             raise DTypeError(f"bias has dtype {bias.dtype}, wanted float32: pass real numbers.")
     if (token_ids is None) != (hash_table is None):
         missing, given = ("token_ids", "hash_table") if token_ids is None else ("hash_table", "token_ids")
-        raise MegaMoEError(f"{missing} is None, wanted an array beside {given}: pass both or none.")
+        raise ArgumentError(f"{missing} is None, wanted an array beside {given}: pass both or none.")
     if token_ids is not None:
         token_ids, hash_table = as_array("token_ids", token_ids), as_array("hash_table", hash_table)
         _check_hash(token_ids, hash_table, logits.shape[:-1], top_k)
@@ -109,7 +109,7 @@ def route(
     for name, array in arrays.items():
         if array is not None:
             require_device_memory(name, array)
-    return _route(
+    ids, weights = _route(
         *arrays.values(),
         top_k=int(top_k),
         scoring=scoring,
@@ -118,6 +118,7 @@ def route(
         group_scoring=group_scoring,
         renormalize=bool(renormalize),
     )
+    return ids, weights
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device.
@@ -244,9 +245,9 @@ def _check_hash(token_ids: jax.Array | np.ndarray, table: jax.Array | np.ndarray
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise MegaMoEError(f"{name} is {value!r}, wanted one of {', '.join(choices)}: choose one.")
+        raise ArgumentError(f"{name} is {value!r}, wanted one of {', '.join(choices)}: choose one.")
 
 
 def _check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise MegaMoEError(f"{name} is {value!r}, wanted an int known while tracing: pass a Python number.")
+        raise ArgumentError(f"{name} is {value!r}, wanted an int known while tracing: pass a Python number.")

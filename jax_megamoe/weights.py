@@ -158,7 +158,10 @@ class ExpertWeights:
         """
         for name, leaf in self.leaves._asdict().items():
             require_device_memory(f"weights.{name}", leaf, "weights")
-        return weight_layout.unpack(*self.leaves, intermediate_size=self.intermediate_size)
+        gate_up, gate_up_scale, down, down_scale = weight_layout.unpack(
+            *self.leaves, intermediate_size=self.intermediate_size
+        )
+        return gate_up, gate_up_scale, down, down_scale
 
 
 jax.tree_util.register_dataclass(ExpertWeights, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)

@@ -10,7 +10,6 @@ from typing import get_args
 import jax
 from jax.sharding import Mesh
 
-from jax_megamoe.api import Implementation
 from jax_megamoe.demo import checkpoint as checkpoints
 from jax_megamoe.demo import mesh as meshes
 from jax_megamoe.demo import text
@@ -19,6 +18,7 @@ from jax_megamoe.demo.decode import generate
 from jax_megamoe.demo.model import ModelConfig, Parameters, initialize, quantize
 from jax_megamoe.demo.train import TrainConfig, bits_per_character, train
 from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.options import Implementation
 
 _DEFAULT_SECONDS = 90.0
 _DEFAULT_PROMPT = 'The "with" statement is '

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_megamoe.api import Implementation
 from jax_megamoe.demo import mesh as meshes
 from jax_megamoe.demo import text
 from jax_megamoe.demo.model import Cache, Experts, ModelConfig, Parameters, decode_step, empty_cache, split
+from jax_megamoe.options import Implementation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe.api import Implementation
+from jax_megamoe.options import Implementation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe.api import Implementation
 from jax_megamoe.demo.model import Experts, ModelConfig, Parameters, Routing, forward, initialize
+from jax_megamoe.options import Implementation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import PlatformError
 from jax_megamoe.operands import Sizes
 
 MOE_TARGET = "jax_megamoe.moe.v1"
@@ -40,10 +40,10 @@ _core = _load()
 
 
 def check_kernel_available() -> None:
-    """Raises `MegaMoEError` where the fused kernel is not built, or no GPU of this process can run it."""
+    """Raises `PlatformError` where the fused kernel is not built, or no GPU of this process can run it."""
     if _core is None or not _core.has_cuda:
         state = "is not built" if _core is None else "was built without CUDA"
-        raise MegaMoEError(
+        raise PlatformError(
             f"jax_megamoe._core {state}, wanted its CUDA kernels for a GPU: "
             "install the package with MEGAMOE_CUDA=ON, or pass implementation='reference'."
         )
@@ -54,7 +54,7 @@ def check_kernel_available() -> None:
     capabilities = {device.device_kind: str(getattr(device, "compute_capability", "9.0")) for device in devices}
     if capabilities and "9.0" not in capabilities.values():
         found = ", ".join(f"{kind} ({capability})" for kind, capability in capabilities.items())
-        raise MegaMoEError(
+        raise PlatformError(
             f"the GPU is {found}, wanted compute capability 9.0 (Hopper) for the fused kernel: "
             "pass implementation='reference' elsewhere."
         )
@@ -72,9 +72,9 @@ def why_no_testing() -> str | None:
 
 
 def check_testing_available() -> None:
-    """Raises `MegaMoEError` where `why_no_testing` says something."""
+    """Raises `PlatformError` where `why_no_testing` says something."""
     if reason := why_no_testing():
-        raise MegaMoEError(f"{reason}.")
+        raise PlatformError(f"{reason}.")
 
 
 def workspace_bytes(sizes: Sizes) -> int:
@@ -93,10 +93,10 @@ def peer_buffer_bytes(sizes: Sizes, num_ranks: int) -> int:
 
 
 def _host_function(name: str) -> Callable[..., Any]:
-    """A function of the compiled module; raises `MegaMoEError` where there is none."""
+    """A function of the compiled module; raises `PlatformError` where there is none."""
     if _core is None or not hasattr(_core, name):
         state = "is not built" if _core is None else f"has no {name}"
-        raise MegaMoEError(
+        raise PlatformError(
             f"jax_megamoe._core {state}, wanted a build of the same version as the Python files: install the package."
         )
     return getattr(_core, name)

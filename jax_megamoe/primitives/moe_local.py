@@ -10,7 +10,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, reference
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import PlatformError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives import _transforms as transforms
@@ -68,7 +68,7 @@ def _lower_cuda(ctx: Any, *row: Any, implementation: str | None, **params: Any) 
 
 def _lower_cpu(ctx: Any, *row: Any, implementation: str | None, **params: Any) -> Any:
     if implementation == "cuda":
-        raise MegaMoEError(
+        raise PlatformError(
             "implementation is 'cuda' on a CPU, wanted None, 'collective' or 'reference' there: "
             "leave it out, or run on a Hopper GPU."
         )
@@ -79,7 +79,7 @@ def _lower_elsewhere(ctx: Any, *row: Any, implementation: str | None, **params: 
     if implementation == "reference":
         return _lower_reference(ctx, *row, **params)
     platforms = ctx.platforms or ctx.module_context.platforms
-    raise MegaMoEError(
+    raise PlatformError(
         f"the platform is {', '.join(platforms)}, wanted cuda or cpu: pass implementation='reference' elsewhere."
     )
 

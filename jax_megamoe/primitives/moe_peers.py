@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, collectives
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import ArgumentError, GroupError, MegaMoEError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, _library, _reachability
 from jax_megamoe.primitives import _transforms as transforms
@@ -40,7 +40,7 @@ moe_peers_p.multiple_results = moe_peers_call_p.multiple_results = True
 
 
 def timeout_from_environment() -> int:
-    """How long the fused kernel may wait for another rank; raises `MegaMoEError` for a variable that says nonsense."""
+    """How long the fused kernel may wait for another rank; raises `ArgumentError` for a variable that says nonsense."""
     return _microseconds_of(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_SECONDS)
 
 
@@ -59,7 +59,7 @@ def _microseconds_of(variable: str, default_seconds: float) -> int:
         seconds = math.nan
     # More than a day is a mistake in the unit.
     if not 1e-3 <= seconds <= 86400:
-        raise MegaMoEError(
+        raise ArgumentError(
             f"{variable} is {text!r}, wanted a number of seconds from 0.001 to 86400: unset it for {default_seconds:g}."
         )
     return round(seconds * 1e6)
@@ -136,7 +136,7 @@ def _lower_cuda(ctx: Any, *row: Any, site: object, **params: Any) -> Any:
         call_id = zlib.crc32(_compat.call_site(ctx).encode())
         return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *row, call_id=call_id, **params)
     if params["implementation"] == "cuda":
-        raise MegaMoEError(
+        raise GroupError(
             f"implementation is 'cuda' and {reason}, wanted ranks that one kernel serves: "
             "pass None or 'collective' for XLA's collectives around the kernel of one device."
         )

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.errors import MegaMoEError
+from jax_megamoe.errors import GroupError
 from jax_megamoe.primitives import _groups, _library
 
 VERIFY, ROUND_TRIP, PUSH = 0, 1, 2
@@ -73,7 +73,7 @@ def program(mesh: Mesh, expert_axes: tuple[str, ...], test: WireTest, launches: 
 
 
 def check_rows(rows: np.ndarray, mesh: Mesh, expert_axes: tuple[str, ...]) -> None:
-    """Raises `MegaMoEError` for the first wait that came to no end, wrong word or wrong rank in the rows."""
+    """Raises `GroupError` for the first wait that came to no end, wrong word or wrong rank in the rows."""
     groups = _groups.replica_groups(dict(mesh.shape), expert_axes)
     for launch, of_devices in enumerate(rows):
         for rank in range(groups.shape[1]):
@@ -81,17 +81,17 @@ def check_rows(rows: np.ndarray, mesh: Mesh, expert_axes: tuple[str, ...]) -> No
                 for peer, row in enumerate(of_devices[device]):
                     where = f"launch {launch}: rank {rank} (device {device} of the mesh), epoch {row[EPOCH]}"
                     if row[PHASE]:
-                        raise MegaMoEError(
+                        raise GroupError(
                             f"{where}, phase {PHASES[row[PHASE]]}: rank {peer} did not come, its flag is {row[SEEN]}, "
                             f"wanted {row[WANTED]}: see whether that process is alive and runs the same program."
                         )
                     if row[MISMATCHES]:
-                        raise MegaMoEError(
+                        raise GroupError(
                             f"{where}: {row[MISMATCHES]} of {row[BYTES] // 8} words from rank {peer} are wrong, "
                             "wanted none: the transport does not order pushes before flags."
                         )
                     if row[EPOCH] and row[AXIS_INDEX] != rank:
-                        raise MegaMoEError(
+                        raise GroupError(
                             f"{where}: the communicator's rank is {rank} and jax.lax.axis_index is {row[AXIS_INDEX]}, "
                             "wanted the same: the replica groups are in another order than the mesh."
                         )
