@@ -101,16 +101,18 @@ def test_some_axes_manual(manual, kind, check_vma):
 def test_vmap_inside_and_outside_of_shard_map():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
     spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
     inside = jax.shard_map(
         jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), mesh=mesh, in_specs=(spec, P("expert"), spec, spec), out_specs=spec
     )
-    check(jax.jit(inside)(x, weights, ids, probs), layer)
+    check(jax.jit(inside)(x, weights, ids, topk_weights), layer)
     spec = P("expert")
     outside = jax.vmap(
         jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=spec), in_axes=(0, None, 0, 0)
     )
-    check(jax.jit(outside)(x, weights, ids, probs), layer)
+    check(jax.jit(outside)(x, weights, ids, topk_weights), layer)
 
 
 @pytest.mark.usefixtures("eight_devices")

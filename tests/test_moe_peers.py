@@ -149,8 +149,8 @@ def test_export(kind):
 def test_scan_over_stacked_layers_is_one_call():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
-    x, _, ids, probs = place_all(mesh, layer)
-    text = cuda_text(scan_over_layers, x, stacked, ids, probs)
+    x, _, ids, topk_weights = place_all(mesh, layer)
+    text = cuda_text(scan_over_layers, x, stacked, ids, topk_weights)
     assert calls(text) == [FUSED]
     (call,) = [line for line in text.splitlines() if FUSED in line]
     for leaf in jax.tree.leaves(stacked):
@@ -162,9 +162,11 @@ def test_scan_over_stacked_layers_is_one_call():
 @pytest.mark.usefixtures("built")
 def test_vmap_is_one_call():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
     weights = place(mesh, layer.weights, "expert")
-    text = cuda_text(jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), x, weights, ids, probs)
+    text = cuda_text(jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), x, weights, ids, topk_weights)
     assert calls(text) == [FUSED] and f"(tensor<4x{H}xbf16>" in text
 
 
@@ -196,7 +198,7 @@ def test_one_rank_is_the_kernel_of_one_device():
 def test_vmap_inside_shard_map():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer(32)
     tokens = P(None, ("data", "expert"))
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), *tokens) for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (place(mesh, v.reshape(4, 8, -1), *tokens) for v in (layer.x, layer.ids, layer.topk_weights))
     weights = place(mesh, layer.weights, "expert")
     for check_vma in (True, False):
         f = jax.shard_map(
@@ -206,9 +208,9 @@ def test_vmap_inside_shard_map():
             out_specs=(tokens, P(None, "expert")),
             check_vma=check_vma,
         )
-        jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, probs))
+        jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, topk_weights))
         assert jaxpr.count(moe_peers_p.name) == 1
-        y, load = jax.jit(f)(x, weights, ids, probs)
+        y, load = jax.jit(f)(x, weights, ids, topk_weights)
         check(y, layer)
         for element, wanted in zip(load, np.asarray(ids).reshape(4, -1), strict=True):
             np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
@@ -222,8 +224,10 @@ def test_vmap_with_replicated_tokens():
         in_specs=(P(None, "data"), P("expert"), P(None, "data"), P(None, "data")),
         out_specs=(P(None, "data"), P(None, "expert")),
     )
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.probs))
-    y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, probs)
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
+    y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, topk_weights)
     check(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
 
@@ -276,12 +280,12 @@ def test_weights_are_read_in_place(way, stacked):
     function: Any = scan_over_layers if stacked else mm.moe
     manual = {"manual": ("data", "expert"), "data manual": ("data",), "expert manual": ("expert",)}.get(way, ())
     tokens = (*manual, *(axis for axis in ("data", "expert") if axis not in manual))
-    x, _, ids, probs = place_all(mesh, layer, tokens=tokens)
+    x, _, ids, topk_weights = place_all(mesh, layer, tokens=tokens)
     if manual:
         experts = P(*lead, "expert") if "expert" in manual else P()
         specs: Any = {"in_specs": (P(manual), experts, P(manual), P(manual)), "out_specs": P(manual)}
         function = jax.shard_map(function, mesh=mesh, axis_names=set(manual), **specs)
-    arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
+    arguments = x, place(mesh, weights, *lead, "expert"), ids, topk_weights
     text = str(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
     # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
     found = opcodes_of_large_results(text, layer.weights.down.size // 4)
@@ -295,10 +299,10 @@ def test_the_layer_by_itself_on_cpus():
     """The primitive's other lowering, directly; tests/test_sharding.py has the rest."""
     mesh, layer = make_mesh(MESHES["expert x model"], AUTO), make_layer()
 
-    def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
+    def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, topk_weights: Any) -> Any:
         leaves = (weights.gate_up, weights.gate_up_scale, weights.down, weights.down_scale)
         return moe_peers.moe_peers(
-            *(x, *leaves, ids, probs, jnp.int32(0)),
+            *(x, *leaves, ids, topk_weights, jnp.int32(0)),
             axis_sizes=mesh.shape,
             expert_axes=("expert",),
             gathered_axes=("expert",),

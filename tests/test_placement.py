@@ -37,8 +37,8 @@ FSDP = {"data": 1, "fsdp": 4, "tensor": 1, "expert": 2}
 
 def put(mesh: Mesh, tokens: Any = None, experts: Any = None, num_tokens: int = 16) -> tuple[Any, ...]:
     layer = make_layer(num_tokens)
-    x, ids, probs = (place(mesh, value, tokens) for value in (layer.x, layer.ids, layer.probs))
-    return x, place(mesh, layer.weights, experts), ids, probs
+    x, ids, topk_weights = (place(mesh, value, tokens) for value in (layer.x, layer.ids, layer.topk_weights))
+    return x, place(mesh, layer.weights, experts), ids, topk_weights
 
 
 # Names of axes.
@@ -145,8 +145,8 @@ def test_weights_made_in_shard_map(function, check_vma):
     arguments = put(mesh, "expert", "expert")
 
     def mapped(num_experts: int) -> Callable:
-        def f(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
-            return function(x, with_number(weights, num_experts), ids, probs)
+        def f(x: Any, weights: mm.ExpertWeights, ids: Any, topk_weights: Any) -> Any:
+            return function(x, with_number(weights, num_experts), ids, topk_weights)
 
         return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
 
@@ -184,13 +184,13 @@ def test_more_experts_than_are_said(function):
     more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2]]), layer.weights)
     text = r"weights hold 10 of 8 experts.*num_experts=10 where .* dataclasses.replace\(weights, num_experts=10\)"
     with pytest.raises(ShapeError, match=text):
-        function(layer.x, more, layer.ids, layer.probs)
+        function(layer.x, more, layer.ids, layer.topk_weights)
     ids = jnp.where(layer.ids < 2, layer.ids + E, layer.ids)
     ids = jnp.where((layer.ids < 0) | (layer.ids >= E), -1, ids)
-    check(function(layer.x, with_number(more, 10), ids, layer.probs), layer)
+    check(function(layer.x, with_number(more, 10), ids, layer.topk_weights), layer)
     fewer = jax.tree.map(lambda leaf: leaf[:4], layer.weights)
     with pytest.raises(ShapeError, match="weights hold 4 of 8 experts.*inside jax.shard_map only"):
-        function(layer.x, fewer, layer.ids, layer.probs)
+        function(layer.x, fewer, layer.ids, layer.topk_weights)
 
 
 # Meshes.
@@ -198,10 +198,10 @@ def test_more_experts_than_are_said(function):
 
 def test_the_mesh_with_the_expert_axis_comes_first():
     """Tokens on a mesh of the same devices with other axes: nothing is gathered but them."""
-    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
+    x, _, ids, topk_weights = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
     weights = place(make_mesh(DATA_EXPERT, AUTO), packed_weights(), "expert")
-    compiled = jax.jit(moe_and_load).lower(x, weights, ids, probs).compile()
-    check_both(compiled(x, weights, ids, probs), make_layer())
+    compiled = jax.jit(moe_and_load).lower(x, weights, ids, topk_weights).compile()
+    check_both(compiled(x, weights, ids, topk_weights), make_layer())
     assert "all-gather" not in opcodes_of_large_results(str(compiled.as_text()), weights.down.size)
 
 
@@ -209,30 +209,32 @@ def test_the_mesh_with_the_expert_axis_comes_first():
 def test_two_explicit_meshes(jit):
     function: Any = jax.jit(mm.moe) if jit else mm.moe
     mesh = make_mesh(DATA_EXPERT, EXPLICIT)
-    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, EXPLICIT), "data")
+    x, _, ids, topk_weights = put(make_mesh({"data": 2, "context": 4}, EXPLICIT), "data")
     weights = place(mesh, packed_weights(), "expert")
     text = r"x is on the mesh \(data: 2, context: 4\), wanted that of weights.gate_up \(data: 2, expert: 4\)"
     with pytest.raises(ShardingError, match=text):
-        function(x, weights, ids, probs)
+        function(x, weights, ids, topk_weights)
     with jax.set_mesh(mesh):  # says which one, and has the axes that the types of x, ids and weights name
-        check(function(x, weights, ids, probs), make_layer())
+        check(function(x, weights, ids, topk_weights), make_layer())
     x = place(make_mesh({"data": 2, "context": 4}, EXPLICIT), make_layer().x, "context")
     with jax.set_mesh(mesh), pytest.raises(ShardingError, match="x is on the mesh .* wanted the mesh of the context"):
-        function(x, weights, ids, probs)
+        function(x, weights, ids, topk_weights)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_weights_in_a_closure(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer()
     weights = place(mesh, layer.weights, "expert")
-    arguments = layer.x, layer.ids, layer.probs
-    check(jax.jit(lambda x, ids, probs: mm.moe(x, weights, ids, probs))(*arguments), layer)
+    arguments = layer.x, layer.ids, layer.topk_weights
+    check(jax.jit(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))(*arguments), layer)
     check(
-        jax.jit(functools.partial(mm.moe, weights=weights))(layer.x, topk_ids=layer.ids, topk_weights=layer.probs),
+        jax.jit(functools.partial(mm.moe, weights=weights))(
+            layer.x, topk_ids=layer.ids, topk_weights=layer.topk_weights
+        ),
         layer,
     )
-    check(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.probs))(), layer)
-    mapped = jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs))
+    check(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.topk_weights))(), layer)
+    mapped = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))
     check(jax.jit(mapped)(*arguments), layer)
 
 
@@ -240,8 +242,8 @@ def test_stacked_weights_in_a_closure():
     layer = make_layer()
     stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
     placed = place(make_mesh(DATA_EXPERT, AUTO), stacked, None, "expert")
-    wanted = scan_over_layers(layer.x, stacked, layer.ids, layer.probs)
-    y = jax.jit(lambda x: scan_over_layers(x, placed, layer.ids, layer.probs))(layer.x)
+    wanted = scan_over_layers(layer.x, stacked, layer.ids, layer.topk_weights)
+    y = jax.jit(lambda x: scan_over_layers(x, placed, layer.ids, layer.topk_weights))(layer.x)
     assert len(y.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(wanted, np.float32), rtol=0.1, atol=0.02)
 
@@ -250,15 +252,15 @@ def test_a_closure_that_hides_the_devices():
     layer = make_layer()
     weights = place(make_mesh(DATA_EXPERT, AUTO), layer.weights, "expert")
     with pytest.raises(ShardingError, match=r"on 8 devices, and nothing .* more than 1: call it under jax.set_mesh"):
-        jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.probs))(layer.x)
+        jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.topk_weights))(layer.x)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_vmap_over_a_dimension_that_is_split_over_the_expert_axis(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer(32)
     weights = place(mesh, layer.weights, "expert")
-    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.probs)]
-    check(jax.jit(jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs)))(*tokens), layer)
+    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.topk_weights)]
+    check(jax.jit(jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights)))(*tokens), layer)
 
 
 def test_sharding_of_the_result_over_automatic_axes():
@@ -284,12 +286,12 @@ def test_host_memory(function, jit):
     with pytest.raises(
         ShardingError, match=r"weights.gate_up is in host memory.*jax.device_put\(weights, jax.memory.Sp"
     ):
-        f(layer.x, weights, layer.ids, layer.probs)
+        f(layer.x, weights, layer.ids, layer.topk_weights)
     with pytest.raises(ShardingError, match="x is in host memory, wanted device memory"):
-        f(x, layer.weights, layer.ids, layer.probs)
+        f(x, layer.weights, layer.ids, layer.topk_weights)
 
     def moved(weights: mm.ExpertWeights) -> Any:
-        return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.probs)
+        return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.topk_weights)
 
     check(jax.jit(moved)(weights), layer)
 
@@ -347,7 +349,7 @@ def test_log_of_automatic_axes(logged, sizes, tokens, experts, axes, words):
 def test_log_of_weights_that_are_seen_to_move(logged, sizes, experts, axes, words):
     mesh = make_mesh(sizes, AUTO)
     weights, layer = place(mesh, packed_weights(), experts), make_layer(8)
-    function = lambda x: mm.moe(x, weights, layer.ids, layer.probs, **axes)  # noqa: E731
+    function = lambda x: mm.moe(x, weights, layer.ids, layer.topk_weights, **axes)  # noqa: E731
     (message,) = logged(function, place(mesh, layer.x, tuple(sizes)))
     assert all(word in message for word in words), message
 
@@ -376,7 +378,7 @@ def test_log_of_loads_without_marks(logged):
 
 def test_log_of_experts_that_count_as_all_in_shard_map(logged):
     mesh, layer = make_mesh({"ep": 8}, AUTO), make_layer(8)
-    function = lambda x, w, ids, probs: mm.moe(x, with_number(w, 1), ids, probs)  # noqa: E731
+    function = lambda x, w, ids, topk_weights: mm.moe(x, with_number(w, 1), ids, topk_weights)  # noqa: E731
     specs: Any = {"in_specs": P("ep"), "out_specs": P("ep")}
     for check_vma in (True, False):
         (message,) = logged(jax.shard_map(function, mesh=mesh, **specs, check_vma=check_vma), *layer[:4])

@@ -46,13 +46,13 @@ def test_cuda_reads_stacked_weights_in_place():
     layer = make_layer()
     stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
 
-    def f(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    def f(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
         def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return mm.moe(x, stacked, ids, probs, layer=index), None
+            return mm.moe(x, stacked, ids, topk_weights, layer=index), None
 
         return jax.lax.scan(step, x, jnp.arange(2, dtype=jnp.int32))[0]
 
-    text = cuda_text(f, layer.x, stacked, layer.ids, layer.probs)
+    text = cuda_text(f, layer.x, stacked, layer.ids, layer.topk_weights)
     assert text.count("jax_megamoe.moe.v1") == 1
     weight_shapes = ["x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(stacked)]
     # Only the call, and what hands the arrays on to it, names the shapes of the weights; nothing makes smaller ones.
@@ -67,8 +67,8 @@ def test_cuda_reads_stacked_weights_in_place():
 
 @pytest.mark.usefixtures("built")
 def test_no_tokens_need_no_kernel():
-    x, ids, probs = jnp.zeros((0, H), jnp.bfloat16), jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
-    assert "jax_megamoe.moe.v1" not in cuda_text(mm.moe, x, packed_weights(), ids, probs)
+    x, ids, topk_weights = jnp.zeros((0, H), jnp.bfloat16), jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
+    assert "jax_megamoe.moe.v1" not in cuda_text(mm.moe, x, packed_weights(), ids, topk_weights)
 
 
 @pytest.mark.usefixtures("built")
@@ -135,7 +135,7 @@ def test_a_broken_build_is_not_taken_for_a_missing_one(monkeypatch):
 
 
 def local_operands(layer: Layer) -> tuple[Any, ...]:
-    return layer.x, *jax.tree.leaves(layer.weights), layer.ids, layer.probs, jnp.int32(0)
+    return layer.x, *jax.tree.leaves(layer.weights), layer.ids, layer.topk_weights, jnp.int32(0)
 
 
 def test_moe_local_by_itself():
@@ -152,8 +152,8 @@ def test_moe_local_under_vmap_is_one_call():
     layer = make_layer()
     operands = local_operands(layer)
 
-    def local(x: jax.Array, ids: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return moe_local(*(x, *operands[1:5], ids, probs, operands[7]))
+    def local(x: jax.Array, ids: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return moe_local(*(x, *operands[1:5], ids, topk_weights, operands[7]))
 
     f = jax.vmap(local, in_axes=(1, 1, 1), out_axes=1)
     arguments = tuple(operands[i].reshape(4, 4, -1) for i in (0, 5, 6))

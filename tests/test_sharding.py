@@ -60,7 +60,7 @@ def test_eager(kind):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_only_the_weights_are_on_the_mesh(kind, jit):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
-    arguments = layer.x, place(mesh, layer.weights, "expert"), layer.ids, layer.probs
+    arguments = layer.x, place(mesh, layer.weights, "expert"), layer.ids, layer.topk_weights
     check_both((jax.jit(moe_and_load) if jit else moe_and_load)(*arguments), layer)
 
 
@@ -72,12 +72,12 @@ def test_permuted_devices(kind):
 
 def test_bits_of_a_token_do_not_depend_on_its_rank():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
-    x, weights, ids, probs = place_all(mesh, layer)
-    y = jax.jit(mm.moe)(x, weights, ids, probs)
+    x, weights, ids, topk_weights = place_all(mesh, layer)
+    y = jax.jit(mm.moe)(x, weights, ids, topk_weights)
     # By 5 ranks and a half, so that tokens have other neighbours, too.
-    rolled = (place(mesh, jnp.roll(value, 22, axis=0), "expert") for value in (layer.x, layer.ids, layer.probs))
-    x, ids, probs = rolled
-    moved = jnp.roll(jax.jit(mm.moe)(x, weights, ids, probs), -22, axis=0)
+    rolled = (place(mesh, jnp.roll(value, 22, axis=0), "expert") for value in (layer.x, layer.ids, layer.topk_weights))
+    x, ids, topk_weights = rolled
+    moved = jnp.roll(jax.jit(mm.moe)(x, weights, ids, topk_weights), -22, axis=0)
     np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(moved).view(np.uint16))
 
 
@@ -124,7 +124,7 @@ def test_padding(sizes, num_tokens):
     arguments = place_all(mesh, layer, tokens=None)
     check_both(jax.jit(moe_and_load)(*arguments), layer)
     with jax.set_mesh(mesh):
-        check_both(moe_and_load(layer.x, arguments[1], layer.ids, layer.probs), layer)
+        check_both(moe_and_load(layer.x, arguments[1], layer.ids, layer.topk_weights), layer)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
@@ -138,8 +138,8 @@ def test_no_tokens_on_a_mesh(kind):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_two_leading_dimensions(kind, spec):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
-    x, ids, probs = (place(mesh, v.reshape(8, 4, -1), *spec) for v in (layer.x, layer.ids, layer.probs))
-    y, load = jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, probs)
+    x, ids, topk_weights = (place(mesh, v.reshape(8, 4, -1), *spec) for v in (layer.x, layer.ids, layer.topk_weights))
+    y, load = jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, topk_weights)
     check_both((y, load), layer)
     assert jax.typeof(y) == jax.typeof(x)
 
@@ -147,11 +147,13 @@ def test_two_leading_dimensions(kind, spec):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_vmap_over_sharded_tokens(kind):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
-    x, ids, probs = (
-        place(mesh, v.reshape(4, 8, -1), None, ("data", "expert")) for v in (layer.x, layer.ids, layer.probs)
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, ("data", "expert")) for v in (layer.x, layer.ids, layer.topk_weights)
     )
     weights = place(mesh, layer.weights, "expert")
-    y, load = jax.jit(jax.vmap(lambda x, ids, probs: moe_and_load(x, weights, ids, probs)))(x, ids, probs)
+    y, load = jax.jit(jax.vmap(lambda x, ids, topk_weights: moe_and_load(x, weights, ids, topk_weights)))(
+        x, ids, topk_weights
+    )
     check(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
     assert jax.typeof(y) == jax.typeof(x)
@@ -159,10 +161,14 @@ def test_vmap_over_sharded_tokens(kind):
 
 def test_vmap_over_a_sharded_axis():
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer(32)
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), "data", "expert") for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), "data", "expert") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
     weights = place(mesh, layer.weights, "expert")
     with jax.set_mesh(mesh):
-        y, load = jax.jit(jax.vmap(lambda x, ids, probs: moe_and_load(x, weights, ids, probs)))(x, ids, probs)
+        y, load = jax.jit(jax.vmap(lambda x, ids, topk_weights: moe_and_load(x, weights, ids, topk_weights)))(
+            x, ids, topk_weights
+        )
     check(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
 
@@ -177,37 +183,37 @@ def test_automatic_axes_serve_what_arrives_otherwise():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     x = place(mesh, layer.x, None, "expert")
     ids = place(mesh, layer.ids, "expert")
-    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, layer.probs), layer)
+    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, layer.topk_weights), layer)
 
 
 def test_explicit_axes_serve_other_ids_and_replicated_weights():
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
     x, weights, _, _ = place_all(mesh, layer)
-    ids, probs = place(mesh, layer.ids, "expert"), place(mesh, layer.probs)
-    check_both(jax.jit(moe_and_load)(x, weights, ids, probs), layer)
-    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights), ids, probs), layer)
+    ids, topk_weights = place(mesh, layer.ids, "expert"), place(mesh, layer.topk_weights)
+    check_both(jax.jit(moe_and_load)(x, weights, ids, topk_weights), layer)
+    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights), ids, topk_weights), layer)
 
 
 @pytest.mark.usefixtures("eight_devices")
 def test_specs_that_cannot_be_served():
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
-    x, weights, ids, probs = place_all(mesh, layer)
+    x, weights, ids, topk_weights = place_all(mesh, layer)
     with pytest.raises(ShardingError, match=r"x is bfloat16\[16,256@expert\], wanted its last dimension"):
-        jax.jit(mm.moe)(place(mesh, layer.x, None, "expert"), weights, ids, probs)
+        jax.jit(mm.moe)(place(mesh, layer.x, None, "expert"), weights, ids, topk_weights)
     with pytest.raises(ShardingError, match=r"weights.gate_up is .*2@data.*, wanted dimension 0, the experts"):
-        jax.jit(mm.moe)(x, place(mesh, layer.weights, "expert", "data"), ids, probs)
+        jax.jit(mm.moe)(x, place(mesh, layer.weights, "expert", "data"), ids, topk_weights)
     with pytest.raises(
         ShardingError,
         match=r"weights.gate_up is .*8@data.*the experts, split over 'expert' or nothing split",
     ):
-        jax.jit(mm.moe)(x, place(mesh, layer.weights, "data"), ids, probs)
+        jax.jit(mm.moe)(x, place(mesh, layer.weights, "data"), ids, topk_weights)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_experts_have_to_divide(kind):
     mesh, layer = make_mesh({"expert": 3}, kind), make_layer(3)
     with pytest.raises(ShapeError, match="weights have 8 experts, wanted a multiple of the 3 ranks"):
-        jax.jit(mm.moe)(place(mesh, layer.x, "expert"), layer.weights, layer.ids, layer.probs)
+        jax.jit(mm.moe)(place(mesh, layer.x, "expert"), layer.weights, layer.ids, layer.topk_weights)
 
 
 # Many layers.
@@ -217,9 +223,9 @@ def test_experts_have_to_divide(kind):
 def test_stacked_weights_in_a_scan(kind):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
-    x, _, ids, probs = place_all(mesh, layer)
-    y = jax.jit(scan_over_layers)(x, stacked, ids, probs)
-    wanted = mm.moe(mm.moe(*layer[:4]), packed_weights(1), layer.ids, layer.probs)
+    x, _, ids, topk_weights = place_all(mesh, layer)
+    y = jax.jit(scan_over_layers)(x, stacked, ids, topk_weights)
+    wanted = mm.moe(mm.moe(*layer[:4]), packed_weights(1), layer.ids, layer.topk_weights)
     # The ranks' FP32 sums come in another order; the second layer may then quantise a value to its neighbour.
     assert difference(y, wanted) < 1e-4
 
@@ -257,14 +263,14 @@ def test_weights_are_neither_gathered_nor_copied(way, stacked):
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT if way == "explicit" else AUTO), make_layer()
     lead = (None,) if stacked else ()
     weights = mm.stack_experts([packed_weights(0), packed_weights(1)]) if stacked else layer.weights
-    x, _, ids, probs = place_all(mesh, layer)
+    x, _, ids, topk_weights = place_all(mesh, layer)
     function = scan_over_layers if stacked else mm.moe
     if way == "manual":
         tokens = P(("data", "expert"))
         function = jax.shard_map(
             function, mesh=mesh, in_specs=(tokens, P(*lead, "expert"), tokens, tokens), out_specs=tokens
         )
-    arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
+    arguments = x, place(mesh, weights, *lead, "expert"), ids, topk_weights
     text = str(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
     # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
     num_elements = layer.weights.down.size // 4
@@ -279,7 +285,9 @@ def test_the_check_above_sees_a_copy():
     if meshes.platform != "cpu":
         pytest.skip("the opcodes are those of XLA for CPUs")
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    x, _, ids, probs = place_all(mesh, layer)
-    compiled = jax.jit(lambda *a: mm.moe(*a)).lower(x, place(mesh, layer.weights, None, "data"), ids, probs).compile()
+    x, _, ids, topk_weights = place_all(mesh, layer)
+    compiled = (
+        jax.jit(lambda *a: mm.moe(*a)).lower(x, place(mesh, layer.weights, None, "data"), ids, topk_weights).compile()
+    )
     opcodes = opcodes_of_large_results(str(compiled.as_text()), layer.weights.down.size // 4)
     assert opcodes & {"all-gather", "all-to-all", "dynamic-slice", "copy", "fusion", "collective-permute"}

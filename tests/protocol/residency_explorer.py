@@ -89,9 +89,7 @@ class _Explorer:
         for r, rank in enumerate(state.ranks):
             yield self.steps_of_rank(r, rank, memories, self._free_slots(state, r) > 0)
 
-    def _steps_of_rank(
-        self, r: int, rank: int, memories: tuple[int, ...], has_slot: bool
-    ) -> tuple[_NumberedStep, ...]:
+    def _steps_of_rank(self, r: int, rank: int, memories: tuple[int, ...], has_slot: bool) -> tuple[_NumberedStep, ...]:
         if self._has_ended(rank):
             return ()
         found = self.cta_steps.of_rank(

@@ -100,8 +100,8 @@ def check_both(result: tuple[jax.Array, jax.Array], layer: Layer) -> None:
     np.testing.assert_array_equal(result[1], layer.load)
 
 
-def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, probs: jax.Array) -> jax.Array:
+def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     def step(carry: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        return mm.moe(carry, stacked, ids, probs, layer=index), None
+        return mm.moe(carry, stacked, ids, topk_weights, layer=index), None
 
     return jax.lax.scan(step, x, jnp.arange(len(stacked.gate_up), dtype=jnp.int32))[0]
