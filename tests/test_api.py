@@ -14,7 +14,7 @@ import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
 from tests.support import numpy_model
 from tests.support.compare import difference
-from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
+from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def stacked() -> mm.ExpertWeights:
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_one_device(layer, wrap):
     y, load = wrap(lambda *a: mm.moe(*a, return_expert_load=True))(*layer[:4])
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load, layer.load)
     assert load.dtype == jnp.int32
 
@@ -60,7 +60,7 @@ def test_leading_dimensions(lead):
     x, ids, topk_weights = (jnp.reshape(a, (*lead, a.shape[-1])) for a in (layer.x, layer.ids, layer.topk_weights))
     y = mm.moe(x, layer.weights, ids, topk_weights)
     assert y.shape == x.shape
-    check(y, layer)
+    assert_matches_model(y, layer)
 
 
 @pytest.mark.parametrize("lead", [(0,), (3, 0)])
@@ -73,18 +73,18 @@ def test_no_tokens(lead):
 
 def test_numpy_arguments(layer):
     arguments: Any = jax.tree.map(np.asarray, layer[:4])
-    check(mm.moe(*arguments), layer)
+    assert_matches_model(mm.moe(*arguments), layer)
 
 
 @pytest.mark.parametrize("implementation", [None, "collective", "reference"])
 def test_implementations_of_a_cpu(layer, implementation):
-    check(jax.jit(lambda *a: mm.moe(*a, implementation=implementation))(*layer[:4]), layer)
+    assert_matches_model(jax.jit(lambda *a: mm.moe(*a, implementation=implementation))(*layer[:4]), layer)
 
 
 def test_stacked_layers(stacked):
     for index in range(3):
         layer = make_layer(seed=index)
-        check(mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=index), layer)
+        assert_matches_model(mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=index), layer)
 
 
 def test_scan_over_layers(stacked):
@@ -96,7 +96,7 @@ def test_scan_over_layers(stacked):
 
     _, ys = jax.jit(lambda: jax.lax.scan(step, None, jnp.arange(3)))()
     for y, layer in zip(ys, layers, strict=True):
-        check(y, layer)
+        assert_matches_model(y, layer)
 
 
 def test_scan_over_leaves_serves_too(stacked, layer):
@@ -105,7 +105,7 @@ def test_scan_over_leaves_serves_too(stacked, layer):
 
     _, ys = jax.lax.scan(step, None, stacked)
     for index, y in enumerate(ys):
-        check(y, make_layer(seed=index))
+        assert_matches_model(y, make_layer(seed=index))
 
 
 def test_decode_loop(layer):
@@ -122,7 +122,7 @@ def test_vmap_over_tokens(layer):
     x, ids, topk_weights = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.topk_weights))
     f = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, layer.weights, ids, topk_weights, return_expert_load=True))
     y, load = jax.jit(f)(x, ids, topk_weights)
-    check(y, layer)
+    assert_matches_model(y, layer)
     assert load.shape == (4, E)
     for element, wanted in zip(load, ids, strict=True):
         np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
@@ -138,7 +138,7 @@ def test_vmap_folds_into_one_call(layer):
     jaxpr = jax.make_jaxpr(f)(x, ids, topk_weights)
     calls = [e for e in jaxpr.eqns if e.primitive.name == "jax_megamoe.moe"]
     assert [str(call.outvars[0].aval) for call in calls] == [f"bfloat16[4,4,{H}]"]
-    check(f(x, ids, topk_weights), layer)
+    assert_matches_model(f(x, ids, topk_weights), layer)
 
 
 def test_vmap_over_some_arguments(layer):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from tests.support import boxes, meshes, numpy_model
-from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
+from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 NUM_LAYERS = 3
 INT32 = np.iinfo(np.int32)
@@ -85,7 +85,7 @@ def test_layers_of_arrays_are_clamped(way):
     layers = [make_layer(seed=seed) for seed in range(NUM_LAYERS)]
     for number, clamped in [(-1, 0), (NUM_LAYERS, 2), (INT32.min, 0)]:
         y, load = call(way, layers[0].x, stacked(), layers[0].ids, layers[0].topk_weights, jnp.int32(number))
-        check(y, layers[clamped])
+        assert_matches_model(y, layers[clamped])
         np.testing.assert_array_equal(load, layers[0].load)
 
 
@@ -109,16 +109,16 @@ def test_layers_of_any_integer_type(moe, number, dtype, clamped):
     with jax.enable_x64(True):
         index = jnp.asarray(number, dtype)
         assert index.dtype == dtype
-        check(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=index), wanted)
+        assert_matches_model(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=index), wanted)
         traced = jax.jit(lambda index: moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=index))
-        check(traced(index), wanted)
+        assert_matches_model(traced(index), wanted)
 
 
 @each_function
 @pytest.mark.parametrize("number", [1, np.int64(1), np.uint8(1), np.array(1), np.array(1, np.int16)])
 def test_layers_of_python_and_numpy(moe, number):
     wanted = make_layer(seed=1)
-    check(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=number), wanted)
+    assert_matches_model(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=number), wanted)
 
 
 def test_loop_counters_of_64_bits():
@@ -133,7 +133,7 @@ def test_loop_counters_of_64_bits():
         loop = jax.lax.fori_loop(0, NUM_LAYERS, lambda i, ys: ys.at[i].set(call_layer(i)), jnp.zeros_like(scanned))
     np.testing.assert_array_equal(loop, scanned)
     for y, layer in zip(scanned, layers, strict=True):
-        check(y, layer)
+        assert_matches_model(y, layer)
 
 
 @each_function
@@ -172,7 +172,7 @@ def test_ids(way, ids):
     topk_weights = np.where((drawn < 0) | (drawn >= E), np.float32(np.nan), rng.random((16, K), np.float32))
     wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), drawn, topk_weights)
     y, load = call(way, layer.x, layer.weights, jnp.asarray(drawn), jnp.asarray(topk_weights))
-    check(y, layer._replace(y=wanted))
+    assert_matches_model(y, layer._replace(y=wanted))
     np.testing.assert_array_equal(load, wanted_load)
     assert load.dtype == jnp.int32
     unused = ((drawn < 0) | (drawn >= E)).all(1)
@@ -197,7 +197,7 @@ def test_numbers_of_slots(way):
     ids, topk_weights = rng.integers(0, E, (16, 32)).astype(np.int32), rng.random((16, 32), np.float32)
     wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), ids, topk_weights)
     y, load = call(way, layer.x, layer.weights, jnp.asarray(ids), jnp.asarray(topk_weights))
-    check(y, layer._replace(y=wanted))
+    assert_matches_model(y, layer._replace(y=wanted))
     np.testing.assert_array_equal(load, wanted_load)
     for slots in (0, 33):
         with pytest.raises(ShapeError, match=rf"topk_ids has shape \(.*, {slots}\), wanted 1 to 32 slots a token"):
@@ -228,7 +228,7 @@ def test_numbers_as_options(moe, options):
     # Where a number of NumPy could turn the arithmetic into that of 64 bits.
     with jax.enable_x64(True):
         y = moe(*layer[:4], **options)
-    check(y, layer._replace(y=wanted))
+    assert_matches_model(y, layer._replace(y=wanted))
 
 
 @each_function
@@ -253,17 +253,21 @@ def test_what_is_no_factor_is_refused(moe, value):
 @pytest.mark.parametrize("box", boxes.ALL)
 def test_boxed_arguments(moe, box):
     layer, wanted = make_layer(), make_layer(seed=1)
-    check(moe(box(layer.x), box(layer.weights), box(layer.ids), box(layer.topk_weights)), layer)
-    check(moe(box(layer.x), box(stacked()), box(layer.ids), box(layer.topk_weights), layer=box(jnp.int32(1))), wanted)
+    assert_matches_model(moe(box(layer.x), box(layer.weights), box(layer.ids), box(layer.topk_weights)), layer)
+    assert_matches_model(
+        moe(box(layer.x), box(stacked()), box(layer.ids), box(layer.topk_weights), layer=box(jnp.int32(1))), wanted
+    )
     # Frameworks that put each leaf of a pytree in a box.
     leaves = {name: box(getattr(layer.weights, name)) for name in ("gate_up", "gate_up_scale", "down", "down_scale")}
-    check(moe(layer.x, dataclasses.replace(layer.weights, **leaves), layer.ids, layer.topk_weights), layer)
+    assert_matches_model(
+        moe(layer.x, dataclasses.replace(layer.weights, **leaves), layer.ids, layer.topk_weights), layer
+    )
 
 
 def test_boxed_arguments_in_jit():
     layer = make_layer()
     box: Any = boxes.Param
-    check(jax.jit(lambda x, w, i, p: mm.moe(box(x), box(w), i, box(p)))(*layer[:4]), layer)
+    assert_matches_model(jax.jit(lambda x, w, i, p: mm.moe(box(x), box(w), i, box(p)))(*layer[:4]), layer)
 
 
 @each_function

@@ -16,13 +16,13 @@ import jax_megamoe as mm
 from jax_megamoe.primitives import _groups, moe_peers
 from jax_megamoe.primitives.moe_peers import moe_peers_p
 from tests.support.cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
-from tests.support.expert_layer import E, H, I, K, check, make_layer, packed_weights
+from tests.support.expert_layer import E, H, I, K, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
-    check_both,
+    assert_both_match_model,
     make_mesh,
     moe_and_load,
     place,
@@ -211,7 +211,7 @@ def test_vmap_inside_shard_map():
         jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, topk_weights))
         assert jaxpr.count(moe_peers_p.name) == 1
         y, load = jax.jit(f)(x, weights, ids, topk_weights)
-        check(y, layer)
+        assert_matches_model(y, layer)
         for element, wanted in zip(load, np.asarray(ids).reshape(4, -1), strict=True):
             np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
 
@@ -228,7 +228,7 @@ def test_vmap_with_replicated_tokens():
         place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.topk_weights)
     )
     y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, topk_weights)
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
 
 
@@ -312,4 +312,4 @@ def test_the_layer_by_itself_on_cpus():
 
     spec = P("expert")
     f = jax.shard_map(per_device, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, spec))
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer)), layer)

@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import placement_log
 from jax_megamoe.errors import ShapeError, ShardingError
-from tests.support.expert_layer import E, check, make_layer, packed_weights
+from tests.support.expert_layer import E, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
-    check_both,
+    assert_both_match_model,
     make_mesh,
     moe_and_load,
     place,
@@ -80,7 +80,7 @@ def test_names_that_the_mesh_of_a_shard_map_lacks(check_vma):
 
 def test_any_name_serves_without_a_mesh():
     layer = make_layer()
-    check(mm.moe(*layer[:4], expert_axis="ep", token_axes=("dp", "ep")), layer)
+    assert_matches_model(mm.moe(*layer[:4], expert_axis="ep", token_axes=("dp", "ep")), layer)
 
 
 @pytest.mark.parametrize("name", ["expert_axis", "token_axes"])
@@ -95,7 +95,7 @@ def test_explicit_weights_over_an_axis_that_is_not_named():
     with pytest.raises(ShardingError, match="weights.gate_up is .*@model.*pass expert_axis='model'") as error:
         jax.eval_shape(mm.moe, *arguments)
     assert "()" not in str(error.value)
-    check(jax.jit(functools.partial(mm.moe, expert_axis="model"))(*arguments), make_layer())
+    assert_matches_model(jax.jit(functools.partial(mm.moe, expert_axis="model"))(*arguments), make_layer())
 
 
 # Inside shard_map nothing but names and marks tells how tokens are split.
@@ -114,7 +114,7 @@ def test_tokens_in_shard_map_without_marks(function):
         ShardingError, match=r"token_axes is left out.*split over 'ep'.*pass token_axes, or token_axes="
     ):
         jax.eval_shape(mapped(expert_axis="ep"), *arguments)
-    check(jax.jit(mapped(expert_axis="ep", token_axes=("dp", "ep")))(*arguments), make_layer())
+    assert_matches_model(jax.jit(mapped(expert_axis="ep", token_axes=("dp", "ep")))(*arguments), make_layer())
 
 
 def test_tokens_in_shard_map_that_are_copies():
@@ -122,12 +122,12 @@ def test_tokens_in_shard_map_that_are_copies():
     specs: Any = {"in_specs": (P(), P("ep"), P(), P()), "out_specs": P(), "check_vma": False}
     for token_axes in ((), None, "dp"):  # over dp they are copies as well, which costs time only
         function = functools.partial(mm.moe, expert_axis="ep", token_axes=token_axes)
-        check(jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments), make_layer())
+        assert_matches_model(jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments), make_layer())
     # An axis of one device splits nothing.
     mesh = make_mesh({"dp": 8, "ep": 1}, AUTO)
     specs = {"in_specs": (P("dp"), P("ep"), P("dp"), P("dp")), "out_specs": P("dp"), "check_vma": False}
     mapped = jax.shard_map(functools.partial(mm.moe, expert_axis="ep"), mesh=mesh, **specs)
-    check(jax.jit(mapped)(*put(mesh, "dp", "ep")), make_layer())
+    assert_matches_model(jax.jit(mapped)(*put(mesh, "dp", "ep")), make_layer())
 
 
 # How many experts there are.
@@ -157,7 +157,7 @@ def test_weights_made_in_shard_map(function, check_vma):
     assert ("expert_axis=None" in str(error.value)) != check_vma
     with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 16 / 8 along 'expert' or all"):
         jax.eval_shape(mapped(16), *arguments)
-    check(jax.jit(mapped(8))(*arguments), make_layer())
+    assert_matches_model(jax.jit(mapped(8))(*arguments), make_layer())
 
 
 def test_replicated_weights_in_shard_map_without_marks():
@@ -166,7 +166,7 @@ def test_replicated_weights_in_shard_map_without_marks():
     with pytest.raises(ShapeError, match="wanted 64: .* or expert_axis=None to moe where each device has all experts"):
         jax.eval_shape(jax.shard_map(mm.moe, mesh=mesh, **specs), *make_layer()[:4])
     mapped = jax.shard_map(functools.partial(mm.moe, expert_axis=None), mesh=mesh, **specs)
-    check(jax.jit(mapped)(*put(mesh, "expert")), make_layer())
+    assert_matches_model(jax.jit(mapped)(*put(mesh, "expert")), make_layer())
 
 
 def test_slices_without_an_expert_axis():
@@ -187,7 +187,7 @@ def test_more_experts_than_are_said(function):
         function(layer.x, more, layer.ids, layer.topk_weights)
     ids = jnp.where(layer.ids < 2, layer.ids + E, layer.ids)
     ids = jnp.where((layer.ids < 0) | (layer.ids >= E), -1, ids)
-    check(function(layer.x, with_number(more, 10), ids, layer.topk_weights), layer)
+    assert_matches_model(function(layer.x, with_number(more, 10), ids, layer.topk_weights), layer)
     fewer = jax.tree.map(lambda leaf: leaf[:4], layer.weights)
     with pytest.raises(ShapeError, match="weights hold 4 of 8 experts.*inside jax.shard_map only"):
         function(layer.x, fewer, layer.ids, layer.topk_weights)
@@ -201,7 +201,7 @@ def test_the_mesh_with_the_expert_axis_comes_first():
     x, _, ids, topk_weights = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
     weights = place(make_mesh(DATA_EXPERT, AUTO), packed_weights(), "expert")
     compiled = jax.jit(moe_and_load).lower(x, weights, ids, topk_weights).compile()
-    check_both(compiled(x, weights, ids, topk_weights), make_layer())
+    assert_both_match_model(compiled(x, weights, ids, topk_weights), make_layer())
     assert "all-gather" not in opcodes_of_large_results(str(compiled.as_text()), weights.down.size)
 
 
@@ -215,7 +215,7 @@ def test_two_explicit_meshes(jit):
     with pytest.raises(ShardingError, match=text):
         function(x, weights, ids, topk_weights)
     with jax.set_mesh(mesh):  # says which one, and has the axes that the types of x, ids and weights name
-        check(function(x, weights, ids, topk_weights), make_layer())
+        assert_matches_model(function(x, weights, ids, topk_weights), make_layer())
     x = place(make_mesh({"data": 2, "context": 4}, EXPLICIT), make_layer().x, "context")
     with jax.set_mesh(mesh), pytest.raises(ShardingError, match="x is on the mesh .* wanted the mesh of the context"):
         function(x, weights, ids, topk_weights)
@@ -226,16 +226,16 @@ def test_weights_in_a_closure(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer()
     weights = place(mesh, layer.weights, "expert")
     arguments = layer.x, layer.ids, layer.topk_weights
-    check(jax.jit(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))(*arguments), layer)
-    check(
+    assert_matches_model(jax.jit(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))(*arguments), layer)
+    assert_matches_model(
         jax.jit(functools.partial(mm.moe, weights=weights))(
             layer.x, topk_ids=layer.ids, topk_weights=layer.topk_weights
         ),
         layer,
     )
-    check(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.topk_weights))(), layer)
+    assert_matches_model(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.topk_weights))(), layer)
     mapped = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))
-    check(jax.jit(mapped)(*arguments), layer)
+    assert_matches_model(jax.jit(mapped)(*arguments), layer)
 
 
 def test_stacked_weights_in_a_closure():
@@ -260,7 +260,9 @@ def test_vmap_over_a_dimension_that_is_split_over_the_expert_axis(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer(32)
     weights = place(mesh, layer.weights, "expert")
     tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.topk_weights)]
-    check(jax.jit(jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights)))(*tokens), layer)
+    assert_matches_model(
+        jax.jit(jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights)))(*tokens), layer
+    )
 
 
 def test_sharding_of_the_result_over_automatic_axes():
@@ -293,7 +295,7 @@ def test_host_memory(function, jit):
     def moved(weights: mm.ExpertWeights) -> Any:
         return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.topk_weights)
 
-    check(jax.jit(moved)(weights), layer)
+    assert_matches_model(jax.jit(moved)(weights), layer)
 
 
 # The log.

@@ -14,7 +14,7 @@ from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_local import moe_local, moe_local_p
 from tests.support.cuda_lowering import WORKSPACE, cuda_text
-from tests.support.expert_layer import E, H, K, Layer, check, make_layer, packed_weights
+from tests.support.expert_layer import E, H, K, Layer, assert_matches_model, make_layer, packed_weights
 
 
 def arguments_of(layer: Layer) -> tuple[Any, ...]:
@@ -141,7 +141,7 @@ def local_operands(layer: Layer) -> tuple[Any, ...]:
 def test_moe_local_by_itself():
     layer = make_layer()
     y, load = moe_local(*local_operands(layer))
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load, layer.load)
     partial_sums, _ = jax.jit(lambda *a: moe_local(*a, out_dtype=jnp.float32))(*local_operands(layer))
     assert partial_sums.dtype == jnp.float32
@@ -159,7 +159,7 @@ def test_moe_local_under_vmap_is_one_call():
     arguments = tuple(operands[i].reshape(4, 4, -1) for i in (0, 5, 6))
     (call,) = [e for e in jax.make_jaxpr(f)(*arguments).eqns if e.primitive is moe_local_p]
     assert str(call.invars[0].aval) == f"bfloat16[16,{H}]"
-    check(f(*arguments)[0], layer)
+    assert_matches_model(f(*arguments)[0], layer)
 
 
 def test_moe_local_has_no_derivative():

@@ -14,13 +14,13 @@ import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError, ShardingError
 from tests.support import meshes
 from tests.support.compare import difference
-from tests.support.expert_layer import H, check, make_layer, packed_weights
+from tests.support.expert_layer import H, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
-    check_both,
+    assert_both_match_model,
     make_mesh,
     moe_and_load,
     place,
@@ -42,7 +42,7 @@ def test_global_view(sizes, kind, with_context):
     x, *others = place_all(mesh, layer)
     with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
         y, load = jax.jit(moe_and_load)(x, *others)
-    check_both((y, load), layer)
+    assert_both_match_model((y, load), layer)
     assert y.sharding.is_equivalent_to(x.sharding, y.ndim)
     assert jax.typeof(y) == jax.typeof(x)
     assert load.sharding.is_equivalent_to(NamedSharding(mesh, P("expert" if "expert" in sizes else None)), 1)
@@ -51,9 +51,9 @@ def test_global_view(sizes, kind, with_context):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_eager(kind):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
-    check_both(moe_and_load(*place_all(mesh, layer)), layer)
+    assert_both_match_model(moe_and_load(*place_all(mesh, layer)), layer)
     with jax.set_mesh(mesh):
-        check_both(moe_and_load(*place_all(mesh, layer)), layer)
+        assert_both_match_model(moe_and_load(*place_all(mesh, layer)), layer)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -61,13 +61,13 @@ def test_eager(kind):
 def test_only_the_weights_are_on_the_mesh(kind, jit):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = layer.x, place(mesh, layer.weights, "expert"), layer.ids, layer.topk_weights
-    check_both((jax.jit(moe_and_load) if jit else moe_and_load)(*arguments), layer)
+    assert_both_match_model((jax.jit(moe_and_load) if jit else moe_and_load)(*arguments), layer)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_permuted_devices(kind):
     mesh, layer = make_mesh(MESHES["data x expert"], kind, reverse=True), make_layer()
-    check_both(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
+    assert_both_match_model(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
 
 
 def test_bits_of_a_token_do_not_depend_on_its_rank():
@@ -86,7 +86,7 @@ def test_expert_axis_of_two_mesh_axes(kind):
     mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()
     axes: dict[str, Any] = {"expert_axis": ("c", "a"), "token_axes": ("a", "b", "c")}
     arguments = place_all(mesh, layer, tokens=axes["token_axes"], experts=("c", "a"))
-    check_both(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
+    assert_both_match_model(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
@@ -94,7 +94,7 @@ def test_tokens_split_over_a_part_of_the_expert_axes(kind):
     mesh, layer = make_mesh({"a": 2, "b": 2, "c": 2}, kind), make_layer()
     axes: dict[str, Any] = {"expert_axis": ("a", "b"), "token_axes": ("b", "c")}
     arguments = place_all(mesh, layer, tokens=("b", "c"), experts=("a", "b"))
-    check_both(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
+    assert_both_match_model(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
@@ -103,7 +103,7 @@ def test_tokens_replicated_over_some_axes(kind, tokens):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = place_all(mesh, layer, tokens=tokens)
     y, load = jax.jit(lambda *a: mm.moe(*a, token_axes=tokens, return_expert_load=True))(*arguments)
-    check_both((y, load), layer)
+    assert_both_match_model((y, load), layer)
     assert jax.typeof(y) == jax.typeof(arguments[0])
 
 
@@ -112,7 +112,7 @@ def test_no_expert_axis_is_the_local_op(kind):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = place_all(mesh, layer, experts=None)
     compiled = jax.jit(lambda *a: mm.moe(*a, expert_axis=None)).lower(*arguments).compile()
-    check(compiled(*arguments), layer)
+    assert_matches_model(compiled(*arguments), layer)
     text = str(compiled.as_text())
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
 
@@ -122,9 +122,9 @@ def test_no_expert_axis_is_the_local_op(kind):
 def test_padding(sizes, num_tokens):
     mesh, layer = make_mesh(sizes, AUTO), make_layer(num_tokens)
     arguments = place_all(mesh, layer, tokens=None)
-    check_both(jax.jit(moe_and_load)(*arguments), layer)
+    assert_both_match_model(jax.jit(moe_and_load)(*arguments), layer)
     with jax.set_mesh(mesh):
-        check_both(moe_and_load(layer.x, arguments[1], layer.ids, layer.topk_weights), layer)
+        assert_both_match_model(moe_and_load(layer.x, arguments[1], layer.ids, layer.topk_weights), layer)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
@@ -140,7 +140,7 @@ def test_two_leading_dimensions(kind, spec):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
     x, ids, topk_weights = (place(mesh, v.reshape(8, 4, -1), *spec) for v in (layer.x, layer.ids, layer.topk_weights))
     y, load = jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, topk_weights)
-    check_both((y, load), layer)
+    assert_both_match_model((y, load), layer)
     assert jax.typeof(y) == jax.typeof(x)
 
 
@@ -154,7 +154,7 @@ def test_vmap_over_sharded_tokens(kind):
     y, load = jax.jit(jax.vmap(lambda x, ids, topk_weights: moe_and_load(x, weights, ids, topk_weights)))(
         x, ids, topk_weights
     )
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
     assert jax.typeof(y) == jax.typeof(x)
 
@@ -169,29 +169,31 @@ def test_vmap_over_a_sharded_axis():
         y, load = jax.jit(jax.vmap(lambda x, ids, topk_weights: moe_and_load(x, weights, ids, topk_weights)))(
             x, ids, topk_weights
         )
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
 
 
 def test_one_axis_explicit_one_automatic():
     for kinds in ((EXPLICIT, AUTO), (AUTO, EXPLICIT)):
         mesh, layer = make_mesh(MESHES["data x expert"], kinds), make_layer()
-        check_both(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
+        assert_both_match_model(jax.jit(moe_and_load)(*place_all(mesh, layer)), layer)
 
 
 def test_automatic_axes_serve_what_arrives_otherwise():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     x = place(mesh, layer.x, None, "expert")
     ids = place(mesh, layer.ids, "expert")
-    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, layer.topk_weights), layer)
+    assert_both_match_model(
+        jax.jit(moe_and_load)(x, place(mesh, layer.weights, "expert"), ids, layer.topk_weights), layer
+    )
 
 
 def test_explicit_axes_serve_other_ids_and_replicated_weights():
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
     x, weights, _, _ = place_all(mesh, layer)
     ids, topk_weights = place(mesh, layer.ids, "expert"), place(mesh, layer.topk_weights)
-    check_both(jax.jit(moe_and_load)(x, weights, ids, topk_weights), layer)
-    check_both(jax.jit(moe_and_load)(x, place(mesh, layer.weights), ids, topk_weights), layer)
+    assert_both_match_model(jax.jit(moe_and_load)(x, weights, ids, topk_weights), layer)
+    assert_both_match_model(jax.jit(moe_and_load)(x, place(mesh, layer.weights), ids, topk_weights), layer)
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -238,7 +240,7 @@ def test_while_loop_on_a_mesh():
         return state[0] + 1, mm.moe(x, *others)
 
     _, y = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))(x)
-    check(y, layer)
+    assert_matches_model(y, layer)
 
 
 # What happens to the weights before the kernel sees them.

@@ -54,7 +54,7 @@ def make_layer(num_tokens: int = 16, seed: int = 0) -> Layer:
     return Layer(jnp.asarray(x), packed_weights(seed), jnp.asarray(ids), jnp.asarray(topk_weights), y, load)
 
 
-def check(y: Any, layer: Layer) -> None:
+def assert_matches_model(y: Any, layer: Layer) -> None:
     """The result is the model's; also token by token, since one wrong token of many moves the whole little."""
     assert y.dtype == jnp.bfloat16
     on_gpu = any(device.platform == "gpu" for device in y.devices())
