@@ -47,12 +47,14 @@ class _Explorer:
     def __init__(self, scene: Scene, mechanism: Mechanism, tries_all: bool) -> None:
         self.scene, self.tries_all, self.cta_steps = scene, tries_all, CtaSteps(scene, mechanism)
         self.ranks, self.memories = _Numbers[Rank](), _Numbers[Memory]()
-        # Ranks are often in states that they were in.
-        self.steps_of_rank, self.memory_of, self.running = (
+        self.slots = tuple(scene.slots(gpu) for gpu in range(len(scene.ctas)))
+        # Ranks are often in states that they were in, and several steps lead to states from which the same ones commute.
+        self.steps_of_rank, self.settled, self.blocked = (
             cache(self._steps_of_rank),
-            cache(lambda rank: self.memories.of(self.ranks.values[rank].memory)),
-            cache(self._running),
+            cache(self._settled),
+            cache(self._blocked),
         )
+        self.memory_of, self.running = cache(self._memory_of), cache(self._running)
 
     def run(self) -> Outcome:
         ranks = tuple(self.ranks.of(Rank((Cta(),) * n, (0,) * n, (0,) * n)) for n in self.scene.ctas)
@@ -71,23 +73,25 @@ class _Explorer:
                 yield f"blocker {number} {label}", state._replace(blockers=put(state.blockers, number, on))
         for r, steps in enumerate(self._steps(state)):
             for step in steps:
-                yield self._settled(step.label, state._replace(ranks=put(state.ranks, r, step.rank)))
+                labels, settled = self.settled(_State(put(state.ranks, r, step.rank), state.blockers))
+                yield step.label + labels, settled
 
-    def _settled(self, label: str, state: _State) -> tuple[str, _State]:
-        """The state after all steps that commute."""
+    def _settled(self, state: _State) -> tuple[str, _State]:
+        """All steps that commute, and the state after them."""
+        labels = ""
         while not self.tries_all:
             found = ((r, step) for r, steps in enumerate(self._steps(state)) for step in steps if step.commutes)
             if (first := next(found, None)) is None:
                 break
             r, step = first
-            label, state = f"{label}; {step.label}", state._replace(ranks=put(state.ranks, r, step.rank))
-        return label, state
+            labels, state = f"{labels}; {step.label}", _State(put(state.ranks, r, step.rank), state.blockers)
+        return labels, state
 
     def _steps(self, state: _State) -> Iterator[tuple[_NumberedStep, ...]]:
         """For each rank."""
-        memories = tuple(map(self.memory_of, state.ranks))
+        memories, blocked = tuple(map(self.memory_of, state.ranks)), self.blocked(state.blockers)
         for r, rank in enumerate(state.ranks):
-            yield self.steps_of_rank(r, rank, memories, self._free_slots(state, r) > 0)
+            yield self.steps_of_rank(r, rank, memories, self.slots[r] > self.running(rank) + blocked[r])
 
     def _steps_of_rank(self, r: int, rank: int, memories: tuple[int, ...], has_slot: bool) -> tuple[_NumberedStep, ...]:
         if self._has_ended(rank):
@@ -97,9 +101,12 @@ class _Explorer:
         )
         return tuple(_NumberedStep(step.label, self.ranks.of(step.rank), step.commutes) for step in found)
 
-    def _free_slots(self, state: _State, gpu: int) -> int:
-        blocked = sum(gpu in on for on in state.blockers if on is not None)
-        return self.scene.slots(gpu) - self.running(state.ranks[gpu]) - blocked
+    def _memory_of(self, rank: int) -> int:
+        return self.memories.of(self.ranks.values[rank].memory)
+
+    def _blocked(self, blockers: tuple[tuple[int, ...] | None, ...]) -> tuple[int, ...]:
+        """Slots of each GPU that blockers have."""
+        return tuple(sum(gpu in on for on in blockers if on is not None) for gpu in range(len(self.slots)))
 
     def _running(self, rank: int) -> int:
         return sum(cta.consumers not in ("absent", "ended") for cta in self.ranks.values[rank].ctas)
@@ -108,7 +115,8 @@ class _Explorer:
         if on is None:
             return
         for gpu in blocker.gpus:
-            if gpu not in on and self._free_slots(state, gpu) > 0:
+            is_free = self.slots[gpu] > self.running(state.ranks[gpu]) + self.blocked(state.blockers)[gpu]
+            if gpu not in on and is_free:
                 yield f"starts on GPU {gpu}", tuple(sorted((*on, gpu)))
         if len(on) == len(blocker.gpus) and blocker.ends:
             yield "ends", None
