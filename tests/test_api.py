@@ -14,7 +14,7 @@ import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError, ShardingError
 from tests.support import numpy_model
 from tests.support.compare import difference
-from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
+from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def stacked() -> mm.ExpertWeights:
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_one_device(layer, wrap):
     y, load = wrap(lambda *a: mm.moe(*a, return_expert_load=True))(*layer[:4])
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load, layer.load)
     assert load.dtype == jnp.int32
 
@@ -39,8 +39,8 @@ def test_types_of_the_results():
     """Checked by mypy too."""
     layer = make_layer()
     for function in (mm.moe, mm.reference.moe):
-        y = assert_type(function(layer.x, layer.weights, layer.ids, layer.probs, expert_axis=None), jax.Array)
-        both = function(layer.x, layer.weights, layer.ids, layer.probs, return_expert_load=True)
+        y = assert_type(function(layer.x, layer.weights, layer.ids, layer.topk_weights, expert_axis=None), jax.Array)
+        both = function(layer.x, layer.weights, layer.ids, layer.topk_weights, return_expert_load=True)
         assert y.shape == assert_type(both, tuple[jax.Array, jax.Array])[0].shape
 
 
@@ -49,7 +49,7 @@ def test_is_the_reference_bit_by_bit(layer):
     y = mm.moe(*layer[:4], **options)
     np.testing.assert_array_equal(y, mm.reference.moe(*layer[:4], **options))
     wanted, _ = numpy_model.moe(
-        *(np.asarray(layer.x), natural_weights()), layer.ids, np.asarray(layer.probs), **options
+        *(np.asarray(layer.x), natural_weights()), layer.ids, np.asarray(layer.topk_weights), **options
     )
     assert difference(y, wanted) < 1e-7
 
@@ -57,61 +57,61 @@ def test_is_the_reference_bit_by_bit(layer):
 @pytest.mark.parametrize("lead", [(), (1,), (2, 8), (4, 1, 4)])
 def test_leading_dimensions(lead):
     layer = make_layer(int(np.prod(lead)))
-    x, ids, probs = (jnp.reshape(a, (*lead, a.shape[-1])) for a in (layer.x, layer.ids, layer.probs))
-    y = mm.moe(x, layer.weights, ids, probs)
+    x, ids, topk_weights = (jnp.reshape(a, (*lead, a.shape[-1])) for a in (layer.x, layer.ids, layer.topk_weights))
+    y = mm.moe(x, layer.weights, ids, topk_weights)
     assert y.shape == x.shape
-    check(y, layer)
+    assert_matches_model(y, layer)
 
 
 @pytest.mark.parametrize("lead", [(0,), (3, 0)])
 def test_no_tokens(lead):
-    x, ids, probs = jnp.zeros((*lead, H), jnp.bfloat16), jnp.zeros((*lead, K), jnp.int32), jnp.zeros((*lead, K))
-    y, load = jax.jit(lambda *a: mm.moe(*a, return_expert_load=True))(x, packed_weights(), ids, probs)
+    x, ids, topk_weights = jnp.zeros((*lead, H), jnp.bfloat16), jnp.zeros((*lead, K), jnp.int32), jnp.zeros((*lead, K))
+    y, load = jax.jit(lambda *a: mm.moe(*a, return_expert_load=True))(x, packed_weights(), ids, topk_weights)
     assert y.shape == x.shape and y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(load, np.zeros(E))
 
 
 def test_numpy_arguments(layer):
     arguments: Any = jax.tree.map(np.asarray, layer[:4])
-    check(mm.moe(*arguments), layer)
+    assert_matches_model(mm.moe(*arguments), layer)
 
 
 @pytest.mark.parametrize("implementation", [None, "collective", "reference"])
 def test_implementations_of_a_cpu(layer, implementation):
-    check(jax.jit(lambda *a: mm.moe(*a, implementation=implementation))(*layer[:4]), layer)
+    assert_matches_model(jax.jit(lambda *a: mm.moe(*a, implementation=implementation))(*layer[:4]), layer)
 
 
 def test_stacked_layers(stacked):
     for index in range(3):
         layer = make_layer(seed=index)
-        check(mm.moe(layer.x, stacked, layer.ids, layer.probs, layer=index), layer)
+        assert_matches_model(mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=index), layer)
 
 
 def test_scan_over_layers(stacked):
     layers = [make_layer(seed=index) for index in range(3)]
-    x, ids, probs = layers[0].x, layers[0].ids, layers[0].probs
+    x, ids, topk_weights = layers[0].x, layers[0].ids, layers[0].topk_weights
 
     def step(carry: None, index: jax.Array) -> tuple[None, jax.Array]:
-        return carry, mm.moe(x, stacked, ids, probs, layer=index)
+        return carry, mm.moe(x, stacked, ids, topk_weights, layer=index)
 
     _, ys = jax.jit(lambda: jax.lax.scan(step, None, jnp.arange(3)))()
     for y, layer in zip(ys, layers, strict=True):
-        check(y, layer)
+        assert_matches_model(y, layer)
 
 
 def test_scan_over_leaves_serves_too(stacked, layer):
     def step(carry: None, weights: mm.ExpertWeights) -> tuple[None, jax.Array]:
-        return carry, mm.moe(layer.x, weights, layer.ids, layer.probs)
+        return carry, mm.moe(layer.x, weights, layer.ids, layer.topk_weights)
 
     _, ys = jax.lax.scan(step, None, stacked)
     for index, y in enumerate(ys):
-        check(y, make_layer(seed=index))
+        assert_matches_model(y, make_layer(seed=index))
 
 
 def test_decode_loop(layer):
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         step, x = state
-        return step + 1, mm.moe(x, layer.weights, layer.ids, layer.probs)
+        return step + 1, mm.moe(x, layer.weights, layer.ids, layer.topk_weights)
 
     loop = jax.jit(lambda x: jax.lax.while_loop(lambda state: state[0] < 2, body, (jnp.int32(0), x)))
     once = mm.moe(*layer[:4])
@@ -119,37 +119,41 @@ def test_decode_loop(layer):
 
 
 def test_vmap_over_tokens(layer):
-    x, ids, probs = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.probs))
-    f = jax.vmap(lambda x, ids, probs: mm.moe(x, layer.weights, ids, probs, return_expert_load=True))
-    y, load = jax.jit(f)(x, ids, probs)
-    check(y, layer)
+    x, ids, topk_weights = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.topk_weights))
+    f = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, layer.weights, ids, topk_weights, return_expert_load=True))
+    y, load = jax.jit(f)(x, ids, topk_weights)
+    assert_matches_model(y, layer)
     assert load.shape == (4, E)
     for element, wanted in zip(load, ids, strict=True):
         np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
 
 
 def test_vmap_folds_into_one_call(layer):
-    x, ids, probs = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.probs))
-    f = jax.vmap(jax.vmap(lambda x, ids, probs: mm.moe(x, layer.weights, ids, probs)), in_axes=(1, 1, 1), out_axes=1)
-    jaxpr = jax.make_jaxpr(f)(x, ids, probs)
+    x, ids, topk_weights = (a.reshape(4, 4, -1) for a in (layer.x, layer.ids, layer.topk_weights))
+    f = jax.vmap(
+        jax.vmap(lambda x, ids, topk_weights: mm.moe(x, layer.weights, ids, topk_weights)),
+        in_axes=(1, 1, 1),
+        out_axes=1,
+    )
+    jaxpr = jax.make_jaxpr(f)(x, ids, topk_weights)
     calls = [e for e in jaxpr.eqns if e.primitive.name == "jax_megamoe.moe"]
     assert [str(call.outvars[0].aval) for call in calls] == [f"bfloat16[4,4,{H}]"]
-    check(f(x, ids, probs), layer)
+    assert_matches_model(f(x, ids, topk_weights), layer)
 
 
 def test_vmap_over_some_arguments(layer):
     scale = jnp.asarray([1.0, 2.0], jnp.float32)
-    x, weights, ids, probs = layer[:4]
-    y = jax.vmap(lambda s: mm.moe(x, weights, ids, probs * s))(scale)
-    np.testing.assert_array_equal(y[0], mm.moe(x, weights, ids, probs))
-    np.testing.assert_array_equal(y[1], mm.moe(x, weights, ids, probs * 2))
+    x, weights, ids, topk_weights = layer[:4]
+    y = jax.vmap(lambda s: mm.moe(x, weights, ids, topk_weights * s))(scale)
+    np.testing.assert_array_equal(y[0], mm.moe(x, weights, ids, topk_weights))
+    np.testing.assert_array_equal(y[1], mm.moe(x, weights, ids, topk_weights * 2))
 
 
 def test_vmap_over_weights_or_layer_is_refused(layer, stacked):
     with pytest.raises(NotImplementedError, match="weights are mapped by jax.vmap"):
-        jax.vmap(lambda w: mm.moe(layer.x, w, layer.ids, layer.probs))(stacked)
+        jax.vmap(lambda w: mm.moe(layer.x, w, layer.ids, layer.topk_weights))(stacked)
     with pytest.raises(NotImplementedError, match="layer is mapped by jax.vmap"):
-        jax.vmap(lambda i: mm.moe(layer.x, stacked, layer.ids, layer.probs, layer=i))(jnp.arange(3))
+        jax.vmap(lambda i: mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=i))(jnp.arange(3))
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.value_and_grad, jax.jacfwd], ids=lambda f: f.__name__)
@@ -164,7 +168,7 @@ def test_differentiation_is_refused(layer, transform, jit):
 
 def test_stopped_gradients_pass(layer):
     def loss(scale: jax.Array) -> jax.Array:
-        y = mm.moe(layer.x, layer.weights, layer.ids, layer.probs)
+        y = mm.moe(layer.x, layer.weights, layer.ids, layer.topk_weights)
         return (y.astype(jnp.float32) * scale).sum()
 
     assert np.isfinite(jax.grad(loss)(jnp.float32(1)))
@@ -187,7 +191,7 @@ def test_same_bits_every_time_and_in_any_company(layer):
     f = jax.jit(mm.moe)
     y = f(*layer[:4])
     np.testing.assert_array_equal(y, f(*layer[:4]))
-    np.testing.assert_array_equal(y[:5], f(layer.x[:5], layer.weights, layer.ids[:5], layer.probs[:5]))
+    np.testing.assert_array_equal(y[:5], f(layer.x[:5], layer.weights, layer.ids[:5], layer.topk_weights[:5]))
 
 
 def replaced(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -295,13 +299,13 @@ ERRORS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Excepti
 
 @pytest.mark.parametrize(("change", "error", "text"), ERRORS.values(), ids=ERRORS)
 def test_errors(layer, change, error, text):
-    arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.probs}
+    arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.topk_weights}
     with pytest.raises(error, match=text):
         mm.moe(**change(arguments))
 
 
 def test_errors_of_layers(layer, stacked):
-    arguments = layer.x, stacked, layer.ids, layer.probs
+    arguments = layer.x, stacked, layer.ids, layer.topk_weights
     with pytest.raises(ShapeError, match="layer is None, wanted an index"):
         mm.moe(*arguments)
     with pytest.raises(ShapeError, match="layer is 3, wanted 0 to 2"):
@@ -313,7 +317,7 @@ def test_errors_of_layers(layer, stacked):
     none = jax.tree.map(lambda leaf: leaf[:0], stacked)
     for index in (0, jnp.int32(0)):
         with pytest.raises(ShapeError, match="weights stack 0 layers, wanted at least one"):
-            mm.moe(layer.x, none, layer.ids, layer.probs, layer=index)
+            mm.moe(layer.x, none, layer.ids, layer.topk_weights, layer=index)
 
 
 def test_errors_come_while_tracing(layer):
@@ -325,7 +329,7 @@ def test_errors_come_while_tracing(layer):
 def test_transposed_weights_are_suspected_where_x_tells():
     hidden, intermediate = 256, 128
     up, down = jnp.ones((2, hidden, intermediate)), jnp.ones((2, intermediate, hidden))  # as MaxText and Flax hold them
-    x, ids, probs = jnp.ones((4, hidden), jnp.bfloat16), jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1))
+    x, ids, topk_weights = jnp.ones((4, hidden), jnp.bfloat16), jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1))
     with pytest.raises(ShapeError, match=r"wanted \[\.\.\., 128\].*quantize_experts\(\.\.\., order=\"in_out\"\)"):
-        mm.moe(x, mm.quantize_experts(up, up, down), ids, probs)
-    assert mm.moe(x, mm.quantize_experts(up, up, down, order="in_out"), ids, probs).shape == x.shape
+        mm.moe(x, mm.quantize_experts(up, up, down), ids, topk_weights)
+    assert mm.moe(x, mm.quantize_experts(up, up, down, order="in_out"), ids, topk_weights).shape == x.shape

@@ -203,7 +203,7 @@ def test_float_experts_match_a_dense_sum_and_drop_past_capacity() -> None:
     )
     x = jax.random.normal(keys[3], (1, 6, 128))
     ids = jnp.array([[[0, 1], [0, 2], [0, 3], [0, 1], [3, 0], [2, 1]]], jnp.int32)
-    probs = jnp.full(ids.shape, 0.5)
+    topk_weights = jnp.full(ids.shape, 0.5)
 
     def dense(keep: np.ndarray) -> np.ndarray:
         result = np.zeros((6, 128), np.float32)
@@ -215,10 +215,10 @@ def test_float_experts_match_a_dense_sum_and_drop_past_capacity() -> None:
         return result
 
     everything = np.ones((6, 2), bool)
-    np.testing.assert_allclose(model.float_moe(x, experts, ids, probs, 6)[0], dense(everything), atol=1e-4)
+    np.testing.assert_allclose(model.float_moe(x, experts, ids, topk_weights, 6)[0], dense(everything), atol=1e-4)
     first_two = everything.copy()
     first_two[[2, 3, 4, 5], [0, 0, 1, 1]] = False  # expert 0 is full after two tokens, expert 1 too
-    np.testing.assert_allclose(model.float_moe(x, experts, ids, probs, 2)[0], dense(first_two), atol=1e-4)
+    np.testing.assert_allclose(model.float_moe(x, experts, ids, topk_weights, 2)[0], dense(first_two), atol=1e-4)
 
 
 def test_every_parameter_is_trained(parameters: model.Parameters) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from tests.support import boxes, meshes, numpy_model
-from tests.support.expert_layer import E, H, K, check, make_layer, natural_weights, packed_weights
+from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 NUM_LAYERS = 3
 INT32 = np.iinfo(np.int32)
@@ -39,10 +39,10 @@ def in_jit(*operands, **options):
 
 def on_mesh(kind, *operands, **options):
     mesh = meshes.make_mesh({"data": 2, "expert": 4}, kind)
-    x, weights, ids, probs, layer = operands
-    x, ids, probs = (meshes.place(mesh, value, ("data", "expert")) for value in (x, ids, probs))
+    x, weights, ids, topk_weights, layer = operands
+    x, ids, topk_weights = (meshes.place(mesh, value, ("data", "expert")) for value in (x, ids, topk_weights))
     weights = meshes.place(mesh, weights, *(["expert"] if layer is None else [None, "expert"]))
-    return in_jit(x, weights, ids, probs, layer, **options)
+    return in_jit(x, weights, ids, topk_weights, layer, **options)
 
 
 def in_shard_map(*operands, **options):
@@ -50,8 +50,8 @@ def in_shard_map(*operands, **options):
     tokens, layer = P(("data", "expert")), operands[4]
     experts = P("expert") if layer is None else P(None, "expert")
 
-    def body(x, weights, ids, probs, *traced):
-        return mm.moe(x, weights, ids, probs, layer=traced[0] if traced else layer, **options)
+    def body(x, weights, ids, topk_weights, *traced):
+        return mm.moe(x, weights, ids, topk_weights, layer=traced[0] if traced else layer, **options)
 
     traced = [layer] if isinstance(layer, jax.Array) else []
     in_specs = (tokens, experts, tokens, tokens, *(P() for _ in traced))
@@ -71,8 +71,8 @@ each_way = pytest.mark.parametrize("way", WAYS)
 each_function = pytest.mark.parametrize("moe", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
 
 
-def call(way: str, x: Any, weights: Any, ids: Any, probs: Any, layer: Any = None, **options: Any) -> Any:
-    return WAYS[way](x, weights, ids, probs, layer, return_expert_load=True, **options)
+def call(way: str, x: Any, weights: Any, ids: Any, topk_weights: Any, layer: Any = None, **options: Any) -> Any:
+    return WAYS[way](x, weights, ids, topk_weights, layer, return_expert_load=True, **options)
 
 
 @functools.cache
@@ -84,8 +84,8 @@ def stacked() -> mm.ExpertWeights:
 def test_layers_of_arrays_are_clamped(way):
     layers = [make_layer(seed=seed) for seed in range(NUM_LAYERS)]
     for number, clamped in [(-1, 0), (NUM_LAYERS, 2), (INT32.min, 0)]:
-        y, load = call(way, layers[0].x, stacked(), layers[0].ids, layers[0].probs, jnp.int32(number))
-        check(y, layers[clamped])
+        y, load = call(way, layers[0].x, stacked(), layers[0].ids, layers[0].topk_weights, jnp.int32(number))
+        assert_matches_model(y, layers[clamped])
         np.testing.assert_array_equal(load, layers[0].load)
 
 
@@ -109,31 +109,31 @@ def test_layers_of_any_integer_type(moe, number, dtype, clamped):
     with jax.enable_x64(True):
         index = jnp.asarray(number, dtype)
         assert index.dtype == dtype
-        check(moe(wanted.x, stacked(), wanted.ids, wanted.probs, layer=index), wanted)
-        traced = jax.jit(lambda index: moe(wanted.x, stacked(), wanted.ids, wanted.probs, layer=index))
-        check(traced(index), wanted)
+        assert_matches_model(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=index), wanted)
+        traced = jax.jit(lambda index: moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=index))
+        assert_matches_model(traced(index), wanted)
 
 
 @each_function
 @pytest.mark.parametrize("number", [1, np.int64(1), np.uint8(1), np.array(1), np.array(1, np.int16)])
 def test_layers_of_python_and_numpy(moe, number):
     wanted = make_layer(seed=1)
-    check(moe(wanted.x, stacked(), wanted.ids, wanted.probs, layer=number), wanted)
+    assert_matches_model(moe(wanted.x, stacked(), wanted.ids, wanted.topk_weights, layer=number), wanted)
 
 
 def test_loop_counters_of_64_bits():
     layers = [make_layer(seed=seed) for seed in range(NUM_LAYERS)]
-    x, _, ids, probs = layers[0][:4]
+    x, _, ids, topk_weights = layers[0][:4]
 
     def call_layer(index):
-        return mm.moe(x, stacked(), ids, probs, layer=index)
+        return mm.moe(x, stacked(), ids, topk_weights, layer=index)
 
     with jax.enable_x64(True):
         _, scanned = jax.lax.scan(lambda carry, index: (carry, call_layer(index)), None, jnp.arange(NUM_LAYERS))
         loop = jax.lax.fori_loop(0, NUM_LAYERS, lambda i, ys: ys.at[i].set(call_layer(i)), jnp.zeros_like(scanned))
     np.testing.assert_array_equal(loop, scanned)
     for y, layer in zip(scanned, layers, strict=True):
-        check(y, layer)
+        assert_matches_model(y, layer)
 
 
 @each_function
@@ -156,7 +156,7 @@ def test_loop_counters_of_64_bits():
 def test_what_is_no_layer_is_refused(moe, number, error, message):
     layer = make_layer()
     with pytest.raises(error) as raised:
-        moe(layer.x, stacked(), layer.ids, layer.probs, layer=number)
+        moe(layer.x, stacked(), layer.ids, layer.topk_weights, layer=number)
     assert str(raised.value) == message
 
 
@@ -169,10 +169,10 @@ def test_ids(way, ids):
         "extreme": rng.choice([-1, E, INT32.min, INT32.max, E - 1, 0, -E], (16, K)),
         "duplicates": np.repeat(rng.integers(0, E, (16, 1)), K, axis=1),
     }[ids].astype(np.int32)
-    probs = np.where((drawn < 0) | (drawn >= E), np.float32(np.nan), rng.random((16, K), np.float32))
-    wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), drawn, probs)
-    y, load = call(way, layer.x, layer.weights, jnp.asarray(drawn), jnp.asarray(probs))
-    check(y, layer._replace(y=wanted))
+    topk_weights = np.where((drawn < 0) | (drawn >= E), np.float32(np.nan), rng.random((16, K), np.float32))
+    wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), drawn, topk_weights)
+    y, load = call(way, layer.x, layer.weights, jnp.asarray(drawn), jnp.asarray(topk_weights))
+    assert_matches_model(y, layer._replace(y=wanted))
     np.testing.assert_array_equal(load, wanted_load)
     assert load.dtype == jnp.int32
     unused = ((drawn < 0) | (drawn >= E)).all(1)
@@ -182,9 +182,11 @@ def test_ids(way, ids):
 @each_way
 @pytest.mark.parametrize("lead", [(0,), (0, 3), (8, 0)])
 def test_empty_batches(way, lead):
-    x, ids, probs = (jnp.zeros((*lead, size), t) for size, t in ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32)))
+    x, ids, topk_weights = (
+        jnp.zeros((*lead, size), t) for size, t in ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32))
+    )
     for weights, layer in ((packed_weights(), None), (stacked(), jnp.int32(1))):
-        y, load = call(way, x, weights, ids, probs, layer)
+        y, load = call(way, x, weights, ids, topk_weights, layer)
         assert (y.shape, y.dtype) == ((*lead, H), jnp.bfloat16)
         assert (load.dtype, load.tolist()) == (jnp.int32, [0] * E)
 
@@ -192,10 +194,10 @@ def test_empty_batches(way, lead):
 @each_way
 def test_numbers_of_slots(way):
     layer, rng = make_layer(), np.random.default_rng(1)
-    ids, probs = rng.integers(0, E, (16, 32)).astype(np.int32), rng.random((16, 32), np.float32)
-    wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), ids, probs)
-    y, load = call(way, layer.x, layer.weights, jnp.asarray(ids), jnp.asarray(probs))
-    check(y, layer._replace(y=wanted))
+    ids, topk_weights = rng.integers(0, E, (16, 32)).astype(np.int32), rng.random((16, 32), np.float32)
+    wanted, wanted_load = numpy_model.moe(np.asarray(layer.x), natural_weights(), ids, topk_weights)
+    y, load = call(way, layer.x, layer.weights, jnp.asarray(ids), jnp.asarray(topk_weights))
+    assert_matches_model(y, layer._replace(y=wanted))
     np.testing.assert_array_equal(load, wanted_load)
     for slots in (0, 33):
         with pytest.raises(ShapeError, match=rf"topk_ids has shape \(.*, {slots}\), wanted 1 to 32 slots a token"):
@@ -220,13 +222,13 @@ def test_numbers_of_slots(way):
 )
 def test_numbers_as_options(moe, options):
     layer = make_layer()
-    ids, probs = np.asarray(layer.ids), np.asarray(layer.probs)
+    ids, topk_weights = np.asarray(layer.ids), np.asarray(layer.topk_weights)
     model_options: Any = {name: float(value) for name, value in options.items()}
-    wanted, _ = numpy_model.moe(np.asarray(layer.x), natural_weights(), ids, probs, **model_options)
+    wanted, _ = numpy_model.moe(np.asarray(layer.x), natural_weights(), ids, topk_weights, **model_options)
     # Where a number of NumPy could turn the arithmetic into that of 64 bits.
     with jax.enable_x64(True):
         y = moe(*layer[:4], **options)
-    check(y, layer._replace(y=wanted))
+    assert_matches_model(y, layer._replace(y=wanted))
 
 
 @each_function
@@ -251,17 +253,21 @@ def test_what_is_no_factor_is_refused(moe, value):
 @pytest.mark.parametrize("box", boxes.ALL)
 def test_boxed_arguments(moe, box):
     layer, wanted = make_layer(), make_layer(seed=1)
-    check(moe(box(layer.x), box(layer.weights), box(layer.ids), box(layer.probs)), layer)
-    check(moe(box(layer.x), box(stacked()), box(layer.ids), box(layer.probs), layer=box(jnp.int32(1))), wanted)
+    assert_matches_model(moe(box(layer.x), box(layer.weights), box(layer.ids), box(layer.topk_weights)), layer)
+    assert_matches_model(
+        moe(box(layer.x), box(stacked()), box(layer.ids), box(layer.topk_weights), layer=box(jnp.int32(1))), wanted
+    )
     # Frameworks that put each leaf of a pytree in a box.
     leaves = {name: box(getattr(layer.weights, name)) for name in ("gate_up", "gate_up_scale", "down", "down_scale")}
-    check(moe(layer.x, dataclasses.replace(layer.weights, **leaves), layer.ids, layer.probs), layer)
+    assert_matches_model(
+        moe(layer.x, dataclasses.replace(layer.weights, **leaves), layer.ids, layer.topk_weights), layer
+    )
 
 
 def test_boxed_arguments_in_jit():
     layer = make_layer()
     box: Any = boxes.Param
-    check(jax.jit(lambda x, w, i, p: mm.moe(box(x), box(w), i, box(p)))(*layer[:4]), layer)
+    assert_matches_model(jax.jit(lambda x, w, i, p: mm.moe(box(x), box(w), i, box(p)))(*layer[:4]), layer)
 
 
 @each_function
@@ -313,7 +319,7 @@ def test_boxed_arguments_in_jit():
 )
 def test_messages_lead_where_it_works(moe, change, error, message):
     layer = make_layer()
-    arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.probs}
+    arguments = {"x": layer.x, "weights": layer.weights, "topk_ids": layer.ids, "topk_weights": layer.topk_weights}
     with pytest.raises(error) as raised:
         moe(**{**arguments, **change})
     assert str(raised.value) == message
@@ -322,9 +328,13 @@ def test_messages_lead_where_it_works(moe, change, error, message):
 @each_function
 def test_a_symbolic_number_of_tokens_is_refused_in_one_sentence(moe):
     (t,) = export.symbolic_shape("t")
-    x, ids, probs = (jax.ShapeDtypeStruct((t, n), d) for n, d in ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32)))
+    x, ids, topk_weights = (
+        jax.ShapeDtypeStruct((t, n), d) for n, d in ((H, jnp.bfloat16), (K, jnp.int32), (K, jnp.float32))
+    )
     with pytest.raises(MegaMoEError) as raised:
-        export.export(jax.jit(lambda x, ids, probs: moe(x, packed_weights(), ids, probs)))(x, ids, probs)
+        export.export(jax.jit(lambda x, ids, topk_weights: moe(x, packed_weights(), ids, topk_weights)))(
+            x, ids, topk_weights
+        )
     assert str(raised.value) == (
         f"x has shape (t, {H}), wanted sizes that are numbers, also under jax.export: "
         "export one program for each number of tokens, and pad to the next."

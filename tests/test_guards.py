@@ -31,7 +31,7 @@ def operations() -> dict[str, Callable[[], Any]]:
     bias, tokens, table = jnp.arange(16.0), jnp.arange(10).reshape(2, 5), jnp.arange(30).reshape(10, 3)
     floats = [jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32) for s in ((E, I, H), (E, H, I))]
     blocks = [jnp.asarray(array) for array in natural_weights()]
-    single_tokens = [value[:, None] for value in (layer.x, layer.ids, layer.probs)]
+    single_tokens = [value[:, None] for value in (layer.x, layer.ids, layer.topk_weights)]
     index = jnp.int32(1)
     options: dict[str, Any] = {"activation_clamp": np.float64(1.5), "return_expert_load": True}
 
@@ -40,14 +40,14 @@ def operations() -> dict[str, Callable[[], Any]]:
     layers_on_mesh = [place(mesh, packed_weights(i), "expert") for i in range(2)]
     stacked_on_mesh = place(mesh, stacked, None, "expert")
 
-    def scan(x, weights, ids, probs):
+    def scan(x, weights, ids, topk_weights):
         def body(x, index):
-            return mm.moe(x, weights, ids, probs, layer=index, routed_scaling_factor=np.float64(0.5)), None
+            return mm.moe(x, weights, ids, topk_weights, layer=index, routed_scaling_factor=np.float64(0.5)), None
 
         return jax.lax.scan(body, x, jnp.arange(2))[0]  # of 64 bits, where they are on
 
-    def mapped(x, ids, probs):
-        return mm.moe(x, layer.weights, ids, probs)
+    def mapped(x, ids, topk_weights):
+        return mm.moe(x, layer.weights, ids, topk_weights)
 
     return {
         "route": lambda: mm.route(logits, 3),

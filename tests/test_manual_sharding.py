@@ -6,8 +6,17 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError
-from tests.support.expert_layer import check, make_layer
-from tests.support.meshes import AUTO, EXPLICIT, MESHES, check_both, make_mesh, moe_and_load, place, place_all
+from tests.support.expert_layer import assert_matches_model, make_layer
+from tests.support.meshes import (
+    AUTO,
+    EXPLICIT,
+    MESHES,
+    assert_both_match_model,
+    make_mesh,
+    moe_and_load,
+    place,
+    place_all,
+)
 
 pytestmark = pytest.mark.usefixtures("each_platform")
 
@@ -26,14 +35,14 @@ def test_manual(sizes, kind, check_vma):
         out_specs=(P(tokens), P(experts)),
         check_vma=check_vma,
     )
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer)), layer)
 
 
 def test_manual_eager():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     tokens = P(("data", "expert"))
     f = jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("expert"), tokens, tokens), out_specs=tokens)
-    check(f(*place_all(mesh, layer)), layer)
+    assert_matches_model(f(*place_all(mesh, layer)), layer)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -47,7 +56,7 @@ def test_manual_reference(check_vma):
         out_specs=(tokens, P("expert")),
         check_vma=check_vma,
     )
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer)), layer)
 
 
 @pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
@@ -62,14 +71,14 @@ def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
         out_specs=(tokens, P("expert")),
         check_vma=check_vma,
     )
-    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=None)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer, tokens=None)), layer)
 
 
 def test_manual_with_replicated_weights():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
     spec = P("expert")
     f = jax.shard_map(moe_and_load, mesh=mesh, in_specs=(spec, P(), spec, spec), out_specs=(spec, P()))
-    check_both(jax.jit(f)(*place_all(mesh, layer, experts=None)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer, experts=None)), layer)
 
 
 def test_wrong_out_specs_are_refused():
@@ -95,22 +104,24 @@ def test_some_axes_manual(manual, kind, check_vma):
         axis_names=manual,
         check_vma=check_vma,
     )
-    check_both(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
 
 
 def test_vmap_inside_and_outside_of_shard_map():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
     spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
     inside = jax.shard_map(
         jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), mesh=mesh, in_specs=(spec, P("expert"), spec, spec), out_specs=spec
     )
-    check(jax.jit(inside)(x, weights, ids, probs), layer)
+    assert_matches_model(jax.jit(inside)(x, weights, ids, topk_weights), layer)
     spec = P("expert")
     outside = jax.vmap(
         jax.shard_map(mm.moe, mesh=mesh, in_specs=(spec, spec, spec, spec), out_specs=spec), in_axes=(0, None, 0, 0)
     )
-    check(jax.jit(outside)(x, weights, ids, probs), layer)
+    assert_matches_model(jax.jit(outside)(x, weights, ids, topk_weights), layer)
 
 
 @pytest.mark.usefixtures("eight_devices")

@@ -17,13 +17,13 @@ from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, moe_peers
 from jax_megamoe.primitives.moe_peers import moe_peers_p
 from tests.support.cuda_lowering import FUSED, LOCAL, PEER_WORKSPACE, attribute, calls, cuda_text
-from tests.support.expert_layer import E, H, I, K, check, make_layer, packed_weights
+from tests.support.expert_layer import E, H, I, K, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
     MESHES,
-    check_both,
+    assert_both_match_model,
     make_mesh,
     moe_and_load,
     place,
@@ -150,8 +150,8 @@ def test_export(kind):
 def test_scan_over_stacked_layers_is_one_call():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     stacked = place(mesh, mm.stack_experts([packed_weights(0), packed_weights(1)]), None, "expert")
-    x, _, ids, probs = place_all(mesh, layer)
-    text = cuda_text(scan_over_layers, x, stacked, ids, probs)
+    x, _, ids, topk_weights = place_all(mesh, layer)
+    text = cuda_text(scan_over_layers, x, stacked, ids, topk_weights)
     assert calls(text) == [FUSED]
     (call,) = [line for line in text.splitlines() if FUSED in line]
     for leaf in jax.tree.leaves(stacked):
@@ -163,9 +163,11 @@ def test_scan_over_stacked_layers_is_one_call():
 @pytest.mark.usefixtures("built")
 def test_vmap_is_one_call():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "expert") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
     weights = place(mesh, layer.weights, "expert")
-    text = cuda_text(jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), x, weights, ids, probs)
+    text = cuda_text(jax.vmap(mm.moe, in_axes=(0, None, 0, 0)), x, weights, ids, topk_weights)
     assert calls(text) == [FUSED] and f"(tensor<4x{H}xbf16>" in text
 
 
@@ -197,7 +199,7 @@ def test_one_rank_is_the_kernel_of_one_device():
 def test_vmap_inside_shard_map():
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer(32)
     tokens = P(None, ("data", "expert"))
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), *tokens) for v in (layer.x, layer.ids, layer.probs))
+    x, ids, topk_weights = (place(mesh, v.reshape(4, 8, -1), *tokens) for v in (layer.x, layer.ids, layer.topk_weights))
     weights = place(mesh, layer.weights, "expert")
     for check_vma in (True, False):
         f = jax.shard_map(
@@ -207,10 +209,10 @@ def test_vmap_inside_shard_map():
             out_specs=(tokens, P(None, "expert")),
             check_vma=check_vma,
         )
-        jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, probs))
+        jaxpr = str(jax.make_jaxpr(f)(x, weights, ids, topk_weights))
         assert jaxpr.count(moe_peers_p.name) == 1
-        y, load = jax.jit(f)(x, weights, ids, probs)
-        check(y, layer)
+        y, load = jax.jit(f)(x, weights, ids, topk_weights)
+        assert_matches_model(y, layer)
         for element, wanted in zip(load, np.asarray(ids).reshape(4, -1), strict=True):
             np.testing.assert_array_equal(element, np.bincount(wanted[(wanted >= 0) & (wanted < E)], minlength=E))
 
@@ -223,9 +225,11 @@ def test_vmap_with_replicated_tokens():
         in_specs=(P(None, "data"), P("expert"), P(None, "data"), P(None, "data")),
         out_specs=(P(None, "data"), P(None, "expert")),
     )
-    x, ids, probs = (place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.probs))
-    y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, probs)
-    check(y, layer)
+    x, ids, topk_weights = (
+        place(mesh, v.reshape(4, 8, -1), None, "data") for v in (layer.x, layer.ids, layer.topk_weights)
+    )
+    y, load = jax.jit(f)(x, place(mesh, layer.weights, "expert"), ids, topk_weights)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load.sum(0), layer.load)
 
 
@@ -279,12 +283,12 @@ def test_weights_are_read_in_place(way, stacked):
     function: Any = scan_over_layers if stacked else mm.moe
     manual = {"manual": ("data", "expert"), "data manual": ("data",), "expert manual": ("expert",)}.get(way, ())
     tokens = (*manual, *(axis for axis in ("data", "expert") if axis not in manual))
-    x, _, ids, probs = place_all(mesh, layer, tokens=tokens)
+    x, _, ids, topk_weights = place_all(mesh, layer, tokens=tokens)
     if manual:
         experts = P(*lead, "expert") if "expert" in manual else P()
         specs: Any = {"in_specs": (P(manual), experts, P(manual), P(manual)), "out_specs": P(manual)}
         function = jax.shard_map(function, mesh=mesh, axis_names=set(manual), **specs)
-    arguments = x, place(mesh, weights, *lead, "expert"), ids, probs
+    arguments = x, place(mesh, weights, *lead, "expert"), ids, topk_weights
     text = str(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
     # The smaller one of the two FP8 leaves, on one of the four ranks, one layer.
     found = opcodes_of_large_results(text, layer.weights.down.size // 4)
@@ -298,9 +302,9 @@ def test_the_layer_by_itself_on_cpus():
     """The primitive's other lowering, directly; tests/test_sharding.py has the rest."""
     mesh, layer = make_mesh(MESHES["expert x model"], AUTO), make_layer()
 
-    def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
+    def per_device(x: Any, weights: mm.ExpertWeights, ids: Any, topk_weights: Any) -> Any:
         return moe_peers.moe_peers(
-            Operands(x, weights.leaves, ids, probs, jnp.int32(0)),
+            Operands(x, weights.leaves, ids, topk_weights, jnp.int32(0)),
             axis_sizes=mesh.shape,
             expert_axes=("expert",),
             gathered_axes=("expert",),
@@ -310,4 +314,4 @@ def test_the_layer_by_itself_on_cpus():
 
     spec = P("expert")
     f = jax.shard_map(per_device, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec, spec))
-    check_both(jax.jit(f)(*place_all(mesh, layer)), layer)
+    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer)), layer)

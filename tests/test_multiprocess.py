@@ -15,7 +15,7 @@ import pytest
 
 from tests import multiprocess_worker
 from tests.multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
-from tests.support.expert_layer import check, make_layer
+from tests.support.expert_layer import assert_matches_model, make_layer
 from tests.support.skips import unless, why_no_host_devices
 
 TIME_LIMIT = 100
@@ -83,7 +83,7 @@ def test_processes_give_the_result_of_one(processes, one_process, texts_of_one_p
     layer = make_layer()
     for name, (y, load) in one_process.items():
         bits = put_together(tmp_path, name, "y")
-        check(jnp.asarray(bits).view(jnp.bfloat16), layer)
+        assert_matches_model(jnp.asarray(bits).view(jnp.bfloat16), layer)
         np.testing.assert_array_equal(put_together(tmp_path, name, "load"), layer.load)
         np.testing.assert_array_equal(load, layer.load)
         if name != "replicated":

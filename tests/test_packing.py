@@ -42,8 +42,8 @@ def weights() -> mm.ExpertWeights:
 @pytest.fixture(scope="module")
 def tokens() -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(1)
-    ids, probs = mm.route(jnp.asarray(rng.normal(size=(16, E)), jnp.float32), 2)
-    return jnp.asarray(rng.normal(size=(16, H)), jnp.bfloat16), ids, probs
+    ids, topk_weights = mm.route(jnp.asarray(rng.normal(size=(16, E)), jnp.float32), 2)
+    return jnp.asarray(rng.normal(size=(16, H)), jnp.bfloat16), ids, topk_weights
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -56,10 +56,10 @@ def test_weights_made_on_each_device_serve_outside(weights, tokens, kind, check_
     made = jax.jit(shard_map(functools.partial(mm.quantize_experts, num_experts=E)))(*floats)
     assert made.num_experts == E
     assert_same(made, weights)
-    x, ids, probs = tokens
-    wanted = mm.moe(x, weights, ids, probs)
-    x, ids, probs = jax.device_put((x, ids, probs), NamedSharding(make_mesh(kind), P("expert")))
-    np.testing.assert_array_equal(mm.moe(x, made, ids, probs), wanted)
+    x, ids, topk_weights = tokens
+    wanted = mm.moe(x, weights, ids, topk_weights)
+    x, ids, topk_weights = jax.device_put((x, ids, topk_weights), NamedSharding(make_mesh(kind), P("expert")))
+    np.testing.assert_array_equal(mm.moe(x, made, ids, topk_weights), wanted)
     repacked = jax.jit(shard_map(functools.partial(mm.pack_experts, num_experts=E)))(*made.unpack())
     assert repacked.num_experts == E
     assert_same(repacked, weights)
@@ -67,21 +67,21 @@ def test_weights_made_on_each_device_serve_outside(weights, tokens, kind, check_
 
 def test_weights_made_and_used_on_each_device(weights, tokens):
     def layer(gate: jax.Array, up: jax.Array, down: jax.Array, *tokens: jax.Array) -> jax.Array:
-        x, ids, probs = tokens
-        return mm.moe(x, mm.quantize_experts(gate, up, down, num_experts=E), ids, probs)
+        x, ids, topk_weights = tokens
+        return mm.moe(x, mm.quantize_experts(gate, up, down, num_experts=E), ids, topk_weights)
 
     mapped = jax.jit(jax.shard_map(layer, mesh=make_mesh(), in_specs=P("expert"), out_specs=P("expert")))
-    x, ids, probs = tokens
-    np.testing.assert_array_equal(mapped(*make_floats(), *tokens), mm.moe(x, weights, ids, probs))
+    x, ids, topk_weights = tokens
+    np.testing.assert_array_equal(mapped(*make_floats(), *tokens), mm.moe(x, weights, ids, topk_weights))
 
 
 def test_copies_of_experts_are_experts(weights, tokens):
     copies = np.array([0, 1, 2, 3, 4, 5, 6, 7, 3, 3])
-    x, ids, probs = tokens
+    x, ids, topk_weights = tokens
     more = mm.pack_experts(*(leaf[copies] for leaf in weights.unpack()), num_experts=10)
     assert more.num_experts == 10
     elsewhere = jnp.where(ids == 3, jnp.arange(16, dtype=jnp.int32)[:, None] % 2 + 8, ids)
-    np.testing.assert_array_equal(mm.moe(x, more, elsewhere, probs), mm.moe(x, weights, ids, probs))
+    np.testing.assert_array_equal(mm.moe(x, more, elsewhere, topk_weights), mm.moe(x, weights, ids, topk_weights))
 
 
 @pytest.mark.parametrize("box", boxes.ALL)

@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError, ShardingError
-from tests.support.expert_layer import E, check, make_layer, packed_weights
+from tests.support.expert_layer import E, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
-    check_both,
+    assert_both_match_model,
     make_mesh,
     moe_and_load,
     place,
@@ -77,7 +77,7 @@ def test_names_that_the_mesh_of_a_shard_map_lacks(check_vma):
 
 def test_any_name_serves_without_a_mesh():
     layer = make_layer()
-    check(mm.moe(*layer[:4], expert_axis="ep", token_axes=("dp", "ep")), layer)
+    assert_matches_model(mm.moe(*layer[:4], expert_axis="ep", token_axes=("dp", "ep")), layer)
 
 
 @pytest.mark.parametrize("name", ["expert_axis", "token_axes"])
@@ -92,7 +92,7 @@ def test_explicit_weights_over_an_axis_that_is_not_named():
     with pytest.raises(ShardingError, match="weights.gate_up is .*@model.*pass expert_axis='model'") as error:
         jax.eval_shape(mm.moe, *arguments)
     assert "()" not in str(error.value)
-    check(jax.jit(functools.partial(mm.moe, expert_axis="model"))(*arguments), make_layer())
+    assert_matches_model(jax.jit(functools.partial(mm.moe, expert_axis="model"))(*arguments), make_layer())
 
 
 # Inside shard_map nothing but names and marks tells how tokens are split.
@@ -111,7 +111,7 @@ def test_tokens_in_shard_map_without_marks(function):
         ShardingError, match=r"token_axes is left out.*split over 'ep'.*pass token_axes, or token_axes="
     ):
         jax.eval_shape(mapped(expert_axis="ep"), *arguments)
-    check(jax.jit(mapped(expert_axis="ep", token_axes=("dp", "ep")))(*arguments), make_layer())
+    assert_matches_model(jax.jit(mapped(expert_axis="ep", token_axes=("dp", "ep")))(*arguments), make_layer())
 
 
 def test_tokens_in_shard_map_that_are_copies():
@@ -119,12 +119,12 @@ def test_tokens_in_shard_map_that_are_copies():
     specs: Any = {"in_specs": (P(), P("ep"), P(), P()), "out_specs": P(), "check_vma": False}
     for token_axes in ((), None, "dp"):  # over dp they are copies as well, which costs time only
         function = functools.partial(mm.moe, expert_axis="ep", token_axes=token_axes)
-        check(jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments), make_layer())
+        assert_matches_model(jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments), make_layer())
     # An axis of one device splits nothing.
     mesh = make_mesh({"dp": 8, "ep": 1}, AUTO)
     specs = {"in_specs": (P("dp"), P("ep"), P("dp"), P("dp")), "out_specs": P("dp"), "check_vma": False}
     mapped = jax.shard_map(functools.partial(mm.moe, expert_axis="ep"), mesh=mesh, **specs)
-    check(jax.jit(mapped)(*put(mesh, "dp", "ep")), make_layer())
+    assert_matches_model(jax.jit(mapped)(*put(mesh, "dp", "ep")), make_layer())
 
 
 # How many experts there are.
@@ -142,8 +142,8 @@ def test_weights_made_in_shard_map(function, check_vma):
     arguments = put(mesh, "expert", "expert")
 
     def mapped(num_experts: int) -> Callable:
-        def f(x: Any, weights: mm.ExpertWeights, ids: Any, probs: Any) -> Any:
-            return function(x, with_number(weights, num_experts), ids, probs)
+        def f(x: Any, weights: mm.ExpertWeights, ids: Any, topk_weights: Any) -> Any:
+            return function(x, with_number(weights, num_experts), ids, topk_weights)
 
         return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
 
@@ -154,7 +154,7 @@ def test_weights_made_in_shard_map(function, check_vma):
     assert ("expert_axis=None" in str(error.value)) != check_vma
     with pytest.raises(ShapeError, match="weights hold 1 experts on each device, wanted 16 / 8 along 'expert' or all"):
         jax.eval_shape(mapped(16), *arguments)
-    check(jax.jit(mapped(8))(*arguments), make_layer())
+    assert_matches_model(jax.jit(mapped(8))(*arguments), make_layer())
 
 
 def test_replicated_weights_in_shard_map_without_marks():
@@ -163,7 +163,7 @@ def test_replicated_weights_in_shard_map_without_marks():
     with pytest.raises(ShapeError, match="wanted 64: .* or expert_axis=None to moe where each device has all experts"):
         jax.eval_shape(jax.shard_map(mm.moe, mesh=mesh, **specs), *make_layer()[:4])
     mapped = jax.shard_map(functools.partial(mm.moe, expert_axis=None), mesh=mesh, **specs)
-    check(jax.jit(mapped)(*put(mesh, "expert")), make_layer())
+    assert_matches_model(jax.jit(mapped)(*put(mesh, "expert")), make_layer())
 
 
 def test_slices_without_an_expert_axis():
@@ -181,13 +181,13 @@ def test_more_experts_than_are_said(function):
     more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2]]), layer.weights)
     text = r"weights hold 10 of 8 experts.*num_experts=10 where .* dataclasses.replace\(weights, num_experts=10\)"
     with pytest.raises(ShapeError, match=text):
-        function(layer.x, more, layer.ids, layer.probs)
+        function(layer.x, more, layer.ids, layer.topk_weights)
     ids = jnp.where(layer.ids < 2, layer.ids + E, layer.ids)
     ids = jnp.where((layer.ids < 0) | (layer.ids >= E), -1, ids)
-    check(function(layer.x, with_number(more, 10), ids, layer.probs), layer)
+    assert_matches_model(function(layer.x, with_number(more, 10), ids, layer.topk_weights), layer)
     fewer = jax.tree.map(lambda leaf: leaf[:4], layer.weights)
     with pytest.raises(ShapeError, match="weights hold 4 of 8 experts.*inside jax.shard_map only"):
-        function(layer.x, fewer, layer.ids, layer.probs)
+        function(layer.x, fewer, layer.ids, layer.topk_weights)
 
 
 # Meshes.
@@ -195,10 +195,10 @@ def test_more_experts_than_are_said(function):
 
 def test_the_mesh_with_the_expert_axis_comes_first():
     """Tokens on a mesh of the same devices with other axes: nothing is gathered but them."""
-    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
+    x, _, ids, topk_weights = put(make_mesh({"data": 2, "context": 4}, AUTO), ("data", "context"))
     weights = place(make_mesh(DATA_EXPERT, AUTO), packed_weights(), "expert")
-    compiled = jax.jit(moe_and_load).lower(x, weights, ids, probs).compile()
-    check_both(compiled(x, weights, ids, probs), make_layer())
+    compiled = jax.jit(moe_and_load).lower(x, weights, ids, topk_weights).compile()
+    assert_both_match_model(compiled(x, weights, ids, topk_weights), make_layer())
     assert "all-gather" not in opcodes_of_large_results(str(compiled.as_text()), weights.down.size)
 
 
@@ -206,39 +206,41 @@ def test_the_mesh_with_the_expert_axis_comes_first():
 def test_two_explicit_meshes(jit):
     function: Any = jax.jit(mm.moe) if jit else mm.moe
     mesh = make_mesh(DATA_EXPERT, EXPLICIT)
-    x, _, ids, probs = put(make_mesh({"data": 2, "context": 4}, EXPLICIT), "data")
+    x, _, ids, topk_weights = put(make_mesh({"data": 2, "context": 4}, EXPLICIT), "data")
     weights = place(mesh, packed_weights(), "expert")
     text = r"x is on the mesh \(data: 2, context: 4\), wanted that of weights.gate_up \(data: 2, expert: 4\)"
     with pytest.raises(ShardingError, match=text):
-        function(x, weights, ids, probs)
+        function(x, weights, ids, topk_weights)
     with jax.set_mesh(mesh):  # says which one, and has the axes that the types of x, ids and weights name
-        check(function(x, weights, ids, probs), make_layer())
+        assert_matches_model(function(x, weights, ids, topk_weights), make_layer())
     x = place(make_mesh({"data": 2, "context": 4}, EXPLICIT), make_layer().x, "context")
     with jax.set_mesh(mesh), pytest.raises(ShardingError, match="x is on the mesh .* wanted the mesh of the context"):
-        function(x, weights, ids, probs)
+        function(x, weights, ids, topk_weights)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_weights_in_a_closure(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer()
     weights = place(mesh, layer.weights, "expert")
-    arguments = layer.x, layer.ids, layer.probs
-    check(jax.jit(lambda x, ids, probs: mm.moe(x, weights, ids, probs))(*arguments), layer)
-    check(
-        jax.jit(functools.partial(mm.moe, weights=weights))(layer.x, topk_ids=layer.ids, topk_weights=layer.probs),
+    arguments = layer.x, layer.ids, layer.topk_weights
+    assert_matches_model(jax.jit(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))(*arguments), layer)
+    assert_matches_model(
+        jax.jit(functools.partial(mm.moe, weights=weights))(
+            layer.x, topk_ids=layer.ids, topk_weights=layer.topk_weights
+        ),
         layer,
     )
-    check(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.probs))(), layer)
-    mapped = jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs))
-    check(jax.jit(mapped)(*arguments), layer)
+    assert_matches_model(jax.jit(lambda: mm.moe(layer.x, weights, layer.ids, layer.topk_weights))(), layer)
+    mapped = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights))
+    assert_matches_model(jax.jit(mapped)(*arguments), layer)
 
 
 def test_stacked_weights_in_a_closure():
     layer = make_layer()
     stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
     placed = place(make_mesh(DATA_EXPERT, AUTO), stacked, None, "expert")
-    wanted = scan_over_layers(layer.x, stacked, layer.ids, layer.probs)
-    y = jax.jit(lambda x: scan_over_layers(x, placed, layer.ids, layer.probs))(layer.x)
+    wanted = scan_over_layers(layer.x, stacked, layer.ids, layer.topk_weights)
+    y = jax.jit(lambda x: scan_over_layers(x, placed, layer.ids, layer.topk_weights))(layer.x)
     assert len(y.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(wanted, np.float32), rtol=0.1, atol=0.02)
 
@@ -247,15 +249,17 @@ def test_a_closure_that_hides_the_devices():
     layer = make_layer()
     weights = place(make_mesh(DATA_EXPERT, AUTO), layer.weights, "expert")
     with pytest.raises(ShardingError, match=r"on 8 devices, and nothing .* more than 1: call it under jax.set_mesh"):
-        jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.probs))(layer.x)
+        jax.jit(lambda x: jax.jit(mm.moe)(x, weights, layer.ids, layer.topk_weights))(layer.x)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_vmap_over_a_dimension_that_is_split_over_the_expert_axis(kind):
     mesh, layer = make_mesh(DATA_EXPERT, kind), make_layer(32)
     weights = place(mesh, layer.weights, "expert")
-    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.probs)]
-    check(jax.jit(jax.vmap(lambda x, ids, probs: mm.moe(x, weights, ids, probs)))(*tokens), layer)
+    tokens = [place(mesh, value.reshape(4, 8, -1), "expert") for value in (layer.x, layer.ids, layer.topk_weights)]
+    assert_matches_model(
+        jax.jit(jax.vmap(lambda x, ids, topk_weights: mm.moe(x, weights, ids, topk_weights)))(*tokens), layer
+    )
 
 
 def test_sharding_of_the_result_over_automatic_axes():
@@ -281,20 +285,20 @@ def test_host_memory(function, jit):
     with pytest.raises(
         ShardingError, match=r"weights.gate_up is in host memory.*jax.device_put\(weights, jax.memory.Sp"
     ):
-        f(layer.x, weights, layer.ids, layer.probs)
+        f(layer.x, weights, layer.ids, layer.topk_weights)
     with pytest.raises(ShardingError, match="x is in host memory, wanted device memory"):
-        f(x, layer.weights, layer.ids, layer.probs)
+        f(x, layer.weights, layer.ids, layer.topk_weights)
 
     def moved(weights: mm.ExpertWeights) -> Any:
-        return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.probs)
+        return function(layer.x, jax.device_put(weights, jax.memory.Space.Device), layer.ids, layer.topk_weights)
 
-    check(jax.jit(moved)(weights), layer)
+    assert_matches_model(jax.jit(moved)(weights), layer)
 
 
 @pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_meshes_with_other_devices_or_another_order_are_refused_by_name(function, kind):
-    x, _, ids, probs = put(make_mesh({"expert": 8}, kind, reverse=True), "expert")
+    x, _, ids, topk_weights = put(make_mesh({"expert": 8}, kind, reverse=True), "expert")
     weights = put(make_mesh({"expert": 8}, kind), "expert", "expert")[1]
     with pytest.raises(ShardingError, match=r"weights\.gate_up is on the devices \[0, 1, .* wanted \[7, 6, .* like x"):
-        function(x, weights, ids, probs)
+        function(x, weights, ids, topk_weights)

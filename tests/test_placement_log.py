@@ -77,7 +77,7 @@ def test_log_of_automatic_axes(logged, sizes, tokens, experts, axes, words):
 def test_log_of_weights_that_are_seen_to_move(logged, sizes, experts, axes, words):
     mesh = make_mesh(sizes, AUTO)
     weights, layer = place(mesh, packed_weights(), experts), make_layer(8)
-    function = lambda x: mm.moe(x, weights, layer.ids, layer.probs, **axes)  # noqa: E731
+    function = lambda x: mm.moe(x, weights, layer.ids, layer.topk_weights, **axes)  # noqa: E731
     (message,) = logged(function, place(mesh, layer.x, tuple(sizes)))
     assert all(word in message for word in words), message
 
@@ -106,7 +106,7 @@ def test_log_of_loads_without_marks(logged):
 
 def test_log_of_experts_that_count_as_all_in_shard_map(logged):
     mesh, layer = make_mesh({"ep": 8}, AUTO), make_layer(8)
-    function = lambda x, w, ids, probs: mm.moe(x, dataclasses.replace(w, num_experts=1), ids, probs)  # noqa: E731
+    function = lambda x, w, ids, topk_weights: mm.moe(x, dataclasses.replace(w, num_experts=1), ids, topk_weights)  # noqa: E731
     specs: Any = {"in_specs": P("ep"), "out_specs": P("ep")}
     for check_vma in (True, False):
         (message,) = logged(jax.shard_map(function, mesh=mesh, **specs, check_vma=check_vma), *layer[:4])

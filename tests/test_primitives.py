@@ -15,7 +15,7 @@ from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _library
 from jax_megamoe.primitives.moe_local import moe_local, moe_local_p
 from tests.support.cuda_lowering import WORKSPACE, cuda_text
-from tests.support.expert_layer import E, H, K, Layer, check, make_layer, packed_weights
+from tests.support.expert_layer import E, H, K, Layer, assert_matches_model, make_layer, packed_weights
 
 
 def arguments_of(layer: Layer) -> tuple[Any, ...]:
@@ -47,13 +47,13 @@ def test_cuda_reads_stacked_weights_in_place():
     layer = make_layer()
     stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
 
-    def f(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    def f(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
         def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return mm.moe(x, stacked, ids, probs, layer=index), None
+            return mm.moe(x, stacked, ids, topk_weights, layer=index), None
 
         return jax.lax.scan(step, x, jnp.arange(2, dtype=jnp.int32))[0]
 
-    text = cuda_text(f, layer.x, stacked, layer.ids, layer.probs)
+    text = cuda_text(f, layer.x, stacked, layer.ids, layer.topk_weights)
     assert text.count("jax_megamoe.moe.v1") == 1
     weight_shapes = ["x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(stacked)]
     # Only the call, and what hands the arrays on to it, names the shapes of the weights; nothing makes smaller ones.
@@ -68,8 +68,8 @@ def test_cuda_reads_stacked_weights_in_place():
 
 @pytest.mark.usefixtures("built")
 def test_no_tokens_need_no_kernel():
-    x, ids, probs = jnp.zeros((0, H), jnp.bfloat16), jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
-    assert "jax_megamoe.moe.v1" not in cuda_text(mm.moe, x, packed_weights(), ids, probs)
+    x, ids, topk_weights = jnp.zeros((0, H), jnp.bfloat16), jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
+    assert "jax_megamoe.moe.v1" not in cuda_text(mm.moe, x, packed_weights(), ids, topk_weights)
 
 
 @pytest.mark.usefixtures("built")
@@ -136,13 +136,13 @@ def test_a_broken_build_is_not_taken_for_a_missing_one(monkeypatch):
 
 
 def local_operands(layer: Layer) -> Operands:
-    return Operands(layer.x, layer.weights.leaves, layer.ids, layer.probs, jnp.int32(0))
+    return Operands(layer.x, layer.weights.leaves, layer.ids, layer.topk_weights, jnp.int32(0))
 
 
 def test_moe_local_by_itself():
     layer = make_layer()
     y, load = moe_local(local_operands(layer))
-    check(y, layer)
+    assert_matches_model(y, layer)
     np.testing.assert_array_equal(load, layer.load)
     partial_sums, _ = jax.jit(lambda a: moe_local(a, out_dtype=jnp.float32))(local_operands(layer))
     assert partial_sums.dtype == jnp.float32
@@ -153,14 +153,14 @@ def test_moe_local_under_vmap_is_one_call():
     layer = make_layer()
     operands = local_operands(layer)
 
-    def local(x: jax.Array, ids: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return moe_local(operands._replace(x=x, topk_ids=ids, topk_weights=probs))
+    def local(x: jax.Array, ids: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return moe_local(operands._replace(x=x, topk_ids=ids, topk_weights=topk_weights))
 
     f = jax.vmap(local, in_axes=(1, 1, 1), out_axes=1)
-    arguments = tuple(value.reshape(4, 4, -1) for value in (layer.x, layer.ids, layer.probs))
+    arguments = tuple(value.reshape(4, 4, -1) for value in (layer.x, layer.ids, layer.topk_weights))
     (call,) = [e for e in jax.make_jaxpr(f)(*arguments).eqns if e.primitive is moe_local_p]
     assert str(call.invars[0].aval) == f"bfloat16[16,{H}]"
-    check(f(*arguments)[0], layer)
+    assert_matches_model(f(*arguments)[0], layer)
 
 
 def test_moe_local_has_no_derivative():

@@ -32,8 +32,8 @@ def model(logits, top_k, scoring, bias, num_groups, top_groups, renormalize, bes
     kept = set(sorted(range(num_groups), key=lambda g: (-group_scores[g], g))[:top_groups])
     candidates = [e for e in range(len(logits)) if e // groups.shape[1] in kept]
     ids = sorted(candidates, key=lambda e: (-selection[e], e))[:top_k]
-    probs = scores[ids]
-    return ids, probs / probs.sum() if renormalize else probs
+    topk_weights = scores[ids]
+    return ids, topk_weights / topk_weights.sum() if renormalize else topk_weights
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,7 +51,7 @@ def test_route_selects_and_weighs_as_the_model_does(seed, scoring, biased, group
     logits = rng.normal(size=(6, 16)).astype(np.float32)
     bias = rng.normal(size=16).astype(np.float32) if biased else None
     num_groups, top_groups = groups
-    ids, probs = mm.route(
+    ids, topk_weights = mm.route(
         logits,
         top_k,
         scoring=scoring,
@@ -61,9 +61,9 @@ def test_route_selects_and_weighs_as_the_model_does(seed, scoring, biased, group
         group_scoring=group_scoring,
         renormalize=renormalize,
     )
-    assert ids.dtype == jnp.int32 and probs.dtype == jnp.float32
+    assert ids.dtype == jnp.int32 and topk_weights.dtype == jnp.float32
     for token in range(len(logits)):
-        wanted_ids, wanted_probs = model(
+        wanted_ids, wanted_weights = model(
             logits[token],
             top_k,
             scoring,
@@ -74,7 +74,7 @@ def test_route_selects_and_weighs_as_the_model_does(seed, scoring, biased, group
             best_of_group=1 if group_scoring == "max" else 2,
         )
         np.testing.assert_array_equal(ids[token], wanted_ids)
-        np.testing.assert_allclose(probs[token], wanted_probs, rtol=2e-5)
+        np.testing.assert_allclose(topk_weights[token], wanted_weights, rtol=2e-5)
 
 
 @pytest.mark.parametrize("scoring", sorted(SCORES))
@@ -86,18 +86,18 @@ def test_ties_go_to_the_lower_id(scoring):
 
 def test_bias_selects_but_does_not_weigh():
     logits = jnp.array([0.0, 1.0, 2.0, 3.0])
-    ids, probs = mm.route(logits, 2, scoring="sigmoid", bias=jnp.array([9.0, 0.0, 8.0, 0.0]), renormalize=False)
+    ids, topk_weights = mm.route(logits, 2, scoring="sigmoid", bias=jnp.array([9.0, 0.0, 8.0, 0.0]), renormalize=False)
     assert ids.tolist() == [0, 2]
-    np.testing.assert_allclose(probs, jax.nn.sigmoid(logits[ids]))
+    np.testing.assert_allclose(topk_weights, jax.nn.sigmoid(logits[ids]))
 
 
 def test_leading_dimensions_jit_and_narrow_logits():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 16), jnp.bfloat16)
-    ids, probs = jax.jit(mm.route, static_argnames=("top_k", "scoring"))(logits, top_k=4, scoring="sigmoid")
-    assert ids.shape == probs.shape == (2, 3, 4)
-    flat_ids, flat_probs = mm.route(logits.reshape(6, 16).astype(jnp.float32), 4, scoring="sigmoid")
+    ids, topk_weights = jax.jit(mm.route, static_argnames=("top_k", "scoring"))(logits, top_k=4, scoring="sigmoid")
+    assert ids.shape == topk_weights.shape == (2, 3, 4)
+    flat_ids, flat_weights = mm.route(logits.reshape(6, 16).astype(jnp.float32), 4, scoring="sigmoid")
     np.testing.assert_array_equal(ids.reshape(6, 4), flat_ids)
-    np.testing.assert_allclose(probs.reshape(6, 4), flat_probs, rtol=1e-6)
+    np.testing.assert_allclose(topk_weights.reshape(6, 4), flat_weights, rtol=1e-6)
     assert mm.route(jnp.zeros((0, 16)), 2)[0].shape == (0, 2)
 
 

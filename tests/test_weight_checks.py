@@ -57,8 +57,8 @@ def test_e8m0_scales_give_the_layer_that_their_floats_give():
     floats = [np.exp2(value - np.float32(127)) for value in exponents]
     as_bytes = mm.pack_experts(gate_up, exponents[0], down, exponents[1])
     as_floats = mm.pack_experts(gate_up, floats[0], down, floats[1])
-    x, ids, probs = jnp.ones((3, H), jnp.bfloat16), jnp.array([[0], [1], [0]]), jnp.ones((3, 1))
-    np.testing.assert_array_equal(mm.moe(x, as_bytes, ids, probs), mm.moe(x, as_floats, ids, probs))
+    x, ids, topk_weights = jnp.ones((3, H), jnp.bfloat16), jnp.array([[0], [1], [0]]), jnp.ones((3, 1))
+    np.testing.assert_array_equal(mm.moe(x, as_bytes, ids, topk_weights), mm.moe(x, as_floats, ids, topk_weights))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

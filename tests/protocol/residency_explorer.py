@@ -1,17 +1,37 @@
 """Walks through all orders of events in launches of which only some CTAs are there (`residency.py` says what happens)."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from tests.protocol.residency import Blocker, Cta, Mechanism, Rank, Scene, put
-from tests.protocol.residency_cta import CtaSteps, Step
+from tests.protocol.residency import Blocker, Cta, Mechanism, Memory, Rank, Scene, put
+from tests.protocol.residency_cta import CtaSteps
 from tests.protocol.search import Outcome, search
 
 
 class _State(NamedTuple):
-    ranks: tuple[Rank, ...]
+    ranks: tuple[int, ...]  # the state that each is in, by its number (`_Numbers`)
     blockers: tuple[tuple[int, ...] | None, ...]  # the GPUs where each has started; None when it has ended
+
+
+class _Numbers[T: Hashable]:
+    """Numbers for values, which are hashed much faster than nested tuples."""
+
+    def __init__(self) -> None:
+        self.values: list[T] = []
+        self._numbers: dict[T, int] = {}
+
+    def of(self, value: T) -> int:
+        number = self._numbers.setdefault(value, len(self.values))
+        if number == len(self.values):
+            self.values.append(value)
+        return number
+
+
+class _NumberedStep(NamedTuple):
+    label: str
+    rank: int
+    commutes: bool
 
 
 def explore(scene: Scene, mechanism: Mechanism, tries_all: bool = False) -> Outcome:
@@ -25,16 +45,27 @@ def explore(scene: Scene, mechanism: Mechanism, tries_all: bool = False) -> Outc
 
 class _Explorer:
     def __init__(self, scene: Scene, mechanism: Mechanism, tries_all: bool) -> None:
-        self.scene, self.tries_all = scene, tries_all
-        self.cta_steps = cache(CtaSteps(scene, mechanism).of_rank)  # ranks are often in the states that they were in
+        self.scene, self.tries_all, self.cta_steps = scene, tries_all, CtaSteps(scene, mechanism)
+        self.ranks, self.memories = _Numbers[Rank](), _Numbers[Memory]()
+        self.slots = tuple(scene.slots(gpu) for gpu in range(len(scene.ctas)))
+        # Ranks are often in states that they were in, and several steps lead to states from which the same ones commute.
+        self.steps_of_rank, self.settled, self.blocked = (
+            cache(self._steps_of_rank),
+            cache(self._settled),
+            cache(self._blocked),
+        )
+        self.memory_of, self.running = cache(self._memory_of), cache(self._running)
 
     def run(self) -> Outcome:
-        ranks = tuple(Rank((Cta(),) * n, (0,) * n, (0,) * n) for n in self.scene.ctas)
+        ranks = tuple(self.ranks.of(Rank((Cta(),) * n, (0,) * n, (0,) * n)) for n in self.scene.ctas)
         return search(_State(ranks, ((),) * len(self.scene.blockers)), self._moves, self._is_end)
 
     def _is_end(self, state: _State) -> bool:
         blocked = (b.ends and on is not None for b, on in zip(self.scene.blockers, state.blockers, strict=True))
-        return all(rank.memory.launch > self.scene.num_launches for rank in state.ranks) and not any(blocked)
+        return all(map(self._has_ended, state.ranks)) and not any(blocked)
+
+    def _has_ended(self, rank: int) -> bool:
+        return self.ranks.values[rank].memory.launch > self.scene.num_launches
 
     def _moves(self, state: _State) -> Iterator[tuple[str, _State]]:
         for number, blocker in enumerate(self.scene.blockers):
@@ -42,34 +73,50 @@ class _Explorer:
                 yield f"blocker {number} {label}", state._replace(blockers=put(state.blockers, number, on))
         for r, steps in enumerate(self._steps(state)):
             for step in steps:
-                yield self._settled(step.label, state._replace(ranks=put(state.ranks, r, step.rank)))
+                labels, settled = self.settled(_State(put(state.ranks, r, step.rank), state.blockers))
+                yield step.label + labels, settled
 
-    def _settled(self, label: str, state: _State) -> tuple[str, _State]:
-        """The state after all steps that commute."""
+    def _settled(self, state: _State) -> tuple[str, _State]:
+        """All steps that commute, and the state after them."""
+        labels = ""
         while not self.tries_all:
             found = ((r, step) for r, steps in enumerate(self._steps(state)) for step in steps if step.commutes)
             if (first := next(found, None)) is None:
                 break
             r, step = first
-            label, state = f"{label}; {step.label}", state._replace(ranks=put(state.ranks, r, step.rank))
-        return label, state
+            labels, state = f"{labels}; {step.label}", _State(put(state.ranks, r, step.rank), state.blockers)
+        return labels, state
 
-    def _steps(self, state: _State) -> Iterator[list[Step]]:
+    def _steps(self, state: _State) -> Iterator[tuple[_NumberedStep, ...]]:
         """For each rank."""
-        memories = tuple(rank.memory for rank in state.ranks)
+        memories, blocked = tuple(map(self.memory_of, state.ranks)), self.blocked(state.blockers)
         for r, rank in enumerate(state.ranks):
-            has_slot = self._free_slots(state, r) > 0
-            yield self.cta_steps(r, rank, memories, has_slot) if rank.memory.launch <= self.scene.num_launches else []
+            yield self.steps_of_rank(r, rank, memories, self.slots[r] > self.running(rank) + blocked[r])
 
-    def _free_slots(self, state: _State, gpu: int) -> int:
-        running = sum(cta.consumers not in ("absent", "ended") for cta in state.ranks[gpu].ctas)
-        return self.scene.slots(gpu) - running - sum(gpu in on for on in state.blockers if on is not None)
+    def _steps_of_rank(self, r: int, rank: int, memories: tuple[int, ...], has_slot: bool) -> tuple[_NumberedStep, ...]:
+        if self._has_ended(rank):
+            return ()
+        found = self.cta_steps.of_rank(
+            r, self.ranks.values[rank], tuple(self.memories.values[m] for m in memories), has_slot
+        )
+        return tuple(_NumberedStep(step.label, self.ranks.of(step.rank), step.commutes) for step in found)
+
+    def _memory_of(self, rank: int) -> int:
+        return self.memories.of(self.ranks.values[rank].memory)
+
+    def _blocked(self, blockers: tuple[tuple[int, ...] | None, ...]) -> tuple[int, ...]:
+        """Slots of each GPU that blockers have."""
+        return tuple(sum(gpu in on for on in blockers if on is not None) for gpu in range(len(self.slots)))
+
+    def _running(self, rank: int) -> int:
+        return sum(cta.consumers not in ("absent", "ended") for cta in self.ranks.values[rank].ctas)
 
     def _blocker_steps(self, state: _State, blocker: Blocker, on: tuple[int, ...] | None) -> Iterator[tuple[str, Any]]:
         if on is None:
             return
         for gpu in blocker.gpus:
-            if gpu not in on and self._free_slots(state, gpu) > 0:
+            is_free = self.slots[gpu] > self.running(state.ranks[gpu]) + self.blocked(state.blockers)[gpu]
+            if gpu not in on and is_free:
                 yield f"starts on GPU {gpu}", tuple(sorted((*on, gpu)))
         if len(on) == len(blocker.gpus) and blocker.ends:
             yield "ends", None

@@ -23,7 +23,7 @@ class Layer(NamedTuple):
     x: Any
     weights: mm.ExpertWeights
     ids: Any
-    probs: Any
+    topk_weights: Any
     y: Any
     load: Any
 
@@ -46,15 +46,15 @@ def make_layer(num_tokens: int = 16, seed: int = 0) -> Layer:
     rng = np.random.default_rng(100 + num_tokens)
     x = rng.normal(size=(num_tokens, H)).astype(numpy_model.BF16)
     ids = rng.integers(-1, E + 1, (num_tokens, K)).astype(np.int32)
-    probs = rng.random((num_tokens, K), np.float32)
-    probs[(ids < 0) | (ids >= E)] = np.nan
+    topk_weights = rng.random((num_tokens, K), np.float32)
+    topk_weights[(ids < 0) | (ids >= E)] = np.nan
     y, load = x, np.zeros(E, np.int64)
     if num_tokens:
-        y, load = numpy_model.moe(x, natural_weights(seed), ids, probs)
-    return Layer(jnp.asarray(x), packed_weights(seed), jnp.asarray(ids), jnp.asarray(probs), y, load)
+        y, load = numpy_model.moe(x, natural_weights(seed), ids, topk_weights)
+    return Layer(jnp.asarray(x), packed_weights(seed), jnp.asarray(ids), jnp.asarray(topk_weights), y, load)
 
 
-def check(y: Any, layer: Layer) -> None:
+def assert_matches_model(y: Any, layer: Layer) -> None:
     """The result is the model's; also token by token, since one wrong token of many moves the whole little."""
     assert y.dtype == jnp.bfloat16
     on_gpu = any(device.platform == "gpu" for device in y.devices())

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from tests.support.expert_layer import Layer, check
+from tests.support.expert_layer import Layer, assert_matches_model
 from tests.support.skips import gpus, why_no_gpus
 
 # As they are on eight devices.
@@ -95,13 +95,13 @@ def moe_and_load(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     return mm.moe(*arguments, return_expert_load=True)
 
 
-def check_both(result: tuple[jax.Array, jax.Array], layer: Layer) -> None:
-    check(result[0], layer)
+def assert_both_match_model(result: tuple[jax.Array, jax.Array], layer: Layer) -> None:
+    assert_matches_model(result[0], layer)
     np.testing.assert_array_equal(result[1], layer.load)
 
 
-def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, probs: jax.Array) -> jax.Array:
+def scan_over_layers(x: jax.Array, stacked: mm.ExpertWeights, ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
     def step(carry: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        return mm.moe(carry, stacked, ids, probs, layer=index), None
+        return mm.moe(carry, stacked, ids, topk_weights, layer=index), None
 
     return jax.lax.scan(step, x, jnp.arange(len(stacked.gate_up), dtype=jnp.int32))[0]
