@@ -6,6 +6,9 @@
 
 #include <random>
 
+#include "common/bounded_wait.cuh"
+#include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/registers.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/pipeline.cuh"
 #include "timing.h"
@@ -14,7 +17,7 @@ namespace {
 
 using namespace megamoe;
 
-using O = Orientation<false>;
+using O = Normal;
 constexpr int kTiles = O::kUnitTiles, kStages = 4;
 constexpr int kTokenBytes = kNormalTokenTile * kBlockK, kStageBytes = kTokenBytes + O::kStageWeightBytes;
 constexpr int kTileRows = 2 * kPlaneRows;
@@ -41,7 +44,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
     if (threadIdx.x != kConsumerThreads) return;
     for (int b = 0; b < kBlocks; ++b, cursor.advance(kStages)) {
       const int stage = cursor.stage;
-      ptx::mbarrier_wait(&empty[stage], cursor.parity ^ 1);
+      megamoe::await(&empty[stage], cursor.parity ^ 1);
       if (!kFromL2) {
         ptx::mbarrier_arrive(&full[stage]);
         continue;
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
     const uint8_t* base = shared + stage * kStageBytes;
     const wgmma::Descriptor tokens(base + threadIdx.x / kWarpgroupThreads * kWarpgroupTokens * kBlockK),
         weights(base + kTokenBytes);
-    ptx::mbarrier_wait(&full[stage], cursor.parity);
+    megamoe::await(&full[stage], cursor.parity);
     const float token[2] = {scales[row], scales[row + 8]};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {

@@ -1,6 +1,7 @@
 // The weights of a layer: format, memory layout and leaves. The counterpart of ExpertWeights in jax_megamoe/weights.py;
 // tests compare the two (tests/test_operands.py). Whoever adds a format gives it an entry here, its bytes in
-// jax_megamoe/weight_layout.py and its loads in kernels/weight_producer.cuh; calls, handlers and ranks go by `weight_leaves`.
+// jax_megamoe/weight_layout.py and its loads in kernels/weight_producer.cuh; calls, handlers and ranks go by
+// `weight_leaves`.
 #pragma once
 
 #include <array>
