@@ -289,14 +289,14 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
     const int token_end = min(token_begin + tokens_per_batch, end_token);
     if (warp == 0) place_routes<Orientation, Group>(args, plan, share, token_begin, token_end, routes, targets);
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlaced);
+    tracer.mark_by_first(TraceEvent::kPlaced);
     const int end_item = min(share.end_item, share.first_item_of(token_end));
     for (; at.item < end_item; at.advance(share)) {
       dispatch_item<Orientation, Group>(args, at, items.next(), targets + (at.token - token_begin) * top_k);
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
-  if (threadIdx.x == 0) tracer.mark(TraceEvent::kStored);
+  tracer.mark_by_first(TraceEvent::kStored);
   // The images are read by the copy engine of every SM, the items' memory is written by it.
   ptx::fence_proxy_async_global();
   ptx::fence_proxy_async_shared();

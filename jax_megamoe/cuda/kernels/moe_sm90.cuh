@@ -1,7 +1,7 @@
 // The fused expert layer: one persistent CTA per SM, one launch.
 //
-//   all warps          count the ids
-//   a producer warp    plan: lay out chunks and units
+//   all warps          begin: load what comes from memory, send ids to other ranks; then count the ids
+//   a producer warp    make the plan: lay out chunks and units
 //   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> counter `dispatched_shares`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
@@ -21,77 +21,27 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/registers.cuh"
 #include "common/ptx/warp.cuh"
-#include "kernels/announce.cuh"
 #include "kernels/arguments.h"
+#include "kernels/begin.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/combine.cuh"
+#include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
-#include "kernels/normal_consumer.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
-#include "kernels/swap_consumer.cuh"
-#include "kernels/token_producer.cuh"
+#include "kernels/prefetch.cuh"
+#include "kernels/produce.cuh"
 #include "kernels/trace.cuh"
-#include "kernels/weight_producer.cuh"
 
 namespace megamoe {
 
-// One unit: swapAB with the smallest token tile that holds its chunk.
-template <typename Orientation, typename Group, int kN = 8>
-__device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<Orientation>& map,
-                                             const UnitNote& note, Signaller& signaller, Tracer& tracer,
-                                             StageCursor& cursor) {
-  if constexpr (!Orientation::kSwapsOperands) {
-    NormalConsumer<Group>(args, map, note, signaller, tracer).run(cursor);
-  } else {
-    if constexpr (kN < kSwapTokenTile) {
-      if (note.rows() > kN) return consume_unit<Orientation, Group, kN + 8>(args, map, note, signaller, tracer, cursor);
-    }
-    SwapConsumer<kN, Group>(args, map, note, signaller, tracer).run(cursor);
-  }
-}
-
-// Unit after unit, until the weight producer says that there are no more. swapAB returns false, before the first one, where its tokens
-// don't come since they are the shares of CTAs that have not started.
+// The consumers' wait for the plan. In a group they work out where the rows of other ranks' experts lie meanwhile.
 template <typename Orientation, typename Group>
-__device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
-                                        Signaller& signaller, Tracer& tracer) {
-  StageCursor cursor;
-#pragma unroll 1
-  while (true) {
-    if constexpr (Orientation::kSwapsOperands) {
-      await(&map.header().weights_full[cursor.stage], cursor.parity);
-      if (!await_unless(&map.header().tokens_full[cursor.stage], cursor.parity, vacant_shares_wanted)) return false;
-    } else {
-      wait_stage(map.header(), cursor);
-    }
-    const UnitNote note = map.header().note[cursor.stage];
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitLanded);
-    if (note.end()) break;
-    consume_unit<Orientation, Group>(args, map, note, signaller, tracer, cursor);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kUnitFinished);
-  }
-  if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
-  return true;
-}
-
-// All units; before them, what tokens no other CTA dispatches. swapAB looks for these while it waits for its first unit, which is 1 % of a
-// launch of 128 tokens; the normal orientation has no registers left for that.
-template <typename Orientation, typename Group>
-__device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan,
-                                            const SharedMap<Orientation>& map, Signaller& signaller, Tracer& tracer) {
-  if constexpr (Orientation::kSwapsOperands) {
-#pragma unroll 1
-    while (!expected(consume<Orientation, Group>(args, map, signaller, tracer))) {
-      dispatch_vacant_shares<Orientation, Group>(args, plan, map, signaller, tracer);
-    }
-  } else {
-    if (!expected(await_unless(&shared_header().tokens_full[0], 0, vacant_shares_wanted))) {
-      dispatch_vacant_shares<Orientation, Group>(args, plan, map, signaller, tracer);
-    }
-    consume<Orientation, Group>(args, map, signaller, tracer);
-  }
+__device__ __forceinline__ void await_plan(const MoeArguments& args, const Plan& plan) {
+  if constexpr (Group::kHasPeers) lay_out_other_ranks<Orientation>(args, plan, Group::num_ranks(args));
+  await(&shared_header().planned, 0);
 }
 
 // Clears the counter set of the next launch; the previous launch, which used it, is over. All consumers.
@@ -102,51 +52,24 @@ __device__ __forceinline__ void clear_counters(const MoeArguments& args, uint32_
   }
 }
 
-// One thread, for one consumer warpgroup or for both.
-template <typename Orientation, typename Group, int kQueues>
-__device__ __forceinline__ void signal(const MoeArguments& args, const Plan& plan) {
-  const CounterAdvance<Orientation, Group> advance(args, plan);
-  const int first = threadIdx.x / 32 - kFirstSignalWarp;
-  if (first == 0) {
-    advance_launch<Group>(args);
-    if constexpr (Group::kHasPeers) advance.announce_if_idle();
-  }
-  serve_signals<kQueues>(shared_header().signals + first, advance);
-}
-
-// The producer warps, once the plan is complete.
-template <typename Orientation, typename Group>
-__device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
-  const int warp = threadIdx.x / 32;
-  if constexpr (kMayGatherRows<Orientation, Group>) {
-    if (args.constants.gathers_rows && (warp == kTokenProducerWarp || warp == kSecondRowWarp)) {
-      const SharedMap<Orientation> map(args, plan);
-      return TokenProducer<Orientation, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
-    }
-  }
-  if (!ptx::elect_one()) return;
-  if (warp == kWeightProducerWarp) {
-    const SharedMap<Orientation> map(args, plan);
-    WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, plan));
-  } else if (warp == kTokenProducerWarp) {
-    const SharedMap<Orientation> map(args, plan);
-    TokenProducer<Orientation, Group, false>(args, map, 0).run();
-  } else if (gathers_rows<Orientation, Group>(args)) {
-    signal<Orientation, Group, kConsumerWarpgroups>(args, plan);
-  } else {
-    signal<Orientation, Group, 1>(args, plan);
+// The expert load, which is known with the plan. All consumers of one CTA.
+__device__ __forceinline__ void store_load(const MoeArguments& args, const Plan& plan) {
+  for (int e = threadIdx.x; e < args.problem.num_local_experts; e += kConsumerThreads) {
+    args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
   }
 }
 
+// One launch, in the phases of the comment at the top. `claims` must stay a variable of this function: if it passes through
+// an argument or a member, ptxas no longer sees that one lane is alone, and makes votes of its atomics.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Group::start_late(args);
   Tracer tracer(args, TraceRole::kConsumer);
-  if (threadIdx.x == 0) tracer.mark(TraceEvent::kStart);
+  tracer.mark_by_first(TraceEvent::kStart);
 
-  // Loads come first, before the weights fill the memory's queues.
+  // Begin. Loads come first, before the weights fill the memory's queues.
   const DispatchShare share(args, blockIdx.x);
   const typename Group::Opening opening(args);
   ItemPieces<Orientation> first_item;
@@ -159,41 +82,29 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   OwnPlace place;
   const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
   if (claims) place.claim(args.control);
+
+  // Barriers in shared memory, and in a group the own ids to all ranks.
   if (threadIdx.x == kTokenProducerWarp * 32) {
     init_pipeline(shared_header(), Cluster<Orientation>(args).ctas(), gathers_rows<Orientation, Group>(args));
-    if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands)
-      ptx::fence_cluster();  // `ids_missing`, which the other CTA may set
+    // `ids_missing`, which the cluster's other CTA may set.
+    if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands) ptx::fence_cluster();
   }
   __syncwarp();
   Cluster<Orientation>::announce_barriers();
-  if (threadIdx.x == kFirstSignalWarp * 32) {
-    SharedHeader& header = shared_header();
-    header.launch = __ldcg(&args.control->launch);
-    if constexpr (Group::kHasPeers) {
-      header.epoch = opening.epoch;
-      header.ids_bytes = opening.ids_bytes;
-      const Peers& peers = args.peers;
-      header.timeout_nanoseconds = header.launch == 0 ? peers.first_timeout_nanoseconds : peers.timeout_nanoseconds;
-    }
-  }
+  if (threadIdx.x == kFirstSignalWarp * 32) note_launch<Group>(args, opening);
   int first_route = share.first_token() * p.top_k;
-  if constexpr (Group::kHasPeers) {
-    if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
-      shared_header().workspace[lane] = opening.workspace;
-      if (lane == args.peers.rank) shared_header().own_workspace = opening.workspace;
-    }
-    Group::inject_delay(args, DelayPoint::kBeforeIds);
-    Group::send_ids(args, opening);
-    if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
-    first_route += Group::rank(args) * p.num_routes();
-  }
+  join_group<Group>(args, opening, warp, lane);
+  first_route = Group::route_in_group(args, first_route);
 
+  // Make the plan: routes per expert, by all warps.
   const Plan plan(p.num_local_experts, Group::num_ranks(args), Group::rank(args));
   count_routes<Orientation, Group>(args, plan, first_route, opening.id);
   Cluster<Orientation>::await_barriers();
   if constexpr (Group::kHasPeers) Cluster<Orientation>(args).agree_on_missing_ids(shared_header());
-  if (threadIdx.x == 0) tracer.mark(TraceEvent::kCounted);
+  tracer.mark_by_first(TraceEvent::kCounted);
 
+  // Produce and consume. The producers complete the plan: one warp lays the chunks out, and the thread that has claimed the
+  // CTA's place looks whether it has it.
   if (warp >= kConsumerWarps) {
     ptx::decrease_registers<Orientation::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {
@@ -211,28 +122,26 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     produce<Orientation, Group>(args, plan);
   } else {
     ptx::increase_registers<Orientation::kConsumerRegisters>();
-    if constexpr (Group::kHasPeers) lay_out_other_ranks<Orientation>(args, plan, Group::num_ranks(args));
-    await(&shared_header().planned, 0);
+    await_plan<Orientation, Group>(args, plan);
     const SharedMap<Orientation> map(args, plan);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kPlanned);
+    tracer.mark_by_first(TraceEvent::kPlanned);
+
     Group::inject_delay(args, DelayPoint::kBeforeDispatch);
     Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
       dispatch_share<Orientation, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
     end_dispatch<Orientation>(args);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kDispatched);
+    tracer.mark_by_first(TraceEvent::kDispatched);
+
     clear_counters(args, (map.launch() + 1) % 2);
-    if (blockIdx.x == 0) {
-      for (int e = threadIdx.x; e < p.num_local_experts; e += kConsumerThreads) {
-        args.load[e] = plan.count(plan.first_expert() + e) + (args.adds_to_load ? args.load[e] : 0);
-      }
-    }
+    if (blockIdx.x == 0) store_load(args, plan);
     consume_all<Orientation, Group>(args, plan, map, signaller, tracer);
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombineReady);
+    tracer.mark_by_first(TraceEvent::kCombineReady);
+
     Group::inject_delay(args, DelayPoint::kBeforeCombine);
     combine_tokens<Orientation, Group>(args, plan.num_chunks());
-    if (threadIdx.x == 0) tracer.mark(TraceEvent::kCombined);
+    tracer.mark_by_first(TraceEvent::kCombined);
     Group::finish(args);
   }
 }

@@ -77,13 +77,13 @@ class NormalConsumer {
     }
     if (note_.down()) {
       accumulate<true, kTiles>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+      tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
       announce(map_.counters(args_).down_done(note_.tile));
     } else {
       accumulate<false, kTiles>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+      tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
       finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
       announce(map_.counters(args_).gate_up_done(note_.chunk));

@@ -38,11 +38,11 @@ class SwapConsumer {
     Partial acc;
     if (note_.down()) {
       accumulate<true>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+      tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
       finish_down(acc);
     } else {
       accumulate<false>(cursor, acc);
-      if (threadIdx.x == 0) tracer_.mark(TraceEvent::kUnitMultiplied);
+      tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
       finish_gate_up(acc);
     }
   }

@@ -40,12 +40,17 @@ class Tracer {
   __device__ void mark(TraceEvent event) {
     if (next_ != nullptr) *next_++ = ptx::global_nanoseconds() << 8 | static_cast<uint64_t>(event);
   }
+  // By the CTA's first thread, for all consumers.
+  __device__ void mark_by_first(TraceEvent event) {
+    if (threadIdx.x == 0) mark(event);
+  }
 
  private:
   uint64_t* next_;
 #else
   __device__ Tracer(const MoeArguments&, TraceRole) {}
   __device__ void mark(TraceEvent) {}
+  __device__ void mark_by_first(TraceEvent) {}
 #endif
 };
 
