@@ -5,6 +5,7 @@ from typing import get_args
 import jax
 
 from jax_megamoe import arguments
+from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
 from jax_megamoe.options import Implementation, typed_by_load
@@ -85,7 +86,10 @@ def moe(
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
     )
-    if implementation is not None and implementation not in get_args(Implementation):
+    check_flag("return_expert_load", return_expert_load)
+    if implementation is not None and not (
+        isinstance(implementation, str) and implementation in get_args(Implementation)
+    ):
         raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )

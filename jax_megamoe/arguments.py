@@ -1,6 +1,5 @@
 """Checks of what `moe` is called with, by shapes and dtypes only: they run while tracing."""
 
-import dataclasses
 import functools
 import math
 import numbers
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import weight_layout
 from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.weights import ExpertWeights
@@ -117,30 +115,15 @@ def _check_weights(weights: object) -> ExpertWeights:
         else:
             remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
         raise LayoutError(f"weights is {type_of(weights)}, wanted ExpertWeights: {remedy}")
-    h = weights.hidden_size
-    if h > MAX_HIDDEN_SIZE:
-        raise ShapeError(f"weights have a hidden size of {h}, wanted at most {MAX_HIDDEN_SIZE}: use a smaller model.")
-    shapes = weight_layout.leaf_shapes(weights.num_experts, h, weights.intermediate_size)._asdict()
-    tails = {name: shape[1:] for name, shape in shapes.items()}
-    leaves: dict[str, Any] = {name: as_array(f"weights.{name}", getattr(weights, name)) for name in tails}
-    for name, leaf in leaves.items():
-        require_known_sizes(f"weights.{name}", leaf)
-    lead = leaves["gate_up"].shape[:-3]
-    for name, tail in tails.items():
-        leaf, wanted = leaves[name], jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
-        if leaf.dtype != wanted:
-            raise DTypeError(
-                f"weights.{name} has dtype {leaf.dtype}, wanted {jnp.dtype(wanted).name}: "
-                "make the weights anew with pack_experts."
-            )
-        if len(lead) not in (1, 2) or leaf.shape != (*lead, *tail):
-            raise LayoutError(
-                f"weights.{name} has shape {leaf.shape}, wanted {_text(('E', *tail))} or {_text(('L', 'E', *tail))} "
-                f"with L and E as in weights.gate_up: make the weights anew with pack_experts."
-            )
-    if lead[:-1] == (0,):
+    weights = weights.checked()
+    if weights.hidden_size > MAX_HIDDEN_SIZE:
+        raise ShapeError(
+            f"weights have a hidden size of {weights.hidden_size}, wanted at most {MAX_HIDDEN_SIZE}: "
+            "use a smaller model."
+        )
+    if weights.num_layers == 0:
         raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
-    return dataclasses.replace(weights, **leaves)
+    return weights
 
 
 def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:
@@ -174,7 +157,8 @@ def _check_layer(layer: object, weights: ExpertWeights) -> int | jax.Array:
         raise ShapeError(f"layer is {layer}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says.")
     if layer is None:
         return 0
-    value = layer if isinstance(layer, int) else as_array("layer", layer)
+    held = unwrap(layer)
+    value = held if isinstance(held, int) else as_array("layer", held)
     if not isinstance(value, int):
         if value.shape != ():
             raise ShapeError(f"layer has shape {value.shape}, wanted a scalar: call moe once for each layer.")

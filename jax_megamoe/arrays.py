@@ -36,12 +36,53 @@ def as_array(name: str, value: object, wanted: str = "an array") -> Array:
     Nothing is copied or put on a device. Raises `DTypeError` for anything else, which says what was `wanted`.
     """
     held = unwrap(value)
-    if isinstance(held, jax.Array | np.ndarray):
+    if isinstance(held, jax.Array):
         return held
-    if isinstance(held, np.generic):
-        return np.asarray(held)
+    if isinstance(held, np.ndarray | np.generic) and not isinstance(held, np.ma.MaskedArray):
+        return _native(name, np.asarray(held))
     remedy = "convert it with jax.numpy.asarray" if isinstance(held, list | tuple | numbers.Number) else "pass one"
     raise DTypeError(f"{name} is {type_of(held)}, wanted {wanted}: {remedy}.")
+
+
+def _native(name: str, array: np.ndarray) -> np.ndarray:
+    """An array of NumPy in the byte order of this machine; raises `DTypeError` for a dtype that JAX does not have."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    dtype = array.dtype
+    is_number = dtype.kind in "biufc" and dtype not in (np.longdouble, np.clongdouble)
+    if not is_number and dtype.type.__module__ != "ml_dtypes":
+        if dtype == np.dtype("V1"):
+            remedy = "if it is FP8 that np.savez has written, take .view(ml_dtypes.float8_e4m3fn) of it"
+        else:
+            remedy = "convert it"
+        raise DTypeError(f"{name} has dtype {dtype}, wanted one that JAX has: {remedy}.")
+    return array
+
+
+def require_split_of_leading(name: str, array: Array, num_leading: int) -> None:
+    """Raises `ShardingError` where the array's type splits other dimensions than the first so many."""
+    spec = tuple(jax.typeof(array).sharding.spec)
+    if any(axes is not None for axes in spec[num_leading:]):
+        raise ShardingError(
+            f"{name} is {jax.typeof(array)}, wanted its matrices whole on each device: reshard it with "
+            "jax.sharding.reshard, split over experts only."
+        )
+
+
+def require_same_split(name: str, array: Array, first_name: str, first: Array) -> None:
+    """Raises `ShardingError` where explicit types do not split two arrays over the same axes of the same mesh."""
+    one, other = (jax.typeof(value).sharding for value in (array, first))
+    if (one.mesh, tuple(one.spec)[:1]) != (other.mesh, tuple(other.spec)[:1]):
+        raise ShardingError(
+            f"{name} is {jax.typeof(array)} and {first_name} {jax.typeof(first)}, wanted the same split of the same "
+            "mesh: put both there with jax.device_put or jax.sharding.reshard."
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises `ArgumentError` for what is no bool known while tracing; 0 and 1 are taken for one."""
+    if not (isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))):
+        raise ArgumentError(f"{name} is {value!r}, wanted True or False, known while tracing: pass a Python bool.")
 
 
 def require_device_memory(name: str, array: Array, move: str | None = None) -> None:
@@ -66,7 +107,8 @@ def type_of(value: object) -> str:
     """The type of a value as messages name it: "a list", "an int", "an array", "None"."""
     if value is None:
         return "None"
-    name = "array" if isinstance(value, jax.Array | np.ndarray) else type(value).__name__
+    is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+    name = "array" if is_array else type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 

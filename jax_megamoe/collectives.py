@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_megamoe import _compat
-from jax_megamoe.errors import ShapeError
+from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.primitives._specs import axes_text
 
@@ -75,12 +75,18 @@ def _check_share(
     expert_axes: tuple[str, ...],
     axis_sizes: Mapping[str, int],
 ) -> None:
-    """Raises `ShapeError` where a device's experts are neither its share of all of them, nor all of them."""
+    """Raises where a device's experts are neither its share of all of them, as far as marks tell, nor all of them."""
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
+    tells = _compat.tracks_varying()
     if num_local_experts * num_ranks == num_experts:
+        same = [a for a in expert_axes if tells and axis_sizes[a] > 1 and a not in _compat.varying_axes(*leaves)]
+        if same:
+            raise ShardingError(
+                f"weights are the same on all devices along {axes_text(same)}, of expert_axis, wanted other experts on "
+                "each: pass as expert_axis the axes that the in_specs of jax.shard_map split them over, in that order."
+            )
         return
     if num_local_experts == num_experts:
-        tells = _compat.tracks_varying()
         if tells and not any(axis_sizes[axis] > 1 for axis in _compat.varying_axes(*leaves) & set(expert_axes)):
             return
         # Made by a device from its own experts, weights count these alone unless told better.

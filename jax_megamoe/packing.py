@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import quantization, weight_checks, weight_layout
-from jax_megamoe.arrays import Array, as_array, require_device_memory, require_known_sizes, type_of, unwrap
-from jax_megamoe.errors import LayoutError, ShapeError
+from jax_megamoe.arrays import (
+    Array,
+    as_array,
+    require_device_memory,
+    require_known_sizes,
+    require_same_split,
+    require_split_of_leading,
+    type_of,
+    unwrap,
+)
+from jax_megamoe.errors import ArgumentError, LayoutError, ShapeError, ShardingError
 from jax_megamoe.weight_checks import Order
 from jax_megamoe.weights import ExpertWeights
 
@@ -46,9 +55,11 @@ def quantize_experts(
       ShapeError, DTypeError: while tracing, for arguments that cannot be served.
       LayoutError: for weights that are packed already, or an unknown order.
     """
+    _check_progress(progress)
     gate, up, down = (_array(name, value) for name, value in (("gate", gate), ("up", up), ("down", down)))
     weight_checks.check_order(order)
     weight_checks.check_floats(gate, up, down, order)
+    _check_split(gate=gate, up=up, down=down)
     num_held = gate.shape[0]
     num_experts = weight_checks.count_experts(num_held, num_experts)
     if num_held > 1 and all(isinstance(array, np.ndarray) for array in (gate, up, down)):
@@ -85,6 +96,7 @@ def pack_experts(
     arrays = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down, "down_scale": down_scale}
     blocks = [_array(name, value) for name, value in arrays.items()]
     weight_checks.check_blocks(*blocks)
+    _check_split(**dict(zip(arrays, blocks, strict=True)))
     num_experts = weight_checks.count_experts(blocks[2].shape[0], num_experts)
     packed: ExpertWeights = _pack(*blocks)
     return dataclasses.replace(packed, num_experts=num_experts)
@@ -103,6 +115,7 @@ def stack_experts(
 
     Raises `ShapeError` for layers of different shapes or another number of them, `LayoutError` for other things.
     """
+    _check_progress(progress)
     layers = _each_layer(weights)
     if num_layers is not None:
         num_layers = weight_checks.require_count("num_layers", num_layers)
@@ -264,7 +277,7 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
     if isinstance(held, ExpertWeights) or not isinstance(held, Iterable):
         raise LayoutError(f"weights is {type_of(held)}, wanted the ExpertWeights of several layers: pass a sequence.")
     layers = iter(held)
-    first_shape = None
+    first_shape, first_shardings = None, None
     for layer in itertools.count():
         try:
             one = unwrap(next(layers))
@@ -275,22 +288,41 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
                 f"weights[{layer}] is {type_of(one)}, wanted ExpertWeights: "
                 "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
             )
-        one = dataclasses.replace(one, **one.leaves._asdict())
+        one = one.checked()
         for name, leaf in one.leaves._asdict().items():
             require_device_memory(f"weights[{layer}].{name}", leaf, f"weights[{layer}]")
         if one.is_stacked:
             raise ShapeError(f"weights[{layer}] is stacked already, wanted one layer: pass the layers one by one.")
         shape = (one.gate_up.shape, one.num_experts, one.hidden_size, one.intermediate_size)
+        shardings = [jax.typeof(leaf).sharding for leaf in one.leaves]
         if first_shape is None:
-            first_shape = shape
+            first_shape, first_shardings = shape, shardings
         if shape != first_shape:
             raise ShapeError(
                 f"weights[{layer}] has (gate_up shape, E, H, I) {shape}, wanted {first_shape} like layer 0: "
                 "stack layers of one shape."
             )
+        if shardings != first_shardings:
+            raise ShardingError(
+                f"weights[{layer}].gate_up is {jax.typeof(one.gate_up)}, wanted all of it split like layer 0, over the "
+                "same mesh: put the layers there with jax.device_put."
+            )
         box = [one]
         del one
         yield box.pop()
+
+
+def _check_split(**arrays: Array) -> None:
+    """Raises `ShardingError` unless explicit types split all arrays over the same axes along the experts alone."""
+    first = next(iter(arrays))
+    for name, array in arrays.items():
+        require_split_of_leading(name, array, 1)
+        require_same_split(name, array, first, arrays[first])
+
+
+def _check_progress(progress: object) -> None:
+    if progress is not None and not callable(progress):
+        raise ArgumentError(f"progress is {progress!r}, wanted a function of (done, of how many), or None: pass one.")
 
 
 def _array(name: str, value: object) -> Array:

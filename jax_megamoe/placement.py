@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 
 from jax_megamoe import _compat
 from jax_megamoe.arrays import require_device_memory
@@ -64,19 +64,20 @@ def _check_devices(arrays: Mapping[str, Any]) -> None:
     """Arguments that are not traced have their meshes' devices in one order; of traced ones JAX sees to it."""
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return
-    shardings = {name: getattr(array, "sharding", None) for name, array in arrays.items()}
-    on_meshes = {
-        name: [device.id for device in sharding.mesh.devices.flat]
-        for name, sharding in shardings.items()
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    }
-    for name, ids in on_meshes.items():
-        first = next(iter(on_meshes))
-        if ids != on_meshes[first]:
+    committed = {name: array for name, array in arrays.items() if isinstance(array, jax.Array) and array.committed}
+    placed = {name: _ids_of_devices(array.sharding) for name, array in committed.items()}
+    for name, ids in placed.items():
+        first = next(iter(placed))
+        if ids != placed[first]:
             raise ShardingError(
-                f"{name} is on the devices {ids}, in this order, wanted {on_meshes[first]} like {first}: "
+                f"{name} is on the devices {ids}, in this order, wanted {placed[first]} like {first}: "
                 "put all arguments on one mesh with jax.device_put."
             )
+
+
+def _ids_of_devices(sharding: Sharding) -> list[int]:
+    devices = sharding.mesh.devices.flat if isinstance(sharding, NamedSharding) else sharding.device_set
+    return [device.id for device in devices]
 
 
 def weights_by_name(weights: ExpertWeights) -> dict[str, Any]:

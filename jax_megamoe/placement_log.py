@@ -92,11 +92,17 @@ def _about_tokens(
     x: jax.Array, leaves: Mapping[str, Any], mesh: AbstractMesh, axes: Axes, token_axes: AxisNames
 ) -> str:
     automatic = [axis for axis in mesh.axis_names if axis in _specs.axes_of_type(mesh, AxisType.Auto)]
+    explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
     found = set(axes.tokens)
-    if _specs.axes_of_type(mesh, AxisType.Explicit) and x.ndim > 1:
+    if explicit_axes:
+        specs = _specs.choose_specs(jax.typeof(x), Leaves(*(jax.typeof(leaf) for leaf in leaves.values())), mesh, axes)
+        typed = {axis for dim in specs.tokens for axis in dim}
         # Nothing is padded there: axes that don't divide the first dimension are left out.
-        avals = Leaves(*(jax.typeof(leaf) for leaf in leaves.values()))
-        found &= {axis for dim in _specs.choose_specs(jax.typeof(x), avals, mesh, axes).tokens for axis in dim}
+        found &= typed if x.ndim > 1 else found
+        # Ranks that have other experts have the same tokens for a reason.
+        repeated = [a for a in mesh.axis_names if a in explicit_axes - typed - set(specs.experts) and mesh.shape[a] > 1]
+        if repeated:
+            return f"x is the same along {axes_text(repeated)}, so that work is repeated: split its type over all axes"
     dims = _dims_of_concrete(x) or [()]
     if dims[-1] and not _specs.axes_of_type(mesh, AxisType.Explicit):  # Explicit ones are an error.
         return (

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType
 
 from jax_megamoe import arguments, collectives, quantization, weight_layout
+from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives import _transforms as transforms
-from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -42,11 +42,12 @@ def moe(
     """`jax_megamoe.moe`, computed by plain array code.
 
     x bf16[..., H], topk_ids int32[..., k], topk_weights f32[..., k] -> bf16[..., H], with `return_expert_load` also
-    int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised. Outside of
-    `jax.shard_map` this is array code like any other, which XLA splits as it sees fit: `expert_axis` and `token_axes`
-    have no influence there.
+    int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised, but `jax.vmap`
+    over weights or layer works. Outside of `jax.shard_map` this is array code like any other, which XLA splits as it
+    sees fit: over automatic axes `expert_axis` and `token_axes` have no influence there.
     """
-    if implementation not in (None, "reference"):
+    check_flag("return_expert_load", return_expert_load)
+    if implementation is not None and not (isinstance(implementation, str) and implementation == "reference"):
         raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
@@ -61,7 +62,7 @@ def moe(
     )
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
-    per_device = functools.partial(
+    per_device: Any = functools.partial(
         _per_device,
         num_experts=weights.num_experts,
         expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
@@ -72,26 +73,12 @@ def moe(
         routed_scaling_factor=factor,
     )
     operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
-    y, load = _on_mesh(per_device, mesh, axes, operands)(operands)
+    operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
+    if _specs.axes_of_type(mesh, AxisType.Explicit):
+        specs = _specs.choose_specs(jax.typeof(x), Leaves(*map(jax.typeof, operands.leaves)), mesh, axes)
+        per_device = _specs.with_automatic_axes(per_device, mesh, (specs.token_spec(), specs.load_spec()))
+    y, load = per_device(operands)
     return (y, load) if return_expert_load else y
-
-
-def _on_mesh(function: Any, mesh: AbstractMesh, axes: Axes, operands: Operands) -> Any:
-    """The function with explicit axes as automatic ones inside, and results typed as those of `jax_megamoe.moe`."""
-    explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
-    if not explicit_axes:
-        return function
-    specs = _specs.choose_specs(jax.typeof(operands.x), Leaves(*map(jax.typeof, operands.leaves)), mesh, axes)
-    out_specs = ((specs.token_spec(), operands.x.ndim), (specs.load_spec(), 1))
-    shardings = tuple(NamedSharding(mesh, _specs.restrict(spec, explicit_axes, ndim)) for spec, ndim in out_specs)
-    automatic = jax.sharding.auto_axes(function, axes=tuple(explicit_axes), out_sharding=shardings)
-
-    def run(operands: Operands) -> Any:
-        # The mesh of the arguments' types may not be that of the context.
-        with jax.sharding.use_abstract_mesh(mesh):
-            return automatic(operands)
-
-    return run
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device, and NaN in what is
@@ -162,8 +149,8 @@ def moe_local(
     used = (topk_ids >= 0) & (topk_ids < num_experts)
     expert_of_pair = jnp.where(used, topk_ids, num_experts).reshape(num_pairs)
     order = jnp.argsort(expert_of_pair, stable=True)
-    begin = jnp.searchsorted(expert_of_pair[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
-    load = begin[1:] - begin[:-1]
+    load = jnp.zeros(num_experts, jnp.int32).at[expert_of_pair].add(1, mode="drop")
+    begin = jnp.cumsum(load) - load
     rows = min(_MAX_ROWS, max(_MIN_ROWS, 1 << (num_pairs // num_experts).bit_length()))
     last_tile = jnp.cumsum(-(-load // rows))
 
@@ -174,7 +161,7 @@ def moe_local(
     padded_order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (rows,))])
 
     def run_tile(tile: jax.Array, results: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(last_tile, tile, side="right")
+        expert = jnp.sum(last_tile <= tile, dtype=jnp.int32)
         tiles_before = jnp.where(expert > 0, last_tile[expert - 1], 0)
         first = begin[expert] + (tile - tiles_before) * rows
         pairs = jax.lax.dynamic_slice_in_dim(padded_order, first, rows)

@@ -7,11 +7,13 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax import export
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.arrays import as_array, clamp_to_int32, require_device_memory
-from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
+from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
+from jax_megamoe.primitives import _specs
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScoring = Literal["sum_of_two", "max"]
@@ -74,6 +76,11 @@ def route(
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise DTypeError(f"logits has dtype {logits.dtype}, wanted a floating-point type: cast it.")
     num_experts = logits.shape[-1]
+    if export.is_symbolic_dim(num_experts):
+        raise ShapeError(
+            f"logits has shape {logits.shape}, wanted a number of experts, also under jax.export: pass it."
+        )
+    check_flag("renormalize", renormalize)
     if num_experts == 0:
         raise ShapeError(f"logits has shape {logits.shape}, wanted [..., E] with E > 0: pass one score per expert.")
     _check_choice("scoring", scoring, get_args(Scoring))
@@ -96,6 +103,8 @@ def route(
             raise ShapeError(f"bias has shape {bias.shape}, wanted ({num_experts},): pass one value per expert.")
         if not jnp.issubdtype(bias.dtype, jnp.floating) and not jnp.issubdtype(bias.dtype, jnp.integer):
             raise DTypeError(f"bias has dtype {bias.dtype}, wanted float32: pass real numbers.")
+        if isinstance(bias, np.ndarray):
+            bias = bias.astype(np.float32)  # JAX would cut integers of 64 bits to 32
     if (token_ids is None) != (hash_table is None):
         missing, given = ("token_ids", "hash_table") if token_ids is None else ("hash_table", "token_ids")
         raise ArgumentError(f"{missing} is None, wanted an array beside {given}: pass both or none.")
@@ -109,8 +118,8 @@ def route(
     for name, array in arrays.items():
         if array is not None:
             require_device_memory(name, array)
-    ids, weights = _route(
-        *arrays.values(),
+    selected = functools.partial(
+        _route,
         top_k=int(top_k),
         scoring=scoring,
         num_groups=int(num_groups),
@@ -118,6 +127,21 @@ def route(
         group_scoring=group_scoring,
         renormalize=bool(renormalize),
     )
+    meshes = {name: jax.typeof(array).sharding.mesh for name, array in arrays.items() if array is not None}
+    explicit = {name: mesh for name, mesh in meshes.items() if _specs.axes_of_type(mesh, AxisType.Explicit)}
+    if not explicit:
+        ids, weights = selected(*arrays.values())
+        return ids, weights
+    first, mesh = next(iter(explicit.items()))
+    for name, other in explicit.items():
+        if other != mesh:
+            raise ShardingError(
+                f"{name} is on the mesh {other} and {first} on {mesh}, wanted one mesh: "
+                "put all arguments there with jax.device_put."
+            )
+    # Tokens stay split as they are; experts that are split are gathered.
+    spec = P(*jax.typeof(logits).sharding.spec[:-1], None)
+    ids, weights = _specs.with_automatic_axes(selected, mesh, (spec, spec))(*arrays.values())
     return ids, weights
 
 
@@ -144,7 +168,10 @@ def _route(
         ids = _look_up(token_ids, hash_table, logits)
     else:
         if bias is None:
-            selection = _score(_raise_small(logits), scoring) if scoring == "sqrtsoftplus" else scores
+            selection = scores
+            if scoring == "sqrtsoftplus":
+                in_groups = top_groups < num_groups  # whose scores are sums
+                selection = _score(_raise_small(logits), scoring) if in_groups else _order_small(scores, logits)
         else:
             selection = scores + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(logits.ndim - 1)))
         ids = _select(selection, top_k, num_groups, top_groups, group_scoring)
@@ -211,20 +238,21 @@ def _best(values: jax.Array, count: int) -> jax.Array:
 
 
 def _nan_as_infinity(values: jax.Array) -> jax.Array:
-    # top_k orders NaNs by their sign.
-    return jnp.where(jnp.isnan(values), jnp.inf, values)
+    # top_k orders NaNs by their sign. What is infinite itself comes after them, so that they are seen.
+    return jnp.where(jnp.isnan(values), jnp.inf, jnp.minimum(values, jnp.finfo(jnp.float32).max))
+
+
+def _order_small(scores: jax.Array, logits: jax.Array) -> jax.Array:
+    """Scores, but for those that are too small for their order to be seen: they follow, below zero, by their logits."""
+    return jnp.where(logits < _SUBNORMAL_LOGIT, logits, scores)
 
 
 def _look_up(token_ids: jax.Array, hash_table: jax.Array, logits: jax.Array) -> jax.Array:
-    """The table's experts of each token, int32[..., k]; -1 for those that do not exist. Typed as logits are."""
-    (vocabulary, _), num_experts, sharding = hash_table.shape, logits.shape[-1], jax.typeof(logits).sharding
-    lead, ids_sharding = sharding.spec[:-1], None
-    if any(axes is not None for axes in lead):  # Explicit axes: a lookup has to be told.
-        token_ids = jax.sharding.reshard(token_ids, NamedSharding(sharding.mesh, P(*lead)))
-        ids_sharding = NamedSharding(sharding.mesh, P(*lead, None))
+    """The table's experts of each token, int32[..., k]; -1 for those that do not exist."""
+    vocabulary, num_experts = hash_table.shape[0], logits.shape[-1]
     token_ids, hash_table = clamp_to_int32(token_ids), clamp_to_int32(hash_table)
     known = (token_ids >= 0) & (token_ids < vocabulary)
-    ids = hash_table.at[jnp.where(known, token_ids, 0)].get(out_sharding=ids_sharding)
+    ids = hash_table[jnp.where(known, token_ids, 0)]
     return jnp.where(known[..., None] & (ids >= 0) & (ids < num_experts), ids, -1).astype(jnp.int32)
 
 
@@ -244,7 +272,7 @@ def _check_hash(token_ids: jax.Array | np.ndarray, table: jax.Array | np.ndarray
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ArgumentError(f"{name} is {value!r}, wanted one of {', '.join(choices)}: choose one.")
 
 

@@ -21,7 +21,7 @@ _LAYOUTS = {"out_in": ("[E, I, H]", "[E, H, I]"), "in_out": ("[E, H, I]", "[E, I
 
 def check_order(order: str) -> None:
     """Raises `LayoutError` unless it is one of `Order`."""
-    if order not in get_args(Order):
+    if not isinstance(order, str) or order not in get_args(Order):
         raise LayoutError(f"order is {order!r}, wanted one of {get_args(Order)}: choose one.")
 
 

@@ -12,8 +12,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_megamoe import weight_layout
-from jax_megamoe.arrays import Array, as_array, require_device_memory, type_of, unwrap
-from jax_megamoe.errors import LayoutError
+from jax_megamoe.arrays import (
+    Array,
+    as_array,
+    require_device_memory,
+    require_known_sizes,
+    require_split_of_leading,
+    type_of,
+    unwrap,
+)
+from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.operands import Leaves
 
 DATA_FIELDS = Leaves._fields
@@ -45,6 +53,12 @@ class ExpertWeights:
 
     def __post_init__(self) -> None:
         # Nothing about the leaves: transformations put specs, None and plain objects there.
+        for name in ("num_experts", "hidden_size", "intermediate_size"):
+            size = getattr(self, name)
+            if isinstance(size, np.integer):
+                object.__setattr__(self, name, int(size))
+            elif not isinstance(size, int) or isinstance(size, bool):
+                raise ShapeError(f"{name} of the weights is {size!r}, wanted an int: pass one.")
         _check_layout(self.layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,6 +75,35 @@ class ExpertWeights:
     def leaves(self) -> Leaves:
         """The four arrays by name, out of the boxes of frameworks."""
         return Leaves(*(unwrap(getattr(self, name)) for name in DATA_FIELDS))
+
+    def checked(self) -> "ExpertWeights":
+        """These weights with the arrays out of boxes.
+
+        Raises `DTypeError` or `LayoutError` for arrays that such weights don't have, `ArgumentError` for open sizes.
+        """
+        wanted = weight_layout.leaf_shapes(self.num_experts, self.hidden_size, self.intermediate_size)
+        leaves = Leaves(*(as_array(f"weights.{name}", getattr(self, name)) for name in DATA_FIELDS))
+        lead = leaves.gate_up.shape[:-3]
+        for name, leaf, (_, *tail) in zip(DATA_FIELDS, leaves, wanted, strict=True):
+            require_known_sizes(f"weights.{name}", leaf)
+            dtype = jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
+            if leaf.dtype != dtype:
+                is_raw = leaf.dtype.itemsize == 1 == jnp.dtype(dtype).itemsize
+                raise DTypeError(
+                    f"weights.{name} has dtype {leaf.dtype}, wanted {jnp.dtype(dtype).name}: "
+                    + (
+                        "if it holds that type's bytes, take .view(jax.numpy.float8_e4m3fn) of it."
+                        if is_raw
+                        else "make the weights anew with pack_experts."
+                    )
+                )
+            if len(lead) not in (1, 2) or leaf.shape != (*lead, *tail):
+                text = ", ".join(map(str, tail))
+                raise LayoutError(
+                    f"weights.{name} has shape {leaf.shape}, wanted [E, {text}] or [L, E, {text}] with L and E as in "
+                    "weights.gate_up: make the weights anew with pack_experts."
+                )
+        return dataclasses.replace(self, **leaves._asdict())
 
     @property
     def is_stacked(self) -> bool:
@@ -107,8 +150,9 @@ class ExpertWeights:
         """
         header = write_header(tuple(getattr(self, field) for field in META_FIELDS))
         # What is in host memory stays there: a view would be a computation on the device.
-        is_on_host = [jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in self.leaves]
-        leaves = Leaves(*map(np.asarray, self.leaves)) if any(is_on_host) else self.leaves
+        leaves = self.checked().leaves
+        if any(jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in leaves):
+            leaves = Leaves(*map(np.asarray, leaves))
         return {
             "header": np.frombuffer(header, np.uint8),
             "gate_up": leaves.gate_up.view(np.uint8),
@@ -131,18 +175,17 @@ class ExpertWeights:
         leaves = Leaves(*(as_array(name, arrays[name]) for name in DATA_FIELDS))
         leaves = leaves._replace(gate_up=_as_fp8("gate_up", leaves.gate_up), down=_as_fp8("down", leaves.down))
         header = as_array("header", arrays["header"], "an array of uint8")
+        if isinstance(header, jax.core.Tracer):
+            raise LayoutError("header is traced, wanted its bytes: call from_arrays outside of jax.jit.")
         fields = read_header(np.asarray(jax.device_get(header)).tobytes())
         weights = cls(*leaves, *fields)
+        try:
+            weights = weights.checked()
+        except ArgumentError as error:
+            raise LayoutError(f"arrays are not those that header describes: {error}") from error
         lead = leaves.gate_up.shape[:-3]
-        wanted = weight_layout.leaf_shapes(lead[-1] if lead else 0, weights.hidden_size, weights.intermediate_size)
-        for name, leaf, shape in zip(DATA_FIELDS, leaves, wanted, strict=True):
-            if leaf.shape != (*lead[:-1], *shape):
-                raise LayoutError(
-                    f"{name} has shape {leaf.shape}, wanted {(*lead[:-1], *shape)}, as header says: "
-                    "save the weights anew."
-                )
-            if name.endswith("scale") and leaf.dtype != np.float32:
-                raise LayoutError(f"{name} has dtype {leaf.dtype}, wanted float32: save the weights anew.")
+        if 0 in lead:
+            raise LayoutError(f"gate_up has shape {leaves.gate_up.shape}, wanted at least one expert: save them anew.")
         if weights.num_experts % lead[-1]:
             raise LayoutError(
                 f"header says num_experts={weights.num_experts}, wanted a multiple of {lead[-1]}, the experts that the "
@@ -156,10 +199,12 @@ class ExpertWeights:
         gate_up f8e4m3fn[E, 2I, H] (gate rows first), gate_up_scale f32[E, 2I/128, H/128],
         down f8e4m3fn[E, H, I], down_scale f32[E, H/128, I/128].
         """
-        for name, leaf in self.leaves._asdict().items():
+        leaves = self.checked().leaves
+        for name, leaf in leaves._asdict().items():
             require_device_memory(f"weights.{name}", leaf, "weights")
+            require_split_of_leading(f"weights.{name}", leaf, leaf.ndim - 3)
         gate_up, gate_up_scale, down, down_scale = weight_layout.unpack(
-            *self.leaves, intermediate_size=self.intermediate_size
+            *leaves, intermediate_size=self.intermediate_size
         )
         return gate_up, gate_up_scale, down, down_scale
 

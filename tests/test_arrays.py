@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jax_megamoe as mm
 from jax_megamoe.arrays import as_array, unwrap
 from jax_megamoe.errors import DTypeError
 from tests.support import boxes
@@ -59,3 +60,17 @@ def test_what_is_no_array_is_refused_by_its_name(value, message):
     with pytest.raises(DTypeError) as raised:
         as_array("bias", value)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("dtype", ["O", "m8[s]", "V1", np.longdouble, "S3"], ids=str)
+def test_dtypes_that_jax_lacks_are_refused_by_name(dtype):
+    with pytest.raises(DTypeError, match="logits has dtype .*, wanted one that JAX has: "):
+        mm.route(np.zeros((2, 4), dtype), 2)
+
+
+def test_other_byte_orders_serve_and_masked_arrays_do_not():
+    logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for a, b in zip(mm.route(logits.astype(">f4"), 2), mm.route(logits, 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(DTypeError, match="logits is a MaskedArray, wanted an array: pass one"):
+        mm.route(np.ma.masked_array(logits, logits > 0), 2)

@@ -349,3 +349,24 @@ def test_route_exports_with_a_symbolic_number_of_tokens(options):
     for tokens in (1, 5, 8):
         logits = np.random.default_rng(tokens).normal(size=(tokens, 16)).astype(np.float32)
         jax.tree.map(np.testing.assert_array_equal, exported.call(logits), route(logits))
+
+
+@pytest.mark.parametrize("box", boxes.ALL)
+def test_layers_in_boxes_that_hold_ints(box):
+    layer = make_layer()
+    stacked = mm.stack_experts([packed_weights(0), packed_weights(1)])
+    y = mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=box(0))
+    np.testing.assert_array_equal(y, mm.moe(*layer[:4]))
+    with pytest.raises(ShapeError, match="layer is 2, wanted 0 to 1"):
+        mm.moe(layer.x, stacked, layer.ids, layer.topk_weights, layer=box(2))
+
+
+def test_a_symbolic_batch_under_vmap_is_refused_in_one_sentence():
+    layer = make_layer()
+    (batch,) = export.symbolic_shape("b")
+    arguments = [
+        jax.ShapeDtypeStruct((batch, *value.shape), value.dtype) for value in (layer.x, layer.ids, layer.topk_weights)
+    ]
+    mapped = jax.vmap(lambda x, ids, topk_weights: mm.moe(x, layer.weights, ids, topk_weights))
+    with pytest.raises(MegaMoEError, match="x is mapped by jax.vmap over b elements, wanted a number"):
+        export.export(jax.jit(mapped))(*arguments)

@@ -1,5 +1,7 @@
 """Ways to make weights: part by part on each device, layer by layer, out of variables; and what memory that takes."""
 
+import contextlib
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe.errors import LayoutError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError, ShardingError
 from tests.support import boxes
 
 E, H, I = 8, 256, 128
@@ -230,3 +232,49 @@ stacked = mm.stack_experts((jax.tree.map(lambda leaf: leaf + 0, layer) for _ in 
 print((peak() - before) / stacked.nbytes)
 """
     assert measure(body, (1, 1024, 1024, 64)) <= 1.1
+
+
+def test_layers_whose_other_arrays_differ_are_not_stacked(weights):
+    as_bytes = dataclasses.replace(weights, gate_up=weights.gate_up.view(jnp.uint8))
+    shorter = dataclasses.replace(weights, down=weights.down[:, :1])
+    wider = dataclasses.replace(weights, down_scale=weights.down_scale.astype(jnp.bfloat16))
+    for other, error, message in (
+        (as_bytes, DTypeError, r"weights\.gate_up has dtype uint8, wanted float8_e4m3fn: if it holds .*\.view\("),
+        (shorter, LayoutError, r"weights\.down has shape"),
+        (wider, DTypeError, r"weights\.down_scale has dtype bfloat16"),
+    ):
+        for num_layers in (None, 2):
+            with pytest.raises(error, match=message):
+                mm.stack_experts(iter([weights, other]), num_layers=num_layers)
+        with pytest.raises(error, match=message):
+            other.unpack()
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
+def test_explicit_splits_that_differ_are_refused_by_name(weights, with_context):
+    mesh = make_mesh(AxisType.Explicit)
+    gate, up, down = make_floats()
+
+    def put(value: Any, *spec: Any) -> Any:
+        return jax.device_put(value, NamedSharding(mesh, P(*spec)))
+
+    with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
+        with pytest.raises(ShardingError, match="up is float32.* and gate .*, wanted the same split"):
+            mm.quantize_experts(put(gate, "expert"), put(up), put(down, "expert"))
+        with pytest.raises(ShardingError, match="gate is .*, wanted its matrices whole on each device"):
+            mm.quantize_experts(*(put(value, None, None, "expert") for value in (gate, up, down)))
+        layers = [put(weights, "expert"), put(weights)]
+        for num_layers in (None, 2):
+            with pytest.raises(
+                ShardingError, match=r"weights\[1\]\.gate_up is .*, wanted all of it split like layer 0"
+            ):
+                mm.stack_experts(iter(layers), num_layers=num_layers)
+        with pytest.raises(ShardingError, match=r"weights\.gate_up is .*, wanted its matrices whole"):
+            put(weights, None, None, None, "expert").unpack()
+
+
+def test_progress_is_a_function(weights):
+    with pytest.raises(ArgumentError, match="progress is 3, wanted a function"):
+        mm.quantize_experts(*make_floats(), progress=3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="progress is 3, wanted a function"):
+        mm.stack_experts([weights], progress=3)  # type: ignore[arg-type]

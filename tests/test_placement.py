@@ -302,3 +302,43 @@ def test_meshes_with_other_devices_or_another_order_are_refused_by_name(function
     weights = put(make_mesh({"expert": 8}, kind), "expert", "expert")[1]
     with pytest.raises(ShardingError, match=r"weights\.gate_up is on the devices \[0, 1, .* wanted \[7, 6, .* like x"):
         function(x, weights, ids, topk_weights)
+
+
+@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+def test_weights_that_marks_show_split_over_another_axis(function):
+    mesh, layer, both = make_mesh({"a": 2, "b": 4}, AUTO), make_layer(), ("a", "b")
+    # Eight experts, of which each device gets four; over b that would be two.
+    weights = with_number(layer.weights, E)
+    in_specs = (P(both), P("b"), P(both), P(both))
+    mapped = jax.shard_map(lambda *v: function(*v, expert_axis="b"), mesh=mesh, in_specs=in_specs, out_specs=P(both))
+    assert_matches_model(jax.jit(mapped)(layer.x, weights, layer.ids, layer.topk_weights), layer)
+    square = make_mesh({"a": 2, "b": 2}, AUTO)
+    mapped = jax.shard_map(
+        lambda *v: function(*v, expert_axis="b"),
+        mesh=square,
+        in_specs=(P(both), P("a"), P(both), P(both)),
+        out_specs=P(both),
+    )
+    with pytest.raises(ShardingError, match="weights are the same on all devices along 'b', of expert_axis"):
+        jax.jit(mapped)(layer.x, weights, layer.ids, layer.topk_weights)
+
+
+def test_leaves_that_are_split_unlike_are_told_first():
+    mesh, layer = make_mesh(DATA_EXPERT, EXPLICIT), make_layer()
+    x, weights, ids, topk_weights = put(mesh, ("data", "expert"), "expert")
+    weights = dataclasses.replace(weights, down=place(mesh, layer.weights.down, "data"))
+    with pytest.raises(
+        ShardingError, match=r"weights\.gate_up has its experts over 'expert' and weights\.down over 'data'"
+    ):
+        mm.moe(x, weights, ids, topk_weights)
+
+
+def test_single_devices_that_differ_are_refused_by_name():
+    layer, devices = make_layer(), jax.devices("cpu")
+    x = jax.device_put(layer.x, devices[3])
+    weights = jax.device_put(layer.weights, devices[0])
+    with pytest.raises(
+        ShardingError, match=r"weights\.gate_up is on the devices \[0\], in this order, wanted \[3\] like x"
+    ):
+        mm.moe(x, weights, layer.ids, layer.topk_weights)
+    assert_matches_model(mm.moe(x, jax.device_put(layer.weights, devices[3]), layer.ids, layer.topk_weights), layer)

@@ -145,3 +145,16 @@ def test_each_line_that_calls_is_told_once(logged):
         first(*a), second(*a), other_line(*a)
 
     assert len(logged(all_three, *arguments)) == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "repeated"),
+    [(None, None, "'data', 'expert'"), ("data", None, "'expert'"), (None, "expert", "'data'")],
+    ids=str,
+)
+def test_log_of_work_that_explicit_types_repeat(logged, tokens, experts, repeated):
+    arguments = put(make_mesh(DATA_EXPERT, EXPLICIT), tokens, experts, num_tokens=8)
+    (message,) = logged(mm.moe, *arguments)
+    assert f"x is the same along {repeated}, so that work is repeated" in message
+    # Ranks with other experts may have the same tokens.
+    assert logged(mm.moe, *put(make_mesh(DATA_EXPERT, EXPLICIT), "data", "expert", num_tokens=8)) == []

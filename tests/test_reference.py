@@ -219,3 +219,25 @@ def test_unfit_arguments_are_refused_by_name(weights, replaced, error, message):
     arguments: dict[str, Any] = {"x": x, "weights": weights, "topk_ids": ids, "topk_weights": topk_weights}
     with pytest.raises(error, match=message):
         reference.moe(**{**arguments, **replaced})
+
+
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd], ids=["grad", "jvp"])
+def test_there_is_no_derivative(weights, differentiate):
+    x, ids, topk_weights = inputs(4, 2)
+
+    def loss(x, topk_weights):
+        return moe(x, weights, ids, topk_weights).astype(jnp.float32).sum()
+
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="inference only"):
+            differentiate(loss, argument)(x, topk_weights)
+        with pytest.raises(NotImplementedError, match="inference only"):
+            jax.jit(differentiate(loss, argument))(x, topk_weights)
+
+
+def test_some_axes_manual_and_others_automatic(weights):
+    x, ids, topk_weights = inputs(16, 3, low=-1)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+    specs: Any = {"in_specs": (P("data"), P(), P("data"), P("data")), "out_specs": P("data"), "axis_names": {"data"}}
+    y = jax.jit(jax.shard_map(moe, mesh=mesh, **specs))(x, weights, ids, topk_weights)
+    np.testing.assert_array_equal(y, moe(x, weights, ids, topk_weights))

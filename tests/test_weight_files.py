@@ -1,6 +1,7 @@
 """Weights out of memory and back: their text, pickles, plain arrays, exported programs; the layout's version goes along."""
 
 import copy
+import dataclasses
 import importlib.resources
 import io
 import json
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe.errors import LayoutError
+from jax_megamoe.errors import DTypeError, LayoutError, ShapeError
 from tests.support import boxes
 from tests.support.expert_layer import packed_weights
 
@@ -144,13 +145,16 @@ def test_arrays_of_other_layouts_and_other_arrays_are_refused(weights):
         ),
         (
             {"header": header(**fields | {"hidden_size": 2 * fields["hidden_size"]})},
-            "gate_up has shape .* as header says",
+            "header describes: weights.gate_up has shape",
         ),
         ({"header": header(layout="sm90_v1")}, "header is not that of ExpertWeights"),
         ({"header": np.zeros(7, np.uint8)}, "header is not that of ExpertWeights"),
-        ({"down": arrays["down"][:-1]}, "down has shape .* as header says"),
+        ({"down": arrays["down"][:-1]}, "header describes: weights.down has shape"),
         ({"down": np.asarray(arrays["down"], np.float32)}, "down has dtype float32, wanted the bytes"),
-        ({"down_scale": np.asarray(arrays["down_scale"], np.float16)}, "down_scale has dtype float16, wanted float32"),
+        (
+            {"down_scale": np.asarray(arrays["down_scale"], np.float16)},
+            "header describes: weights.down_scale has dtype float16, wanted float32",
+        ),
         ({"header": header(**fields | {"num_experts": 12})}, "header says num_experts=12, wanted a multiple of 8"),
         ({"header": header(**fields | {"num_experts": 0})}, "header is not that of ExpertWeights"),
         ({"header": header(**fields | {"hidden_size": "256"})}, "header is not that of ExpertWeights"),
@@ -208,3 +212,26 @@ def test_exporting_for_gpus_wants_the_published_checks(weights, built):
         *arguments
     )
     assert "jax_megamoe.moe.v1" in exported.mlir_module()
+
+
+def test_numbers_of_experts_are_ints(weights):
+    replaced = dataclasses.replace(weights, num_experts=np.int64(8))
+    assert type(replaced.num_experts) is int
+    assert_same(mm.ExpertWeights.from_arrays(replaced.to_arrays()), weights)
+    for number in (8.0, "8", None, True):
+        with pytest.raises(ShapeError, match="num_experts of the weights is .*, wanted an int"):
+            dataclasses.replace(weights, num_experts=number)
+
+
+def test_files_are_read_outside_of_programs_and_have_experts(weights):
+    arrays = weights.to_arrays()
+    with pytest.raises(LayoutError, match="header is traced, wanted its bytes: call from_arrays outside of jax.jit"):
+        jax.jit(mm.ExpertWeights.from_arrays)(arrays)
+    with pytest.raises(LayoutError, match="gate_up has shape .*, wanted at least one expert"):
+        mm.ExpertWeights.from_arrays({name: a if name == "header" else a[:0] for name, a in arrays.items()})
+
+
+def test_types_instead_of_arrays_are_refused_by_name(weights):
+    for method in ("unpack", "to_arrays"):
+        with pytest.raises(DTypeError, match=r"weights\.gate_up is a ShapeDtypeStruct, wanted an array"):
+            getattr(jax.eval_shape(lambda: weights), method)()

@@ -1,7 +1,7 @@
 """How a call is split over a mesh: read off the types of explicit axes, chosen for automatic ones."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,12 +85,21 @@ def _expert_axes(leaves: Leaves, mesh: AbstractMesh, expert_axes: tuple[str, ...
     wanted = tuple(axis for axis in expert_axes if axis not in mesh.manual_axes)
     # Types may leave out axes of size one.
     typed = tuple(axis for axis in wanted if axis in explicit_axes and mesh.shape[axis] > 1)
-    found = {}
+    dims_of = {name: _axes_of_dims(f"weights.{name}", leaf) for name, leaf in leaves._asdict().items()}
+    found = {
+        name: tuple(axis for axis in dims[len(dims) - 4] if mesh.shape[axis] > 1) for name, dims in dims_of.items()
+    }
+    first = Leaves._fields[0]
+    for name in Leaves._fields[1:]:
+        if found[name] != found[first]:
+            raise ShardingError(
+                f"weights.{first} has its experts over {axes_text(found[first])} and weights.{name} over "
+                f"{axes_text(found[name])}, wanted the same: reshard the weights with one spec."
+            )
     for name, leaf in leaves._asdict().items():
-        dims = _axes_of_dims(f"weights.{name}", leaf)
+        dims = dims_of[name]
         dim_of_experts = len(dims) - 4
         others = [axes for dim, axes in enumerate(dims) if dim != dim_of_experts and axes]
-        found[name] = tuple(axis for axis in dims[dim_of_experts] if mesh.shape[axis] > 1)
         if others or found[name] not in (typed, ()):
             wanted_split = f"dimension {dim_of_experts}, the experts, split over {axes_text(typed)} or nothing split"
             remedy = "reshard the weights once, when they are loaded"
@@ -106,13 +115,6 @@ def _expert_axes(leaves: Leaves, mesh: AbstractMesh, expert_axes: tuple[str, ...
             raise ShapeError(
                 f"weights have {num_experts} experts, wanted a multiple of the {num_ranks} ranks along "
                 f"{axes_text(wanted)}: choose another mesh, or pad the weights with experts that no id names."
-            )
-    first = Leaves._fields[0]
-    for name in Leaves._fields[1:]:
-        if found[name] != found[first]:
-            raise ShardingError(
-                f"weights.{first} has its experts over {axes_text(found[first])} and weights.{name} over "
-                f"{axes_text(found[name])}, wanted the same: reshard the weights with one spec."
             )
     return wanted if found[first] == typed else ()
 
@@ -137,6 +139,25 @@ def reshard(value: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
         return value
     wanted = NamedSharding(mesh, restrict(spec, explicit_axes, value.ndim))
     return value if jax.typeof(value).sharding == wanted else jax.sharding.reshard(value, wanted)
+
+
+def with_automatic_axes(function: Callable[..., Any], mesh: AbstractMesh, out_specs: Any) -> Callable[..., Any]:
+    """The function with explicit axes as automatic ones inside, for array code that says nothing of shardings.
+
+    `out_specs`: a spec for each result, with an entry for each dimension, of which the explicit axes count.
+    """
+    explicit_axes = axes_of_type(mesh, AxisType.Explicit)
+    if not explicit_axes:
+        return function
+    shardings = tuple(NamedSharding(mesh, restrict(spec, explicit_axes, len(spec))) for spec in out_specs)
+    automatic = jax.sharding.auto_axes(function, axes=tuple(explicit_axes), out_sharding=shardings)
+
+    def run(*operands: Any) -> Any:
+        # The mesh of the arguments' types may not be that of the context.
+        with jax.sharding.use_abstract_mesh(mesh):
+            return automatic(*operands)
+
+    return run
 
 
 def restrict(spec: P, axes: frozenset[str], ndim: int) -> P:

@@ -5,7 +5,9 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
+from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
 
 
@@ -15,6 +17,17 @@ def refuse_differentiation(*_: Any, **__: Any) -> NoReturn:
         "jax_megamoe.moe is inference only and has no derivative: "
         "wrap its arguments in jax.lax.stop_gradient, or train with a layer in higher precision."
     )
+
+
+@jax.custom_jvp
+def without_derivative(value: jax.Array) -> jax.Array:
+    """The value itself, for array code whose derivative would be zero or wrong."""
+    return value
+
+
+@without_derivative.defjvp
+def _(primals: Any, tangents: Any) -> NoReturn:
+    refuse_differentiation()
 
 
 def move_mapped_axis_to_front(operands: Operands, dims: Operands) -> Operands:
@@ -30,6 +43,11 @@ def move_mapped_axis_to_front(operands: Operands, dims: Operands) -> Operands:
         )
     mapped = [(operands.x, dims.x), (operands.topk_ids, dims.topk_ids), (operands.topk_weights, dims.topk_weights)]
     size = next(value.shape[dim] for value, dim in mapped if dim is not None)
+    if export.is_symbolic_dim(size):
+        raise ArgumentError(
+            f"x is mapped by jax.vmap over {size} elements, wanted a number, also under jax.export: "
+            "export one program for each number of tokens, and pad to the next."
+        )
     x, ids, weights = (
         jnp.broadcast_to(value, (size, *value.shape)) if dim is None else jnp.moveaxis(value, dim, 0)
         for value, dim in mapped
