@@ -6,8 +6,8 @@
 
 #include "common/ptx/memory_order.cuh"
 #include "kernels/group.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 

@@ -11,8 +11,8 @@
 #include "common/ptx/l2.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 

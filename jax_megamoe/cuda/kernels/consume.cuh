@@ -7,8 +7,11 @@
 #include "common/expected.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/normal_consumer.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swap_consumer.cuh"
 #include "kernels/trace.cuh"
 

@@ -13,9 +13,11 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {

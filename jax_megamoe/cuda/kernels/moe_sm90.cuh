@@ -28,11 +28,13 @@
 #include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/produce.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {

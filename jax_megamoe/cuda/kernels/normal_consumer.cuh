@@ -17,8 +17,10 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
 

@@ -5,9 +5,12 @@
 
 #include "common/ptx/warp.cuh"
 #include "kernels/announce.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/token_producer.cuh"
 #include "kernels/weight_producer.cuh"
 

@@ -11,7 +11,7 @@
 #include "common/ptx/address.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/l2.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 

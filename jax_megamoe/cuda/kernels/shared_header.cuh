@@ -9,7 +9,7 @@
 namespace megamoe {
 
 // Written by the weight producer in the first stage of every unit, for the token producer and the consumers.
-// What it says of the unit is explained at Unit (kernels/plan.cuh).
+// What it says of the unit is explained at Unit (kernels/schedule.cuh).
 struct UnitNote {
   int tile;  // negative: no more units
   int chunk;

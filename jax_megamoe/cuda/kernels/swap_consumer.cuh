@@ -19,7 +19,9 @@
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/images.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
 

@@ -7,8 +7,9 @@
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/clock.cuh"
 #include "kernels/cluster.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 

@@ -9,9 +9,10 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "kernels/images.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {

@@ -7,8 +7,10 @@
 #include "common/ptx/bulk_copy.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory_order.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/prefetch.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
 #include "kernels/tickets.cuh"
 #include "kernels/trace.cuh"
 
