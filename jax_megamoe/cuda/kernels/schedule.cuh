@@ -9,6 +9,7 @@
 #include "kernels/plan.cuh"
 #include "kernels/roles.h"
 #include "layout/cluster_share.h"
+#include "layout/unit_order.h"
 
 namespace megamoe {
 
@@ -26,12 +27,9 @@ struct Unit {
   int shares_tokens;
 };
 
-// All gate/up units, then all down units; inside each expert by expert, tile by tile, chunk by chunk: chunks that share
-// weights are neighbours, so that only the first of them reads device memory. In the normal orientation the down units of the last
-// experts go tile by tile over all these experts, so that columns are complete one after the other and are summed meanwhile; not so
-// where that would be most of them, which would wait for the last gate/up units. In swapAB the chunk with the fewest tokens has the last
-// down units: nothing else is left to do by then, and they take the less time the fewer tokens they have. A ticket is a unit, or
-// one for each CTA of a cluster.
+// All gate/up units, then all down units, in the order of layout/unit_order.h. The tail are the last two rounds of down units
+// in the normal orientation; there is none where that would be more than half of all down units, which would then all wait
+// for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
 template <typename Orientation>
 class UnitSchedule {
  public:
@@ -41,7 +39,7 @@ class UnitSchedule {
       return;  // two CTAs share an expert's chunks in an order of their own
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
     if (2 * chunks > num_chunks()) return;
-    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(num_chunks() - chunks));
+    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(plan_, num_chunks() - chunks));
   }
 
   __device__ int num_chunks() const { return plan_.num_chunks(); }
@@ -57,32 +55,17 @@ class UnitSchedule {
     Unit u;
     const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
-    int index = ticket - (u.down ? first_down : 0);
+    const int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
-    int chunk = tickets.divide(index);
-    if (Orientation::kSwapsOperands && u.down) {
-      const int place = chunk, smallest = plan_.smallest_chunk();
-      if (place >= smallest) chunk = place == num_chunks() - 1 ? smallest : place + 1;
-      index += (chunk - place) * static_cast<int>(tickets.value());
-    }
-    const bool tail = !Orientation::kSwapsOperands && u.down && chunk >= first_tail_chunk_;
-    u.expert = expert_of_chunk(chunk);
-    // The chunks that take turns.
-    const int first = tail ? first_tail_chunk_ : plan_.chunk_base(u.expert);
-    const int chunks = (tail ? num_chunks() : plan_.chunk_base(u.expert + 1)) - first;
-    const int within = index - first * static_cast<int>(tickets.value());
-    const int group = chunks == 1 ? within : within / chunks;
-    int member = within - group * chunks;
-    if (tail) {
-      u.expert = expert_of_chunk(first + member);
-      member += first - plan_.chunk_base(u.expert);
-    }
+    const TicketPlace place =
+        ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
+    u.expert = place.expert;
     const int first_chunk = plan_.chunk_base(u.expert);
     const int count = plan_.count(plan_.first_expert() + u.expert);
-    ClusterShare share{group, member};
+    ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
-      share = cluster_share(count, tiles.value(), group, member, rank);
+      share = cluster_share(count, tiles.value(), place.group, place.member, rank);
     }
     u.tile = share.tile;
     u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
@@ -97,20 +80,6 @@ class UnitSchedule {
  private:
   static constexpr int kTile = Orientation::kTokenTile;
   static constexpr int kTailUnitsPerCta = 2;
-
-  // The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
-  __device__ int expert_of_chunk(int chunk) const {
-    int low = 0, high = plan_.num_experts() - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (plan_.chunk_base(middle) <= chunk) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
 
   const LaunchConstants& constants_;
   Cluster<Orientation> cluster_;
