@@ -14,7 +14,8 @@
 
 namespace megamoe {
 
-// Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this rank's.
+// Arrays that follow each other in shared memory, behind the fixed header: of all experts of the group, and of this
+// rank's.
 class Plan {
  public:
   __host__ __device__ Plan(int num_experts, int num_ranks, int rank)
@@ -59,8 +60,8 @@ __device__ __forceinline__ void count_route(const Plan& plan, int expert, bool b
   if (before) atomicAdd(&plan.before(expert), 1);
 }
 
-// Counts the group's routes per expert, in all and before `first_route`. All threads of the CTA; with one rank `expert` is
-// the id of the thread's first route, loaded before. Begins and ends with a CTA barrier.
+// Counts the group's routes per expert, in all and before `first_route`. All threads of the CTA; with one rank `expert`
+// is the id of the thread's first route, loaded before. Begins and ends with a CTA barrier.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void count_routes(const MoeArguments& args, const Plan& plan, int first_route, int expert) {
 #pragma unroll 1

@@ -28,8 +28,8 @@ __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& pla
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }
 
-// Who does what in the producer warpgroup, once the plan is complete: two warps that gather rows, or one elected lane of
-// each warp.
+// Who does what in the producer warpgroup, once the plan is complete: two warps that gather rows, or one elected lane
+// of each warp.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
   const int warp = threadIdx.x / 32;

@@ -25,9 +25,9 @@ struct StageCursor {
   }
 };
 
-// One thread. (Several lanes side by side take 2 us longer: only a thread that is alone gets the fast kind of initialisation.) A stage is
-// shared by `ctas` CTAs, whose consumers all leave it before it is free. Its tokens come by one thread's copies, or also by those of the
-// warps that gather rows.
+// One thread. (Several lanes side by side take 2 us longer: only a thread that is alone gets the fast kind of
+// initialisation.) A stage is shared by `ctas` CTAs, whose consumers all leave it before it is free. Its tokens come by
+// one thread's copies, or also by those of the warps that gather rows.
 __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t ctas, bool gathers_rows) {
 #pragma unroll
   for (int stage = 0; stage < kMaxStages; ++stage) {
@@ -62,8 +62,8 @@ __device__ __forceinline__ void wait_stage(SharedHeader& header, const StageCurs
   await(&header.tokens_full[cursor.stage], cursor.parity);
 }
 
-// The same in two parts: a question, whose answer takes as long as some multiplies, and later the wait, if one is left. It begins with
-// the answer: a branch around the wait would make ptxas serialise the multiplies.
+// The same in two parts: a test, whose result takes as long as some multiplies, and later the wait, if one is left. The
+// wait begins with that result: a branch around it would make ptxas serialise the multiplies.
 class StageQuery {
  public:
   __device__ __forceinline__ StageQuery(SharedHeader& header, const StageCursor& cursor)

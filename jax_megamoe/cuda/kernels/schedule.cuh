@@ -27,9 +27,9 @@ struct Unit {
   int shares_tokens;
 };
 
-// All gate/up units, then all down units, in the order of layout/unit_order.h. The tail are the last two rounds of down units
-// in the normal orientation; there is none where that would be more than half of all down units, which would then all wait
-// for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
+// All gate/up units, then all down units, in the order of layout/unit_order.h. The tail are the last two rounds of down
+// units in the normal orientation; there is none where that would be more than half of all down units, which would then
+// all wait for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
 template <typename Orientation>
 class UnitSchedule {
  public:

@@ -17,8 +17,8 @@ static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this
 
 constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory per CTA on SM90
 
-// Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage is
-// sized by the largest chunk of this launch, which every CTA knows from its plan.
+// Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage
+// is sized by the largest chunk of this launch, which every CTA knows from its plan.
 template <typename Orientation>
 class SharedMap {
  public:

@@ -11,8 +11,9 @@
 
 namespace megamoe {
 
-// Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or two
-// under load. A thread of its own does that for each consumer warpgroup, or for both, so that the consumers go on to the next unit.
+// Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or
+// two under load. A thread of its own does that for each consumer warpgroup, or for both, so that the consumers go on
+// to the next unit.
 class Signaller {
  public:
   __device__ explicit Signaller(SignalQueue& queue) : queue_(queue) {}

@@ -17,8 +17,8 @@
 
 namespace megamoe {
 
-// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two warps that
-// gather the rows of gate/up units, of which the first brings what are images.
+// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two
+// warps that gather the rows of gate/up units, of which the first brings what are images.
 template <typename Orientation, typename Group, bool kRows>
 class TokenProducer {
  public:

@@ -1,14 +1,15 @@
-// The order of the tickets of one projection: from a ticket's number to the expert, the tile and the chunk that it is for.
+// The order of the tickets of one projection: from a ticket's number to the expert, the tile and the chunk that it is
+// for.
 //
-// Tickets go expert by expert, tile by tile, chunk by chunk, so that only the first of an expert's chunks reads a tile of
-// weights from device memory. Two exceptions, for down units:
-//   - swapAB: the chunk with the fewest tokens comes last. Nothing else is left to do by then, and its units take the least
-//     time.
-//   - Normal: the last experts, the tail, go tile by tile over all of them, so that columns are complete one after the other
-//     and the combine can start on finished ones.
+// Tickets go expert by expert, tile by tile, chunk by chunk, so that only the first of an expert's chunks reads a tile
+// of weights from device memory. Two exceptions, for down units:
+//   - swapAB: the chunk with the fewest tokens comes last. Nothing else is left to do by then, and its units take the
+//     least time.
+//   - Normal: the last experts, the tail, go tile by tile over all of them, so that columns are complete one after the
+//     other and the combine can start on finished ones.
 //
-// All of it is three small maps: from the place in the order to a chunk, from there to the run of chunks that take turns,
-// and from the number in the run to a tile and a chunk. tests/test_unit_order.py compares them with one formula.
+// All of it is three small maps: from the place in the order to a chunk, from there to the run of chunks that take
+// turns, and from the number in the run to a tile and a chunk. tests/test_unit_order.py compares them with one formula.
 #pragma once
 
 #include <cstdint>
