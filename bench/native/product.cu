@@ -10,7 +10,7 @@
 #include "common/ptx/bulk_copy.cuh"
 #include "common/ptx/registers.cuh"
 #include "common/wgmma.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/ring.cuh"
 #include "timing.h"
 
 namespace {

@@ -1,6 +1,6 @@
-// Waits that end. Nothing that a CTA waits for depends on a CTA that has not started (kernels/places.cuh): a launch whose
-// CTAs cannot go on has a fault, and ends with an error instead of a hang. Waits for other ranks end otherwise (PeerWait,
-// kernels/group.cuh). docs/kernel.md has a table of all of them.
+// Waits that end. Nothing that a CTA waits for depends on a CTA that has not started (kernels/places.cuh): a launch
+// whose CTAs cannot go on has a fault, and ends with an error instead of a hang. Waits for other ranks end otherwise
+// (PeerWait, kernels/group.cuh). docs/kernel.md has a table of all of them.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +12,18 @@
 namespace megamoe {
 
 // Ends the launch with an error. ptxas 13.0 ignores setmaxnreg in a kernel that contains a trap, and spills: the normal
-// orientation, which needs the registers, therefore traps in a function that is not inlined. swapAB does not need them, and
-// ptxas would serialise its multiplies around such a call.
+// orientation, which needs the registers, therefore traps in a function that is not inlined. swapAB does not need them,
+// and ptxas would serialise its multiplies around such a call.
 #ifdef MEGAMOE_OUTLINE_TRAPS
 static __device__ __noinline__ void fail() { __trap(); }
 #else
 __device__ __forceinline__ void fail() { __trap(); }
 #endif
 
-// ---- mbarriers: bounded by a number of tries instead of a time. The main loops have this inlined many times, a try takes
-// at least some 20 ns, and none is counted while the GPU runs another process. In a group the wait may in the end be for
-// other ranks, whose time limit PeerWait keeps: a bound above all such limits takes more than 32 bits.
+// ---- mbarriers
+// Bounded by a number of tries instead of a time. The main loops have this inlined many times, a try takes at least
+// some 20 ns, and none is counted while the GPU runs another process. In a group the wait may in the end be for other
+// ranks, whose time limit PeerWait keeps: a bound above all such limits takes more than 32 bits.
 #ifdef MEGAMOE_WAITS_FOR_RANKS
 using Tries = uint64_t;
 constexpr Tries kMostTries = Tries{1} << 43;
@@ -52,8 +53,8 @@ __device__ __forceinline__ bool await_unless(uint64_t* barrier, uint32_t parity,
   return true;
 }
 
-// ---- everything else that is polled: bounded by a time far above any legitimate wait, that of tools which slow kernels
-// down a hundredfold included.
+// ---- counters, and everything else that is polled
+// Bounded by a time far above any legitimate wait, that of tools which slow kernels down a hundredfold included.
 class WaitLimit {
  public:
   __device__ void check() {
@@ -74,7 +75,8 @@ __device__ __forceinline__ void await_at_least(const uint32_t* counter, uint32_t
   while (ptx::load_acquire(counter) < target) limit.check();
 }
 
-// ---- flags of other GPUs, for callers who report what is missing: waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was seen
+// ---- flags of other GPUs, for callers who report what is missing
+// Waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was seen
 // last. The timer is read now and then only: it is slower than the flag.
 __device__ __forceinline__ bool wait_system(const uint64_t* flag, uint64_t target, uint64_t limit, uint64_t* seen) {
   uint64_t start = 0;

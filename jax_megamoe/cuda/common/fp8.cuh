@@ -13,8 +13,8 @@ __device__ __forceinline__ uint16_t pack2(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }
 
-// x / divisor, correctly rounded (Markstein: a correctly rounded reciprocal, a quotient from it, and one correction by the
-// exact remainder), but for quotients far below FP8's least number.
+// x / divisor, correctly rounded (Markstein: a correctly rounded reciprocal, a quotient from it, and one correction by
+// the exact remainder), but for quotients far below FP8's least number.
 __device__ __forceinline__ float quotient(float x, float divisor, float reciprocal) {
   const float estimate = x * reciprocal;
   return fmaf(fmaf(-estimate, divisor, x), reciprocal, estimate);
@@ -33,8 +33,8 @@ __device__ __forceinline__ float token_scale(float amax) {
 }
 
 // Activations between the two GEMMs: the power of two 2^ceil(log2(max(amax, 1e-30) / 448)), per token and 64 or 128
-// intermediate columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa exceeds 1.75.
-// An infinite amax gives an infinite scale.
+// intermediate columns. 448 is 1.75 * 2^8, so that the exponent field minus 8 is it, plus one where the mantissa
+// exceeds 1.75. An infinite amax gives an infinite scale.
 __device__ __forceinline__ float activation_scale(float amax) {
   const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-30f));
   const uint32_t above = 0x7fffff - 0x600000;  // 1.75 has mantissa 0x600000
@@ -42,8 +42,9 @@ __device__ __forceinline__ float activation_scale(float amax) {
   return __uint_as_float(bits < 0x7f800000u ? scale : 0x7f800000u);
 }
 
-// 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite. An overflow to infinity
-// upstream stays visible: its scale is infinite and has zero here, which makes NaN of infinity and zeros of the rest.
+// 1 / scale for a power of two; exact, so that multiplying equals dividing. The floor of 1e-30 keeps it finite. An
+// overflow to infinity upstream stays visible: its scale is infinite and has zero here, which makes NaN of infinity and
+// zeros of the rest.
 __device__ __forceinline__ float reciprocal_of_power_of_two(float scale) {
   return __int_as_float(max(0x7f000000 - __float_as_int(scale), 0));
 }

@@ -11,10 +11,10 @@ namespace megamoe::wgmma {
 // Bytes of K that one instruction consumes.
 constexpr int kInstructionK = 32;
 
-// Shared-memory matrix descriptor of a K-major tile stored as rows of 128 bytes in the 128-byte swizzle: groups of eight
-// rows are 1024 bytes apart. The tile starts on a multiple of 1024 bytes; stepping along K inside the 128-byte row adds the
-// plain byte offset, because the hardware swizzles the final address.
-// Only the address, the low word, differs between tiles.
+// Shared-memory matrix descriptor of a K-major tile stored as rows of 128 bytes in the 128-byte swizzle: groups of
+// eight rows are 1024 bytes apart. The tile starts on a multiple of 1024 bytes; stepping along K inside the 128-byte
+// row adds the plain byte offset, because the hardware swizzles the final address. Only the address, the low word,
+// differs between tiles.
 struct Descriptor {
   uint32_t low;
 
@@ -50,8 +50,8 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// D[64 x kN] (+)= A[64 x 32] * B[kN x 32]^T. Thread (warp w, lane l) holds D[16w + l/4 + 8*(i/2 % 2)][8*(i/4) + 2*(l%4) + i%2]
-// in d[i]. `accumulate` false overwrites D.
+// D[64 x kN] (+)= A[64 x 32] * B[kN x 32]^T. Thread (warp w, lane l) holds D[16w + l/4 + 8*(i/2 % 2)][8*(i/4) + 2*(l%4)
+// + i%2] in d[i]. `accumulate` false overwrites D.
 template <int kN>
 struct Multiply;
 

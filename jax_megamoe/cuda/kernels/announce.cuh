@@ -1,13 +1,13 @@
-// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it announces that to the
-// other ranks.
+// What becomes of a counter that a consumer has posted: it advances, and the last one to advance it announces that to
+// the other ranks.
 #pragma once
 
 #include <cstdint>
 
 #include "common/ptx/memory_order.cuh"
 #include "kernels/group.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/plan.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 
@@ -32,8 +32,8 @@ class CounterAdvance {
     ptx::add_release(counter, 1);
   }
 
-  // One thread of every CTA: a rank whose experts have no tokens has nobody who would finish last, so that the first one to come
-  // announces.
+  // One thread of every CTA: a rank whose experts have no tokens has nobody who would finish last, so that the first
+  // one to come announces.
   __device__ void announce_if_idle() const {
     if (plan_.num_chunks() != 0) return;
     if (ptx::fetch_add(SharedMap<Orientation>::counters(args_).idle_ctas(), 1) != 0) return;

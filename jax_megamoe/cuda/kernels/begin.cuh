@@ -24,7 +24,8 @@ __device__ __forceinline__ void note_launch(const MoeArguments& args, const type
   }
 }
 
-// In a group: where other ranks' memory is, the own ids to all ranks, and meanwhile weights that are certain to be read.
+// In a group: where other ranks' memory is, the own ids to all ranks, and meanwhile weights that are certain to be
+// read.
 template <typename Group>
 __device__ __forceinline__ void join_group(const MoeArguments& args, const typename Group::Opening& opening, int warp,
                                            int lane) {

@@ -1,6 +1,6 @@
-// Two CTAs, a cluster, that take the same tickets and go through the same stages, each with a chunk of its own of one expert: one
-// brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full chunks left, each has
-// a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
+// Two CTAs, a cluster, that take the same tickets and go through the same stages, each with a chunk of its own of one
+// expert: one brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full
+// chunks left, each has a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
 //
 // What the two must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the
 // tickets and publishes them to its partner; neither ends before the partner's last arrival is here
@@ -21,8 +21,8 @@ namespace megamoe {
 
 constexpr uint16_t kBothCtas = 3;  // a bit for each rank in the cluster
 
-// The CTA's place in its cluster, of two CTAs or of one. swapAB is bound by the memory and has one chunk per expert: its
-// CTAs are alone, and the compiler knows.
+// The CTA's place in its cluster, of two CTAs or of one. swapAB is bound by the memory and has one chunk per expert:
+// its CTAs are alone, and the compiler knows.
 template <typename Orientation>
 class Cluster {
  public:
@@ -35,7 +35,8 @@ class Cluster {
   __device__ uint32_t index() const { return blockIdx.x / ctas(); }
   __device__ uint32_t count() const { return gridDim.x / ctas(); }
 
-  // All threads; between the two, the barriers of both CTAs' shared memory come to exist. A CTA that is alone is a cluster too.
+  // All threads; between the two, the barriers of both CTAs' shared memory come to exist. A CTA that is alone is a
+  // cluster too.
   __device__ static void announce_barriers() {
     if constexpr (!Orientation::kSwapsOperands) ptx::cluster_arrive_relaxed();
   }
@@ -43,9 +44,9 @@ class Cluster {
     if constexpr (!Orientation::kSwapsOperands) ptx::cluster_wait();
   }
 
-  // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its ids
-  // and others not. The two of a cluster would make different plans and wait for each other's stages: then both have no
-  // units.
+  // All threads of a CTA of a group, once it has counted. Where a rank is late or has failed, some CTAs may have its
+  // ids and others not. The two of a cluster would make different plans and wait for each other's stages: then both
+  // have no units.
   __device__ __forceinline__ void agree_on_missing_ids(SharedHeader& header) const {
     if (!has_partner()) return;
     if (threadIdx.x == 0 && header.ids_missing != 0) ptx::store_in_cluster(&header.ids_missing, 1, rank() ^ 1);

@@ -1,4 +1,9 @@
 // Combine: the FP32 sum of a token's used slots, in slot order, rounded once.
+//
+// Work is cut into items of 64 columns of 8 tokens, one warp each. A warp waits until the down units of its columns are
+// complete, adds the slots, stores the sum, and drops the slots from the L2.
+//   swapAB: combine_as_columns_complete, from the L2 to registers
+//   Normal: CombineStream, through what was the ring, several steps ahead
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,8 +16,8 @@
 #include "common/ptx/l2.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 
@@ -20,6 +25,7 @@ constexpr int kCombineColumns = 64;  // eight lanes of eight columns
 constexpr int kCombineTokens =
     2 * 32 / (kCombineColumns / 8);  // each lane has two tokens, to have more loads on their way
 
+// ---- what both have in common
 // Bit s of used[t]: token t's slot s is used. Eight neighbouring lanes, which have the same tokens, share the work.
 template <typename Group>
 __device__ __forceinline__ void find_used_slots(const MoeArguments& args, const int (&tokens)[2], uint32_t (&used)[2]) {
@@ -72,7 +78,8 @@ __device__ __forceinline__ const uint16_t* slot_columns(const MoeArguments& args
          column;
 }
 
-// Drops up to eight slots from `base` on of the columns that eight neighbouring lanes have, all of which have read them: a line each.
+// Drops up to eight slots, from `base` on, of the columns that eight neighbouring lanes have: a line each. All lanes
+// have read them.
 template <typename Group>
 __device__ __forceinline__ void discard_slots(const MoeArguments& args, const int (&tokens)[2], int base, int column) {
   static_assert(kCombineColumns * sizeof(uint16_t) == ptx::kLineBytes);
@@ -86,8 +93,8 @@ __device__ __forceinline__ void discard_slots(const MoeArguments& args, const in
   }
 }
 
-// The same for quantised rows (row_gather.cuh), which have done their service when a column of all down units is complete. A line is
-// as long as two items are wide.
+// The same for quantised rows (row_gather.cuh), which nobody needs once a column of all down units is complete. A line
+// is as long as two items are wide.
 __device__ __forceinline__ void discard_rows(const MoeArguments& args, const int (&tokens)[2], int column) {
   if (column % ptx::kLineBytes != 0) return;
 #pragma unroll
@@ -96,7 +103,7 @@ __device__ __forceinline__ void discard_rows(const MoeArguments& args, const int
   }
 }
 
-// Where results did not come: numbers that nobody takes for results.
+// Where results did not come: NaN.
 __device__ __forceinline__ void store_nothing(const MoeArguments& args, const int (&tokens)[2], int column) {
   float nan[8];
   for (float& value : nan) value = __uint_as_float(0x7fc00000u);
@@ -138,7 +145,8 @@ struct CombineItem {
   }
 };
 
-// swapAB: columns are complete one after the other; items are taken column by column, and a warp waits for each.
+// ---- swapAB
+// Columns are complete one after the other; items are taken column by column, and a warp waits for each.
 template <typename Group>
 __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& args, int num_chunks) {
   constexpr int kSlotsInFlight = SwapAb::kSlotsInFlight;
@@ -148,14 +156,15 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   CombineItem at;
 #pragma unroll 1
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kConsumerWarps) {
+    // Where the item is, and whether its columns are complete.
     if (at.move_to(item % column_tiles, item / column_tiles)) find_used_slots<Group>(args, at.tokens, at.used);
     const int unit = item % column_tiles * kCombineColumns / kDownUnitColumns;
     if (!wait_for_units<SwapAb, Group>(args, num_chunks, unit, unit + 1)) {
       store_nothing(args, at.tokens, at.column);
       continue;
     }
+    // Add the slots. The loads of a few are independent of each other; only the additions are in order.
     float sum[2][8] = {};
-    // The loads of a few slots are independent of each other; only the additions are in order.
 #pragma unroll 1
     for (int base = 0; base < p.top_k; base += kSlotsInFlight) {
       uint4 rows[2][kSlotsInFlight];
@@ -177,6 +186,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
         for (int i = 0; i < kSlotsInFlight; ++i) add_columns(sum[t], rows[t][i]);
       }
     }
+    // Drop them, and store the sum.
 #pragma unroll 1
     for (int base = 0; base < p.top_k; base += 8) discard_slots<Group>(args, at.tokens, base, at.column);
 #pragma unroll
@@ -186,6 +196,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
   }
 }
 
+// ---- Normal
 // How many of the first down units are complete, as far as one warp knows.
 template <typename Group>
 class CompleteUnits {
@@ -222,8 +233,8 @@ class CompleteUnits {
   int complete_ = 0;
 };
 
-// Normal orientation: each warp streams the slots of its items through what was the ring, some steps of up to eight slots ahead, and
-// waits for the columns of each.
+// Each warp streams the slots of its items through what was the ring: steps of up to eight slots of an item, three
+// steps ahead. It waits for an item's columns before it issues their copies.
 template <typename Group>
 class CombineStream {
   static constexpr int kSlots = Normal::kSlotsInFlight, kStepsAhead = 3;
@@ -232,22 +243,26 @@ class CombineStream {
  public:
   __device__ __forceinline__ CombineStream(const MoeArguments& args, int num_chunks)
       : args_(args), units_(args, num_chunks), column_tiles_(args.problem.hidden_size / kCombineColumns) {
+    // The warp's part of the ring: 16 bytes of each row for each lane.
     constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
     static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
     buffer_ =
         shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
+
+    // The warp's items.
     const int warps = static_cast<int>(gridDim.x) * kConsumerWarps;
     const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     const int groups = ceil_div(args.problem.num_tokens, kCombineTokens);
     const int warps_per_group = warps / groups;
     int items;
     if (warps_per_group >= kLeastWarpsPerTokenGroup) {
-      // Columns that are complete early go to all warps, the tokens stay the same.
+      // Few tokens: several warps for each eight, with columns far apart, so that all have some that are complete
+      // early.
       columns_apart_ = warps_per_group;
       ahead_ = {warp / groups, warp % groups};
       items = warp < groups * warps_per_group ? ceil_div(column_tiles_ - ahead_.column_tile, columns_apart_) : 0;
     } else {
-      // Most of the sum comes after the last unit anyway: neighbouring columns.
+      // Many tokens: neighbouring columns, since most of the sum comes after the last unit anyway.
       columns_apart_ = 1;
       const int all = column_tiles_ * groups, share = ceil_div(all, warps), first = warp * share;
       ahead_ = {first % column_tiles_, first / column_tiles_};
@@ -259,18 +274,21 @@ class CombineStream {
 
   __device__ __forceinline__ void run() {
     CombineItem ahead, at;
-    int complete_steps = steps_;
+    int complete_steps = steps_;  // fewer once columns do not come
     for (int step = 0; step < kStepsAhead; ++step) issue(step, step, ahead, complete_steps);
     float sum[2][8] = {};
     int stage = 0;
 #pragma unroll 1
     for (int step = 0; step < steps_; ++step) {
+      // Add the step's slots.
       ptx::wait_copies<kStepsAhead - 1>();
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) add_columns(sum[t], *reinterpret_cast<const uint4*>(row(stage, t, i)));
       }
+
+      // Drop them, and with the item's last step store its sum.
       static_assert(kSlots == 8);
       at.move_to(here_.column_tile, here_.token_group);
       if (step >= complete_steps) {
@@ -287,6 +305,8 @@ class CombineStream {
           }
         }
       }
+
+      // The step takes the place of one that is issued.
       advance(here_);
       issue(step + kStepsAhead, stage, ahead, complete_steps);
       stage = stage + 1 == kStepsAhead ? 0 : stage + 1;
@@ -314,7 +334,8 @@ class CombineStream {
     return buffer_ + stage * kStepBytes + (t * kSlots + slot) * kRowBytes;
   }
 
-  // A group of copies, empty beyond the last step. A slot that is not used adds zero, which changes no sum that began with +0.
+  // Issues the copies of a step as one group, which is empty beyond the last step. A slot that is not used adds zero,
+  // which changes no sum that began with +0.
   __device__ __forceinline__ void issue(int step, int stage, CombineItem& item, int& complete_steps) {
     if (step < complete_steps) {
       const int unit = ahead_.column_tile * kCombineColumns / (Normal::kUnitTiles * kDownUnitColumns);
@@ -343,7 +364,7 @@ class CombineStream {
   int column_tiles_;
   int columns_apart_;
   int steps_;
-  Position ahead_, here_;
+  Position ahead_, here_;  // of the step that is issued next, and of the one that is added next
   uint8_t* buffer_;
 };
 

@@ -7,8 +7,11 @@
 #include "common/expected.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/normal_consumer.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swap_consumer.cuh"
 #include "kernels/trace.cuh"
 
@@ -29,8 +32,8 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
   }
 }
 
-// Unit after unit, until a stage says that there are no more. swapAB returns false, before the first unit, if its tokens do
-// not come because they are shares of CTAs that have not started.
+// Unit after unit, until a stage says that there are no more. swapAB returns false, before the first unit, if its
+// tokens do not come because they are shares of CTAs that have not started.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
                                         Signaller& signaller, Tracer& tracer) {
@@ -53,8 +56,8 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
   return true;
 }
 
-// All units; before them, the shares of tokens that no other CTA dispatches. swapAB looks for these while it waits for its
-// first unit, which saves 1 % of a launch of 128 tokens; the normal orientation has no registers left for that.
+// All units; before them, the shares of tokens that no other CTA dispatches. swapAB looks for these while it waits for
+// its first unit, which saves 1 % of a launch of 128 tokens; the normal orientation has no registers left for that.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan,
                                             const SharedMap<Orientation>& map, Signaller& signaller, Tracer& tracer) {

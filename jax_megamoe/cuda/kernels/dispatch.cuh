@@ -1,4 +1,4 @@
-// Dispatch: quantise the own tokens to E4M3 and write each into the image of every chunk it belongs to, on whatever rank.
+// Dispatch: quantise the own tokens to E4M3 and write each into the image of every chunk it belongs to, on any rank.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,9 +13,11 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -83,9 +85,9 @@ __device__ __forceinline__ ItemPieces<Orientation> load_first_item(const MoeArgu
   return item;
 }
 
-// A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The memory is
-// the token parts of the ring, which are empty until all tokens are dispatched. Two warps share a stage, which has 2 KB for swapAB's
-// two items each and 8 KB for the normal orientation's four, or three warps one of 16 KB.
+// A warp's items on their way through shared memory: registers would be waited for as soon as they changed places. The
+// memory is the token parts of the ring, which are empty until all tokens are dispatched. Two warps share a stage,
+// which has 2 KB for swapAB's two items each and 8 KB for the normal orientation's four, or three warps one of 16 KB.
 template <typename Orientation>
 class ItemStream {
   static constexpr int kItems = Orientation::kItemsInFlight;
@@ -158,9 +160,9 @@ struct RoutesAhead {
   }
 };
 
-// Finds the image row of every route of tokens [token_begin, token_end) by counting earlier routes of the same expert. One
-// warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead` holds the
-// first routes, and afterwards the first ones after these tokens.
+// Finds the image row of every route of tokens [token_begin, token_end) by counting earlier routes of the same expert.
+// One warp; advances plan.before. Batches go in order, so positions depend on the ids alone, not on timing. `ahead`
+// holds the first routes, and afterwards the first ones after these tokens.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void place_routes(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
                                              int token_begin, int token_end, RoutesAhead& ahead, RouteTarget* targets) {
@@ -202,8 +204,8 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
   }
 }
 
-// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for each of the
-// token's used slots; where rows are gathered, once, and for the slots its scales.
+// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for
+// each of the token's used slots; where rows are gathered, once, and for the slots its scales.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
                                               const ItemPieces<Orientation>& item, const RouteTarget* token_targets) {
@@ -212,6 +214,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
   const int column = at.block * Orientation::kDispatchColumns + lane * 8 * kPieces;
+
+  // The largest of the lane's columns, then of the 128.
   float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
@@ -226,6 +230,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   for (int offset = kLanesPerScale / 2; offset > 0; offset /= 2) {
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
   }
+
+  // Scale and quantise.
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
   const float reciprocal = fp8::reciprocal(scale);
@@ -237,6 +243,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
     for (int j = 0; j < 4; ++j) q[j] = fp8::quotient(values[4 * i + j], scale, reciprocal);
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
+
+  // Store: once as a row, or for every used slot into an image.
   const uint32_t k_block = column / kBlockK;
   const bool rows = gathers_rows<Orientation, Group>(args);
   if constexpr (kPieces == 2) {
@@ -271,8 +279,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   }
 }
 
-// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `routes` are warp
-// 0's first routes, both loaded before. Ends by counting the share as done, for all CTAs to know.
+// One share of the tokens, into the images; all consumer threads. `first` is the warp's first item and `routes` are
+// warp 0's first routes, both loaded before. Ends by counting the share as done, for all CTAs to know.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
                                                const ItemPieces<Orientation>& first, RoutesAhead& routes,
@@ -311,7 +319,8 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
   }
 }
 
-// Tells the token producers of the cluster's CTAs that this CTA dispatches no more: they may fill stages with tokens. All consumers, once they are through with the CTA's own share.
+// Tells the token producers of the cluster's CTAs that this CTA dispatches no more: they may fill stages with tokens.
+// All consumers, once they are through with the CTA's own share.
 template <typename Orientation>
 __device__ __forceinline__ void end_dispatch(const MoeArguments& args) {
   if (kEveryLaneArrives || threadIdx.x == 0) {
@@ -321,7 +330,8 @@ __device__ __forceinline__ void end_dispatch(const MoeArguments& args) {
   }
 }
 
-// The next share of a CTA that has not started, from `place` on; past the last one: there is none any more. All consumers.
+// The next share of a CTA that has not started, from `place` on; past the last one: there is none any more. All
+// consumers.
 template <typename Orientation>
 __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const SharedMap<Orientation>& map,
                                                  int place) {

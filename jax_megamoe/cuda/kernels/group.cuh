@@ -26,7 +26,8 @@ class PeerWait {
  public:
   __device__ explicit PeerWait(const Peers& peers) : peers_(peers) {}
 
-  // Whether to look again. Own work may have to wait for other ranks first, several times: these are named, and not this one.
+  // Whether to look again. Own work may have to wait for other ranks first, several times: these are named, and not
+  // this one.
   __device__ bool again(PeerFailure::Phase phase, int peer) {
     if ((++spins_ & 0x3ff) != 0) return true;  // reading the timer on every spin would slow the wait itself
     if (has_failed(peers_)) return false;
@@ -136,8 +137,8 @@ struct PeerRanks {
   __device__ static int route_in_group(const MoeArguments& args, int route) {
     return args.peers.rank * args.problem.num_routes() + route;
   }
-  // Where the result of a route goes: to the rank whose token it is. Of what is no route: nowhere, but some rank has to be
-  // named.
+  // Where the result of a route goes: to the rank whose token it is. Of what is no route: nowhere, but some rank has to
+  // be named.
   __device__ static uint16_t* slot_row(const MoeArguments& args, int route) {
     const size_t own = route & ((1 << kRouteRankShift) - 1);
     return on(route >> kRouteRankShift & (kMaxRanks - 1), args.workspace.slot_outputs) + own * args.problem.hidden_size;
@@ -150,8 +151,8 @@ struct PeerRanks {
     }
   }
 
-  // One warp: waits for flags [rows][kMaxRanks], of the ranks that there are. Returns whether they came. `meanwhile(rank)` is called
-  // again and again until they do.
+  // One warp: waits for flags [rows][kMaxRanks], of the ranks that there are. Returns whether they came.
+  // `meanwhile(rank)` is called again and again until they do.
   template <typename Meanwhile>
   __device__ static bool wait_for_ranks(const MoeArguments& args, const uint64_t* flags, int rows, uint64_t epoch,
                                         PeerFailure::Phase phase, Meanwhile&& meanwhile) {
@@ -185,8 +186,8 @@ struct PeerRanks {
     __syncwarp();  // before a thread of the warp releases the first tokens to the consumers
   }
 
-  // One thread, which has observed what is announced: sets this rank's place of `flags(header)` on every rank. A rank that has failed
-  // announces nothing, since its data are of no use.
+  // One thread, which has observed what is announced: sets this rank's place of `flags(header)` on every rank. A rank
+  // that has failed announces nothing, since its data are of no use.
   template <typename Flags>
   __device__ static void announce(const MoeArguments& args, const Flags& flags, uint64_t epoch) {
     const uint64_t word = PeerWait::failure_word();
@@ -197,8 +198,8 @@ struct PeerRanks {
     }
   }
 
-  // What a launch loads before anything else, all at once: its number in the group, where the group's memory is, and what
-  // the warp sends first.
+  // What a launch loads before anything else, all at once: its number in the group, where the group's memory is, and
+  // what the warp sends first.
   struct Opening {
     uint64_t epoch;
     uint64_t ids_bytes;
@@ -218,13 +219,14 @@ struct PeerRanks {
     }
   };
 
-  // Whether this rank is where the program takes it to be: else it would multiply other tokens by its weights than it should.
+  // Whether this rank is where the program takes it to be: else it would multiply other tokens by its weights than it
+  // should.
   __device__ static bool in_order(const MoeArguments& args, int mesh_rank) {
     return mesh_rank < 0 || mesh_rank == args.peers.rank;
   }
 
-  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs. A lane sends its
-  // route's word to all ranks, last to its own: who finds it there knows that it is under way.
+  // Sends every rank the own ids, a word for each, which holds its epoch too: no flag, no fence. All warps of all CTAs.
+  // A lane sends its route's word to all ranks, last to its own: who finds it there knows that it is under way.
   __device__ static void send_ids(const MoeArguments& args, const Opening& opening) {
     if (!in_order(args, opening.mesh_rank)) return;
     const int routes = args.problem.num_routes(), num_ranks = args.peers.num_ranks;
@@ -260,8 +262,8 @@ struct PeerRanks {
   // Reads of a word, of a microsecond at most, before the bounded wait for it begins.
   static constexpr int kQuickTries = 64;
 
-  // The id of a route, counted over the group, as soon as it is there; -1 if it does not come. An own word that does not
-  // come was to be sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
+  // The id of a route, counted over the group, as soon as it is there; -1 if it does not come. An own word that does
+  // not come was to be sent by a CTA that has not started: it is sent by all that miss it, which does no harm.
   __device__ static int await_id(const MoeArguments& args, uint64_t epoch, int route) {
     const int rank = route / args.problem.num_routes();
     PeerWait wait(args.peers);
@@ -288,8 +290,8 @@ struct PeerRanks {
   }
   // Without all ids, nobody knows where a route's token goes.
   __device__ static bool has_ids() { return shared_header().ids_missing == 0; }
-  // Whether all tokens have come. Without them, nobody knows whose tokens a unit's rows are: the memory may hold another call's.
-  // For consumers that have had a stage.
+  // Whether all tokens have come. Without them, nobody knows whose tokens a unit's rows are: the memory may hold
+  // another call's. For consumers that have had a stage.
   __device__ static bool has_tokens() { return shared_header().tokens_missing == 0; }
 
   __device__ static void start_late(const MoeArguments&) {}
@@ -320,8 +322,8 @@ struct PeerRanks {
   }
 };
 
-// Ranks that share one GPU, in tests: the same, with delays of random length, and CTAs that start only when all others of
-// their rank have finished.
+// Ranks that share one GPU, in tests: the same, with delays of random length, and CTAs that start only when all others
+// of their rank have finished.
 struct VirtualRanks : PeerRanks {
   __device__ static void inject_delay(const MoeArguments& args, DelayPoint point) {
     if (args.peers.delay_seed == 0) return;

@@ -2,12 +2,13 @@
 //
 //   all warps          begin: load what comes from memory, send ids to other ranks; then count the ids
 //   a producer warp    make the plan: lay out chunks and units
-//   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> counter `dispatched_shares`
+//   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> `dispatched_shares`
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
-//   token producer     images or rows into the same stages once they exist (gate/up: all dispatched; down: `gate_up_done[chunk]`)
-//   consumers          multiply, promote; gate/up epilogue -> activation images; down epilogue -> BF16 row per (token, slot)
-//                      -> `down_done[tile]`; then combine
+//   token producer     images or rows into the same stages once they exist (gate/up: `dispatched_shares` of all CTAs;
+//                      down: `gate_up_done[chunk]`)
+//   consumers          multiply, promote; gate/up epilogue -> activation images -> `gate_up_done[chunk]`;
+//                      down epilogue -> BF16 row per (token, slot) -> `down_done[tile]`; then combine
 //
 // Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many
 // tokens for each expert CTAs work in clusters of two, which share tickets and weights (cluster.cuh).
@@ -28,11 +29,13 @@
 #include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/prefetch.cuh"
 #include "kernels/produce.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -59,8 +62,8 @@ __device__ __forceinline__ void store_load(const MoeArguments& args, const Plan&
   }
 }
 
-// One launch, in the phases of the comment at the top. `claims` must stay a variable of this function: if it passes through
-// an argument or a member, ptxas no longer sees that one lane is alone, and makes votes of its atomics.
+// One launch, in the phases of the comment at the top. `claims` must stay a variable of this function: if it passes
+// through an argument or a member, ptxas no longer sees that one lane is alone, and makes votes of its atomics.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   const Problem& p = args.problem;
@@ -103,8 +106,8 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if constexpr (Group::kHasPeers) Cluster<Orientation>(args).agree_on_missing_ids(shared_header());
   tracer.mark_by_first(TraceEvent::kCounted);
 
-  // Produce and consume. The producers complete the plan: one warp lays the chunks out, and the thread that has claimed the
-  // CTA's place looks whether it has it.
+  // Produce and consume. The producers complete the plan: one warp lays the chunks out, and the thread that has claimed
+  // the CTA's place looks whether it has it.
   if (warp >= kConsumerWarps) {
     ptx::decrease_registers<Orientation::kProducerRegisters>();
     if (warp == kWeightProducerWarp) {

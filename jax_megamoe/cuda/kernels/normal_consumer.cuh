@@ -1,11 +1,11 @@
-// Normal orientation: a chunk's tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128 rows one
-// after the other. Where a chunk has no more than 64 tokens, both warpgroups take all of them, and a tile each.
-// Accumulator fragment: thread (warp w, lane l) holds tokens 16w + l/4 and + 8; for every 8 weight rows b, rows 8b + 2*(l%4)
-// and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down projection rows q of block
-// 2g and q of block 2g + 1 are neighbouring hidden columns.
+// Normal orientation: a chunk's tokens on the WGMMA M dimension, 64 per warpgroup, weight rows on N, two tiles of 128
+// rows one after the other. Where a chunk has no more than 64 tokens, both warpgroups take all of them, and a tile
+// each. Accumulator fragment: thread (warp w, lane l) holds tokens 16w + l/4 and + 8; for every 8 weight rows b, rows
+// 8b + 2*(l%4) and + 1. In the weight layout even b are gate rows and odd b the matching up rows; for the down
+// projection rows q of block 2g and q of block 2g + 1 are neighbouring hidden columns.
 //
-// While one warpgroup promotes or works on its epilogue, the tensor core is the other's: they wait for each other nowhere, but
-// where they share tokens and have to agree on the activations' scales.
+// While one warpgroup promotes or works on its epilogue, the tensor core is the other's: they wait for each other
+// nowhere, but where they share tokens and have to agree on the activations' scales.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,10 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
 
@@ -178,7 +180,8 @@ class NormalConsumer {
       const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a row.
+        // Word j: columns 16j + 2*(l%4) and + 1, then the same + 8. The quad's lanes change words for 16 columns in a
+        // row.
         uint32_t words[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -239,7 +242,8 @@ class NormalConsumer {
       const bool stores = token(half) < note_.rows() && Group::has_tokens();
 #pragma unroll
       for (int g = 0; g < 8; g += 2) {
-        // A lane has four columns of each sixteen; of two sixteens in turn, even lanes store the first, odd ones the second.
+        // A lane has four columns of each sixteen; of two sixteens in turn, even lanes store the first, odd ones the
+        // second.
         const uint2 first = four_columns(acc, g, half), second = four_columns(acc, g + 1, half);
         const uint2 mine = odd_lane ? second : first, given = odd_lane ? first : second;
         const uint2 taken = make_uint2(__shfl_xor_sync(~0u, given.x, 1), __shfl_xor_sync(~0u, given.y, 1));

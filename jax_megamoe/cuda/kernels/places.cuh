@@ -1,10 +1,10 @@
-// A CTA's place in the launch is work that is its own without drawing a ticket: a share of the tokens, and the first unit.
-// Another kernel may hold the SM that a CTA is to run on for as long as it likes, and may itself wait for this launch. So a
-// CTA that has waited for a while takes over the places of those that have not started. A CTA that starts late finds its
-// place taken.
+// A CTA's place in the launch is work that is its own without drawing a ticket: a share of the tokens, and the first
+// unit. Another kernel may hold the SM that a CTA is to run on for as long as it likes, and may itself wait for this
+// launch. So a CTA that has waited for a while takes over the places of those that have not started. A CTA that starts
+// late finds its place taken.
 //
-// Each place has a count of the launches in which somebody has claimed it. It is never cleared: `launch` claims are those
-// of earlier launches, one more is this one's.
+// Each place has a count of the launches in which somebody has claimed it. It is never cleared: `launch` claims are
+// those of earlier launches, one more is this one's.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,12 @@
 
 namespace megamoe {
 
-// How long to wait before taking places over: some 20 us, far longer than it takes the CTAs of a launch to start where SMs
-// are free.
+// How long to wait before taking places over: some 20 us, far longer than it takes the CTAs of a launch to start where
+// SMs are free.
 constexpr int64_t kTakeOverCycles = 40000;
 
-// The CTA's claim of its own place; one thread. It is made at the very start, and looked at when the number of the launch is known.
+// The CTA's claim of its own place; one thread. It is made at the very start, and looked at when the number of the
+// launch is known.
 class OwnPlace {
  public:
   __device__ void claim(Control* control) {
@@ -54,8 +55,8 @@ __device__ __forceinline__ bool take_over(uint32_t* claims) {
   return ptx::load_relaxed(claims) == launch && atomicCAS(claims, launch, launch + 1) == launch;
 }
 
-// One thread of every CTA, once the CTA has read `launch` and the epoch: the last one sets them for the next launch. `readers`
-// wraps to zero.
+// One thread of every CTA, once the CTA has read `launch` and the epoch: the last one sets them for the next launch.
+// `readers` wraps to zero.
 template <typename Group>
 __device__ __forceinline__ void advance_launch(const MoeArguments& args) {
   if (atomicInc(&args.control->readers, gridDim.x - 1) != gridDim.x - 1) return;

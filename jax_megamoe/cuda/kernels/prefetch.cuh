@@ -21,8 +21,8 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
          (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
 }
 
-// Until the other ranks' ids are here, nobody knows the units. But the experts of this rank that its own tokens name are
-// certain to be read: the CTAs prefetch a part of their weights, as much as may be in flight. One warp.
+// Until the other ranks' ids are here, nobody knows the units. But the experts of this rank that its own tokens name
+// are certain to be read: the CTAs prefetch a part of their weights, as much as may be in flight. One warp.
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
@@ -44,8 +44,8 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
                             min(k_blocks, static_cast<int>(tile_blocks)) * kBlockWeightBytes);
 }
 
-// The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With as
-// many routes as experts most experts have one, and the memory has nothing else to do. One thread.
+// The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With
+// as many routes as experts most experts have one, and the memory has nothing else to do. One thread.
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   const Problem& p = args.problem;
   const Divisor& tiles = args.constants.gate_up_units;

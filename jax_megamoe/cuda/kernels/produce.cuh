@@ -5,9 +5,12 @@
 
 #include "common/ptx/warp.cuh"
 #include "kernels/announce.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/token_producer.cuh"
 #include "kernels/weight_producer.cuh"
 
@@ -25,8 +28,8 @@ __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& pla
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }
 
-// Who does what in the producer warpgroup, once the plan is complete: two warps that gather rows, or one elected lane of
-// each warp.
+// Who does what in the producer warpgroup, once the plan is complete: two warps that gather rows, or one elected lane
+// of each warp.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
   const int warp = threadIdx.x / 32;

@@ -8,8 +8,8 @@
 
 namespace megamoe {
 
-// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and two signallers (one
-// thread each), or a weight producer, two warps that gather tokens' rows and one signaller.
+// Two consumer warpgroups multiply; one producer warpgroup holds a weight producer, a token producer and two signallers
+// (one thread each), or a weight producer, two warps that gather tokens' rows and one signaller.
 constexpr int kConsumerThreads = 256;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
@@ -29,7 +29,8 @@ enum NamedBarrier : uint32_t {
   kFirstWarpgroupBarrier = 2,  // consumer warpgroup w: this + w
 };
 
-// For compute-sanitizer's racecheck, which does not see that a lane that arrives after __syncwarp does so for its whole warp.
+// For compute-sanitizer's racecheck, which does not see that a lane that arrives after __syncwarp does so for its whole
+// warp.
 #ifdef MEGAMOE_RACECHECK
 constexpr bool kEveryLaneArrives = true;
 #else
@@ -38,7 +39,8 @@ constexpr bool kEveryLaneArrives = false;
 
 constexpr int kMaxStages = 8;
 constexpr int kSignalSlots = 4;
-// Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and two more.
+// Tickets that the first CTA of a cluster may be ahead of the other: for units of one stage each, a ring of them and
+// two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
 // What differs between the two orientations besides the multiply itself, side by side.
@@ -47,8 +49,8 @@ struct OrientationConstants {
   static constexpr bool kSwapsOperands = kSwap;
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
-  // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less per
-  // multiply.
+  // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
+  // per multiply.
   static constexpr int kUnitTiles = kSwap ? 1 : 2;
   static constexpr int kActivationScaleColumns = activation_scale_columns(kSwap);
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
@@ -59,8 +61,8 @@ struct OrientationConstants {
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
   static constexpr int kDispatchColumns = kSwap ? 256 : 512;
-  // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens and adding
-  // slots up, and with thousands of tokens they add up to microseconds.
+  // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens
+  // and adding slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwap ? 1 : 16;
   static constexpr int kItemsInFlight = kSwap ? 2 : 4;
   static constexpr int kSlotsInFlight = kSwap ? 4 : 8;

@@ -1,9 +1,9 @@
 // Rows of quantised tokens, brought into the stages one by one.
 //
-// A plane of a chunk's image comes by one copy. But a token is in the images of all its experts, and these are written to
-// the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2, save
-// that. The price: two warps find 64 rows each and bring them by copies of 16 bytes a lane, which pays while units wait for
-// their weights (host/choices.h).
+// A plane of a chunk's image comes by one copy. But a token is in the images of all its experts, and these are written
+// to the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2,
+// save that. The price: two warps find 64 rows each and bring them by copies of 16 bytes a lane, which pays while units
+// wait for their weights (host/choices.h).
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 #include "common/ptx/address.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/l2.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 
-// Not with peers, which write straight into the image on the expert's rank, and not for swapAB, whose chunks are too small
-// to gain.
+// Not with peers, which write straight into the image on the expert's rank, and not for swapAB, whose chunks are too
+// small to gain.
 template <typename Orientation, typename Group>
 constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Group::kHasPeers;
 

@@ -9,7 +9,7 @@
 namespace megamoe {
 
 // Written by the weight producer in the first stage of every unit, for the token producer and the consumers.
-// What it says of the unit is explained at Unit (kernels/plan.cuh).
+// What it says of the unit is explained at Unit (kernels/schedule.cuh).
 struct UnitNote {
   int tile;  // negative: no more units
   int chunk;
@@ -80,7 +80,8 @@ struct SharedHeader {
 
 constexpr int kSharedHeaderBytes = sizeof(SharedHeader);
 
-// The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a constant.
+// The dynamic shared memory of the CTA. A function rather than a pointer that is passed around: its address is a
+// constant.
 __device__ __forceinline__ uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;

@@ -1,11 +1,11 @@
-// swapAB consumers: weights on the WGMMA M dimension, a chunk's tokens (padded to eight) on N. Each warpgroup multiplies 64 of
-// the unit's 128 weight rows.
-// Accumulator fragment: thread (warp w, lane l) of a warpgroup holds, for every 8 tokens j, rows 16w + l/4 and + 8 of tokens
-// 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two neighbouring hidden columns) into such two rows.
+// swapAB consumers: weights on the WGMMA M dimension, a chunk's tokens (padded to eight) on N. Each warpgroup
+// multiplies 64 of the unit's 128 weight rows. Accumulator fragment: thread (warp w, lane l) of a warpgroup holds, for
+// every 8 tokens j, rows 16w + l/4 and + 8 of tokens 8j + 2*(l%4) and + 1. The weight layout puts gate and up (or two
+// neighbouring hidden columns) into such two rows.
 //
-// kN is the chunk's number of tokens, padded: what the padding holds is multiplied and dropped. Loops are rolled where that
-// costs little: instructions come from the same memory as the weights, and each variant of the loops is first met while the
-// weights keep it busy (docs/performance-log.md, "instructions").
+// kN is the chunk's number of tokens, padded: what the padding holds is multiplied and dropped. Loops are rolled where
+// that costs little: instructions come from the same memory as the weights, and each variant of the loops is first met
+// while the weights keep it busy (docs/performance-log.md, "instructions").
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,9 @@
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/images.cuh"
-#include "kernels/pipeline.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+#include "kernels/signals.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/trace.cuh"
 
@@ -61,8 +63,9 @@ class SwapConsumer {
   __device__ static int quad_token() { return threadIdx.x % 4 * 2; }  // 2*(l%4)
   __device__ RowSource* sources() const { return map_.sources() + warpgroup() * map_.max_rows; }
 
-  // Only the epilogue needs them: they are on their way to shared memory while the unit is multiplied. Not to registers: before its
-  // first multiply a warp waits for every load that is to write one, for a microsecond where the memory is busy.
+  // Only the epilogue needs them: they are copied to shared memory while the unit is multiplied. Not to
+  // registers: before its first multiply a warp waits for every load that is to write one, for a microsecond where the
+  // memory is busy.
   __device__ __forceinline__ void fetch_sources() const {
     static_assert(2 * sizeof(RowSource) == 16);
     const int row = 2 * thread_in_group();
@@ -72,8 +75,8 @@ class SwapConsumer {
     ptx::commit_copies();
   }
 
-  // A stage as the multiplies need it. Descriptors take a while to get to uniform registers: they are made before the stage
-  // has landed.
+  // A stage as the multiplies need it. Descriptors take a while to get to uniform registers: they are made before the
+  // stage has landed.
   struct Stage {
     int index;
     wgmma::Descriptor weights;
@@ -83,9 +86,9 @@ class SwapConsumer {
         : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
   };
 
-  // The activations have a scale for each half of a K block, so that down units have a partial sum for each half. A step, what is
-  // multiplied and promoted at a time, is a K block, or with more tokens half of one: measured, and from 40 tokens on a matter of
-  // registers.
+  // The activations have a scale for each half of a K block, so that down units have a partial sum for each half. A
+  // step, what is multiplied and promoted at a time, is a K block, or with more tokens half of one: measured, and from
+  // 40 tokens on a matter of registers.
   template <bool kDown>
   static constexpr int kStepParts = kDown && kN <= kMostTokensOfWholeSteps ? kActivationScalesPerBlock : 1;
   template <bool kDown>
@@ -141,7 +144,8 @@ class SwapConsumer {
     return scales;
   }
 
-  // Waits until all but the latest step are multiplied and adds this one: acc += (token scale * weight scale) * partial.
+  // Waits until all but the latest step are multiplied and adds this one: acc += (token scale * weight scale) *
+  // partial.
   template <bool kDown>
   __device__ __forceinline__ static void finish(const Scales<kDown>& scales, bool valid, Step<kDown>& partial,
                                                 Partial& acc) {
@@ -162,9 +166,9 @@ class SwapConsumer {
     }
   }
 
-  // Two steps' partial sums take turns: while one is promoted, the tensor core fills the other, across stages too. The last stage
-  // is followed by a step that nobody reads: its own loop iteration would double the code. Where the number of K blocks is odd,
-  // the last stage has its block twice, and the copy counts for nothing.
+  // Two steps' partial sums take turns: while one is promoted, the tensor core fills the other, across stages too. The
+  // last stage is followed by a step that nobody reads: its own loop iteration would double the code. Where the number
+  // of K blocks is odd, the last stage has its block twice, and the copy counts for nothing.
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) const {
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
@@ -210,8 +214,8 @@ class SwapConsumer {
     cursor.advance(map_.num_stages);
   }
 
-  // The next token group's values to the front. Epilogues loop over the groups this way instead of unrolling: moving registers
-  // costs less than fetching instructions.
+  // The next token group's values to the front. Epilogues loop over the groups this way instead of unrolling: moving
+  // registers costs less than fetching instructions.
   __device__ __forceinline__ static void rotate(Partial& acc) {
     const float front[4] = {acc[0], acc[1], acc[2], acc[3]};
 #pragma unroll
@@ -268,8 +272,8 @@ class SwapConsumer {
     if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
   }
 
-  // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns of
-  // one token together; two of them store, a token each.
+  // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns
+  // of one token together; two of them store, a token each.
   __device__ __forceinline__ void store_activations(uint8_t* plane, int column, int j, uint32_t mine) const {
     const int r = quad_row();
     const uint32_t neighbour = __shfl_xor_sync(~0u, mine, 4);
@@ -288,8 +292,8 @@ class SwapConsumer {
     }
   }
 
-  // BF16 rows of this warpgroup's 64 hidden columns: put together in shared memory, since whole lines are what the wires to
-  // other GPUs carry well.
+  // BF16 rows of this warpgroup's 64 hidden columns: put together in shared memory, since whole lines are what the
+  // wires to other GPUs carry well.
   __device__ __forceinline__ void finish_down(Partial& acc) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     const int padded = note_.padded_rows();

@@ -1,5 +1,5 @@
-// Which units a cluster works on, by their numbers in the schedule: the first is its own, the others it draws, so that a
-// CTA that is slow for whatever reason takes fewer.
+// Which units a cluster works on, by their numbers in the schedule: the first is its own, the others it draws, so that
+// a CTA that is slow for whatever reason takes fewer.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/clock.cuh"
 #include "kernels/cluster.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
 
 namespace megamoe {
 
@@ -53,8 +54,8 @@ class UnitTickets {
     return cluster_.has_partner() ? ticket != kEnd : ticket < runnable_end_;
   }
 
-  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units: before
-  // the first of them, the CTA does the first units of those that have not started.
+  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units:
+  // before the first of them, the CTA does the first units of those that have not started.
   __device__ __forceinline__ uint32_t settle(uint32_t ticket) {
     if (ticket < runnable_end_) return ticket;
     if (runnable_end_ == kDeferring) ticket = vacant().deferred_ticket;
@@ -92,8 +93,8 @@ class UnitTickets {
     return drawn;
   }
 
-  // In order: a down unit may have to wait for one with a lower number, which somebody has by then. One pass, since what is claimed
-  // stays claimed.
+  // In order: a down unit may have to wait for one with a lower number, which somebody has by then. One pass, since
+  // what is claimed stays claimed.
   __device__ __forceinline__ int take_vacant() const {
     ptx::wait_copies<0>();
     if (all_started(vacant().control.launch)) return kNone;

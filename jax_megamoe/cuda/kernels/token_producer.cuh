@@ -9,15 +9,16 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "kernels/images.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/places.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
+#include "kernels/shared_map.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
 
-// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two warps that
-// gather the rows of gate/up units, of which the first brings what are images.
+// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two
+// warps that gather the rows of gate/up units, of which the first brings what are images.
 template <typename Orientation, typename Group, bool kRows>
 class TokenProducer {
  public:

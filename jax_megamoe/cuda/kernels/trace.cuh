@@ -1,5 +1,5 @@
-// Timestamps of one thread's progress, for development: compiled in only with MEGAMOE_TRACE, as `scripts/probe build` does
-// for build/probe_trace. bench/native/show_trace.py reads what `probe_trace trace` writes.
+// Timestamps of one thread's progress, for development: compiled in only with MEGAMOE_TRACE, as `scripts/probe build`
+// does for build/probe_trace. bench/native/show_trace.py reads what `probe_trace trace` writes.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,11 @@
 // The weight producer: one thread that streams weights as stages become free, and waits for nothing else.
+//
+//   run               ticket after ticket, until there are no more
+//   load_unit           a unit: stage after stage
+//     stream              where its weights and scales are
+//     claim                 wait until few enough copies are in flight and the stage is free
+//     load_stage            copies of two K blocks, or of one
+//     announce              the token producer may fill the stage's other part
 #pragma once
 
 #include <cstdint>
@@ -7,8 +14,10 @@
 #include "common/ptx/bulk_copy.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory_order.cuh"
-#include "kernels/pipeline.cuh"
 #include "kernels/prefetch.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/schedule.cuh"
+#include "kernels/shared_map.cuh"
 #include "kernels/tickets.cuh"
 #include "kernels/trace.cuh"
 
@@ -24,14 +33,15 @@ class WeightProducer {
   __device__ __forceinline__ void run(const UnitSchedule<Orientation>& schedule) {
     Tracer tracer(args_, TraceRole::kWeightProducer);
     const uint32_t rank = cluster_.rank();
-    // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind weights.
+    // The start and the end are most of a launch of few units, and there flags and tokens must not queue behind
+    // weights.
     const bool few_units = Orientation::kSwapsOperands && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
     most_in_flight_ = few_units ? Orientation::kLeastStagesInFlight : args_.constants.stages_in_flight;
     UnitTickets<Orientation> tickets(args_, cluster_, schedule);
     const bool no_units = cluster_.has_partner() && map_.header().ids_missing != 0;
     uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
     bool settled = tickets.is_unit(ticket);
-    // In this order, what is seldom done lies behind what is often done.
+    // Unit after unit. The common case comes first, so that the rare ones lie behind it in the code.
     for (uint32_t number = 0;;) {
       if (settled) {
         const Unit u = schedule.unit(ticket, rank);
@@ -52,6 +62,7 @@ class WeightProducer {
         break;
       }
     }
+    // A last stage, which says that there are no more units.
     claim();
     map_.header().note[cursor_.stage].set_end();
     ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
@@ -60,21 +71,21 @@ class WeightProducer {
   }
 
  private:
-  // What a unit's weights look like to the copies: tiles of two planes' rows, and what the next K blocks are away. Worked out once
-  // for each unit: the thread that issues the copies is on the critical path of every stage.
+  // Where a unit's weights are: those of each tile follow each other, K block after K block. Worked out once for each
+  // unit: the thread that issues the copies is on the critical path of every stage.
   struct Stream {
     const uint8_t* weights;  // the next K blocks of the first tile
     const float* scales;
     int k_blocks;
     bool down;
-    bool once;           // leaves the L2 first
+    bool once;           // is read once: leaves the L2 first
     bool shared;         // with the cluster's other CTA: each brings a tile to both
     size_t tile_bytes;   // from a tile to the next; 0 where the unit's last tile is the first one again
     int scale_distance;  // floats, likewise
   };
 
-  // Returns what it draws for the next unit, which is number `next` of this CTA. With `kYields` copies come one by one while gate/up
-  // units want the memory for themselves.
+  // Returns what it draws for the next unit, which is number `next` of this CTA. With `kYields`, for down units, one
+  // copy at a time is in flight until all gate/up units are complete, which leaves them the memory.
   template <bool kYields>
   __device__ __forceinline__ uint32_t load_unit(const UnitSchedule<Orientation>& schedule, const Unit& u,
                                                 UnitTickets<Orientation>& tickets, uint32_t next) {
@@ -84,9 +95,10 @@ class WeightProducer {
     bool yields = kYields;
     uint32_t drawn = 0;
     for (int block = 0; block < s.k_blocks; block += Orientation::kStageBlocks) {
-      // Early enough to be here at the unit's end, and late enough not to reserve a unit for long.
+      // The next ticket is drawn with the last stage: early enough to be here at the unit's end, and late enough not to
+      // reserve a unit for long.
       if (block + Orientation::kStageBlocks >= s.k_blocks) drawn = tickets.draw(next);
-      // The ring is full for the first time.
+      // The ring is full for the first time: tokens have not come yet.
       if (Orientation::kSwapsOperands && !kYields && claimed_ == map_.num_stages && !u.down)
         prefetch_until_free(s, block);
       if constexpr (kYields) {
@@ -106,10 +118,12 @@ class WeightProducer {
     Stream s;
     s.down = u.down;
     s.shared = u.shares_weights;
-    // Slots and activations stay in the L2 instead.
+    // Weights that are read once leave the L2 first, so that slots and activations stay in it.
     s.once = Orientation::kSwapsOperands || (u.only_chunk && (u.down || args_.constants.activations_stay));
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
+
+    // Where the expert's tile, or its two tiles, begin.
     const size_t expert = first_expert_ + u.expert;
     if (u.down) {
       const int tile_pairs = p.hidden_size / kDownUnitColumns;
@@ -129,20 +143,22 @@ class WeightProducer {
     return s;
   }
 
-  // Down units wait for gate/up units. Where those make but two rounds over the CTAs, the second has most CTAs work on down
-  // units already, which leave the memory to it. Units are taken chunk by chunk, so that the last chunk is the last one to be complete.
+  // Where gate/up units make only two rounds over the CTAs, most CTAs have down units already while the second is read,
+  // and these wait for it anyway: they leave the memory to it. Units are taken chunk by chunk, so that the last chunk
+  // is the last one to be complete.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<Orientation>& schedule) const {
     return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
            args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
   }
 
-  // The oldest copies on their way.
+  // Waits for the oldest copies in flight.
   __device__ __forceinline__ void await_oldest() {
     await(&map_.header().weights_full[oldest_.stage], oldest_.parity);
     oldest_.advance(map_.num_stages);
     --in_flight_;
   }
 
+  // Waits until one more stage of copies may be in flight, and until the stage at the cursor is free.
   __device__ __forceinline__ void claim() {
     if (in_flight_ >= (claimed_ < kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
@@ -158,8 +174,8 @@ class WeightProducer {
     }
   }
 
-  // While the first tokens are on their way and no stage gets free, the memory would have nothing to do: weights that come
-  // next in the unit are brought into the L2, at about the pace at which the memory serves all SMs.
+  // While the first tokens are being dispatched and no stage gets free, the memory would be idle: the unit's next
+  // weights are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
     constexpr int kPieceBytes = Orientation::kStageWeightBytes;
     const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytesAheadOfRing);
@@ -172,11 +188,13 @@ class WeightProducer {
     }
   }
 
+  // The stage is claimed: the token producer may fill its part.
   __device__ __forceinline__ void announce() {
     ptx::mbarrier_arrive(&map_.header().claimed[cursor_.stage]);
     cursor_.advance(map_.num_stages);
   }
 
+  // One copy of weights, with what the L2 is to do with them.
   __device__ __forceinline__ static void load(const Stream& s, uint8_t* destination, const uint8_t* source, int bytes,
                                               uint64_t* full) {
     if (s.once) {
@@ -188,8 +206,8 @@ class WeightProducer {
     }
   }
 
-  // `whole` K blocks of `kBytes` each, which follow each other in memory and in the stage. What the stage has room for beyond them
-  // is the last one again, so that the consumers multiply numbers.
+  // `whole` K blocks of `kBytes` each, which follow each other in memory and in the stage. What the stage has room for
+  // beyond them is the last one again, so that the consumers multiply numbers.
   template <int kBytes>
   __device__ __forceinline__ static void load_blocks(const Stream& s, uint8_t* stage, const uint8_t* blocks, int whole,
                                                      uint64_t* full) {
@@ -209,7 +227,9 @@ class WeightProducer {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     uint8_t* stage = map_.weights(cursor_.stage);
     float* scales = map_.header().weight_scale[cursor_.stage];
+
     if (s.down) {
+      // Down: for each tile its two planes, each with all K blocks of the stage, and scales for two K blocks.
       ptx::mbarrier_arrive_expect_tx(full,
                                      Orientation::kStageWeightBytes + Orientation::kUnitTiles * kScaleVectorBytes);
 #pragma unroll
@@ -226,6 +246,7 @@ class WeightProducer {
       }
       s.weights += Orientation::kStageBlocks * kPlaneBytes;
     } else {
+      // Gate/up: for each tile K block after K block, of two planes each, and scales that the tiles share.
       const int scale_bytes = whole * kScaleVectorBytes;
       ptx::mbarrier_arrive_expect_tx(full, Orientation::kStageWeightBytes + scale_bytes);
 #pragma unroll
@@ -245,7 +266,7 @@ class WeightProducer {
   int first_expert_;
   int most_in_flight_ = 1;
   StageCursor cursor_;
-  StageCursor oldest_;  // whose copies are on their way
+  StageCursor oldest_;  // of the stages whose copies are in flight
   int claimed_ = 0;
   int in_flight_ = 0;
 };

@@ -1,4 +1,5 @@
-// Images: how the operand that is not weights lies in memory, so that a plane of it can be copied into a stage as it is.
+// Images: how the operand that is not weights lies in memory, so that a plane of it can be copied into a stage as it
+// is.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@ __host__ __device__ inline int swizzled_offset(int row, int column) {
 // The image of one chunk: its tokens, K = hidden columns, or its activations, K = intermediate columns.
 //
 //   planes  [K/128][rows][128] e4m3   a plane is 128 columns of all rows, swizzled
-//   scales  [groups][rows] f32        a group is the columns of a row that share a scale: 128, or 64 (K/128 or K/64 groups)
+//   scales  [groups][rows] f32        a group is the 128 or 64 columns of a row that share a scale: K/128 or K/64 groups
 //
 // `rows` are the chunk's tokens, padded to eight. The images of all chunks follow each other without gaps: that of the
 // chunk whose first row is `row_base` begins at byte row_base * K, its scales at number row_base * groups.

@@ -1,4 +1,5 @@
-// The buffer of equal size that every rank of an expert group shares with the others. docs/expert-parallel.md has the protocol.
+// The buffer of equal size that every rank of an expert group shares with the others. docs/expert-parallel.md has the
+// protocol.
 #pragma once
 
 #include <cstddef>
@@ -26,16 +27,17 @@ struct PeerHeader {
 constexpr size_t kPeerHeaderBytes =
     (sizeof(PeerHeader) + Workspace::kAlignment - 1) / Workspace::kAlignment * Workspace::kAlignment;
 
-// How a rank finds the buffers of its group, its own included. It lies in the rank's own memory, at a place that stays while the
-// buffers may be made anew: a captured launch finds the new ones.
+// How a rank finds the buffers of its group, its own included. It lies in the rank's own memory, at a place that stays
+// while the buffers may be made anew: a captured launch finds the new ones.
 struct PeerView {
   uint64_t epoch;                 // launches that every CTA of this rank has begun
   uint64_t ids_bytes;             // of each half
   uint64_t workspace[kMaxRanks];  // by rank: the address of the part of its buffer behind header and ids
 };
 
-// Where things lie in a buffer: [ids, even epochs][ids, odd epochs][header][workspace that others write]. What is written before a
-// rank has heard of the reader's launch - ids - lies in the same place for every problem that shares the buffer.
+// Where things lie in a buffer: [ids, even epochs][ids, odd epochs][header][workspace that others write]. What is
+// written before a rank has heard of the reader's launch - ids - lies in the same place for every problem that shares
+// the buffer.
 class PeerBuffer {
  public:
   // Enough for the problem.
@@ -46,7 +48,8 @@ class PeerBuffer {
     return (by_ids > rest ? by_ids : rest) + 8 * kIdsShare * Workspace::kAlignment;
   }
 
-  // What a rank has to know of the buffers, all of the same size; `mapped[r]` is rank r's as this rank's device sees it.
+  // What a rank has to know of the buffers, all of the same size; `mapped[r]` is rank r's as this rank's device sees
+  // it.
   static PeerView view(void* const* mapped, int num_ranks, size_t bytes) {
     PeerView view = {};
     view.ids_bytes = half_bytes(bytes);
@@ -61,8 +64,8 @@ class PeerBuffer {
            kPeerHeaderBytes + 2 * half_bytes(bytes) + Workspace::shared_bytes(p) <= bytes;
   }
 
-  // From a rank's workspace, as a view has it. Ids are [num_ranks][T * k] words: the epoch's low half and the call's tag above, the id
-  // below.
+  // From a rank's workspace, as a view has it. Ids are [num_ranks][T * k] words: the epoch's low half and the call's
+  // tag above, the id below.
   __host__ __device__ static PeerHeader* header(uint8_t* workspace) {
     return reinterpret_cast<PeerHeader*>(workspace - kPeerHeaderBytes);
   }

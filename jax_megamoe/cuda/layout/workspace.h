@@ -15,9 +15,8 @@ struct RowSource {
   float weight;
 };
 
-// Scratch of one call. Token images are stored chunk after chunk; a chunk of n padded rows that starts at row r holds planes
-// [K/128][n][128 bytes] at r*K and scales [K/group][n] at r*K/group. Tokens that are gathered by row have their scales there, and lie as
-// [T, H] themselves.
+// Scratch of one call: images (layout/image.h) of tokens and of activations, chunk after chunk. Tokens that are gathered by
+// row have the scales of their images, and lie as [T, H] themselves.
 struct Workspace {
   // What other ranks write: in the group's buffer, or with the rest.
   uint8_t* token_planes;   // [max_rows * H] e4m3
@@ -79,8 +78,9 @@ struct Workspace {
   };
 };
 
-// Counters that outlive a launch. Two sets take turns: a launch counts in one and clears the other for its successor, so
-// nothing has to be cleaned up before or after a launch. `launch` says whose turn it is; it advances once every CTA has read it.
+// Counters that outlive a launch. Two sets take turns: a launch counts in one and clears the other for its successor,
+// so nothing has to be cleaned up before or after a launch. `launch` says whose turn it is; it advances once every CTA
+// has read it.
 struct alignas(16) ControlHead {
   uint32_t readers;
   uint32_t launch;
@@ -89,7 +89,8 @@ struct alignas(16) ControlHead {
 };
 struct Control : ControlHead {
   uint32_t unused[28];
-  // By place: launches in which somebody has claimed the CTA's share of the tokens, and its first unit (kernels/places.cuh).
+  // By place: launches in which somebody has claimed the CTA's share of the tokens, and its first unit
+  // (kernels/places.cuh).
   uint32_t share_claims[kMaxCtas];
   uint32_t unit_claims[kMaxCtas];
   // followed by two CounterSets of `CounterSet::words(problem)` words each

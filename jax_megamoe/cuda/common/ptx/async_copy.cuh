@@ -11,8 +11,8 @@ namespace megamoe::ptx {
 // 16 bytes through the L2; zeros instead where `exists` is false.
 __device__ __forceinline__ void copy_async_16(void* destination, const void* source, bool exists) {
 #ifdef MEGAMOE_RACECHECK
-  // Racecheck does not see that a copy which was waited for is over, where the cluster's other CTA is told so: here it is
-  // over at once.
+  // Racecheck does not see that a copy which was waited for is over, where the cluster's other CTA is told so: here it
+  // is over at once.
   if (cluster_ctas() > 1) {
     *static_cast<uint4*>(destination) = exists ? __ldcg(static_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
     return;

@@ -17,8 +17,8 @@ __device__ __forceinline__ void bulk_copy_global_to_shared(void* destination, co
                : "memory");
 }
 
-// The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and instructions
-// stay in it.
+// The same for bytes that nobody reads again soon: they are the first to leave the L2, so that flags, tokens and
+// instructions stay in it.
 __device__ __forceinline__ void bulk_stream_global_to_shared(void* destination, const void* source, uint32_t bytes,
                                                              uint64_t* barrier) {
   const uint64_t policy = evict_first_policy();

@@ -27,8 +27,8 @@ __device__ __forceinline__ uint32_t cluster_address(const void* pointer, uint32_
   return address;
 }
 
-// On the barrier at the same place in the CTA `rank`. Orders what the tensor cores and loads that have returned have read before
-// what the copy engine writes thereafter; no fence, which would cost a round through the L2.
+// On the barrier at the same place in the CTA `rank`. Orders what the tensor cores and loads that have returned have
+// read before what the copy engine writes thereafter; no fence, which would cost a round through the L2.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(uint64_t* barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }

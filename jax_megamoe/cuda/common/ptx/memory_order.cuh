@@ -15,8 +15,8 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Everything this thread wrote before, or has observed, is visible to whoever observes what it writes later. __threadfence_system
-// would also order it among all such fences, which nobody needs, and takes longer.
+// Everything this thread wrote before, or has observed, is visible to whoever observes what it writes later.
+// __threadfence_system would also order it among all such fences, which nobody needs, and takes longer.
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- gpu scope: counters of this device
@@ -36,8 +36,8 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Returns the value before. (Where several lanes may be active, the compiler makes one addition for the warp out of their
-// `atomicAdd`s, and they all wait for its answer at once.)
+// Returns the value before. (Where several lanes may be active, the compiler makes one addition for the warp out of
+// their `atomicAdd`s, and they all wait for its answer at once.)
 __device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* counter, uint32_t value) {
   uint32_t before;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
@@ -52,8 +52,8 @@ __device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value)
 }
 
 // ---- system scope: flags that other GPUs write or read
-// Everything this thread wrote before, and what it has observed of other threads through a barrier, is visible to whoever
-// reads the value with `load_acquire_system`.
+// Everything this thread wrote before, and what it has observed of other threads through a barrier, is visible to
+// whoever reads the value with `load_acquire_system`.
 __device__ __forceinline__ void store_release_system(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }

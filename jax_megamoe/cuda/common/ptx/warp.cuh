@@ -8,8 +8,8 @@ namespace megamoe::ptx {
 // The same value, which all lanes hold, in a uniform register: WGMMA takes its descriptors from there.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
-// True for one lane of a warp that has converged. Where ptxas knows that a lane is alone, it does not wrap every bulk copy into a
-// loop over the lanes that might have other operands.
+// True for one lane of a warp that has converged. Where ptxas knows that a lane is alone, it does not wrap every bulk
+// copy into a loop over the lanes that might have other operands.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile(

@@ -1,0 +1,89 @@
+// The list of GEMM units: which unit a ticket is.
+#pragma once
+
+#include <cstdint>
+
+#include "common/divisor.h"
+#include "kernels/arguments.h"
+#include "kernels/cluster.cuh"
+#include "kernels/plan.cuh"
+#include "kernels/roles.h"
+#include "layout/cluster_share.h"
+#include "layout/unit_order.h"
+
+namespace megamoe {
+
+// One unit of GEMM work: a row tile of one expert's projection times one chunk of its tokens.
+struct Unit {
+  int down;  // 0: gate/up, 1: down
+  int expert;
+  int tile;
+  int chunk;       // global chunk number, names the activation counter
+  int row_base;    // first row of the chunk
+  int rows;        // tokens in the chunk; none: nothing to do for this CTA of the cluster
+  int only_chunk;  // of the expert: nobody else reads the weights
+  // With the cluster's other CTA, which has another chunk, or another tile.
+  int shares_weights;
+  int shares_tokens;
+};
+
+// All gate/up units, then all down units, in the order of layout/unit_order.h. The tail are the last two rounds of down
+// units in the normal orientation; there is none where that would be more than half of all down units, which would then
+// all wait for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
+template <typename Orientation>
+class UnitSchedule {
+ public:
+  __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
+      : constants_(args.constants), cluster_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
+    if (Orientation::kSwapsOperands || cluster_.has_partner())
+      return;  // two CTAs share an expert's chunks in an order of their own
+    const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
+    if (2 * chunks > num_chunks()) return;
+    first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(plan_, num_chunks() - chunks));
+  }
+
+  __device__ int num_chunks() const { return plan_.num_chunks(); }
+  __device__ uint32_t num_gate_up() const {
+    return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
+  }
+  __device__ uint32_t size() const {
+    return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
+  }
+
+  // Of CTA `rank` of a cluster.
+  __device__ Unit unit(uint32_t ticket, int rank) const {
+    Unit u;
+    const uint32_t first_down = num_gate_up();
+    u.down = ticket >= first_down;
+    const int index = ticket - (u.down ? first_down : 0);
+    const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
+    const TicketPlace place =
+        ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
+    u.expert = place.expert;
+    const int first_chunk = plan_.chunk_base(u.expert);
+    const int count = plan_.count(plan_.first_expert() + u.expert);
+    ClusterShare share{place.group, place.member};
+    if (cluster_.has_partner()) {
+      const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
+      share = cluster_share(count, tiles.value(), place.group, place.member, rank);
+    }
+    u.tile = share.tile;
+    u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
+    u.chunk = first_chunk + share.chunk;
+    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + share.chunk * kTile;
+    u.rows = share.idle ? 0 : min(kTile, count - share.chunk * kTile);
+    u.shares_weights = share.shares_weights;
+    u.shares_tokens = share.shares_tokens;
+    return u;
+  }
+
+ private:
+  static constexpr int kTile = Orientation::kTokenTile;
+
+  const LaunchConstants& constants_;
+  Cluster<Orientation> cluster_;
+  Plan plan_;
+  int first_tail_chunk_;  // from which on chunks take turns
+};
+
+}  // namespace megamoe

@@ -1,0 +1,100 @@
+// The map of a CTA's shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/arguments.h"
+#include "kernels/plan.cuh"
+#include "kernels/roles.h"
+#include "kernels/route_target.cuh"
+#include "kernels/shared_header.cuh"
+#include "layout/image.h"
+
+namespace megamoe {
+
+constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
+static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");
+
+constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory per CTA on SM90
+
+// Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage
+// is sized by the largest chunk of this launch, which every CTA knows from its plan.
+template <typename Orientation>
+class SharedMap {
+ public:
+  int max_rows;
+  int num_stages;
+
+  // For a plan that is complete.
+  __device__ SharedMap(const MoeArguments& args, const Plan& plan) {
+    // The normal path reads 64 or 128 rows, the padding ones included.
+    max_rows = Orientation::kSwapsOperands ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
+    scratch_offset_ = plan.end();
+    ring_offset_ = ring_begin(plan, max_rows);
+    num_stages = args.constants.stages[max_rows / 8 - 1];
+  }
+
+  // How many stages fit; computed on the host.
+  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows) {
+    const int fit = (kSharedBytes - ring_begin(plan, rows)) / stage_bytes(rows);
+    return fit < kMaxStages ? fit : kMaxStages;
+  }
+
+  __device__ static SharedHeader& header() { return shared_header(); }
+
+  __device__ static uint32_t launch() { return header().launch; }
+  __device__ static const CounterSet& counters(const MoeArguments& args) {
+    return args.constants.counters[launch() % 2];
+  }
+
+  // [kRouteBatch], shares the epilogue scratch: tokens are dispatched before the first epilogue.
+  __device__ RouteTarget* route_targets() const { return reinterpret_cast<RouteTarget*>(scratch()); }
+  // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
+  __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
+  // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
+  __device__ uint32_t* row_offsets() const {
+    static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
+                  kRouteBatch * sizeof(RouteTarget));
+    return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
+  }
+  // swapAB: [warpgroups][max_rows]
+  __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
+  // swapAB: [warpgroups][max_rows][kDownTileRowBytes], swizzled
+  __device__ uint8_t* down_tile(int warpgroup) const {
+    return reinterpret_cast<uint8_t*>(sources() + kConsumerWarpgroups * max_rows) +
+           warpgroup * max_rows * kDownTileRowBytes;
+  }
+
+  __device__ uint8_t* weights(int stage) const {
+    return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
+  }
+  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightBytes; }
+  __device__ float* token_scales(int stage) const {
+    return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
+  }
+
+ private:
+  // The normal orientation's consumers have no register for it.
+  __device__ uint8_t* scratch() const {
+    return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
+  }
+
+  __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
+    const int targets = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
+    constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
+                              kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
+    const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
+    return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
+  }
+  __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
+  __host__ __device__ static int stage_bytes(int rows) {
+    const int scales = Orientation::kStageBlocks * Orientation::kActivationScalesPerBlock * rows;
+    return Orientation::kStageWeightBytes + token_bytes(rows) +
+           round_up(scales * static_cast<int>(sizeof(float)), 1024);
+  }
+
+  int scratch_offset_;
+  int ring_offset_;
+};
+
+}  // namespace megamoe

@@ -1,0 +1,81 @@
+// The order of the tickets of one projection: from a ticket's number to the expert, the tile and the chunk that it is
+// for.
+//
+// Tickets go expert by expert, tile by tile, chunk by chunk, so that only the first of an expert's chunks reads a tile
+// of weights from device memory. Two exceptions, for down units:
+//   - swapAB: the chunk with the fewest tokens comes last. Nothing else is left to do by then, and its units take the
+//     least time.
+//   - Normal: the last experts, the tail, go tile by tile over all of them, so that columns are complete one after the
+//     other and the combine can start on finished ones.
+//
+// All of it is three small maps: from the place in the order to a chunk, from there to the run of chunks that take
+// turns, and from the number in the run to a tile and a chunk. tests/test_unit_order.py compares them with one formula.
+#pragma once
+
+#include <cstdint>
+
+#include "common/divisor.h"
+#include "layout/tiles.h"
+
+namespace megamoe {
+
+// A ticket, before the CTAs of a cluster divide it (layout/cluster_share.h).
+struct TicketPlace {
+  int expert;  // of this rank
+  int group;   // a tile, or as many as the CTAs of a cluster share
+  int member;  // the chunk, counted from the expert's first
+};
+
+// The chunks in their order, but `smallest` last; `smallest` beyond all of them: there is none.
+__host__ __device__ inline int chunk_at(int place, int smallest, int num_chunks) {
+  if (place < smallest) return place;
+  return place == num_chunks - 1 ? smallest : place + 1;
+}
+
+// The last expert whose first chunk is not after `chunk`; experts without tokens share their successor's first chunk.
+// `Chunks` has num_experts(), num_chunks(), smallest_chunk(), and chunk_base(expert), an expert's first chunk.
+template <typename Chunks>
+__host__ __device__ inline int expert_of_chunk(const Chunks& chunks, int chunk) {
+  int low = 0, high = chunks.num_experts() - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (chunks.chunk_base(middle) <= chunk) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Ticket `index` of a projection that has `tickets` for every chunk; `first_tail`: the tail's first chunk.
+template <bool kSwapsOperands, typename Chunks>
+__host__ __device__ inline TicketPlace ticket_place(const Chunks& chunks, bool down, int index, const Divisor& tickets,
+                                                    int first_tail) {
+  // Place to chunk. The index follows: it becomes that of the same ticket, were the chunks in their order.
+  int chunk = tickets.divide(index);
+  if (kSwapsOperands && down) {
+    const int place = chunk;
+    chunk = chunk_at(place, chunks.smallest_chunk(), chunks.num_chunks());
+    index += (chunk - place) * static_cast<int>(tickets.value());
+  }
+
+  // Chunk to the run of chunks that take turns: the expert's, or the tail.
+  TicketPlace at;
+  const bool tail = !kSwapsOperands && down && chunk >= first_tail;
+  at.expert = expert_of_chunk(chunks, chunk);
+  const int first = tail ? first_tail : chunks.chunk_base(at.expert);
+  const int turns = (tail ? chunks.num_chunks() : chunks.chunk_base(at.expert + 1)) - first;
+
+  // Ticket in the run to tile and chunk: tile by tile, each chunk once.
+  const int within = index - first * static_cast<int>(tickets.value());
+  at.group = turns == 1 ? within : within / turns;
+  at.member = within - at.group * turns;
+  if (tail) {
+    at.expert = expert_of_chunk(chunks, first + at.member);
+    at.member += first - chunks.chunk_base(at.expert);
+  }
+  return at;
+}
+
+}  // namespace megamoe
