@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ def _has_cuda_plugin() -> bool:
 
 if "JAX_PLATFORMS" not in os.environ and not _has_cuda_plugin():
     os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling takes most of the tests' time. What XLA made of a program for CPUs is kept for other processes and for the next run,
+# under a key of the program, the version and the flags of XLA.
+on_cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu" and not _has_cuda_plugin()
+if on_cpu_only and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax_programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

@@ -314,18 +314,23 @@ def test_most_touched_counts_the_fullest_rank():
     assert ranks._most_touched(np.full((3, 2), -1), num_local_experts=4, num_ranks=2) == 0
 
 
+def test_programs_of_few_tokens_have_more_calls():
+    assert [ranks._calls_of(tokens) for tokens in (1, 7, 8, 512)] == [48, 48, NUM_CALLS, NUM_CALLS]
+
+
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
 def test_ranks_dry_run(tmp_path, capsys):
     path = tmp_path / "ranks.json"
-    arguments = ["ranks", "--shapes", "tiny", "--ranks", "2", "--tokens", "3", "--routing", "masked30"]
+    # From eight tokens on a program has a quarter of the calls to compile.
+    arguments = ["ranks", "--shapes", "tiny", "--ranks", "2", "--tokens", "8", "--routing", "masked30"]
     assert main([*arguments, "--commit", "abc", "--output", str(path)]) == 0
     printed = capsys.readouterr()
     assert "tiny" in printed.out and "collective_us" in printed.out
-    assert "[1/1] tiny: 2 ranks, 3 tokens" in printed.err
+    assert "[1/1] tiny: 2 ranks, 8 tokens" in printed.err
     result = json.loads(path.read_text())
     assert result["commit"] == "abc" and "collective" in result["method"]
     (row,) = result["rows"]["tiny"]
-    assert (row["ranks"], row["tokens"], row["routing"]) == (2, 3, "masked30")
+    assert (row["ranks"], row["tokens"], row["routing"]) == (2, 8, "masked30")
     assert 0 < row["us_least"] <= row["us"] <= row["us_most"] and row["collective_us"] > 0
     assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
     assert row["diff"] < 1e-5
