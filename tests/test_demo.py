@@ -264,7 +264,7 @@ def test_loop_on_gpus_has_one_fused_call() -> None:
     arguments = loop_arguments(WIDE, mesh, 3)
     with jax.set_mesh(mesh):
         text = cuda_text(lambda *a: decode.decode_loop(WIDE, *a, 0.0, None), *arguments)
-    assert re.findall(r"custom_call @(jax_megamoe[\w.]+)", text) == ["jax_megamoe.moe_peers.v2"]
+    assert re.findall(r"custom_call @(jax_megamoe[\w.]+)", text) == ["jax_megamoe.moe_peers.v3"]
     assert text.count("stablehlo.while") == 2  # positions, layers
     assert not re.search(r"all_gather|all_to_all|reduce_scatter", text)
 

@@ -6,7 +6,8 @@ from itertools import accumulate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_program import compile_program
+
+from tests.support.native_program import compile_program
 
 NO_CHUNK = 2**24 - 1  # beyond all chunks, as lay_out_chunks leaves it where no expert has a single one
 

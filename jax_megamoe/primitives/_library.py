@@ -13,7 +13,7 @@ from jax_megamoe.errors import PlatformError
 from jax_megamoe.operands import Sizes
 
 MOE_TARGET = "jax_megamoe.moe.v1"
-MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v2"
+MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v3"
 WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
 

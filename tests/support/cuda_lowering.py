@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 WORKSPACE, PEER_WORKSPACE = 4096, 8192
-FUSED, LOCAL = "jax_megamoe.moe_peers.v2", "jax_megamoe.moe.v1"
+FUSED, LOCAL = "jax_megamoe.moe_peers.v3", "jax_megamoe.moe.v1"
 
 
 def fake_core() -> Any:

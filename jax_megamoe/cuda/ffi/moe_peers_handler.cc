@@ -130,7 +130,7 @@ Target moe_peers_target() {
                              .Attrs(),
                          {ffi::Traits::kCmdBufferCompatible});
   return target_with_state<MoePeersInstance>(
-      "jax_megamoe.moe_peers.v2", "jax_megamoe.moe_peers_instance.v1",
+      "jax_megamoe.moe_peers.v3", "jax_megamoe.moe_peers_instance.v1",
       {{"prepare", kPrepare}, {"initialize", kInitialize}, {"execute", kExecute}});
 }
 
