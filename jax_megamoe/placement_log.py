@@ -94,6 +94,14 @@ def _about_tokens(
     automatic = [axis for axis in mesh.axis_names if axis in _specs.axes_of_type(mesh, AxisType.Auto)]
     explicit_axes = _specs.axes_of_type(mesh, AxisType.Explicit)
     found = set(axes.tokens)
+    if mesh.manual_axes and _compat.tracks_varying():
+        varying = _compat.varying_axes(x, *leaves.values())
+        repeated = [axis for axis in mesh.manual_axes if mesh.shape[axis] > 1 and axis not in varying]
+        if repeated:
+            return (
+                f"x and the weights are the same along {axes_text(repeated)}, so that work is repeated: split x over "
+                "them too in the in_specs of jax.shard_map"
+            )
     if explicit_axes:
         specs = _specs.choose_specs(jax.typeof(x), Leaves(*(jax.typeof(leaf) for leaf in leaves.values())), mesh, axes)
         typed = {axis for dim in specs.tokens for axis in dim}

@@ -158,3 +158,14 @@ def test_log_of_work_that_explicit_types_repeat(logged, tokens, experts, repeate
     assert f"x is the same along {repeated}, so that work is repeated" in message
     # Ranks with other experts may have the same tokens.
     assert logged(mm.moe, *put(make_mesh(DATA_EXPERT, EXPLICIT), "data", "expert", num_tokens=8)) == []
+
+
+def test_log_of_work_that_shard_map_repeats(logged):
+    mesh, layer = make_mesh(DATA_EXPERT, AUTO), make_layer(8)
+
+    def mapped(tokens: P) -> Callable:
+        return jax.shard_map(mm.moe, mesh=mesh, in_specs=(tokens, P("expert"), tokens, tokens), out_specs=tokens)
+
+    (message,) = logged(mapped(P("expert")), *layer[:4])
+    assert "x and the weights are the same along 'data', so that work is repeated" in message
+    assert logged(mapped(P(("data", "expert"))), *layer[:4]) == []
