@@ -115,12 +115,12 @@ def _check_weights(weights: object) -> ExpertWeights:
         else:
             remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
         raise LayoutError(f"weights is {type_of(weights)}, wanted ExpertWeights: {remedy}")
-    weights = weights.checked()
     if weights.hidden_size > MAX_HIDDEN_SIZE:
         raise ShapeError(
             f"weights have a hidden size of {weights.hidden_size}, wanted at most {MAX_HIDDEN_SIZE}: "
             "use a smaller model."
         )
+    weights = weights.checked()
     if weights.num_layers == 0:
         raise ShapeError("weights stack 0 layers, wanted at least one: pass those of stack_experts.")
     return weights

@@ -172,7 +172,7 @@ class ExpertWeights:
         missing = [name for name in ("header", *DATA_FIELDS) if name not in arrays]
         if missing:
             raise LayoutError(f"arrays have no {', '.join(missing)}, wanted all that to_arrays gave: save all of them.")
-        leaves = Leaves(*(as_array(name, arrays[name]) for name in DATA_FIELDS))
+        leaves = Leaves(*(as_array(name, _raw_as_bytes(arrays[name])) for name in DATA_FIELDS))
         leaves = leaves._replace(gate_up=_as_fp8("gate_up", leaves.gate_up), down=_as_fp8("down", leaves.down))
         header = as_array("header", arrays["header"], "an array of uint8")
         if isinstance(header, jax.core.Tracer):
@@ -238,11 +238,16 @@ def _check_layout(found: str) -> None:
         )
 
 
+def _raw_as_bytes(value: object) -> object:
+    # np.savez keeps leaves of the pytree itself as raw bytes of type V1.
+    held = unwrap(value)
+    return held.view(np.uint8) if isinstance(held, np.ndarray) and held.dtype == np.dtype("V1") else held
+
+
 def _as_fp8(name: str, array: Array) -> Array:
     if array.dtype == jnp.float8_e4m3fn:
         return array
-    # np.savez keeps leaves of the pytree itself as raw bytes of type V1.
-    if array.dtype not in (np.uint8, np.dtype("V1")):
+    if array.dtype != np.uint8:
         raise LayoutError(f"{name} has dtype {array.dtype}, wanted the bytes that to_arrays gave: save them anew.")
     return array.view(jnp.float8_e4m3fn)
 

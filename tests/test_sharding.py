@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError, ShardingError
+from jax_megamoe.operands import Operands
 from tests.support import meshes
 from tests.support.compare import difference
 from tests.support.expert_layer import H, assert_matches_model, make_layer, packed_weights
@@ -267,10 +268,10 @@ def test_while_loop_on_a_mesh():
 def opaque_kernel(monkeypatch):
     """The local op as one opaque call, as on a GPU, so that the compiled program shows what its operands go through."""
 
-    def call(x: jax.Array, *operands: jax.Array, out_dtype: Any, **_: Any) -> tuple[jax.Array, jax.Array]:
-        y, load = (x.shape, out_dtype), ((operands[0].shape[-4],), jnp.int32)
+    def call(operands: Operands, *, out_dtype: Any, **_: Any) -> tuple[jax.Array, jax.Array]:
+        y, load = (operands.x.shape, out_dtype), ((operands.num_local_experts,), jnp.int32)
         results = tuple(jax.ShapeDtypeStruct(*shape_and_dtype) for shape_and_dtype in (y, load))
-        return jax.pure_callback(lambda *_: tuple(np.zeros(r.shape, r.dtype) for r in results), results, x, *operands)
+        return jax.pure_callback(lambda *_: tuple(np.zeros(r.shape, r.dtype) for r in results), results, *operands.row)
 
     monkeypatch.setattr(mm.reference, "moe_local", call)
 
