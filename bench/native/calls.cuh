@@ -68,11 +68,30 @@ static __global__ void share_scales_by_tile_pairs(float* scales, size_t pairs, i
   }
 }
 
+// Any codes, exponents over seven binades.
+static __global__ void fill_mxfp4(uint8_t* out, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    uint32_t v = static_cast<uint32_t>(i) * 2654435761u + seed + static_cast<uint32_t>(i >> 32) * 97u;
+    v ^= v >> 16, v *= 0x85ebca6bu, v ^= v >> 13, v *= 0xc2b2ae35u, v ^= v >> 16;
+    out[i] = i % megamoe::Mxfp4::kPlaneBytes < megamoe::Mxfp4::kCodeBytes ? v : 8 + v % 7;
+  }
+}
+
 struct Weights {
   uint8_t *gate_up, *down;
   float *gate_up_scale, *down_scale;
+  megamoe::WeightFormat format;
+  size_t expert_bytes;  // of both matrices
 
-  Weights(int h, int i, int e) {
+  Weights(int h, int i, int e, megamoe::WeightFormat weight_format = megamoe::WeightFormat::kFp8Block)
+      : format(weight_format) {
+    const auto leaves = megamoe::weight_leaves(format, h, i);
+    expert_bytes = leaves[0].expert_bytes() + leaves[2].expert_bytes();
+    if (format != megamoe::WeightFormat::kFp8Block) {
+      make_row_scaled(leaves, e);
+      return;
+    }
     const size_t gate_up_count = static_cast<size_t>(e) * 2 * i * h, down_count = gate_up_count / 2;
     const size_t scales = static_cast<size_t>(e) * (i / 64) * (h / 128) * 4;
     const size_t down_scales = static_cast<size_t>(e) * (h / 64) * ((i / 128 + 1) / 2) * 4;
@@ -87,6 +106,22 @@ struct Weights {
     fill_uniform<<<256, 256>>>(down_scale, down_scales, 0.5f * size, size, 4);
     share_scales_by_tile_pairs<<<256, 256>>>(gate_up_scale, static_cast<size_t>(e) * (i / 128), h / 128 * 4);
     share_scales_by_tile_pairs<<<256, 256>>>(down_scale, static_cast<size_t>(e) * (h / 128), (i / 128 + 1) / 2 * 4);
+    CHECK(cudaDeviceSynchronize());
+  }
+
+  void make_row_scaled(const megamoe::WeightLeaves& leaves, int e) {
+    gate_up = device_array<uint8_t>(e * leaves[0].expert_bytes());
+    gate_up_scale = device_array<float>(e * leaves[1].expert_bytes() / sizeof(float));
+    down = device_array<uint8_t>(e * leaves[2].expert_bytes());
+    down_scale = device_array<float>(e * leaves[3].expert_bytes() / sizeof(float));
+    const auto fill = format == megamoe::WeightFormat::kMxfp4 ? fill_mxfp4 : fill_e4m3;
+    fill<<<1024, 256>>>(gate_up, e * leaves[0].expert_bytes(), 1);
+    fill<<<1024, 256>>>(down, e * leaves[2].expert_bytes(), 2);
+    // Weights are of the size of block FP8's.
+    const float hidden = leaves[2].dims[0] * 64.0f;
+    const float size = (format == megamoe::WeightFormat::kMxfp4 ? 0.4f : 0.1f) / std::sqrt(hidden);
+    fill_uniform<<<256, 256>>>(gate_up_scale, e * leaves[1].expert_bytes() / sizeof(float), 0.5f * size, size, 3);
+    fill_uniform<<<256, 256>>>(down_scale, e * leaves[3].expert_bytes() / sizeof(float), 0.5f * size, size, 4);
     CHECK(cudaDeviceSynchronize());
   }
 
@@ -121,6 +156,7 @@ struct Call {
     }
     y_count = static_cast<size_t>(p.num_tokens) * p.hidden_size;
     args.problem = p;
+    args.problem.format = w.format;
     args.num_layers = 1;
     auto upload = [](const auto& host) {
       using T = typename std::decay_t<decltype(host)>::value_type;
@@ -170,7 +206,7 @@ struct Call {
 
   std::vector<float> reference() const {
     const Problem& p = args.problem;
-    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts};
+    const probe::Sizes s{p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts, p.format};
     const size_t pairs = p.num_routes();
     float* values = device_array<float>(y_count);
     float* scales = device_array<float>(y_count / 128);

@@ -21,6 +21,15 @@
 
 namespace {
 
+// Of every command: set by the environment's PROBE_FORMAT, fp8_block if it is not set.
+megamoe::WeightFormat weight_format() {
+  const char* name = std::getenv("PROBE_FORMAT");
+  for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
+    if (name != nullptr && std::string(name) == megamoe::name_of(format)) return format;
+  }
+  return megamoe::WeightFormat::kFp8Block;
+}
+
 using probe::Call;
 using probe::device_array;
 using probe::difference;
@@ -32,7 +41,7 @@ using probe::Problem;
 using probe::Weights;
 
 int check(const Problem& p, const std::string& routing, int ctas) {
-  const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts);
+  const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts, p.format);
   Call call(p, w, routing, 11);
   const size_t bytes = megamoe::Workspace::bytes(p);
   void* workspace = device_array<uint8_t>(bytes);
@@ -85,14 +94,15 @@ double call_microseconds(const Problem& p, const std::vector<Weights>& layers, b
 
 void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts, int num_layers, bool apart) {
   std::vector<Weights> layers;
-  for (int n = 0; n < num_layers; ++n) layers.emplace_back(h, i, e);
+  for (int n = 0; n < num_layers; ++n) layers.emplace_back(h, i, e, weight_format());
   const Weights& w = layers[0];
   for (int tokens : token_counts) {
     double touched;
-    const double us = call_microseconds({tokens, k, h, i, e}, layers, apart, &touched);
-    const double expert_bytes = 3.0 * h * i;
-    const size_t bytes = static_cast<size_t>(touched * expert_bytes) / 4096 * 4096;
-    const size_t total = static_cast<size_t>(e) * 2 * h * i;
+    Problem p{tokens, k, h, i, e};
+    p.format = w.format;
+    const double us = call_microseconds(p, layers, apart, &touched);
+    const size_t bytes = static_cast<size_t>(touched * w.expert_bytes) / 4096 * 4096;
+    const size_t total = e * megamoe::weight_leaves(w.format, h, i)[0].expert_bytes() / 4096 * 4096;
     uint32_t* sink = device_array<uint32_t>(1);
     // Reads the gate/up weights cyclically from a moving start: as many bytes, as far apart as the calls' own.
     const double ceiling = graph_microseconds([&](int n, cudaStream_t stream) {
@@ -111,11 +121,12 @@ void time_shape(int h, int i, int e, int k, const std::vector<int>& token_counts
 
 // Each of the two orientations, twice in turn: the rule between them is made of these numbers (layout/thresholds.h).
 void time_orientations(int h, int i, int e, int k, const std::vector<int>& token_counts) {
-  const Weights w(h, i, e);
+  const Weights w(h, i, e, weight_format());
   for (int tokens : token_counts) {
     double us[4], touched;
     for (int n = 0; n < 4; ++n) {
       Problem p{tokens, k, h, i, e};
+      p.format = w.format;
       p.order = n % 2 == 0 ? megamoe::OperandOrder::kSwapped : megamoe::OperandOrder::kNormal;
       us[n] = call_microseconds(p, {w}, false, &touched);
     }
@@ -130,8 +141,9 @@ void time_orientations(int h, int i, int e, int k, const std::vector<int>& token
 #ifdef MEGAMOE_TRACE
 // One traced launch in the middle of a row of launches; appends "H I E k T" and the raw events to `file`.
 void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
-  const Weights w(h, i, e);
-  const Problem p{tokens, k, h, i, e};
+  const Weights w(h, i, e, weight_format());
+  Problem p{tokens, k, h, i, e};
+  p.format = w.format;
   void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
   megamoe::Control* control = make_control(p);
   const size_t words = static_cast<size_t>(num_sms()) * megamoe::Tracer::kRoles * megamoe::Tracer::kCapacity;
@@ -172,8 +184,9 @@ int main(int argc, char** argv) {
   CHECK(megamoe::prepare_moe());
   auto number = [&](int i) { return std::atoi(argv[i]); };
   if (std::string(argv[1]) == "check") {
-    return check({number(6), number(5), number(2), number(3), number(4)}, argc > 7 ? argv[7] : "uniform",
-                 argc > 8 ? number(8) : num_sms());
+    Problem p{number(6), number(5), number(2), number(3), number(4)};
+    p.format = weight_format();
+    return check(p, argc > 7 ? argv[7] : "uniform", argc > 8 ? number(8) : num_sms());
   }
 #ifdef MEGAMOE_TRACE
   if (std::string(argv[1]) == "trace") {

@@ -7,10 +7,16 @@
 
 #include <cstdint>
 
+#include "layout/weight_format.h"
+
 namespace probe {
 
 struct Sizes {
   int tokens, top_k, hidden, inter, experts;
+  megamoe::WeightFormat format;
+
+  __device__ bool has_row_scales() const { return format != megamoe::WeightFormat::kFp8Block; }
+  __device__ size_t plane_bytes() const { return format == megamoe::WeightFormat::kMxfp4 ? 4352 : 8192; }
 };
 
 __device__ inline float e4m3_to_float(uint8_t byte) {
@@ -23,6 +29,19 @@ __device__ inline uint8_t float_to_e4m3(float value) { return __nv_fp8_e4m3(valu
 
 // Position of (row, k) inside a 64 x 128 plane.
 __device__ inline int plane_byte(int row, int k) { return row * 128 + (((k / 16) ^ (row % 8)) * 16) + k % 16; }
+
+// The weight at (row, k) of a plane, but for scales of blocks or rows.
+__device__ inline float weight(const Sizes& s, const uint8_t* plane, int row, int k) {
+  if (s.format != megamoe::WeightFormat::kMxfp4) return e4m3_to_float(plane[plane_byte(row, k)]);
+  const int group = k / 32, high = k % 32 / 16, quad = k % 16 / 4, i = k % 4;
+  const int word = group / 2 * 512 + row / 16 * 128 + (row % 8 * 4 + quad) * 4 + group % 2 * 2 + row % 16 / 8;
+  const uint32_t bits = reinterpret_cast<const uint32_t*>(plane)[word];
+  const float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  const float magnitude = magnitudes[bits >> (16 * high + 4 * i) & 7];
+  const bool negative = bits >> (8 * i + (high ? 3 : 7)) & 1;
+  const int exponent = plane[4096 + row / 16 * 64 + row % 8 * 8 + row % 16 / 8 * 4 + group];
+  return ldexpf(negative ? -magnitude : magnitude, exponent - 13);
+}
 
 // Quantised tokens as floats, and their scales.
 __global__ void quantize(Sizes s, const __nv_bfloat16* x, float* values, float* scales) {
@@ -50,16 +69,21 @@ __global__ void gate_up(Sizes s, const float* values, const float* scales, const
   float gate = 0, up = 0;
   for (int kb = 0; kb < blocks; ++kb) {
     const size_t block = (static_cast<size_t>(expert) * (s.inter / 64) + tile) * blocks + kb;
-    const uint8_t* w = weights + block * 16384 + plane * 8192;
+    const uint8_t* w = weights + (block * 2 + plane) * s.plane_bytes();
     float g = 0, u = 0;
     for (int k = 0; k < 128; ++k) {
       const float v = values[static_cast<size_t>(token) * s.hidden + kb * 128 + k];
-      g += v * e4m3_to_float(w[plane_byte(row, k)]);
-      u += v * e4m3_to_float(w[plane_byte(row + 8, k)]);
+      g += v * weight(s, w, row, k);
+      u += v * weight(s, w, row + 8, k);
     }
     const float scale = scales[static_cast<size_t>(token) * blocks + kb];
-    gate += g * (scale * weight_scales[block * 4]);
-    up += u * (scale * weight_scales[block * 4 + 1]);
+    gate += g * (scale * (s.has_row_scales() ? 1.0f : weight_scales[block * 4]));
+    up += u * (scale * (s.has_row_scales() ? 1.0f : weight_scales[block * 4 + 1]));
+  }
+  if (s.has_row_scales()) {
+    const float* row_scales = weight_scales + ((static_cast<size_t>(expert) * (s.inter / 64) + tile) * 64 + within) * 2;
+    gate *= row_scales[0];
+    up *= row_scales[1];
   }
   gate = fminf(gate, clamp);
   up = fminf(fmaxf(up, -clamp), clamp);
@@ -88,16 +112,17 @@ __global__ void down(Sizes s, const float* h, const float* scales, const uint8_t
   float sum = 0;
   for (int kb = 0; kb < blocks; ++kb) {
     const size_t base = static_cast<size_t>(expert) * (s.hidden / 64) + tile;
-    const uint8_t* w = weights + (base * blocks + kb) * 8192;
-    const float ws = weight_scales[(base * ((blocks + 1) / 2) + kb / 2) * 4 + kb % 2];
+    const uint8_t* w = weights + (base * blocks + kb) * s.plane_bytes();
+    const float ws = s.has_row_scales() ? 1.0f : weight_scales[(base * ((blocks + 1) / 2) + kb / 2) * 4 + kb % 2];
     for (int half = 0; half < 2; ++half) {
       float partial = 0;
       for (int k = half * 64; k < half * 64 + 64; ++k) {
-        partial += h[static_cast<size_t>(pair) * s.inter + kb * 128 + k] * e4m3_to_float(w[plane_byte(row, k)]);
+        partial += h[static_cast<size_t>(pair) * s.inter + kb * 128 + k] * weight(s, w, row, k);
       }
       sum += partial * (scales[static_cast<size_t>(pair) * (s.inter / 64) + kb * 2 + half] * ws);
     }
   }
+  if (s.has_row_scales()) sum *= weight_scales[static_cast<size_t>(expert) * s.hidden + column];
   out[static_cast<size_t>(pair) * s.hidden + column] = __bfloat162float(__float2bfloat16(sum));
 }
 

@@ -1,6 +1,7 @@
 #include "host/launch.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "host/choices.h"
 #include "host/device.h"
@@ -12,10 +13,11 @@ namespace {
 
 template <typename Group>
 cudaError_t prepare() {
-  cudaError_t error = Launcher<SwapAb, Group>::prepare();
-  if (error == cudaSuccess) error = Launcher<Normal, Group>::prepare();
+  cudaError_t error = Launcher<SwapAb<Fp8Block>, Group>::prepare();
+  if (error == cudaSuccess) error = Launcher<Normal<Fp8Block>, Group>::prepare();
+  if constexpr (std::is_same_v<Group, OneRank>) error = Launcher<SwapAb<Mxfp4>, Group>::prepare();
   // Asked here, so that no launch is the first to ask.
-  if (error == cudaSuccess) Launcher<Normal, Group>::num_clusters();
+  if (error == cudaSuccess) Launcher<Normal<Fp8Block>, Group>::num_clusters();
   return error;
 }
 
@@ -23,7 +25,7 @@ cudaError_t prepare() {
 template <typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
   Device device = current_device(num_ctas);
-  device.num_clusters = Launcher<Normal, Group>::num_clusters();
+  device.num_clusters = Launcher<Normal<Fp8Block>, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
@@ -40,8 +42,15 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
     const LaunchChoice choice = choose(slice.problem, device, has_peers);
-    const cudaError_t error = choice.swap_operands ? Launcher<SwapAb, Group>::launch(slice, choice, num_ctas, stream)
-                                                   : Launcher<Normal, Group>::launch(slice, choice, num_ctas, stream);
+    if constexpr (std::is_same_v<Group, OneRank>) {
+      if (slice.problem.format == WeightFormat::kMxfp4) {
+        const cudaError_t error = Launcher<SwapAb<Mxfp4>, Group>::launch(slice, choice, num_ctas, stream);
+        if (error != cudaSuccess) return error;
+        continue;
+      }
+    }
+    const cudaError_t error = choice.swap_operands ? Launcher<SwapAb<Fp8Block>, Group>::launch(slice, choice, num_ctas, stream)
+                                                   : Launcher<Normal<Fp8Block>, Group>::launch(slice, choice, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -5,10 +5,13 @@
 
 #include "host/choices.h"
 #include "kernels/arguments.h"
+#include "layout/weight_format.h"
 
 namespace megamoe {
 
+template <typename Format>
 struct SwapAb;
+template <typename Format>
 struct Normal;
 struct OneRank;
 struct PeerRanks;

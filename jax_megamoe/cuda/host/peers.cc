@@ -44,7 +44,7 @@ void take_tokens_of_rank(MoeArguments* arguments, int rank) {
 void take_experts_of_rank(MoeArguments* arguments, int rank) {
   const Problem& p = arguments->problem;
   const size_t first = static_cast<size_t>(rank) * p.num_local_experts;
-  arguments->weights = arguments->weights.from_expert(first, p.hidden_size, p.intermediate_size);
+  arguments->weights = arguments->weights.from_expert(first, p.format, p.hidden_size, p.intermediate_size);
 }
 
 void join_peers(MoeArguments* arguments, const Problem& part, int rank, PeerView* view, uint64_t* note,

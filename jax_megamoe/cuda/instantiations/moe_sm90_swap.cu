@@ -1,3 +1,3 @@
 #include "instantiations/launchers.cuh"
 
-template struct megamoe::Launcher<megamoe::SwapAb, megamoe::OneRank>;
+template struct megamoe::Launcher<megamoe::SwapAb<megamoe::Fp8Block>, megamoe::OneRank>;

@@ -26,7 +26,7 @@ __device__ __forceinline__ void note_launch(const MoeArguments& args, const type
 
 // In a group: where other ranks' memory is, the own ids to all ranks, and meanwhile weights that are certain to be
 // read.
-template <typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void join_group(const MoeArguments& args, const typename Group::Opening& opening, int warp,
                                            int lane) {
   if constexpr (Group::kHasPeers) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void join_group(const MoeArguments& args, const typen
     }
     Group::inject_delay(args, DelayPoint::kBeforeIds);
     Group::send_ids(args, opening);
-    if (warp == kWeightProducerWarp) prefetch_certain_weights(args, Group::rank(args));
+    if (warp == kWeightProducerWarp) prefetch_certain_weights<typename Orientation::Format>(args, Group::rank(args));
   }
 }
 

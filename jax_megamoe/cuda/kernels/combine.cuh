@@ -147,9 +147,9 @@ struct CombineItem {
 
 // ---- swapAB
 // Columns are complete one after the other; items are taken column by column, and a warp waits for each.
-template <typename Group>
+template <typename Orientation, typename Group>
 __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& args, int num_chunks) {
-  constexpr int kSlotsInFlight = SwapAb::kSlotsInFlight;
+  constexpr int kSlotsInFlight = Orientation::kSlotsInFlight;
   const Problem& p = args.problem;
   const int column_tiles = p.hidden_size / kCombineColumns;
   const int items = column_tiles * ceil_div(p.num_tokens, kCombineTokens);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
     // Where the item is, and whether its columns are complete.
     if (at.move_to(item % column_tiles, item / column_tiles)) find_used_slots<Group>(args, at.tokens, at.used);
     const int unit = item % column_tiles * kCombineColumns / kDownUnitColumns;
-    if (!wait_for_units<SwapAb, Group>(args, num_chunks, unit, unit + 1)) {
+    if (!wait_for_units<Orientation, Group>(args, num_chunks, unit, unit + 1)) {
       store_nothing(args, at.tokens, at.column);
       continue;
     }
@@ -198,7 +198,7 @@ __device__ __forceinline__ void combine_as_columns_complete(const MoeArguments& 
 
 // ---- Normal
 // How many of the first down units are complete, as far as one warp knows.
-template <typename Group>
+template <typename Normal, typename Group>
 class CompleteUnits {
  public:
   __device__ CompleteUnits(const MoeArguments& args, int num_chunks) : args_(args), num_chunks_(num_chunks) {}
@@ -235,7 +235,7 @@ class CompleteUnits {
 
 // Each warp streams the slots of its items through what was the ring: steps of up to eight slots of an item, three
 // steps ahead. It waits for an item's columns before it issues their copies.
-template <typename Group>
+template <typename Normal, typename Group>
 class CombineStream {
   static constexpr int kSlots = Normal::kSlotsInFlight, kStepsAhead = 3;
   static constexpr int kRowBytes = 32 * 16, kStepBytes = 2 * kSlots * kRowBytes;
@@ -360,7 +360,7 @@ class CombineStream {
   }
 
   const MoeArguments& args_;
-  CompleteUnits<Group> units_;
+  CompleteUnits<Normal, Group> units_;
   int column_tiles_;
   int columns_apart_;
   int steps_;
@@ -372,10 +372,10 @@ class CombineStream {
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void combine_tokens(const MoeArguments& args, int num_chunks) {
   if constexpr (Orientation::kSwapsOperands) {
-    combine_as_columns_complete<Group>(args, num_chunks);
+    combine_as_columns_complete<Orientation, Group>(args, num_chunks);
   } else {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);  // both warpgroups have left the ring
-    CombineStream<Group>(args, num_chunks).run();
+    CombineStream<Orientation, Group>(args, num_chunks).run();
   }
 }
 

@@ -23,12 +23,12 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
                                              const UnitNote& note, Signaller& signaller, Tracer& tracer,
                                              StageCursor& cursor) {
   if constexpr (!Orientation::kSwapsOperands) {
-    NormalConsumer<Group>(args, map, note, signaller, tracer).run(cursor);
+    NormalConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
   } else {
-    if constexpr (kN < kSwapTokenTile) {
+    if constexpr (kN < Orientation::kTokenTile) {
       if (note.rows() > kN) return consume_unit<Orientation, Group, kN + 8>(args, map, note, signaller, tracer, cursor);
     }
-    SwapConsumer<kN, Group>(args, map, note, signaller, tracer).run(cursor);
+    SwapConsumer<kN, Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
   }
 }
 

@@ -80,7 +80,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   RoutesAhead first_routes;
   if (warp == 0) first_routes.load(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if constexpr (Orientation::kSwapsOperands && !Group::kHasPeers) {
-    if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit(args);
+    if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit<Orientation>(args);
   }
   OwnPlace place;
   const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
@@ -96,7 +96,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   Cluster<Orientation>::announce_barriers();
   if (threadIdx.x == kFirstSignalWarp * 32) note_launch<Group>(args, opening);
   int first_route = share.first_token() * p.top_k;
-  join_group<Group>(args, opening, warp, lane);
+  join_group<Orientation, Group>(args, opening, warp, lane);
   first_route = Group::route_in_group(args, first_route);
 
   // Make the plan: routes per expert, by all warps.

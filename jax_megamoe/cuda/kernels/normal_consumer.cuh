@@ -26,7 +26,7 @@
 
 namespace megamoe {
 
-template <typename Group>
+template <typename Normal, typename Group>
 class NormalConsumer {
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<Normal>& map,
@@ -117,7 +117,7 @@ class NormalConsumer {
     for (int block = 0; block < k_blocks; ++block) {
       const int stage = cursor.stage;
       const wgmma::Descriptor tokens(map_.tokens(stage) + first_row_ * kBlockK);
-      const wgmma::Descriptor weights(map_.weights(stage) + first_tile_ * kBlockWeightBytes);
+      const wgmma::Descriptor weights(map_.weights(stage) + first_tile_ * Normal::kBlockWeightBytes);
       const float* token_scales = map_.token_scales(stage) + token(0);
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
@@ -129,7 +129,7 @@ class NormalConsumer {
         float partial[kAccumulators];
         wgmma::pin(partial);
         wgmma::fence();
-        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights, t * kBlockWeightBytes);
+        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights, t * Normal::kBlockWeightBytes);
         wgmma::commit();
         const float even = weight_scales[kDown ? t * kScaleVectorFloats : 0];
         const float odd = kDown ? even : weight_scales[1];

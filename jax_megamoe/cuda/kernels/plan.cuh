@@ -165,7 +165,7 @@ __device__ __forceinline__ void lay_out_chunks(const MoeArguments& args, const P
       const int first_chunk = chunks_so_far + chunks_end - chunks;
       if (e < num_experts) plan.chunk_base(e) = first_chunk;
       if constexpr (Orientation::kSwapsOperands) {
-        prefetch_first_unit(args, e, first_chunk, chunks);
+        prefetch_first_unit<Orientation>(args, e, first_chunk, chunks);
         if (chunks == 1) smallest = min(smallest, static_cast<uint32_t>(count) << kChunkBits | first_chunk);
       }
       chunks_so_far += __shfl_sync(~0u, chunks_end, 31);

@@ -5,6 +5,7 @@
 
 #include "layout/thresholds.h"
 #include "layout/tiles.h"
+#include "layout/weight_format.h"
 
 namespace megamoe {
 
@@ -44,17 +45,27 @@ constexpr int kSignalSlots = 4;
 constexpr int kTicketSlots = 2 * kMaxStages;
 
 // What differs between the two orientations besides the multiply itself, side by side.
-template <bool kSwap>
+template <bool kSwap, typename WeightFormat>
 struct OrientationConstants {
+  using Format = WeightFormat;
   static constexpr bool kSwapsOperands = kSwap;
+  #ifdef TRY_TILE
+  static constexpr int kTokenTile = TRY_TILE;
+#else
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
+#endif
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
   // per multiply.
   static constexpr int kUnitTiles = kSwap ? 1 : 2;
   static constexpr int kActivationScaleColumns = activation_scale_columns(kSwap);
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
+  // One tile's weights for 128 columns of K: two planes.
+  static constexpr int kBlockWeightBytes = 2 * Format::kPlaneBytes;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
+  // Scales of a unit's rows, which come with its first stage, behind the weights.
+  static constexpr int kRowScaleBytes = Format::kRowScales ? kUnitTiles * 2 * kPlaneRows * 4 : 0;
+  static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowScaleBytes, 1024);
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
@@ -76,8 +87,10 @@ struct OrientationConstants {
 };
 
 // swapAB: weights on WGMMA's M dimension, tokens on N, which may be as small as eight. For few tokens per expert.
-struct SwapAb : OrientationConstants<true> {};
+template <typename Format>
+struct SwapAb : OrientationConstants<true, Format> {};
 // Tokens on M, weights on N. For many.
-struct Normal : OrientationConstants<false> {};
+template <typename Format>
+struct Normal : OrientationConstants<false, Format> {};
 
 }  // namespace megamoe

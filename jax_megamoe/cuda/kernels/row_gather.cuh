@@ -31,6 +31,7 @@ __device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int toke
 
 // One warp's half of a gate/up unit's rows: the first warp has rows 0 to 3 of each eight, the second one rows 4 to 7. A
 // copy of the warp brings 128 columns of four rows, 16 bytes a lane. What pads the chunk is its last row again.
+template <typename Normal>
 class RowGather {
   static constexpr int kLanesPerRow = kBlockK / sizeof(uint4);
   static constexpr int kRowsPerCopy = 32 / kLanesPerRow;

@@ -68,7 +68,11 @@ class SharedMap {
   __device__ uint8_t* weights(int stage) const {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
   }
-  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightBytes; }
+  __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightRoom; }
+  // Of a unit's first stage: [tiles][2 * kPlaneRows]
+  __device__ const float* row_scales(int stage) const {
+    return reinterpret_cast<const float*>(weights(stage) + Orientation::kStageWeightBytes);
+  }
   __device__ float* token_scales(int stage) const {
     return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
   }
@@ -89,7 +93,7 @@ class SharedMap {
   __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
     const int scales = Orientation::kStageBlocks * Orientation::kActivationScalesPerBlock * rows;
-    return Orientation::kStageWeightBytes + token_bytes(rows) +
+    return Orientation::kStageWeightRoom + token_bytes(rows) +
            round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
 

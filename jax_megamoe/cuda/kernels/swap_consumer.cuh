@@ -18,6 +18,7 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
+#include "kernels/decoded_product.cuh"
 #include "kernels/images.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_map.cuh"
@@ -27,10 +28,10 @@
 
 namespace megamoe {
 
-template <int kN, typename Group>
+template <int kN, typename Orientation, typename Group>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<SwapAb>& map, const UnitNote& note,
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<Orientation>& map, const UnitNote& note,
                                           Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     fetch_sources();
@@ -50,10 +51,12 @@ class SwapConsumer {
   }
 
  private:
+  using Format = typename Orientation::Format;
+  static constexpr int kPlaneBytes = Format::kPlaneBytes;
   static constexpr int kTokenGroups = kN / 8;
-  static constexpr int kStageBlocks = SwapAb::kStageBlocks;
+  static constexpr int kStageBlocks = Orientation::kStageBlocks;
 
-  static constexpr int kActivationScalesPerBlock = SwapAb::kActivationScalesPerBlock;
+  static constexpr int kActivationScalesPerBlock = Orientation::kActivationScalesPerBlock;
   using Partial = float[kN / 2];
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
@@ -82,7 +85,7 @@ class SwapConsumer {
     wgmma::Descriptor weights;
     wgmma::Descriptor tokens;
 
-    __device__ __forceinline__ Stage(const SharedMap<SwapAb>& map, int stage, int first_plane)
+    __device__ __forceinline__ Stage(const SharedMap<Orientation>& map, int stage, int first_plane)
         : index(stage), weights(map.weights(stage) + first_plane * kPlaneBytes), tokens(map.tokens(stage)) {}
   };
 
@@ -137,10 +140,14 @@ class SwapConsumer {
         scales.token[part][j] = *reinterpret_cast<const float2*>(token_scales + part * padded + 8 * j);
       }
     }
-    const int block = step / kStepsPerBlock<kDown>;
-    const float* weight_scales = map_.header().weight_scale[stage.index];
-    scales.weight = kDown ? make_float2(weight_scales[block], weight_scales[block])
-                          : *reinterpret_cast<const float2*>(weight_scales + block * kScaleVectorFloats);
+    if constexpr (Format::kRowScales) {
+      scales.weight = make_float2(1.0f, 1.0f);  // the epilogue has them
+    } else {
+      const int block = step / kStepsPerBlock<kDown>;
+      const float* weight_scales = map_.header().weight_scale[stage.index];
+      scales.weight = kDown ? make_float2(weight_scales[block], weight_scales[block])
+                            : *reinterpret_cast<const float2*>(weight_scales + block * kScaleVectorFloats);
+    }
     return scales;
   }
 
@@ -170,11 +177,15 @@ class SwapConsumer {
   // last stage is followed by a step that nobody reads: its own loop iteration would double the code. Where the number
   // of K blocks is odd, the last stage has its block twice, and the copy counts for nothing.
   template <bool kDown>
-  __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) const {
+  __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) {
+    if constexpr (Format::kDecodes) {
+      DecodedProduct<kN, Orientation, kDown>(args_, map_, note_).run(cursor, acc, row_scale_);
+      return;
+    }
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
     static_assert(kSteps % 2 == 0, "a stage begins with the first of two sums and ends with the second");
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = SwapAb::stages(k_blocks);
+    const int num_stages = Orientation::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
     const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
     Step<kDown> sums[2];
@@ -187,6 +198,7 @@ class SwapConsumer {
     };
     Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
+    if constexpr (Format::kRowScales) row_scale_ = load_row_scale(map_, cursor.stage);
     issue(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
@@ -208,7 +220,7 @@ class SwapConsumer {
       next.wait();
       issue(stage, 0);
       add(kSteps - 1);
-      release_stage<SwapAb>(args_, map_.header(), here.index);
+      release_stage<Orientation>(args_, map_.header(), here.index);
     }
     wgmma::wait<0>();
     cursor.advance(map_.num_stages);
@@ -233,6 +245,7 @@ class SwapConsumer {
     for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
         acc[c] = swiglu(acc[c], acc[2 + c], args_.activation_clamp);
         float amax = fabsf(acc[c]);
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
@@ -244,7 +257,7 @@ class SwapConsumer {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
-    const Image image = activation_image<SwapAb>(args_, note_);
+    const Image image = activation_image<Orientation>(args_, note_);
     uint8_t* plane = image.plane(column / kBlockK);
     float* scales = image.scales(note_.tile);
 #pragma unroll 1
@@ -305,6 +318,7 @@ class SwapConsumer {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
+        if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
         *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
             __floats2bfloat162_rn(acc[c], acc[2 + c]);
       }
@@ -326,10 +340,11 @@ class SwapConsumer {
   }
 
   const MoeArguments& args_;
-  const SharedMap<SwapAb>& map_;
+  const SharedMap<Orientation>& map_;
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;
+  float2 row_scale_;  // of the thread's low and high rows, where rows have scales
 };
 
 }  // namespace megamoe

@@ -71,6 +71,11 @@ class WeightProducer {
   }
 
  private:
+  using Format = typename Orientation::Format;
+  static constexpr int kPlaneBytes = Format::kPlaneBytes;
+  static constexpr bool kRowScales = Format::kRowScales;
+  static constexpr int kTileRows = 2 * kPlaneRows;
+
   // Where a unit's weights are: those of each tile follow each other, K block after K block. Worked out once for each
   // unit: the thread that issues the copies is on the critical path of every stage.
   struct Stream {
@@ -121,7 +126,7 @@ class WeightProducer {
     // Weights that are read once leave the L2 first, so that slots and activations stay in it.
     s.once = Orientation::kSwapsOperands || (u.only_chunk && (u.down || args_.constants.activations_stay));
     s.k_blocks = (u.down ? p.intermediate_size : p.hidden_size) / kBlockK;
-    s.tile_bytes = static_cast<size_t>(s.k_blocks) * kBlockWeightBytes;
+    s.tile_bytes = static_cast<size_t>(s.k_blocks) * Orientation::kBlockWeightBytes;
 
     // Where the expert's tile, or its two tiles, begin.
     const size_t expert = first_expert_ + u.expert;
@@ -130,15 +135,16 @@ class WeightProducer {
       const int vectors = ceil_div(s.k_blocks, 2);
       const size_t tile_pair = expert * tile_pairs + u.tile * Orientation::kUnitTiles;
       s.weights = args_.weights.down + tile_pair * s.tile_bytes;
-      s.scales = args_.weights.down_scale + 2 * tile_pair * vectors * kScaleVectorFloats;
-      s.scale_distance = 2 * vectors * kScaleVectorFloats;
+      s.scale_distance = kRowScales ? kTileRows : 2 * vectors * kScaleVectorFloats;
+      s.scales = args_.weights.down_scale + tile_pair * s.scale_distance;
       // An odd last one comes twice: its copy is multiplied and dropped.
       if ((u.tile + 1) * Orientation::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
       const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * Orientation::kUnitTiles;
       s.weights = args_.weights.gate_up + tile * s.tile_bytes;
-      s.scales =
-          args_.weights.gate_up_scale + tile * s.k_blocks * kScaleVectorFloats;  // which the tiles of a unit share
+      if constexpr (kRowScales) s.scale_distance = kTileRows;
+      // Those of blocks the tiles of a unit share.
+      s.scales = args_.weights.gate_up_scale + tile * (kRowScales ? kTileRows : s.k_blocks * kScaleVectorFloats);
     }
     return s;
   }
@@ -178,7 +184,7 @@ class WeightProducer {
   // weights are brought into the L2, at about the pace at which the memory serves all SMs.
   __device__ __forceinline__ void prefetch_until_free(const Stream& s, int block) {
     constexpr int kPieceBytes = Orientation::kStageWeightBytes;
-    const int bytes = min((s.k_blocks - block) * kBlockWeightBytes, kMostBytesAheadOfRing);
+    const int bytes = min((s.k_blocks - block) * Orientation::kBlockWeightBytes, kMostBytesAheadOfRing);
     for (int prefetched = 0; prefetched + kPieceBytes <= bytes; prefetched += kPieceBytes) {
       const int64_t begin = clock64();
       while (clock64() - begin < kCyclesPerStageAheadOfRing) {
@@ -220,6 +226,16 @@ class WeightProducer {
     }
   }
 
+  // The scales of the unit's rows, behind the weights of its first stage.
+  __device__ __forceinline__ void load_row_scales(const Stream& s, uint8_t* stage, uint64_t* full) {
+    constexpr int kTileBytes = kTileRows * sizeof(float);
+#pragma unroll
+    for (int t = 0; t < Orientation::kUnitTiles; ++t) {
+      ptx::bulk_copy_global_to_shared(stage + Orientation::kStageWeightBytes + t * kTileBytes,
+                                      s.scales + t * s.scale_distance, kTileBytes, full);
+    }
+  }
+
   // K blocks [block, block + kStageBlocks) of the unit, whose stage is claimed.
   __device__ __forceinline__ void load_stage(Stream& s, int block, uint32_t rank) {
     const auto brings = [&](int tile) { return !s.shared || static_cast<int>(rank) == tile; };
@@ -227,11 +243,14 @@ class WeightProducer {
     uint64_t* full = &map_.header().weights_full[cursor_.stage];
     uint8_t* stage = map_.weights(cursor_.stage);
     float* scales = map_.header().weight_scale[cursor_.stage];
+    // Those that come with each stage, or for all rows with the first one.
+    const int row_scale_bytes = kRowScales && block == 0 ? Orientation::kRowScaleBytes : 0;
 
     if (s.down) {
       // Down: for each tile its two planes, each with all K blocks of the stage, and scales for two K blocks.
-      ptx::mbarrier_arrive_expect_tx(full,
-                                     Orientation::kStageWeightBytes + Orientation::kUnitTiles * kScaleVectorBytes);
+      ptx::mbarrier_arrive_expect_tx(
+          full, Orientation::kStageWeightBytes +
+                    (kRowScales ? row_scale_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
 #pragma unroll
@@ -240,24 +259,30 @@ class WeightProducer {
           load_blocks<kPlaneBytes>(s, stage + (2 * t + half) * Orientation::kStageBlocks * kPlaneBytes,
                                    s.weights + t * s.tile_bytes + half * (s.k_blocks * kPlaneBytes), whole, full);
         }
-        ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
-                                        s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
-                                        kScaleVectorBytes, full);
+        if constexpr (!kRowScales) {
+          ptx::bulk_copy_global_to_shared(scales + t * kScaleVectorFloats,
+                                          s.scales + t * s.scale_distance + block / 2 * kScaleVectorFloats,
+                                          kScaleVectorBytes, full);
+        }
       }
       s.weights += Orientation::kStageBlocks * kPlaneBytes;
     } else {
       // Gate/up: for each tile K block after K block, of two planes each, and scales that the tiles share.
-      const int scale_bytes = whole * kScaleVectorBytes;
+      const int scale_bytes = kRowScales ? row_scale_bytes : whole * kScaleVectorBytes;
       ptx::mbarrier_arrive_expect_tx(full, Orientation::kStageWeightBytes + scale_bytes);
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
         if (!brings(t)) continue;
-        load_blocks<kBlockWeightBytes>(s, stage + t * Orientation::kStageBlocks * kBlockWeightBytes,
-                                       s.weights + t * s.tile_bytes, whole, full);
+        load_blocks<Orientation::kBlockWeightBytes>(
+            s, stage + t * Orientation::kStageBlocks * Orientation::kBlockWeightBytes, s.weights + t * s.tile_bytes,
+            whole, full);
       }
-      ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
-      s.weights += Orientation::kStageBlocks * kBlockWeightBytes;
+      if constexpr (!kRowScales) {
+        ptx::bulk_copy_global_to_shared(scales, s.scales + block * kScaleVectorFloats, scale_bytes, full);
+      }
+      s.weights += Orientation::kStageBlocks * Orientation::kBlockWeightBytes;
     }
+    if (kRowScales && block == 0) load_row_scales(s, stage, full);
   }
 
   const MoeArguments& args_;

@@ -3,12 +3,13 @@
 
 #include "layout/thresholds.h"
 #include "layout/tiles.h"
+#include "layout/weight_format.h"
 
 namespace megamoe {
 
 // Whether tokens and weights change places in the multiply. The rule decides, but for measurements (`probe crossover`)
 // and for the launches of one call, which all take the first one's side.
-enum class OperandOrder : int { kByRule, kSwapped, kNormal };
+enum class OperandOrder : int16_t { kByRule, kSwapped, kNormal };
 
 // `num_tokens` and `num_local_experts` are what this device holds.
 struct Problem {
@@ -19,10 +20,12 @@ struct Problem {
   int num_local_experts;
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
   OperandOrder order = OperandOrder::kByRule;
+  WeightFormat format = WeightFormat::kFp8Block;
 
   // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from
   // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
+    if (format == WeightFormat::kMxfp4) return true;
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
     int most = kLeastSwapLimit;
     for (const SwapLimit& limit : kSwapLimits) {

@@ -12,13 +12,10 @@
 
 namespace megamoe {
 
-// A plane is 64 rows x 128 bytes of K, stored as the swizzled shared-memory image a WGMMA operand wants.
+// A plane is 64 rows of weights x 128 columns of K, in the order in which a WGMMA operand wants them.
 constexpr int kPlaneRows = 64;
 constexpr int kBlockK = 128;
-constexpr int kPlaneBytes = kPlaneRows * kBlockK;
-// One unit's weights for 128 bytes of K: two planes.
-constexpr int kBlockWeightBytes = 2 * kPlaneBytes;
-// Weight scales are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two K blocks.
+// Scales of blocks are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two K blocks.
 constexpr int kScaleVectorFloats = 4;
 constexpr int kScaleVectorBytes = kScaleVectorFloats * 4;
 // Rows of weights that a unit of work multiplies: 64 gate and 64 up rows, or two neighbouring tiles of 64 hidden columns.

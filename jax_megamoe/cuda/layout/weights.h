@@ -9,15 +9,37 @@
 #include <cstdint>
 
 #include "layout/tiles.h"
+#include "layout/weight_format.h"
 
 namespace megamoe {
 
-// E4M3 with one scale per 128x128 block.
-constexpr char kWeightFormat[] = "fp8_block";
-// The version of the memory layout.
-constexpr char kWeightLayout[] = "sm90_v1";
+constexpr WeightFormat kWeightFormats[] = {WeightFormat::kFp8Block, WeightFormat::kFp8Channel, WeightFormat::kMxfp4};
 
-enum class Element { kE4m3, kF32 };
+// As `ExpertWeights.format` has it.
+inline const char* name_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFp8Block:
+      return "fp8_block";
+    case WeightFormat::kFp8Channel:
+      return "fp8_channel";
+    default:
+      return "mxfp4";
+  }
+}
+
+// The version of the memory layout.
+inline const char* layout_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFp8Block:
+      return "sm90_v1";
+    case WeightFormat::kFp8Channel:
+      return "sm90_fp8_channel_v1";
+    default:
+      return "sm90_mxfp4_v1";
+  }
+}
+
+enum class Element { kE4m3, kU8, kF32 };
 
 // One array of a layer's weights, in the shape [(L,) E, *dims].
 struct WeightLeaf {
@@ -32,28 +54,44 @@ struct WeightLeaf {
 };
 
 constexpr int kNumLeaves = 4;
+using WeightLeaves = std::array<WeightLeaf, kNumLeaves>;
 
 // In the order in which a call has them.
-inline std::array<WeightLeaf, kNumLeaves> weight_leaves(int64_t hidden_size, int64_t intermediate_size) {
+inline WeightLeaves weight_leaves(WeightFormat format, int64_t hidden_size, int64_t intermediate_size) {
   const int64_t gate_up_tiles = intermediate_size / kGateUpTileColumns, gate_up_blocks = hidden_size / kBlockK;
   const int64_t down_tiles = hidden_size / kDownTileColumns, down_blocks = intermediate_size / kBlockK;
-  return {{
-      {"gate_up", Element::kE4m3, {gate_up_tiles, gate_up_blocks, kBlockWeightBytes}, "[(L,) E, I/64, H/128, 16384]"},
+  WeightLeaves leaves = {{
+      {"gate_up",
+       Element::kE4m3,
+       {gate_up_tiles, gate_up_blocks, 2 * Fp8Block::kPlaneBytes},
+       "[(L,) E, I/64, H/128, 16384]"},
       {"gate_up_scale", Element::kF32, {gate_up_tiles, gate_up_blocks, kScaleVectorFloats}, "[(L,) E, I/64, H/128, 4]"},
-      {"down", Element::kE4m3, {down_tiles, down_blocks, kPlaneBytes}, "[(L,) E, H/64, I/128, 8192]"},
+      {"down", Element::kE4m3, {down_tiles, down_blocks, Fp8Block::kPlaneBytes}, "[(L,) E, H/64, I/128, 8192]"},
       {"down_scale",
        Element::kF32,
        {down_tiles, (down_blocks + 1) / 2, kScaleVectorFloats},
        "[(L,) E, H/64, ceil(I/256), 4]"},
   }};
+  if (format == WeightFormat::kMxfp4) {
+    leaves[0] = {"gate_up",
+                 Element::kU8,
+                 {gate_up_tiles, gate_up_blocks, 2 * Mxfp4::kPlaneBytes},
+                 "[(L,) E, I/64, H/128, 8704]"};
+    leaves[2] = {"down", Element::kU8, {down_tiles, down_blocks, Mxfp4::kPlaneBytes}, "[(L,) E, H/64, I/128, 4352]"};
+  }
+  if (format != WeightFormat::kFp8Block) {
+    leaves[1] = {"gate_up_scale", Element::kF32, {gate_up_tiles, kGateUpTileColumns, 2}, "[(L,) E, I/64, 64, 2]"};
+    leaves[3] = {"down_scale", Element::kF32, {down_tiles, kDownTileColumns / 2, 2}, "[(L,) E, H/64, 32, 2]"};
+  }
+  return leaves;
 }
 
 // Where they are, in device memory.
 struct ExpertWeights {
-  const uint8_t* gate_up;      // [L, E, I/64, H/128, 2 planes] e4m3
-  const float* gate_up_scale;  // [L, E, I/64, H/128, 4]
-  const uint8_t* down;         // [L, E, H/64, I/128, 1 plane] e4m3
-  const float* down_scale;     // [L, E, H/64, ceil(I/256), 4]
+  const uint8_t* gate_up;      // [L, E, I/64, H/128, 2 planes]
+  const float* gate_up_scale;  // [L, E, I/64, ...]
+  const uint8_t* down;         // [L, E, H/64, I/128, 1 plane]
+  const float* down_scale;     // [L, E, H/64, ...]
 
   // In the order of `weight_leaves`.
   static ExpertWeights at(const std::array<const void*, kNumLeaves>& leaves) {
@@ -63,9 +101,9 @@ struct ExpertWeights {
   std::array<const void*, kNumLeaves> leaves() const { return {gate_up, gate_up_scale, down, down_scale}; }
 
   // The same from expert `first` on.
-  ExpertWeights from_expert(size_t first, int hidden_size, int intermediate_size) const {
+  ExpertWeights from_expert(size_t first, WeightFormat format, int hidden_size, int intermediate_size) const {
     std::array<const void*, kNumLeaves> moved = leaves();
-    const auto descriptions = weight_leaves(hidden_size, intermediate_size);
+    const auto descriptions = weight_leaves(format, hidden_size, intermediate_size);
     for (int i = 0; i < kNumLeaves; ++i) {
       moved[i] = static_cast<const uint8_t*>(moved[i]) + first * descriptions[i].expert_bytes();
     }

@@ -1,0 +1,138 @@
+// The multiply of a swapAB unit whose weights are decoded on their way: from a stage to registers, from which WGMMA takes
+// its A operand. Nothing is written back to shared memory.
+//
+// A step is a K block. While the tensor core multiplies one, the warps decode the next: two sets of fragments take
+// turns, and one partial sum is enough, since decoding takes longer than multiplying. The rows' own scales come in the
+// epilogue, so that a partial sum is only multiplied by its tokens' scales: acc += token scale * partial.
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx/warp.cuh"
+#include "common/wgmma.cuh"
+#include "kernels/e2m1.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/shared_map.cuh"
+
+namespace megamoe {
+
+// Of the thread's low and high rows in an accumulator fragment; `stage` is the unit's first one.
+template <typename Orientation>
+__device__ __forceinline__ float2 load_row_scale(const SharedMap<Orientation>& map, int stage) {
+  // Eight pairs of rows for each warp.
+  const int pair = threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
+  return reinterpret_cast<const float2*>(map.row_scales(stage))[pair];
+}
+
+template <int kN, typename Orientation, bool kDown>
+class DecodedProduct {
+ public:
+  using Partial = float[kN / 2];
+
+  __device__ __forceinline__ DecodedProduct(const MoeArguments& args, const SharedMap<Orientation>& map,
+                                            const UnitNote& note)
+      : args_(args), map_(map), padded_rows_(note.padded_rows()), token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)) {}
+
+  __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc, float2& row_scale) const {
+    const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
+    const int num_stages = Orientation::stages(k_blocks);
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
+    Fragments even, odd;
+    wait_stage(map_.header(), cursor);
+    row_scale = load_row_scale(map_, cursor.stage);
+    decode(cursor.stage, 0, even);
+#pragma unroll 1
+    for (int i = 0; i < num_stages; ++i) {
+      const int here = cursor.stage;
+      // Where the number of K blocks is odd, the last stage has its block twice, and the copy counts for nothing.
+      const bool whole = (i + 1) * kStageBlocks <= k_blocks;
+      step(here, 0, true, even, acc, [&] { decode(here, 1, odd); });
+      // After the last stage comes a step that nobody reads: its own loop iteration would double the code.
+      if (i < num_stages - 1) cursor.advance(map_.num_stages);
+      const StageQuery next(map_.header(), cursor);
+      step(here, 1, whole, odd, acc, [&] {
+        next.wait();
+        decode(cursor.stage, 0, even);
+      });
+      release_stage<Orientation>(args_, map_.header(), here);
+    }
+    cursor.advance(map_.num_stages);
+  }
+
+ private:
+  static constexpr int kStageBlocks = Orientation::kStageBlocks;
+  static_assert(kStageBlocks == 2, "the fragments take turns");
+  static constexpr int kTokenGroups = kN / 8;
+  static constexpr int kInstructions = kBlockK / wgmma::kInstructionK;
+  // Parts of a K block that have scales of their own, of the tokens' or the activations'.
+  static constexpr int kParts = kDown ? Orientation::kActivationScalesPerBlock : 1;
+  // The tokens' scales are loaded while the tensor core is busy, as far as there are registers.
+  static constexpr bool kScalesAhead = kParts * kTokenGroups <= 12;
+  static constexpr int kPlaneBytes = Mxfp4::kPlaneBytes;
+  using Fragments = uint32_t[kInstructions][4];
+
+  // Of a stage's K block `block`, the warpgroup's 64 rows. Gate/up stages hold block after block, each with the planes
+  // of both warpgroups; down stages the other way round.
+  __device__ __forceinline__ void decode(int stage, int block, Fragments& fragments) const {
+    const int warpgroup = threadIdx.x / kWarpgroupThreads;
+    const int plane = kDown ? warpgroup * kStageBlocks + block : block * 2 + warpgroup;
+    const E2m1Plane weights(map_.weights(stage) + plane * kPlaneBytes);
+    weights.decode(fragments);
+  }
+
+  // Multiplies a block and adds it up; does `meanwhile` while the tensor core is busy.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void step(int stage, int block, bool valid, Fragments& fragments, Partial& acc,
+                                       const Meanwhile& meanwhile) const {
+    Partial partial[kParts];
+    const wgmma::Descriptor tokens(map_.tokens(stage));
+    const float* token_scales = map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
+    const auto token_scale = [&](int part, int j) {
+      return *reinterpret_cast<const float2*>(token_scales + part * padded_rows_ + 8 * j);
+    };
+    float2 scales[kParts][kTokenGroups];
+#pragma unroll
+    for (Partial& part : partial) wgmma::pin(part);
+    wgmma::pin(fragments);
+    wgmma::fence();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      wgmma::multiply_block<kN, kInstructions / kParts>(partial[part], fragments + part * (kInstructions / kParts), tokens,
+                                                        block * token_plane_bytes_ + part * (kBlockK / kParts));
+    }
+    wgmma::commit();
+    if constexpr (kScalesAhead) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int j = 0; j < kTokenGroups; ++j) scales[part][j] = token_scale(part, j);
+      }
+    }
+    meanwhile();
+    wgmma::wait<0>();
+    wgmma::pin(fragments);
+    const float factor = valid ? 1.0f : 0.0f;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      wgmma::pin(partial[part]);
+#pragma unroll
+      for (int j = 0; j < kTokenGroups; ++j) {
+        const float2 scale = kScalesAhead ? scales[part][j] : token_scale(part, j);
+        const float2 token = make_float2(scale.x * factor, scale.y * factor);
+        const float* sum = partial[part] + 4 * j;
+        acc[4 * j + 0] = fmaf(token.x, sum[0], acc[4 * j + 0]);
+        acc[4 * j + 1] = fmaf(token.y, sum[1], acc[4 * j + 1]);
+        acc[4 * j + 2] = fmaf(token.x, sum[2], acc[4 * j + 2]);
+        acc[4 * j + 3] = fmaf(token.y, sum[3], acc[4 * j + 3]);
+      }
+    }
+  }
+
+  const MoeArguments& args_;
+  const SharedMap<Orientation>& map_;
+  int padded_rows_;
+  uint32_t token_plane_bytes_;
+};
+
+}  // namespace megamoe

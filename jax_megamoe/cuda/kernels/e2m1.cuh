@@ -1,0 +1,77 @@
+// MXFP4 weights from a stage to the registers of WGMMA's A operand.
+//
+// A plane (jax_megamoe/weight_layout.py) has the words of a thread side by side, each with eight weights of one row and
+// group: one fragment word's four in the low half, another's in the high half. A nibble's low three bits are the code of
+// the magnitude, its high bit the sign of another weight, placed so that one mask, or a shift and a mask, brings four
+// signs to where an FP8 word has them. A byte permute looks four magnitudes up at once in the table of the row's group,
+// E5M2 numbers: 2^(d - 13) times 0, 0.5, 1, 1.5, 2, 3, 4, 6, all normal and exact for d of 0 to 26. A group of zeros may
+// have any d: the number zero stays zero.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/roles.h"
+#include "layout/weight_format.h"
+
+namespace megamoe {
+
+// The eight magnitudes of a group.
+class E2m1Table {
+ public:
+  // `exponents`: the d of a row's four groups.
+  __device__ __forceinline__ E2m1Table(uint32_t exponents, int group) {
+    const uint32_t d = __byte_perm(exponents, 0, 0x4440 + group);
+    low_ = d * 0x04040400u + 0x0a080400u;
+    high_ = d * 0x04040404u + 0x12100e0cu;
+  }
+
+  // The eight weights of a word.
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t& first, uint32_t& second) const {
+    constexpr uint32_t kSigns = 0x80808080u;
+    const uint32_t codes = word & 0x77777777u;
+    first = look_up(codes) | (word & kSigns);
+    second = look_up(codes >> 16) | (word << 4 & kSigns);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t look_up(uint32_t codes) const {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low_), "r"(high_), "r"(codes));
+    return bytes;
+  }
+
+  uint32_t low_, high_;
+};
+
+// What a thread reads of a plane.
+class E2m1Plane {
+ public:
+  __device__ __forceinline__ explicit E2m1Plane(const uint8_t* plane)
+      : codes_(plane + threadIdx.x % kWarpgroupThreads * static_cast<int>(sizeof(uint4))),
+        exponents_(plane + Mxfp4::kCodeBytes + threadIdx.x % kWarpgroupThreads / 4 * static_cast<int>(sizeof(uint2))) {}
+
+  // The A operand of the plane's four instructions.
+  __device__ __forceinline__ void decode(uint32_t (&fragments)[4][4]) const {
+    const uint2 exponents = *reinterpret_cast<const uint2*>(exponents_);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 words = *reinterpret_cast<const uint4*>(codes_ + half * (Mxfp4::kCodeBytes / 2));
+      decode(words.x, words.y, exponents, fragments, 2 * half);
+      decode(words.z, words.w, exponents, fragments, 2 * half + 1);
+    }
+  }
+
+ private:
+  // A group of the thread's low and high row.
+  __device__ __forceinline__ static void decode(uint32_t low, uint32_t high, uint2 exponents, uint32_t (&fragments)[4][4],
+                                                int group) {
+    uint32_t(&fragment)[4] = fragments[group];
+    E2m1Table(exponents.x, group).decode(low, fragment[0], fragment[2]);
+    E2m1Table(exponents.y, group).decode(high, fragment[1], fragment[3]);
+  }
+
+  const uint8_t* codes_;
+  const uint8_t* exponents_;
+};
+
+}  // namespace megamoe
