@@ -11,13 +11,25 @@ has_testing: bool
 def ffi_registrations() -> dict[str, dict[str, Any]]: ...
 def host_identity() -> str: ...
 def workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, weight_format: str
 ) -> int: ...
 def peer_workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+    weight_format: str,
+    num_ranks: int,
 ) -> int: ...
 def peer_buffer_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, num_ranks: int
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+    weight_format: str,
+    num_ranks: int,
 ) -> int: ...
 def launch_choice(
     num_tokens: int,
@@ -25,6 +37,7 @@ def launch_choice(
     hidden_size: int,
     intermediate_size: int,
     num_local_experts: int,
+    weight_format: str,
     num_ranks: int,
     *,
     num_sms: int,

@@ -15,11 +15,18 @@ class BufferBytes(NamedTuple):
 
 
 def buffer_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_experts: int, num_ranks: int
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    num_ranks: int,
+    *,
+    format: str = "fp8_block",
 ) -> BufferBytes:
     """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
 
-    `num_tokens` are those of one rank; `num_experts` those of all ranks together. A group has one symmetric buffer,
+    `num_tokens` are those of one rank; `num_experts` those of all ranks together; `format` is that of the weights. A group has one symmetric buffer,
     which serves all layers and every smaller call: with buckets of sizes, ask for the largest. The first call of a
     larger size makes all ranks replace the buffer by a larger one, together; run the largest size first, and it is made
     once. It may be larger than said here by up to an eighth. Not XLA's memory: leave room for it
@@ -34,7 +41,7 @@ def buffer_bytes(
         raise ShapeError(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )
-    sizes = Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks)
+    sizes = Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, format)
     return BufferBytes(_library.peer_buffer_bytes(sizes, num_ranks), _library.peer_workspace_bytes(sizes, num_ranks))
 
 

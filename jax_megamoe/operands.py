@@ -59,3 +59,4 @@ class Sizes(NamedTuple):
     hidden_size: int
     intermediate_size: int
     num_local_experts: int
+    weight_format: str  # as ExpertWeights.format

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -66,6 +67,15 @@ static __global__ void share_scales_by_tile_pairs(float* scales, size_t pairs, i
     float* first = scales + i / floats_per_tile * 2 * floats_per_tile + i % floats_per_tile;
     first[floats_per_tile] = *first;
   }
+}
+
+// Of every command: the environment's PROBE_FORMAT, fp8_block if it is not set.
+inline megamoe::WeightFormat weight_format() {
+  const char* name = std::getenv("PROBE_FORMAT");
+  for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
+    if (name != nullptr && std::string(name) == megamoe::name_of(format)) return format;
+  }
+  return megamoe::WeightFormat::kFp8Block;
 }
 
 // Any codes, exponents over seven binades.

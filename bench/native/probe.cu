@@ -21,15 +21,6 @@
 
 namespace {
 
-// Of every command: set by the environment's PROBE_FORMAT, fp8_block if it is not set.
-megamoe::WeightFormat weight_format() {
-  const char* name = std::getenv("PROBE_FORMAT");
-  for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
-    if (name != nullptr && std::string(name) == megamoe::name_of(format)) return format;
-  }
-  return megamoe::WeightFormat::kFp8Block;
-}
-
 using probe::Call;
 using probe::device_array;
 using probe::difference;
@@ -38,6 +29,7 @@ using probe::kInputs;
 using probe::make_control;
 using probe::num_sms;
 using probe::Problem;
+using probe::weight_format;
 using probe::Weights;
 
 int check(const Problem& p, const std::string& routing, int ctas) {
@@ -181,7 +173,7 @@ int main(int argc, char** argv) {
                  "usage: probe check H I E k T [routing] | probe (time | turns | apart | crossover) H I E k T...\n");
     return 2;
   }
-  CHECK(megamoe::prepare_moe());
+  CHECK(megamoe::prepare_moe(weight_format()));
   auto number = [&](int i) { return std::atoi(argv[i]); };
   if (std::string(argv[1]) == "check") {
     Problem p{number(6), number(5), number(2), number(3), number(4)};

@@ -109,9 +109,10 @@ megamoe::VirtualRanksArguments virtual_arguments(Ranks& ranks, const MoeArgument
 }
 
 int check(const Problem& p, const std::string& routing, int launches, uint32_t seed, int ctas, int late) {
-  const Problem whole{p.num_tokens * p.num_ranks, p.top_k, p.hidden_size, p.intermediate_size,
-                      p.num_local_experts * p.num_ranks};
-  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts);
+  const Problem whole{
+      p.num_tokens * p.num_ranks,     p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts * p.num_ranks, 1,
+      megamoe::OperandOrder::kByRule, p.format};
+  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts, p.format);
   constexpr int kCalls = 4;
   std::vector<Call> calls;
   std::vector<std::vector<float>> wanted;
@@ -153,9 +154,10 @@ int check(const Problem& p, const std::string& routing, int launches, uint32_t s
 }
 
 int missing(const Problem& p) {
-  const Problem whole{p.num_tokens * p.num_ranks, p.top_k, p.hidden_size, p.intermediate_size,
-                      p.num_local_experts * p.num_ranks};
-  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts);
+  const Problem whole{
+      p.num_tokens * p.num_ranks,     p.top_k, p.hidden_size, p.intermediate_size, p.num_local_experts * p.num_ranks, 1,
+      megamoe::OperandOrder::kByRule, p.format};
+  const Weights w(p.hidden_size, p.intermediate_size, whole.num_local_experts, p.format);
   Call call(whole, w, "uniform", 11);
   Ranks ranks(p, true);
   const auto all = virtual_arguments(ranks, call.args, w, 0, 200 * 1000);
@@ -174,9 +176,9 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
   const int gpus = one_gpu ? 1 : num_ranks;
   for (int d = 0; d < gpus; ++d) {
     CHECK(cudaSetDevice(d));
-    CHECK(one_gpu ? megamoe::prepare_virtual_ranks() : megamoe::prepare_moe_peers());
-    weights.push_back(
-        std::make_unique<Weights>(one.hidden_size, one.intermediate_size, one.num_local_experts * num_ranks));
+    CHECK(one_gpu ? megamoe::prepare_virtual_ranks(one.format) : megamoe::prepare_moe_peers(one.format));
+    weights.push_back(std::make_unique<Weights>(one.hidden_size, one.intermediate_size,
+                                                one.num_local_experts * num_ranks, one.format));
   }
   for (int tokens : token_counts) {
     Problem p = one;
@@ -247,8 +249,9 @@ void time_shape(const Problem& one, const std::vector<int>& token_counts, bool o
     std::sort(times.begin(), times.end());
     const double us = times[times.size() / 2];
     CHECK(cudaSetDevice(0));
-    const size_t total = static_cast<size_t>(routed.num_local_experts) * 2 * p.hidden_size * p.intermediate_size;
-    const size_t bytes = static_cast<size_t>(touched * 3.0 * p.hidden_size * p.intermediate_size) / 4096 * 4096;
+    const auto leaves = megamoe::weight_leaves(p.format, p.hidden_size, p.intermediate_size);
+    const size_t total = routed.num_local_experts * leaves[0].expert_bytes() / 4096 * 4096;
+    const size_t bytes = static_cast<size_t>(touched * weights[0]->expert_bytes) / 4096 * 4096;
     uint32_t* sink = device_array<uint32_t>(1);
     const double ceiling = graph_microseconds([&](int n, cudaStream_t stream) {
       CHECK(megamoe::launch_read_ceiling(weights[0]->gate_up, total, static_cast<size_t>(n) * (total / kInputs), bytes,
@@ -279,16 +282,18 @@ int main(int argc, char** argv) {
   }
   auto number = [&](int i, int otherwise = 0) { return argc > i ? std::atoi(argv[i]) : otherwise; };
   const std::string what = argv[1];
+  const megamoe::WeightFormat format = probe::weight_format();
   const int h = number(2), inter = number(3), experts = number(4), k = number(5);
   if (what == "time" || what == "virtual") {
     std::vector<int> tokens;
     for (int i = 7; i < argc; ++i) tokens.push_back(number(i));
-    time_shape({1, k, h, inter, experts / number(6), number(6)}, tokens, what == "virtual");
+    time_shape({1, k, h, inter, experts / number(6), number(6), megamoe::OperandOrder::kByRule, format}, tokens,
+               what == "virtual");
     return 0;
   }
-  CHECK(megamoe::prepare_moe());
-  CHECK(megamoe::prepare_virtual_ranks());
-  const Problem p{number(6), k, h, inter, experts / number(7), number(7)};
+  CHECK(megamoe::prepare_moe(format));
+  CHECK(megamoe::prepare_virtual_ranks(format));
+  const Problem p{number(6), k, h, inter, experts / number(7), number(7), megamoe::OperandOrder::kByRule, format};
   if (what == "missing") return missing(p);
   return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks),
                number(12));

@@ -14,7 +14,8 @@ def sizes_of(operands: Operands) -> Sizes:
     """The sizes of a call with these operands, arrays or their types, of one device."""
     (num_tokens, hidden_size), top_k = operands.x.shape, operands.topk_ids.shape[1]
     intermediate_size = operands.leaves.gate_up.shape[-3] * weight_layout.PLANE_ROWS
-    return Sizes(num_tokens, top_k, hidden_size, intermediate_size, operands.num_local_experts)
+    weight_format = weight_layout.format_of(operands.leaves)
+    return Sizes(num_tokens, top_k, hidden_size, intermediate_size, operands.num_local_experts, weight_format)
 
 
 def call_kernel(

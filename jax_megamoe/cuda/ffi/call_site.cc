@@ -14,7 +14,7 @@ CallSite::~CallSite() {
   }
 }
 
-ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem, cudaError_t (*prepare)()) {
+ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem, cudaError_t (*prepare)(WeightFormat)) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (devices_.count(ordinal) != 0) return ffi::Error::Success();
   const DeviceScope scope(device);
@@ -30,7 +30,7 @@ ffi::Error CallSite::initialize(int ordinal, int device, const Problem& problem,
   state.device = device;
   cudaError_t error = cudaDeviceGetAttribute(&state.num_ctas, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return moe_cuda_failure("reading the number of SMs", error);
-  error = prepare();
+  error = prepare(problem.format);
   if (error != cudaSuccess) return moe_cuda_failure("loading the kernels", error);
   state.control_bytes = Control::bytes(problem);
   state.counter_words = CounterSet::words(problem);

@@ -27,7 +27,7 @@ class CallSite {
 
   // `ordinal` names it, `device` is the CUDA runtime's number; `problem` is that of the call's largest launch;
   // `prepare` loads the kernels that it launches.
-  ffi::Error initialize(int ordinal, int device, const Problem& problem, cudaError_t (*prepare)());
+  ffi::Error initialize(int ordinal, int device, const Problem& problem, cudaError_t (*prepare)(WeightFormat));
 
   // Null before `initialize`.
   const Device* find(int ordinal) const;

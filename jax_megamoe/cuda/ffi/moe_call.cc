@@ -34,10 +34,22 @@ ffi::Error wrong(const char* name, const ffi::AnyBuffer& got, const std::string&
   return moe_failure(std::string(name) + " is " + type_text(got) + "; wanted " + wanted + ".");
 }
 
-ffi::DataType type_of(Element element) { return element == Element::kF32 ? ffi::F32 : ffi::F8E4M3FN; }
+ffi::DataType type_of(Element element) {
+  return element == Element::kF32 ? ffi::F32 : element == Element::kU8 ? ffi::U8 : ffi::F8E4M3FN;
+}
 
 std::string wanted_text(const WeightLeaf& leaf) {
-  return std::string(leaf.element == Element::kF32 ? "f32" : "f8e4m3fn") + leaf.text;
+  return std::string(leaf.element == Element::kF32  ? "f32"
+                     : leaf.element == Element::kU8 ? "u8"
+                                                    : "f8e4m3fn") +
+         leaf.text;
+}
+
+// By the type of the weights, and by what the last dimension of gate_up_scale counts: a vector, or gate's and up's.
+WeightFormat format_of(const ffi::AnyBuffer& gate_up, const ffi::AnyBuffer& gate_up_scale) {
+  if (gate_up.element_type() == ffi::U8) return WeightFormat::kMxfp4;
+  const auto dims = gate_up_scale.dimensions();
+  return dims.size() > 0 && dims.back() == 2 ? WeightFormat::kFp8Channel : WeightFormat::kFp8Block;
 }
 
 // Whether the last dimensions are these, and the product of those before them is `leading`.
@@ -91,9 +103,10 @@ ffi::Error MoeCall::check(int num_ranks) {
   if (id_dims.size() != 2 || id_dims[0] != x_dims[0] || topk_ids.element_type() != ffi::S32) {
     return wrong("topk_ids", topk_ids, "s32[T, k]");
   }
+  const WeightFormat format = format_of(first_leaf, operands_[kFirstLeaf + 1]);
   const size_t leaf_rank = std::tuple_size_v<decltype(WeightLeaf::dims)> + 1;
   if (leaf_dims.size() != leaf_rank && leaf_dims.size() != leaf_rank + 1) {
-    const WeightLeaf leaf = weight_leaves(0, 0)[0];
+    const WeightLeaf leaf = weight_leaves(format, 0, 0)[0];
     return wrong(leaf.name, first_leaf, wanted_text(leaf));
   }
   const bool stacked = leaf_dims.size() == leaf_rank + 1;
@@ -106,10 +119,11 @@ ffi::Error MoeCall::check(int num_ranks) {
   }
   problem_ = {static_cast<int>(tokens),       static_cast<int>(id_dims[1]), static_cast<int>(hidden),
               static_cast<int>(intermediate), static_cast<int>(experts),    num_ranks};
+  problem_.format = format;
   num_layers_ = static_cast<int>(layers);
   const std::string reason = unsupported_reason(problem_);
   if (!reason.empty()) return moe_failure(reason);
-  const auto leaves = weight_leaves(hidden, intermediate);
+  const auto leaves = weight_leaves(format, hidden, intermediate);
   for (int i = 0; i < kNumLeaves; ++i) {
     const ffi::AnyBuffer& operand = operands_[kFirstLeaf + i];
     if (!matches(operand, type_of(leaves[i].element), leaves[i].dims, layers * experts)) {

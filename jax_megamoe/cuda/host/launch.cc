@@ -1,31 +1,42 @@
 #include "host/launch.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "host/choices.h"
 #include "host/device.h"
 #include "host/launchers.h"
+#include "host/with_format.h"
 
 namespace megamoe {
 
 namespace {
 
-template <typename Group>
+template <typename Format, typename Group>
 cudaError_t prepare() {
-  cudaError_t error = Launcher<SwapAb<Fp8Block>, Group>::prepare();
-  if (error == cudaSuccess) error = Launcher<Normal<Fp8Block>, Group>::prepare();
-  if constexpr (std::is_same_v<Group, OneRank>) error = Launcher<SwapAb<Mxfp4>, Group>::prepare();
-  // Asked here, so that no launch is the first to ask.
-  if (error == cudaSuccess) Launcher<Normal<Fp8Block>, Group>::num_clusters();
+  cudaError_t error = Launcher<SwapAb<Format>, Group>::prepare();
+  if constexpr (has_normal_orientation<Format>) {
+    if (error == cudaSuccess) error = Launcher<Normal<Format>, Group>::prepare();
+    // Asked here, so that no launch is the first to ask.
+    if (error == cudaSuccess) Launcher<Normal<Format>, Group>::num_clusters();
+  }
   return error;
 }
 
-// One launch for each slice of the tokens.
-template <typename Group>
-cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
+template <typename Format, typename Group>
+cudaError_t launch_slice(const MoeArguments& slice, bool has_peers, int num_ctas, cudaStream_t stream) {
   Device device = current_device(num_ctas);
-  device.num_clusters = Launcher<Normal<Fp8Block>, Group>::num_clusters();
+  if constexpr (has_normal_orientation<Format>) {
+    device.num_clusters = Launcher<Normal<Format>, Group>::num_clusters();
+    const LaunchChoice choice = choose(slice.problem, device, has_peers);
+    if (!choice.swap_operands) return Launcher<Normal<Format>, Group>::launch(slice, choice, num_ctas, stream);
+  }
+  const LaunchChoice choice = choose(slice.problem, device, has_peers);
+  return Launcher<SwapAb<Format>, Group>::launch(slice, choice, num_ctas, stream);
+}
+
+// One launch for each slice of the tokens.
+template <typename Format, typename Group>
+cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
@@ -41,16 +52,7 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
-    const LaunchChoice choice = choose(slice.problem, device, has_peers);
-    if constexpr (std::is_same_v<Group, OneRank>) {
-      if (slice.problem.format == WeightFormat::kMxfp4) {
-        const cudaError_t error = Launcher<SwapAb<Mxfp4>, Group>::launch(slice, choice, num_ctas, stream);
-        if (error != cudaSuccess) return error;
-        continue;
-      }
-    }
-    const cudaError_t error = choice.swap_operands ? Launcher<SwapAb<Fp8Block>, Group>::launch(slice, choice, num_ctas, stream)
-                                                   : Launcher<Normal<Fp8Block>, Group>::launch(slice, choice, num_ctas, stream);
+    const cudaError_t error = launch_slice<Format, Group>(slice, has_peers, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -58,16 +60,24 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
 
 }  // namespace
 
-cudaError_t prepare_moe() { return prepare<OneRank>(); }
+cudaError_t prepare_moe(WeightFormat format) {
+  return with_format(format, [](auto f) { return prepare<decltype(f), OneRank>(); });
+}
 
-cudaError_t prepare_moe_peers() { return prepare<PeerRanks>(); }
+cudaError_t prepare_moe_peers(WeightFormat format) {
+  return with_format(format, [](auto f) { return prepare<decltype(f), PeerRanks>(); });
+}
 
 cudaError_t launch_moe(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
-  return launch<OneRank>(arguments, /*has_peers=*/false, tokens_per_launch, num_ctas, stream);
+  return with_format(arguments.problem.format, [&](auto f) {
+    return launch<decltype(f), OneRank>(arguments, /*has_peers=*/false, tokens_per_launch, num_ctas, stream);
+  });
 }
 
 cudaError_t launch_moe_peers(const MoeArguments& arguments, int tokens_per_launch, int num_ctas, cudaStream_t stream) {
-  return launch<PeerRanks>(arguments, /*has_peers=*/true, tokens_per_launch, num_ctas, stream);
+  return with_format(arguments.problem.format, [&](auto f) {
+    return launch<decltype(f), PeerRanks>(arguments, /*has_peers=*/true, tokens_per_launch, num_ctas, stream);
+  });
 }
 
 }  // namespace megamoe

@@ -8,10 +8,10 @@
 
 namespace megamoe {
 
-// Load the kernels of one device, or of a group's, on the current device and raise their limit of shared memory.
+// Load a format's kernels of one device, or of a group's, on the current device and raise their limit of shared memory.
 // Outside the hot path: module loading may synchronise.
-cudaError_t prepare_moe();
-cudaError_t prepare_moe_peers();
+cudaError_t prepare_moe(WeightFormat format);
+cudaError_t prepare_moe_peers(WeightFormat format);
 
 // Enqueues a call: launches for `tokens_per_launch` tokens at a time, those of `per_launch`; capturable. `num_ctas` is
 // at most the number of SMs.

@@ -1,8 +1,9 @@
 // The multiply of a swapAB unit whose weights are decoded on their way: from a stage to registers, from which WGMMA takes
 // its A operand. Nothing is written back to shared memory.
 //
-// A step is a K block. While the tensor core multiplies one, the warps decode the next: two sets of fragments take
-// turns, and one partial sum is enough, since decoding takes longer than multiplying. The rows' own scales come in the
+// A step is a K block. While the tensor core multiplies one, the warps decode the next, and load the one after it: two
+// sets of fragments take turns, and one partial sum is enough, since decoding takes longer than multiplying. Therefore
+// the next stage has to be here when a stage's first block is multiplied. The rows' own scales come in the
 // epilogue, so that a partial sum is only multiplied by its tokens' scales: acc += token scale * partial.
 #pragma once
 
@@ -31,7 +32,10 @@ class DecodedProduct {
 
   __device__ __forceinline__ DecodedProduct(const MoeArguments& args, const SharedMap<Orientation>& map,
                                             const UnitNote& note)
-      : args_(args), map_(map), padded_rows_(note.padded_rows()), token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)) {}
+      : args_(args),
+        map_(map),
+        padded_rows_(note.padded_rows()),
+        token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)) {}
 
   __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc, float2& row_scale) const {
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
@@ -39,23 +43,31 @@ class DecodedProduct {
 #pragma unroll
     for (float& value : acc) value = 0.0f;
     Fragments even, odd;
+    wgmma::Descriptor tokens(map_.tokens(cursor.stage));
     wait_stage(map_.header(), cursor);
     row_scale = load_row_scale(map_, cursor.stage);
-    decode(cursor.stage, 0, even);
+    E2m1Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
+    first.decode(even);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const int here = cursor.stage;
       // Where the number of K blocks is odd, the last stage has its block twice, and the copy counts for nothing.
       const bool whole = (i + 1) * kStageBlocks <= k_blocks;
-      step(here, 0, true, even, acc, [&] { decode(here, 1, odd); });
       // After the last stage comes a step that nobody reads: its own loop iteration would double the code.
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       const StageQuery next(map_.header(), cursor);
-      step(here, 1, whole, odd, acc, [&] {
-        next.wait();
-        decode(cursor.stage, 0, even);
+      step(here, tokens, 0, true, even, acc, [&] {
+        next.wait_at_once();
+        first = load(cursor.stage, 0);
+        second.decode(odd);
+      });
+      const wgmma::Descriptor next_tokens(map_.tokens(cursor.stage));
+      step(here, tokens, 1, whole, odd, acc, [&] {
+        second = load(cursor.stage, 1);
+        first.decode(even);
       });
       release_stage<Orientation>(args_, map_.header(), here);
+      tokens = next_tokens;
     }
     cursor.advance(map_.num_stages);
   }
@@ -69,24 +81,21 @@ class DecodedProduct {
   static constexpr int kParts = kDown ? Orientation::kActivationScalesPerBlock : 1;
   // The tokens' scales are loaded while the tensor core is busy, as far as there are registers.
   static constexpr bool kScalesAhead = kParts * kTokenGroups <= 12;
-  static constexpr int kPlaneBytes = Mxfp4::kPlaneBytes;
   using Fragments = uint32_t[kInstructions][4];
 
   // Of a stage's K block `block`, the warpgroup's 64 rows. Gate/up stages hold block after block, each with the planes
   // of both warpgroups; down stages the other way round.
-  __device__ __forceinline__ void decode(int stage, int block, Fragments& fragments) const {
+  __device__ __forceinline__ E2m1Words load(int stage, int block) const {
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
     const int plane = kDown ? warpgroup * kStageBlocks + block : block * 2 + warpgroup;
-    const E2m1Plane weights(map_.weights(stage) + plane * kPlaneBytes);
-    weights.decode(fragments);
+    return E2m1Words(map_.weights(stage) + plane * Mxfp4::kPlaneBytes);
   }
 
   // Multiplies a block and adds it up; does `meanwhile` while the tensor core is busy.
   template <typename Meanwhile>
-  __device__ __forceinline__ void step(int stage, int block, bool valid, Fragments& fragments, Partial& acc,
-                                       const Meanwhile& meanwhile) const {
+  __device__ __forceinline__ void step(int stage, const wgmma::Descriptor& tokens, int block, bool valid,
+                                       Fragments& fragments, Partial& acc, const Meanwhile& meanwhile) const {
     Partial partial[kParts];
-    const wgmma::Descriptor tokens(map_.tokens(stage));
     const float* token_scales = map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
     const auto token_scale = [&](int part, int j) {
       return *reinterpret_cast<const float2*>(token_scales + part * padded_rows_ + 8 * j);
@@ -98,8 +107,8 @@ class DecodedProduct {
     wgmma::fence();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      wgmma::multiply_block<kN, kInstructions / kParts>(partial[part], fragments + part * (kInstructions / kParts), tokens,
-                                                        block * token_plane_bytes_ + part * (kBlockK / kParts));
+      wgmma::multiply_block<kN, kInstructions / kParts>(partial[part], fragments + part * (kInstructions / kParts),
+                                                        tokens, block * token_plane_bytes_ + part * (kBlockK / kParts));
     }
     wgmma::commit();
     if constexpr (kScalesAhead) {

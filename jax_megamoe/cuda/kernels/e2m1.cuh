@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "common/wgmma.cuh"
 #include "kernels/roles.h"
 #include "layout/weight_format.h"
 
@@ -43,35 +44,37 @@ class E2m1Table {
   uint32_t low_, high_;
 };
 
-// What a thread reads of a plane.
-class E2m1Plane {
+// What a thread reads of a plane: the words of its two rows.
+class E2m1Words {
  public:
-  __device__ __forceinline__ explicit E2m1Plane(const uint8_t* plane)
-      : codes_(plane + threadIdx.x % kWarpgroupThreads * static_cast<int>(sizeof(uint4))),
-        exponents_(plane + Mxfp4::kCodeBytes + threadIdx.x % kWarpgroupThreads / 4 * static_cast<int>(sizeof(uint2))) {}
-
-  // The A operand of the plane's four instructions.
-  __device__ __forceinline__ void decode(uint32_t (&fragments)[4][4]) const {
-    const uint2 exponents = *reinterpret_cast<const uint2*>(exponents_);
+  __device__ __forceinline__ explicit E2m1Words(const uint8_t* plane) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    exponents_ = *reinterpret_cast<const uint2*>(plane + Mxfp4::kCodeBytes + thread / 4 * sizeof(uint2));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 words = *reinterpret_cast<const uint4*>(codes_ + half * (Mxfp4::kCodeBytes / 2));
-      decode(words.x, words.y, exponents, fragments, 2 * half);
-      decode(words.z, words.w, exponents, fragments, 2 * half + 1);
+      words_[half] = *reinterpret_cast<const uint4*>(plane + half * (Mxfp4::kCodeBytes / 2) + thread * sizeof(uint4));
     }
   }
 
- private:
-  // A group of the thread's low and high row.
-  __device__ __forceinline__ static void decode(uint32_t low, uint32_t high, uint2 exponents, uint32_t (&fragments)[4][4],
-                                                int group) {
-    uint32_t(&fragment)[4] = fragments[group];
-    E2m1Table(exponents.x, group).decode(low, fragment[0], fragment[2]);
-    E2m1Table(exponents.y, group).decode(high, fragment[1], fragment[3]);
+  // The A operand of the plane's four instructions.
+  __device__ __forceinline__ void decode(uint32_t (&fragments)[4][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      decode_group(words_[half].x, words_[half].y, 2 * half, fragments[2 * half]);
+      decode_group(words_[half].z, words_[half].w, 2 * half + 1, fragments[2 * half + 1]);
+    }
+    wgmma::pin(fragments);  // here, and not where they are needed
   }
 
-  const uint8_t* codes_;
-  const uint8_t* exponents_;
+ private:
+  // Of the low and of the high row.
+  __device__ __forceinline__ void decode_group(uint32_t low, uint32_t high, int group, uint32_t (&fragment)[4]) const {
+    E2m1Table(exponents_.x, group).decode(low, fragment[0], fragment[2]);
+    E2m1Table(exponents_.y, group).decode(high, fragment[1], fragment[3]);
+  }
+
+  uint4 words_[2];
+  uint2 exponents_;
 };
 
 }  // namespace megamoe

@@ -57,6 +57,8 @@ class NormalConsumer {
   }
 
  private:
+  static constexpr bool kRowScales = Normal::Format::kRowScales;
+  static constexpr int kPlaneBytes = Normal::Format::kPlaneBytes;
   static constexpr int kN = 2 * kPlaneRows;
   static constexpr int kAccumulators = kN / 2;
   template <int kTiles>
@@ -80,12 +82,14 @@ class NormalConsumer {
     if (note_.down()) {
       accumulate<true, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
+      if constexpr (kRowScales) scale_rows<true, kTiles>(acc);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
       announce(map_.counters(args_).down_done(note_.tile));
     } else {
       accumulate<false, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
+      if constexpr (kRowScales) scale_rows<false, kTiles>(acc);
       finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
       announce(map_.counters(args_).gate_up_done(note_.chunk));
@@ -97,6 +101,37 @@ class NormalConsumer {
     if (note_.rows() == 0) return;  // the cluster's other CTA has a tile, and this one has none
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
+  }
+
+  // Scales of the unit's rows, out of its first stage, for this warpgroup's epilogue.
+  __device__ __forceinline__ void keep_row_scales(int stage) const {
+    const int i = threadIdx.x % kWarpgroupThreads;
+    reinterpret_cast<float2*>(map_.kept_row_scales(warpgroup()))[i] =
+        reinterpret_cast<const float2*>(map_.row_scales(stage))[i];
+  }
+
+  // Sums times the scales of their rows. In memory, gate's and up's of a column, or those of two neighbouring hidden
+  // columns, are side by side: those of rows 8b + q and 8(b + 1) + q for even b.
+  template <bool kDown, int kTiles>
+  __device__ __forceinline__ void scale_rows(Sums<kTiles>& acc) const {
+    ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
+    const float2* scales =
+        reinterpret_cast<const float2*>(map_.kept_row_scales(warpgroup())) + first_tile_ * kPlaneRows;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int b = 0; b < kN / 8; b += 2) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float2 scale = scales[t * kPlaneRows + 4 * b + 2 * quad_lane() + c];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            acc[t][4 * b + 2 * half + c] *= scale.x;
+            acc[t][4 * (b + 1) + 2 * half + c] *= scale.y;
+          }
+        }
+      }
+    }
   }
 
   // acc += (token scale * weight scale) * partial; weight blocks of eight rows alternate between two scales.
@@ -122,6 +157,9 @@ class NormalConsumer {
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
+      if constexpr (kRowScales) {
+        if (block == 0) keep_row_scales(stage);
+      }
       if (!kDown && gathers_rows<Normal, Group>(args_)) ptx::fence_proxy_async_shared();  // by copies of threads
       const float token_scale[2] = {token_scales[0], token_scales[8]};
 #pragma unroll
@@ -129,10 +167,11 @@ class NormalConsumer {
         float partial[kAccumulators];
         wgmma::pin(partial);
         wgmma::fence();
-        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights, t * Normal::kBlockWeightBytes);
+        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights,
+                                                                  t * Normal::kBlockWeightBytes);
         wgmma::commit();
-        const float even = weight_scales[kDown ? t * kScaleVectorFloats : 0];
-        const float odd = kDown ? even : weight_scales[1];
+        const float even = kRowScales ? 1.0f : weight_scales[kDown ? t * kScaleVectorFloats : 0];
+        const float odd = kRowScales || kDown ? even : weight_scales[1];
         wgmma::wait<0>();
         wgmma::pin(partial);
         if (t == kTiles - 1) release_stage<Normal>(args_, map_.header(), stage);

@@ -78,6 +78,15 @@ class StageQuery {
     await(tokens_full_, parity_, tokens_landed_);
   }
 
+  // The same with one branch instead of two.
+  __device__ __forceinline__ void wait_at_once() const {
+    bool landed = weights_landed_ && tokens_landed_;
+    for (Tries tries = 0; !landed;) {
+      if (++tries == kMostTries) fail();
+      landed = ptx::mbarrier_try_wait(weights_full_, parity_) && ptx::mbarrier_try_wait(tokens_full_, parity_);
+    }
+  }
+
  private:
   uint64_t* weights_full_;
   uint64_t* tokens_full_;

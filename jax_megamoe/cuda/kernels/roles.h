@@ -49,11 +49,7 @@ template <bool kSwap, typename WeightFormat>
 struct OrientationConstants {
   using Format = WeightFormat;
   static constexpr bool kSwapsOperands = kSwap;
-  #ifdef TRY_TILE
-  static constexpr int kTokenTile = TRY_TILE;
-#else
   static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
-#endif
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
   // per multiply.

@@ -57,6 +57,10 @@ class SharedMap {
                   kRouteBatch * sizeof(RouteTarget));
     return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
   }
+  // normal, where rows have scales: [warpgroups][tiles][2 * kPlaneRows], behind all else
+  __device__ float* kept_row_scales(int warpgroup) const {
+    return reinterpret_cast<float*>(scratch() + kScratchBytes + warpgroup * Orientation::kRowScaleBytes);
+  }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
   // swapAB: [warpgroups][max_rows][kDownTileRowBytes], swizzled
@@ -78,13 +82,17 @@ class SharedMap {
   }
 
  private:
+  // Of the tokens' targets, and whatever else there is one after the other.
+  static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
+
   // The normal orientation's consumers have no register for it.
   __device__ uint8_t* scratch() const {
     return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
   }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
-    const int targets = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
+    constexpr int targets =
+        kScratchBytes + (Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowScaleBytes);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
@@ -93,8 +101,7 @@ class SharedMap {
   __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {
     const int scales = Orientation::kStageBlocks * Orientation::kActivationScalesPerBlock * rows;
-    return Orientation::kStageWeightRoom + token_bytes(rows) +
-           round_up(scales * static_cast<int>(sizeof(float)), 1024);
+    return Orientation::kStageWeightRoom + token_bytes(rows) + round_up(scales * static_cast<int>(sizeof(float)), 1024);
   }
 
   int scratch_offset_;

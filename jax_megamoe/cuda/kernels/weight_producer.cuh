@@ -135,8 +135,9 @@ class WeightProducer {
       const int vectors = ceil_div(s.k_blocks, 2);
       const size_t tile_pair = expert * tile_pairs + u.tile * Orientation::kUnitTiles;
       s.weights = args_.weights.down + tile_pair * s.tile_bytes;
+      s.scales = args_.weights.down_scale +
+                 (kRowScales ? tile_pair * kTileRows : 2 * tile_pair * vectors * kScaleVectorFloats);
       s.scale_distance = kRowScales ? kTileRows : 2 * vectors * kScaleVectorFloats;
-      s.scales = args_.weights.down_scale + tile_pair * s.scale_distance;
       // An odd last one comes twice: its copy is multiplied and dropped.
       if ((u.tile + 1) * Orientation::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
@@ -144,7 +145,7 @@ class WeightProducer {
       s.weights = args_.weights.gate_up + tile * s.tile_bytes;
       if constexpr (kRowScales) s.scale_distance = kTileRows;
       // Those of blocks the tiles of a unit share.
-      s.scales = args_.weights.gate_up_scale + tile * (kRowScales ? kTileRows : s.k_blocks * kScaleVectorFloats);
+      s.scales = args_.weights.gate_up_scale + (kRowScales ? tile * kTileRows : tile * s.k_blocks * kScaleVectorFloats);
     }
     return s;
   }
@@ -248,9 +249,9 @@ class WeightProducer {
 
     if (s.down) {
       // Down: for each tile its two planes, each with all K blocks of the stage, and scales for two K blocks.
-      ptx::mbarrier_arrive_expect_tx(
-          full, Orientation::kStageWeightBytes +
-                    (kRowScales ? row_scale_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
+      ptx::mbarrier_arrive_expect_tx(full,
+                                     Orientation::kStageWeightBytes +
+                                         (kRowScales ? row_scale_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
 #pragma unroll

@@ -37,6 +37,10 @@ struct Mxfp4 {
   static constexpr bool kRowScales = true;
 };
 
+// Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M.
+template <typename Format>
+constexpr bool has_normal_orientation = !Format::kDecodes;
+
 // Bytes of a matrix of whole planes.
 template <typename Format>
 __host__ __device__ constexpr size_t weight_bytes(size_t rows, size_t columns) {

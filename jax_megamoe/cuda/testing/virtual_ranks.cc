@@ -3,23 +3,38 @@
 #include "host/choices.h"
 #include "host/device.h"
 #include "host/launchers.h"
+#include "host/with_format.h"
 
 namespace megamoe {
 
-cudaError_t prepare_virtual_ranks() {
-  cudaError_t error = VirtualRanksLauncher<SwapAb<Fp8Block>>::prepare();
-  if (error == cudaSuccess) error = VirtualRanksLauncher<Normal<Fp8Block>>::prepare();
-  if (error == cudaSuccess) VirtualRanksLauncher<Normal<Fp8Block>>::num_clusters();  // as in host/launch.cc
-  return error;
+cudaError_t prepare_virtual_ranks(WeightFormat format) {
+  return with_format(format, [](auto f) {
+    using Format = decltype(f);
+    cudaError_t error = VirtualRanksLauncher<SwapAb<Format>>::prepare();
+    if constexpr (has_normal_orientation<Format>) {
+      if (error == cudaSuccess) error = VirtualRanksLauncher<Normal<Format>>::prepare();
+      if (error == cudaSuccess) VirtualRanksLauncher<Normal<Format>>::num_clusters();  // as in host/launch.cc
+    }
+    return error;
+  });
 }
 
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,
                                  cudaStream_t stream) {
-  Device device = current_device(ctas_per_rank);
-  device.num_clusters = VirtualRanksLauncher<Normal<Fp8Block>>::num_clusters() / present;
-  const LaunchChoice choice = choose(arguments.of_rank[0].problem, device, /*has_peers=*/true);
-  return choice.swap_operands ? VirtualRanksLauncher<SwapAb<Fp8Block>>::launch(arguments, choice, present, ctas_per_rank, stream)
-                              : VirtualRanksLauncher<Normal<Fp8Block>>::launch(arguments, choice, present, ctas_per_rank, stream);
+  const Problem& problem = arguments.of_rank[0].problem;
+  return with_format(problem.format, [&](auto f) {
+    using Format = decltype(f);
+    Device device = current_device(ctas_per_rank);
+    if constexpr (has_normal_orientation<Format>) {
+      device.num_clusters = VirtualRanksLauncher<Normal<Format>>::num_clusters() / present;
+      const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+      if (!choice.swap_operands) {
+        return VirtualRanksLauncher<Normal<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
+      }
+    }
+    const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+    return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
+  });
 }
 
 }  // namespace megamoe

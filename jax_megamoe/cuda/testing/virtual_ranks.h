@@ -8,7 +8,7 @@
 namespace megamoe {
 
 // As `prepare_moe`.
-cudaError_t prepare_virtual_ranks();
+cudaError_t prepare_virtual_ranks(WeightFormat format);
 
 // All ranks at once: all their CTAs have to fit on the GPU at a time. `present` of them; the others stay away.
 cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int present, int ctas_per_rank,

@@ -1,0 +1,4 @@
+#define MEGAMOE_WAITS_FOR_RANKS  // common/bounded_wait.cuh says why
+#include "instantiations/launchers.cuh"
+
+template struct megamoe::VirtualRanksLauncher<megamoe::SwapAb<megamoe::Fp8Channel>>;
