@@ -42,9 +42,7 @@ def _of_blocks(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -
 
 def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Leaves:
     # Of whole rows, and therefore before the parts, which are cut along the columns too.
-    gate_scale, up_scale, down_scale = (
-        _materialize(quantization.row_scales(weight, 3 - row_axis)) for weight in (gate, up, down)
-    )
+    gate_scale, up_scale, down_scale = (_row_scales(weight, row_axis) for weight in (gate, up, down))
 
     def gate_up_tiles(gate: jax.Array, up: jax.Array, *scales: jax.Array) -> tuple[jax.Array]:
         parts = (quantization.quantize_rows(*both) for both in zip((gate, up), scales, strict=True))
@@ -61,6 +59,21 @@ def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int)
         packed_down,
         weight_layout.pack_down_row_scale(down_scale),
     )
+
+
+def _row_scales(weight: jax.Array, row_axis: int) -> jax.Array:
+    """The scales [E, N] of the rows, some rows after the other: it takes several float32 copies of them."""
+    num_rows = weight.shape[row_axis]
+    size = num_rows // _SCALE_PARTS
+
+    def put(index: jax.Array, scales: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(weight, index * size, size, row_axis)
+        part_scales = quantization.row_scales(part, 3 - row_axis)
+        return jax.lax.dynamic_update_slice_in_dim(scales, part_scales, index * size, 1)
+
+    # As in `_map_parts`.
+    start = jnp.broadcast_to(weight[:, :1, 0].astype(jnp.float32), (weight.shape[0], num_rows))
+    return jax.lax.fori_loop(0, _SCALE_PARTS, put, start)
 
 
 def _of_mxfp4(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Leaves:
@@ -98,6 +111,8 @@ def _materialize[T](value: T) -> T:
 # A weight is quantised in so many parts at least, where it has so many blocks: what one needs meanwhile is then less
 # than a sixth of the input. Measured as `memory_analysis` of the compiled program.
 _MIN_PARTS = 6
+# The parts of rows whose scales are found together; a divisor of 128.
+_SCALE_PARTS = 16
 
 
 def _map_parts(

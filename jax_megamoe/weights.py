@@ -98,14 +98,10 @@ class ExpertWeights:
             if leaf.dtype != dtype:
                 of_dtype = jnp.dtype(dtype)
                 is_raw = leaf.dtype.itemsize == 1 == of_dtype.itemsize
-                raise DTypeError(
-                    f"weights.{name} has dtype {leaf.dtype}, wanted {of_dtype.name}: "
-                    + (
-                        f"if it holds the bytes of that type, which {format} has, take .view(jax.numpy.{of_dtype.name}) of it."
-                        if is_raw
-                        else f"make the weights of {format} anew with pack_experts."
-                    )
-                )
+                advice = f"make the weights of {format} anew with pack_experts"
+                if is_raw:
+                    advice = f"if it holds the bytes of {format}, take .view(jax.numpy.{of_dtype.name}) of it"
+                raise DTypeError(f"weights.{name} has dtype {leaf.dtype}, wanted {of_dtype.name}: {advice}.")
             if len(lead) not in (1, 2) or leaf.shape != (*lead, *tail):
                 text = ", ".join(map(str, tail))
                 raise LayoutError(
