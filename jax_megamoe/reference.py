@@ -232,7 +232,7 @@ def _expert(
 
 def _row_scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
     """`_scaled_matmul` for scales f32[N] of B's rows, which multiply the sum over K."""
-    return _scaled_matmul(a, a_scale, b, None) * b_scale
+    return _scaled_matmul(a, a_scale, b, None) * b_scale[None, :]
 
 
 def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array | None) -> jax.Array:

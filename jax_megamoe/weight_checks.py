@@ -88,9 +88,11 @@ def check_spreads(packed: Leaves, *, are_floats: bool = False, first_expert: int
     """
     for name in ("gate_up", "down"):
         for expert, scale, planes in _nan_experts(getattr(packed, name), getattr(packed, f"{name}_scale")):
-            codes, e = (mxfp4.unpack_gate_up if name == "gate_up" else mxfp4.unpack_down)(planes)
-            row_scale = getattr(weight_layout, f"unpack_{name}_row_scale")(scale)
-            is_zero = np.asarray(mxfp4.are_zero_groups(codes))
+            # On the way to an error, which a guard that the caller has set should not hide.
+            with jax.transfer_guard("allow"):
+                codes, e = (mxfp4.unpack_gate_up if name == "gate_up" else mxfp4.unpack_down)(planes)
+                row_scale = getattr(weight_layout, f"unpack_{name}_row_scale")(scale)
+                is_zero = np.asarray(mxfp4.are_zero_groups(codes))
             for row in np.flatnonzero(np.isnan(row_scale)):
                 exponents = np.asarray(e)[row]
                 where = _row_text(name, first_expert + expert, int(row), len(row_scale), are_floats)
@@ -122,9 +124,10 @@ def _nan_experts(planes: jax.Array, scale: jax.Array) -> Iterator[tuple[int, Any
     # By shards: indexing would be a computation on all devices.
     planes_of = {shard.device: shard.data for shard in planes.addressable_shards}
     for shard in scale.addressable_shards:
-        scales = np.asarray(shard.data)
+        scales = np.asarray(jax.device_get(shard.data))
         for local in np.flatnonzero(np.isnan(scales).any((1, 2, 3))):
-            yield (shard.index[0].start or 0) + int(local), scales[local], np.asarray(planes_of[shard.device])[local]
+            held = jax.device_get(planes_of[shard.device])
+            yield (shard.index[0].start or 0) + int(local), scales[local], np.asarray(held)[local]
 
 
 def require_count(name: str, value: object) -> int:
