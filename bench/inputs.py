@@ -45,7 +45,7 @@ def make_weights(shape: Shape) -> mm.ExpertWeights:
 
     make = jax.jit(bytes_of, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = weight_layout.leaf_shapes(e, h, i)
+    shapes = weight_layout.leaf_shapes("fp8_block", e, h, i)
     block = weight_layout.BLOCK
     return mm.ExpertWeights(
         gate_up=make(keys[0], shapes.gate_up),

@@ -1,4 +1,4 @@
-"""Making `ExpertWeights`: from float weights, from FP8 blocks as checkpoints hold them, from layers one by one."""
+"""Making `ExpertWeights`: from float weights, from quantised ones as checkpoints hold them, from layers one by one."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import quantization, weight_checks, weight_layout
+from jax_megamoe import mxfp4, quantization, weight_checks, weight_layout
 from jax_megamoe.arrays import (
     Array,
     as_array,
@@ -21,7 +21,10 @@ from jax_megamoe.arrays import (
     unwrap,
 )
 from jax_megamoe.errors import ArgumentError, LayoutError, ShapeError, ShardingError
+from jax_megamoe.operands import Leaves
+from jax_megamoe.quantized_packing import as_bytes, quantize_and_pack
 from jax_megamoe.weight_checks import Order
+from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
 Progress = Callable[[int, int], None]
@@ -33,13 +36,21 @@ def quantize_experts(
     down: Array,
     *,
     order: Order = "out_in",
+    format: Format = "fp8_block",
     num_experts: int | None = None,
     progress: Progress | None = None,
 ) -> ExpertWeights:
-    """Quantises float weights to FP8 with one scale per 128x128 block, and packs them.
+    """Quantises float weights, and packs them.
 
-    Values that a power-of-two scale makes exact are kept exactly (docs/numerics.md). Input, result and what is needed
-    meanwhile are together at most twice the input for matrices of at least six blocks, less for float32, inside
+    | format      | a weight becomes                                                     | bits |
+    |-------------|----------------------------------------------------------------------|------|
+    | fp8_block   | E4M3 times one scale per 128x128 block                               | 8    |
+    | fp8_channel | E4M3 times one scale per row, that is per output channel             | 8    |
+    | mxfp4       | E2M1 times a power of two (E8M0) per 32 columns of a row, as OCP MX  | 4.25 |
+
+    Values that the format holds exactly are kept exactly: those that a power of two makes E4M3 values, or MXFP4 values
+    (docs/numerics.md). A NaN or an infinity makes NaN of what its block or row reaches. Input, result and what is
+    needed meanwhile are together at most twice the input for matrices of at least six blocks, less for float32, inside
     `jax.jit` too; NumPy arrays are taken to the device one expert at a time.
 
     Args:
@@ -47,29 +58,39 @@ def quantize_experts(
       down: the same types, [E, H, I]; with order="in_out" [E, I, H].
       order: "out_in" as PyTorch and checkpoints hold matrices, "in_out" as Flax and MaxText do. Where all three are in
         the other order they are those of a layer with H and I exchanged, and if H = I nothing can tell: say the order.
+      format: one of the table. With mxfp4 the exponents of a row may spread over 26 binades: where the values can be
+        looked at (not traced, and on this host), weights beyond that are an error, else such a row is NaN.
       num_experts: how many experts there are on all devices together, where the arrays hold a part of them, as inside
         `jax.shard_map`; None for those that the arrays hold. Copies of an expert count as experts of their own.
       progress: called with (experts done, E): after each expert of NumPy arrays, at the end for those of JAX.
 
     Raises:
       ShapeError, DTypeError: while tracing, for arguments that cannot be served.
-      LayoutError: for weights that are packed already, or an unknown order.
+      LayoutError: for weights that are packed already, an unknown order or format.
+      ArgumentError: for weights whose rows spread too far for mxfp4.
     """
     _check_progress(progress)
     gate, up, down = (_array(name, value) for name, value in (("gate", gate), ("up", up), ("down", down)))
     weight_checks.check_order(order)
+    weight_checks.check_format(format)
     weight_checks.check_floats(gate, up, down, order)
     _check_split(gate=gate, up=up, down=down)
     num_held = gate.shape[0]
     num_experts = weight_checks.count_experts(num_held, num_experts)
+
+    def quantize(first: int, *arrays: Array) -> ExpertWeights:
+        leaves = quantize_and_pack(*arrays, order=order, format=format)
+        if format == "mxfp4":
+            weight_checks.check_spreads(leaves, are_floats=True, first_expert=first)
+        return _weights_of(leaves, format)
+
     if num_held > 1 and all(isinstance(array, np.ndarray) for array in (gate, up, down)):
         parts = (
-            _quantize(*(array[expert : expert + 1] for array in (gate, up, down)), order=order)
-            for expert in range(num_held)
+            quantize(expert, *(array[expert : expert + 1] for array in (gate, up, down))) for expert in range(num_held)
         )
         weights = _fill(parts, num_held, "experts", progress)
     else:
-        weights = _quantize(gate, up, down, order=order)
+        weights = quantize(0, gate, up, down)
         if progress is not None:
             progress(num_held, num_held)
     return dataclasses.replace(weights, num_experts=num_experts)
@@ -78,28 +99,53 @@ def quantize_experts(
 def pack_experts(
     gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array, *, num_experts: int | None = None
 ) -> ExpertWeights:
-    """Packs FP8 weights with a scale per 128x128 block, as checkpoints hold them; nothing is rounded.
+    """Packs quantised weights as checkpoints hold them; nothing is rounded. H and I are multiples of 128.
+
+    The format follows from dtypes and shapes; both matrices have the same.
+
+    | format      | gate_up (gate rows first), down         | gate_up_scale, down_scale                              |
+    |-------------|-----------------------------------------|--------------------------------------------------------|
+    | fp8_block   | f8e4m3fn [E, 2I, H], [E, H, I]          | f32, bf16, E8M0 [E, 2I/128, H/128], [E, H/128, I/128]  |
+    | fp8_channel | f8e4m3fn [E, 2I, H], [E, H, I]          | f32, bf16 [E, 2I], [E, H], both also with 1 at the end |
+    |             |                                         | one a matrix: [E], or [E, 2] of (gate, up); down's [E] |
+    | mxfp4       | uint8, int8 [E, 2I, H/2], [E, H, I/2],  | E8M0 [E, 2I, H/32], [E, H, I/32]                       |
+    |             | lower column in the low nibble, or      |                                                        |
+    |             | float4_e2m1fn [E, 2I, H], [E, H, I]     |                                                        |
+
+    E8M0 is float8_e8m0fnu, or its bytes in uint8: byte b is 2^(b - 127), and 255 is NaN. A value of the layer is weight
+    * scale of its block, row, or 32 columns of a row. In a block of FP8, 255 makes NaN of what the block reaches. With
+    mxfp4, 255 is refused, and so are rows whose exponents (of groups that are not zeros) spread over more than 26
+    binades; where the values cannot be looked at, traced or on other hosts, such a row is NaN.
 
     Args:
-      gate_up: f8e4m3fn[E, 2I, H], gate rows first; H and I multiples of 128.
-      gate_up_scale: f32, bf16 or f8e8m0fnu [E, 2I/128, H/128], or the bytes of the last in uint8: a byte b is
-        2^(b - 127), and 255 is NaN, which makes NaN of what its block reaches. A value of the layer is weight * scale.
-      down: f8e4m3fn[E, H, I].
-      down_scale: as gate_up_scale, [E, H/128, I/128].
+      gate_up, gate_up_scale, down, down_scale: as in the table.
       num_experts: as in `quantize_experts`.
 
     Raises:
       ShapeError, DTypeError: for arguments that cannot be served, while tracing; also for floats on this host that are
         E8M0 exponents after a cast: whole numbers of at least 64, not all powers of two.
+      ArgumentError: for exponents of mxfp4 that cannot be served.
       LayoutError: for weights that are packed already.
     """
     arrays = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down, "down_scale": down_scale}
-    blocks = [_array(name, value) for name, value in arrays.items()]
-    weight_checks.check_blocks(*blocks)
-    _check_split(**dict(zip(arrays, blocks, strict=True)))
-    num_experts = weight_checks.count_experts(blocks[2].shape[0], num_experts)
-    packed: ExpertWeights = _pack(*blocks)
-    return dataclasses.replace(packed, num_experts=num_experts)
+    quantized = Leaves(*(_array(name, value) for name, value in arrays.items()))
+    format = weight_checks.find_format(quantized)
+    _check_split(**quantized._asdict())
+    num_experts = weight_checks.count_experts(quantized.down.shape[0], num_experts)
+    leaves = _pack(quantized, format=format)
+    if format == "mxfp4":
+        weight_checks.check_spreads(leaves)
+    return dataclasses.replace(_weights_of(leaves, format), num_experts=num_experts)
+
+
+def _weights_of(leaves: Leaves, format: Format) -> ExpertWeights:
+    return ExpertWeights(
+        *leaves,
+        num_experts=leaves.down.shape[0],
+        hidden_size=leaves.down.shape[1] * weight_layout.PLANE_ROWS,
+        intermediate_size=leaves.gate_up.shape[1] * weight_layout.PLANE_ROWS,
+        layout=weight_layout.LAYOUT_TAGS[format],
+    )
 
 
 def stack_experts(
@@ -113,7 +159,8 @@ def stack_experts(
         generator little more than the result is in memory; else all layers are there beside it.
       progress: called with (layers done, num_layers) after each layer where `num_layers` is given.
 
-    Raises `ShapeError` for layers of different shapes or another number of them, `LayoutError` for other things.
+    Raises `ShapeError` for layers of different shapes or another number of them, `LayoutError` for layers of different
+    formats and for other things.
     """
     _check_progress(progress)
     layers = _each_layer(weights)
@@ -127,98 +174,51 @@ def stack_experts(
     return stacked
 
 
-@functools.partial(jax.jit, static_argnames="order")
-def _quantize(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order) -> ExpertWeights:
-    row_axis = 1 if order == "out_in" else 2
-
-    def gate_up_tiles(*parts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        quantized = [_materialize(quantization.quantize_blocks(part)) for part in parts]
-        values, scale = (jnp.concatenate(both, axis=1) for both in zip(*quantized, strict=True))
-        return weight_layout.pack_gate_up(values), weight_layout.pack_gate_up_scale(scale)
-
-    def down_tiles(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, scale = _materialize(quantization.quantize_blocks(part))
-        return weight_layout.pack_down(values), weight_layout.pack_down_scale(scale)
-
-    columns_axis = 3 - row_axis
-    return ExpertWeights(
-        *_map_parts(gate_up_tiles, gate, up, row_axis=row_axis, column_blocks=1),
-        # Two blocks of columns share a row of the packed scales.
-        *_map_parts(down_tiles, down, row_axis=row_axis, column_blocks=2),
-        num_experts=gate.shape[0],
-        hidden_size=gate.shape[columns_axis],
-        intermediate_size=down.shape[columns_axis],
-    )
-
-
-def _materialize[T](value: T) -> T:
-    # Fused with packing, which reads each byte through several exchanges, quantising would be done several times.
-    materialized: T = jax.lax.optimization_barrier(value)
-    return materialized
-
-
-# A weight is quantised in so many parts at least, where it has so many blocks: what one needs meanwhile is then less
-# than a sixth of the input. Measured as `memory_analysis` of the compiled program.
-_MIN_PARTS = 6
-
-
-def _map_parts(
-    make_tiles: Callable[..., tuple[jax.Array, jax.Array]], *weights: jax.Array, row_axis: int, column_blocks: int
-) -> tuple[jax.Array, jax.Array]:
-    """The packed tiles of weights [E, N, K], transposed if row_axis is 2, that `make_tiles` gives for parts of them.
-
-    Parts are 128 rows and a multiple of `column_blocks` blocks of columns, or all. One after the other goes into its
-    place, since float32 copies of all weights would take several times the room of the input. Rows and columns are
-    split and not experts, which may be split over devices.
-    """
-    num_rows, num_columns = weights[0].shape[row_axis], weights[0].shape[3 - row_axis]
-    row_parts = num_rows // weight_layout.BLOCK
-    wanted = -(-_MIN_PARTS // row_parts)
-    units = num_columns // (column_blocks * weight_layout.BLOCK)
-    is_whole = num_columns % (column_blocks * weight_layout.BLOCK) == 0
-    column_parts = next((n for n in range(wanted, units + 1) if units % n == 0), units) if is_whole and units else 1
-    width = num_columns // column_parts
-
-    def tiles_of(row_part: jax.Array, column_part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        parts = []
-        for weight in weights:
-            part = jax.lax.dynamic_slice_in_dim(weight, row_part * weight_layout.BLOCK, weight_layout.BLOCK, row_axis)
-            part = jax.lax.dynamic_slice_in_dim(part, column_part * width, width, 3 - row_axis)
-            parts.append(part if row_axis == 1 else part.swapaxes(1, 2))
-        return make_tiles(*parts)
-
-    def put(index: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        row_part, column_part = index // column_parts, index % column_parts
-        return tuple(
-            jax.lax.dynamic_update_slice(whole, _as_bytes(tiles), (0, 2 * row_part, tiles.shape[2] * column_part, 0))
-            for whole, tiles in zip(joined, tiles_of(row_part, column_part), strict=True)
+@functools.partial(jax.jit, static_argnames="format")
+def _pack(arrays: Leaves, *, format: Format) -> Leaves:
+    """Packed leaves of arrays as checkpoints hold them."""
+    num_experts, hidden_size, _ = arrays.down.shape
+    if format == "mxfp4":
+        gate_up, down = (_codes(array) for array in (arrays.gate_up, arrays.down))
+        gate_up_d, gate_up_scale = _stored_exponents(gate_up, arrays.gate_up_scale)
+        down_d, down_scale = _stored_exponents(down, arrays.down_scale)
+        return Leaves(
+            mxfp4.pack_gate_up(gate_up, gate_up_d),
+            weight_layout.pack_gate_up_row_scale(gate_up_scale),
+            mxfp4.pack_down(down, down_d),
+            weight_layout.pack_down_row_scale(down_scale),
         )
-
-    # Of any values, since all are overwritten; made of a weight, so that they are split over devices as it is.
-    origin = weights[0][:, :1, :1, None]
-    start = tuple(
-        jnp.broadcast_to(
-            _as_bytes(origin.astype(tiles.dtype)),
-            (tiles.shape[0], 2 * row_parts, tiles.shape[2] * column_parts, tiles.shape[3]),
-        )
-        for tiles in jax.eval_shape(tiles_of, 0, 0)
+    gate_up_scale, down_scale = (quantization.widen_scale(scale) for scale in (arrays.gate_up_scale, arrays.down_scale))
+    if format == "fp8_channel":
+        gate_up_scale = weight_layout.pack_gate_up_row_scale(_repeat_for_rows(gate_up_scale, arrays.gate_up.shape[1]))
+        down_scale = weight_layout.pack_down_row_scale(_repeat_for_rows(down_scale, hidden_size))
+    else:
+        gate_up_scale = weight_layout.pack_gate_up_scale(gate_up_scale)
+        down_scale = weight_layout.pack_down_scale(down_scale)
+    return Leaves(
+        weight_layout.pack_gate_up(arrays.gate_up), gate_up_scale, weight_layout.pack_down(arrays.down), down_scale
     )
-    values, scale = jax.lax.fori_loop(0, row_parts * column_parts, put, start)
-    return jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn), scale
 
 
-@jax.jit
-def _pack(gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array) -> ExpertWeights:
-    num_experts, hidden_size, intermediate_size = down.shape
-    return ExpertWeights(
-        gate_up=weight_layout.pack_gate_up(gate_up),
-        gate_up_scale=weight_layout.pack_gate_up_scale(quantization.widen_scale(gate_up_scale)),
-        down=weight_layout.pack_down(down),
-        down_scale=weight_layout.pack_down_scale(quantization.widen_scale(down_scale)),
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-    )
+def _codes(values: jax.Array) -> jax.Array:
+    if values.dtype == jnp.float4_e2m1fn:
+        return mxfp4.codes_of_float4(values)
+    return jax.lax.bitcast_convert_type(values, jnp.uint8)
+
+
+def _stored_exponents(codes: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The exponents relative to their row's base, and the rows' scales."""
+    exponents = jax.lax.bitcast_convert_type(exponents, jnp.uint8)
+    base, scale = mxfp4.row_scales(exponents, mxfp4.are_zero_groups(codes))
+    return exponents - base[..., None], scale
+
+
+def _repeat_for_rows(scale: jax.Array, num_rows: int) -> jax.Array:
+    """Scales [E, N], [E, N, 1], [E, 2] of gate and up, or [E] -> [E, N]."""
+    num_scales = scale.shape[1] if scale.ndim > 1 else 1
+    scale = weight_layout.reshape_trailing(scale, 1, num_scales, 1)
+    scale = jnp.broadcast_to(scale, (scale.shape[0], num_scales, num_rows // num_scales))
+    return weight_layout.reshape_trailing(scale, 1, num_rows)
 
 
 def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Progress | None) -> ExpertWeights:
@@ -260,15 +260,10 @@ def _put(whole: ExpertWeights, part: ExpertWeights, index: jax.Array) -> tuple[E
     """The parts with one more in its place, and the index of the next, which so is never moved to a device."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-        updated = jax.lax.dynamic_update_index_in_dim(_as_bytes(whole), _as_bytes(part), index, 0)
+        updated = jax.lax.dynamic_update_index_in_dim(as_bytes(whole), as_bytes(part), index, 0)
         return jax.lax.bitcast_convert_type(updated, whole.dtype)
 
     return jax.tree.map(put, whole, part), index + 1
-
-
-def _as_bytes(array: jax.Array) -> jax.Array:
-    # XLA's CPU backend moves FP8 through half precision, and then all of an array of which a part is updated.
-    return jax.lax.bitcast_convert_type(array, jnp.uint8) if array.dtype.itemsize == 1 else array
 
 
 def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
@@ -277,7 +272,7 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
     if isinstance(held, ExpertWeights) or not isinstance(held, Iterable):
         raise LayoutError(f"weights is {type_of(held)}, wanted the ExpertWeights of several layers: pass a sequence.")
     layers = iter(held)
-    first_shape, first_shardings = None, None
+    first_format, first_shape, first_shardings = None, None, None
     for layer in itertools.count():
         try:
             one = unwrap(next(layers))
@@ -291,6 +286,11 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
         one = one.checked()
         for name, leaf in one.leaves._asdict().items():
             require_device_memory(f"weights[{layer}].{name}", leaf, f"weights[{layer}]")
+        first_format = first_format or one.format
+        if one.format != first_format:
+            raise LayoutError(
+                f"weights[{layer}] is {one.format}, wanted {first_format} like layer 0: stack layers of one format."
+            )
         if one.is_stacked:
             raise ShapeError(f"weights[{layer}] is stacked already, wanted one layer: pass the layers one by one.")
         shape = (one.gate_up.shape, one.num_experts, one.hidden_size, one.intermediate_size)

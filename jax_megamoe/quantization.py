@@ -1,4 +1,4 @@
-"""FP8 (E4M3) quantisation: the rounding and the three kinds of scales of docs/numerics.md, and dequantisation."""
+"""FP8 (E4M3) quantisation: the rounding and the kinds of scales of docs/numerics.md, and dequantisation."""
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +90,27 @@ def quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     that their scale would be subnormal, has scale 1.
     """
     blocks = _weight_blocks(weight)
-    amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-    power = power_of_two_scale(jnp.maximum(amax, _MIN_BLOCK_AMAX))
-    is_exact = jnp.all(_are_e4m3_values(blocks, jnp.expand_dims(power, (-3, -1))), axis=(-3, -1))
-    scale = jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, jnp.where(is_exact, power, divide(amax, E4M3_MAX)))
+    scale = _weight_scale(blocks, (-3, -1))
     values = to_e4m3(divide(blocks, jnp.expand_dims(scale, (-3, -1))))
     return reshape_trailing(values, weight.ndim - 2, *weight.shape[-2:]), scale
+
+
+def row_scales(weight: jax.Array, axis: int) -> jax.Array:
+    """The scale of each row of a weight, whose columns lie along the axis, as `quantize_blocks` chooses it."""
+    return _weight_scale(jnp.asarray(weight, jnp.float32), axis)
+
+
+def quantize_rows(weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """A weight, or columns of it, float [..., N, K], and scales f32[..., N] of its rows -> f8e4m3fn[..., N, K]."""
+    return to_e4m3(divide(jnp.asarray(weight, jnp.float32), scale[..., None]))
+
+
+def _weight_scale(weight: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The scale of all that lies along the axes."""
+    amax = jnp.max(jnp.abs(weight), axis=axes)
+    power = power_of_two_scale(jnp.maximum(amax, _MIN_BLOCK_AMAX))
+    is_exact = jnp.all(_are_e4m3_values(weight, jnp.expand_dims(power, axes)), axis=axes)
+    return jnp.where(amax < _MIN_BLOCK_AMAX, 1.0, jnp.where(is_exact, power, divide(amax, E4M3_MAX)))
 
 
 def _are_e4m3_values(values: jax.Array, scale: jax.Array) -> jax.Array:

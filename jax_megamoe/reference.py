@@ -2,13 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jax_megamoe import arguments, collectives, quantization, weight_layout
+from jax_megamoe import arguments, collectives, mxfp4, quantization, weight_layout
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
@@ -16,6 +17,7 @@ from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives import _transforms as transforms
+from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
 # Pairs of one expert that go through the GEMMs together, at most. Enough to read the weights rarely, few enough that a
@@ -132,6 +134,7 @@ def moe_local(
       y out_dtype[T, H] and load int32[E_local].
     """
     x, packed, topk_ids, topk_weights, layer = operands
+    format = weight_layout.format_of(packed)
     # XLA on CPUs slices FP8 arrays by converting them to half precision, whole; bytes it just slices.
     leaves = [
         jax.lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.itemsize == 1 else jnp.asarray(leaf)
@@ -171,6 +174,7 @@ def moe_local(
             token_scales[token],
             routing[pairs],
             *(leaf[layer, expert] for leaf in leaves),
+            format=format,
             activation_clamp=activation_clamp,
         )
         # Rows beyond the expert's last pair are those of later experts, whose tiles come later and overwrite them.
@@ -195,46 +199,69 @@ def _expert(
     down: jax.Array,
     down_scale: jax.Array,
     *,
+    format: Format,
     activation_clamp: float,
 ) -> jax.Array:
-    """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R]."""
-    intermediate_size = gate_up.shape[0] * weight_layout.PLANE_ROWS
-    gate_up_scale = weight_layout.unpack_gate_up_scale(gate_up_scale)
-    down_scale = weight_layout.unpack_down_scale(down_scale, intermediate_size)
+    """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R].
 
-    both = _scaled_matmul(tokens, token_scales, weight_layout.unpack_gate_up(gate_up), gate_up_scale)
+    The leaves are those of one expert; FP8 may be bytes, since the format is said.
+    """
+    intermediate_size = gate_up.shape[0] * weight_layout.PLANE_ROWS
+    if format == "fp8_block":
+        gate_up_scale = weight_layout.unpack_gate_up_scale(gate_up_scale)
+        down_scale = weight_layout.unpack_down_scale(down_scale, intermediate_size)
+        matmul: Callable[..., jax.Array] = _scaled_matmul
+    else:
+        gate_up_scale = weight_layout.unpack_gate_up_row_scale(gate_up_scale)
+        down_scale = weight_layout.unpack_down_row_scale(down_scale)
+        matmul = _row_scaled_matmul
+    if format == "mxfp4":
+        gate_up_values = mxfp4.decode(*mxfp4.unpack_gate_up(gate_up))
+        down_values = mxfp4.decode(*mxfp4.unpack_down(down))
+    else:
+        gate_up_values, down_values = weight_layout.unpack_gate_up(gate_up), weight_layout.unpack_down(down)
+
+    both = matmul(tokens, token_scales, gate_up_values, gate_up_scale)
     gate = jnp.minimum(both[:, :intermediate_size], activation_clamp)
     up = jnp.clip(both[:, intermediate_size:], -activation_clamp, activation_clamp)
     activations = gate / (1.0 + jnp.exp(-gate)) * up * routing[:, None]
 
     quantized, scales = quantization.quantize_activations(activations)
-    return _scaled_matmul(quantized, scales, weight_layout.unpack_down(down), down_scale).astype(jnp.bfloat16)
+    return matmul(quantized, scales, down_values, down_scale).astype(jnp.bfloat16)
 
 
-def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
-    """E4M3 [R, K], scales f32[R, K/S], times the transpose of E4M3 [N, K], scales f32[N/128, K/128] -> f32[R, N].
+def _row_scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
+    """`_scaled_matmul` for scales f32[N] of B's rows, which multiply the sum over K."""
+    return _scaled_matmul(a, a_scale, b, None) * b_scale[None, :]
+
+
+def _scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array | None) -> jax.Array:
+    """E4M3 [R, K], scales f32[R, K/S], times the transpose of FP8 [N, K], scales f32[N/128, K/128] -> f32[R, N].
 
     Each partial sum over S of K is added to the accumulator after scaling, in the order of K. Either operand may be
-    held in a wider type than FP8.
+    held in a wider type than FP8, and B may be without scales.
     """
     num_rows, k = a.shape
     num_columns = b.shape[0]
     num_blocks = a_scale.shape[1]
     block = k // num_blocks
-    # BF16 holds every E4M3 value, and FP32 every product of two: as exact as FP32 operands, on every backend.
+    # BF16 holds every E4M3 and E5M2 value, and FP32 every product of two: as exact as FP32 operands, on every backend.
     a_blocks = jnp.moveaxis(a.astype(jnp.bfloat16).reshape(num_rows, num_blocks, block), 1, 0)
     b_blocks = jnp.moveaxis(b.astype(jnp.bfloat16).reshape(num_columns, num_blocks, block), 1, 0)
-    b_scales = jnp.repeat(b_scale.T, weight_layout.BLOCK // block, axis=0)
+    b_scales = None if b_scale is None else jnp.repeat(b_scale.T, weight_layout.BLOCK // block, axis=0)
 
-    def add_block(accumulator: jax.Array, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add_block(accumulator: jax.Array, operands: tuple[Any, ...]) -> tuple[jax.Array, None]:
         a_block, b_block, row_scale, column_scale = operands
         partial = jax.lax.dot_general(
             a_block, b_block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision="highest"
         )
-        scale = row_scale[:, None] * jnp.repeat(column_scale, weight_layout.BLOCK)[None, :]
+        scale = row_scale[:, None]
+        if column_scale is not None:
+            scale = scale * jnp.repeat(column_scale, weight_layout.BLOCK)[None, :]
         return accumulator + scale * partial, None
 
-    start = _zeros_like_varying((num_rows, num_columns), jnp.float32, a, a_scale, b, b_scale)
+    scales = [a_scale] if b_scale is None else [a_scale, b_scale]
+    start = _zeros_like_varying((num_rows, num_columns), jnp.float32, a, b, *scales)
     return jax.lax.scan(add_block, start, (a_blocks, b_blocks, a_scale.T, b_scales))[0]
 
 

@@ -1,19 +1,24 @@
 """Checks of what weights are made of, by shapes and dtypes; of scales on the host, by values too."""
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import weight_layout
+from jax_megamoe import mxfp4, weight_layout
 from jax_megamoe.arrays import Array
-from jax_megamoe.errors import DTypeError, LayoutError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
+from jax_megamoe.operands import Leaves
+from jax_megamoe.weight_layout import Format
 
 Order = Literal["out_in", "in_out"]
 
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _E8M0 = np.dtype(jnp.float8_e8m0fnu)
+_E2M1 = np.dtype(jnp.float4_e2m1fn)
+_BYTES = (np.dtype(np.uint8), np.dtype(np.int8))
 _DEQUANTIZE = "dequantise the weights, value * scale in float32, and pass them to quantize_experts"
 # Layouts of (gate and up, down).
 _LAYOUTS = {"out_in": ("[E, I, H]", "[E, H, I]"), "in_out": ("[E, H, I]", "[E, I, H]")}
@@ -23,6 +28,12 @@ def check_order(order: str) -> None:
     """Raises `LayoutError` unless it is one of `Order`."""
     if not isinstance(order, str) or order not in get_args(Order):
         raise LayoutError(f"order is {order!r}, wanted one of {get_args(Order)}: choose one.")
+
+
+def check_format(format: str) -> None:
+    """Raises `LayoutError` unless it is one of `Format`."""
+    if not isinstance(format, str) or format not in get_args(Format):
+        raise LayoutError(f"format is {format!r}, wanted one of {get_args(Format)}: choose one.")
 
 
 def check_floats(gate: Array, up: Array, down: Array, order: Order) -> None:
@@ -38,19 +49,85 @@ def check_floats(gate: Array, up: Array, down: Array, order: Order) -> None:
     _require_shape("down", down.shape, (num_experts, columns, rows), of_down, layout)
 
 
-def check_blocks(gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array) -> None:
-    """Raises for arguments of `pack_experts` that it cannot take."""
-    _check_fp8_dtypes(gate_up, down)
-    for name, scale in (("gate_up_scale", gate_up_scale), ("down_scale", down_scale)):
-        _check_scale_dtype(name, scale)
-    e, h, i = _require_rank("down", down.shape, "[E, H, I]")
+def find_format(arrays: Leaves) -> Format:
+    """The format of the arguments of `pack_experts`. Raises for those that it cannot take."""
+    e, h, down_columns = _require_rank("down", arrays.down.shape, "[E, H, I], or [E, H, I/2] of packed mxfp4")
+    is_mxfp4 = [_is_mxfp4(name, arrays) for name in ("gate_up", "down")]
+    if is_mxfp4[0] != is_mxfp4[1]:
+        raise DTypeError(
+            f"gate_up has dtype {arrays.gate_up.dtype} and down {arrays.down.dtype}, wanted one format, FP8 or mxfp4, "
+            f"for both: {_DEQUANTIZE}."
+        )
+    per_element = [2 if array.dtype in _BYTES else 1 for array in (arrays.gate_up, arrays.down)]
+    i = down_columns * per_element[1]
     _require_multiples(h, i)
-    layout = "gate_up is [E, 2I, H], gate rows first, and down is [E, H, I]"
-    _require_shape("gate_up", gate_up.shape, (e, 2 * i, h), "[E, 2I, H] for down's E, H, I", layout)
-    _require_scale_shape("gate_up_scale", gate_up_scale.shape, (e, 2 * i, h), "[E, 2I/128, H/128]")
-    _require_scale_shape("down_scale", down_scale.shape, (e, h, i), "[E, H/128, I/128]")
-    for name, scale in (("gate_up_scale", gate_up_scale), ("down_scale", down_scale)):
-        _refuse_exponents(name, scale)
+    of_gate_up = "[E, 2I, H/2]" if per_element[0] == 2 else "[E, 2I, H]"
+    of_down = "[E, H, I/2]" if per_element[1] == 2 else "[E, H, I]"
+    layout = f"gate_up is {of_gate_up}, gate rows first, and down is {of_down}"
+    wanted = (e, 2 * i, h // per_element[0])
+    _require_shape("gate_up", arrays.gate_up.shape, wanted, f"{of_gate_up} for down's E, H, I", layout)
+    matrices = {"gate_up_scale": (e, 2 * i, h), "down_scale": (e, h, i)}
+    if is_mxfp4[0]:
+        for name, matrix in matrices.items():
+            _check_exponents(name, getattr(arrays, name), matrix)
+        return "mxfp4"
+    formats = {name: _scale_format(name, getattr(arrays, name), matrix) for name, matrix in matrices.items()}
+    if formats["gate_up_scale"] != formats["down_scale"]:
+        text = " and ".join(f"{name} has shape {getattr(arrays, name).shape}, of {f}" for name, f in formats.items())
+        raise ShapeError(f"{text}, wanted one format: {_DEQUANTIZE}.")
+    for name in matrices:
+        _refuse_exponents(name, getattr(arrays, name))
+    return formats["down_scale"]
+
+
+def check_spreads(packed: Leaves, *, are_floats: bool = False, first_expert: int = 0) -> None:
+    """Raises `ArgumentError` for exponents that mxfp4 cannot serve, as far as the packed leaves can be looked at.
+
+    Packing makes NaN of the scales of such rows; only what they are made of is read here. `are_floats`: of weights that
+    were quantised, whose NaN may stay; `first_expert` is the number of their first.
+    """
+    for name in ("gate_up", "down"):
+        for expert, scale, planes in _nan_experts(getattr(packed, name), getattr(packed, f"{name}_scale")):
+            # On the way to an error, which a guard that the caller has set should not hide.
+            with jax.transfer_guard("allow"):
+                codes, e = (mxfp4.unpack_gate_up if name == "gate_up" else mxfp4.unpack_down)(planes)
+                row_scale = getattr(weight_layout, f"unpack_{name}_row_scale")(scale)
+                is_zero = np.asarray(mxfp4.are_zero_groups(codes))
+            for row in np.flatnonzero(np.isnan(row_scale)):
+                exponents = np.asarray(e)[row]
+                where = _row_text(name, first_expert + expert, int(row), len(row_scale), are_floats)
+                if (exponents == mxfp4.NAN_EXPONENT).any():
+                    if are_floats:
+                        continue
+                    raise ArgumentError(
+                        f"{where} has an E8M0 exponent of {mxfp4.NAN_EXPONENT}, which is NaN, wanted 0 to 254 for "
+                        "mxfp4: mend the checkpoint."
+                    )
+                used = exponents[~is_zero[row]]
+                raise ArgumentError(
+                    f"{where} has E8M0 exponents from {used.min()} to {used.max()}, wanted at most {mxfp4.SPREAD} "
+                    "between the smallest and the largest for mxfp4: make zeros of the groups that are too small to "
+                    "matter."
+                )
+
+
+def _row_text(name: str, expert: int, row: int, num_rows: int, are_floats: bool) -> str:
+    if are_floats and name == "gate_up":
+        name, row = ("gate", row) if row < num_rows // 2 else ("up", row - num_rows // 2)
+    return f"row {row} of expert {expert} of {name}"
+
+
+def _nan_experts(planes: jax.Array, scale: jax.Array) -> Iterator[tuple[int, Any, Any]]:
+    """Number, scales and planes of each expert with a row of scale NaN; none where values cannot be looked at."""
+    if isinstance(scale, jax.core.Tracer) or not scale.is_fully_addressable:
+        return
+    # By shards: indexing would be a computation on all devices.
+    planes_of = {shard.device: shard.data for shard in planes.addressable_shards}
+    for shard in scale.addressable_shards:
+        scales = np.asarray(jax.device_get(shard.data))
+        for local in np.flatnonzero(np.isnan(scales).any((1, 2, 3))):
+            held = jax.device_get(planes_of[shard.device])
+            yield (shard.index[0].start or 0) + int(local), scales[local], np.asarray(held)[local]
 
 
 def require_count(name: str, value: object) -> int:
@@ -75,44 +152,105 @@ def count_experts(num_held: int, num_experts: int | None) -> int:
 def _check_float_dtype(name: str, array: Array) -> None:
     if jnp.issubdtype(array.dtype, jnp.floating) and jnp.dtype(array.dtype).itemsize >= 2:
         return
-    advice = "FP8 blocks with their scales go to pack_experts" if array.dtype == _FP8 else _DEQUANTIZE
+    advice = _DEQUANTIZE
+    if array.dtype in (_FP8, _E2M1):
+        advice = "FP8 and MXFP4 weights with their scales go to pack_experts"
     raise DTypeError(f"{name} has dtype {array.dtype}, wanted bfloat16, float16, float32 or float64: {advice}.")
 
 
-def _check_fp8_dtypes(gate_up: Array, down: Array) -> None:
-    for name, array in (("gate_up", gate_up), ("down", down)):
-        if array.dtype == _FP8:
-            continue
-        advice = _DEQUANTIZE
-        if jnp.issubdtype(array.dtype, jnp.floating) and jnp.dtype(array.dtype).itemsize >= 2:
-            advice = "float weights go to quantize_experts"
-        elif array.dtype in (np.int8, np.uint8):
-            # Two values in a byte halve the columns of both matrices.
-            if gate_up.ndim == down.ndim == 3 and gate_up.shape[1:] == (2 * down.shape[2], down.shape[1]):
-                advice = (
-                    f"only if its bytes are those of float8_e4m3fn, {name}.view(jax.numpy.float8_e4m3fn) is meant; "
-                    f"integers with scales are not: {_DEQUANTIZE}"
-                )
-            else:
-                advice = f"packed 4-bit values are another format: {_DEQUANTIZE}"
-        raise DTypeError(f"{name} has dtype {array.dtype}, wanted float8_e4m3fn: {advice}.")
+def _is_mxfp4(name: str, arrays: Leaves) -> bool:
+    """Whether a matrix is of mxfp4 and not of FP8. Raises `DTypeError` for one that is neither."""
+    array = getattr(arrays, name)
+    if array.dtype in (_FP8, _E2M1):
+        return bool(array.dtype == _E2M1)
+    advice = _DEQUANTIZE
+    if array.dtype in _BYTES:
+        shapes = arrays.gate_up.shape, arrays.down.shape
+        # The columns of MXFP4 are halved in both matrices, so that it never looks like this.
+        if not (len(shapes[0]) == len(shapes[1]) == 3 and shapes[0][1:] == (2 * shapes[1][2], shapes[1][1])):
+            return True
+        advice = (
+            f"only if its bytes are those of float8_e4m3fn, {name}.view(jax.numpy.float8_e4m3fn) is meant; "
+            f"mxfp4 has two values in a byte, and integers with scales are not served: {_DEQUANTIZE}"
+        )
+    elif jnp.issubdtype(array.dtype, jnp.floating) and jnp.dtype(array.dtype).itemsize >= 2:
+        advice = "float weights go to quantize_experts"
+    raise DTypeError(
+        f"{name} has dtype {array.dtype}, wanted float8_e4m3fn, or mxfp4 as uint8, int8 or float4_e2m1fn: {advice}."
+    )
 
 
-def _check_scale_dtype(name: str, scale: Array) -> None:
-    if scale.dtype in (jnp.float32, jnp.bfloat16, _E8M0, np.uint8):
+def _check_exponents(name: str, scale: Array, matrix: tuple[int, int, int]) -> None:
+    """Raises unless it is the scale of a matrix of mxfp4."""
+    if scale.dtype not in (_E8M0, np.uint8):
+        if scale.dtype == np.int8:
+            advice = "if it holds the bytes of E8M0, pass them as uint8"
+        elif scale.dtype == _FP8:
+            advice = f"scales of E4M3 (NVFP4) are another format, {_DEQUANTIZE}"
+        else:
+            advice = f"pass the exponents as the checkpoint holds them, or {_DEQUANTIZE}"
+        raise DTypeError(
+            f"{name} has dtype {scale.dtype}, wanted E8M0 for mxfp4, as float8_e8m0fnu or its bytes in uint8: {advice}."
+        )
+    experts, rows, columns = matrix
+    wanted, shape = (experts, rows, columns // mxfp4.GROUP), tuple(scale.shape)
+    if shape == wanted:
+        return
+    meaning = "[E, 2I, H/32]" if name == "gate_up_scale" else "[E, H, I/32]"
+    is_transposed = shape == (wanted[0], wanted[2], wanted[1])
+    advice = (
+        "swap its last two dimensions" if is_transposed else f"scales of other groups are another format, {_DEQUANTIZE}"
+    )
+    raise ShapeError(f"{name} has shape {shape}, wanted {wanted}, that is {meaning} of mxfp4: {advice}.")
+
+
+def _scale_format(name: str, scale: Array, matrix: tuple[int, int, int]) -> Format:
+    """The format that the scale of a matrix of FP8 belongs to. Raises for one of neither."""
+    experts, rows, columns = matrix
+    of_blocks = (experts, rows // weight_layout.BLOCK, columns // weight_layout.BLOCK)
+    of_rows = [(experts, rows), (experts, rows, 1), (experts,)]
+    if name == "gate_up_scale":
+        of_rows.append((experts, 2))
+    shape = tuple(scale.shape)
+    # No two of them are equal, since rows are 128 at least.
+    if shape == of_blocks or shape in of_rows:
+        format: Format = "fp8_block" if shape == of_blocks else "fp8_channel"
+        _check_scale_dtype(name, scale, format)
+        return format
+    # Another type says more than the shape of what it packs.
+    _check_scale_dtype(name, scale, "fp8_block")
+    if shape == (of_blocks[0], of_blocks[2], of_blocks[1]):
+        advice = "swap its last two dimensions"
+    elif shape in ((), (1,), (experts, 1), (experts, 1, 1)):
+        advice = "for a scale of a whole matrix pass one for each expert, [E]"
+    else:
+        advice = f"scales of other blocks are another format, {_DEQUANTIZE}"
+    is_gate_up = name == "gate_up_scale"
+    raise ShapeError(
+        f"{name} has shape {shape}, wanted {of_blocks}, that is "
+        f"{'[E, 2I/128, H/128]' if is_gate_up else '[E, H/128, I/128]'} of fp8_block, or "
+        f"{'[E, 2I], [E, 2I, 1], [E, 2]' if is_gate_up else '[E, H], [E, H, 1]'} or [E] of fp8_channel: {advice}."
+    )
+
+
+def _check_scale_dtype(name: str, scale: Array, format: Format) -> None:
+    is_e8m0 = scale.dtype in (_E8M0, np.uint8)
+    if scale.dtype in (jnp.float32, jnp.bfloat16) or (is_e8m0 and format == "fp8_block"):
         return
     if scale.dtype in (np.float16, np.float64):
         advice = "cast it to float32"
+    elif is_e8m0:
+        advice = "pass the powers of two, 2^(byte - 127), in float32"
     elif scale.dtype == np.int8:
         advice = "if it holds the bytes of E8M0, pass them as uint8"
     elif jnp.issubdtype(scale.dtype, jnp.integer):
-        advice = "pass one scale per block as the checkpoint holds it, not packed for another kernel"
+        advice = "pass the scales as the checkpoint holds them, not packed for another kernel"
     else:
         advice = _DEQUANTIZE
-    raise DTypeError(
-        f"{name} has dtype {scale.dtype}, wanted float32, bfloat16, or E8M0 as float8_e8m0fnu or its bytes in uint8: "
-        f"{advice}."
-    )
+    wanted = "float32, bfloat16, or E8M0 as float8_e8m0fnu or its bytes in uint8"
+    if format == "fp8_channel":
+        wanted = "float32 or bfloat16"
+    raise DTypeError(f"{name} has dtype {scale.dtype}, wanted {wanted} for {format}: {advice}.")
 
 
 def _refuse_exponents(name: str, scale: Array) -> None:
@@ -132,7 +270,8 @@ def _refuse_exponents(name: str, scale: Array) -> None:
 
 
 def _require_rank(name: str, shape: tuple[int, ...], wanted: str) -> tuple[int, int, int]:
-    if len(shape) == 4 and shape[-1] in (weight_layout.PLANE_BYTES, 2 * weight_layout.PLANE_BYTES):
+    planes = (weight_layout.PLANE_BYTES, weight_layout.MXFP4_PLANE_BYTES)
+    if len(shape) == 4 and shape[-1] in [count * plane for count in (1, 2) for plane in planes]:
         raise LayoutError(
             f"{name} has shape {shape}, wanted {wanted}: this is a packed leaf, unpack() the weights first."
         )
@@ -156,19 +295,3 @@ def _require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], m
     is_transposed = tuple(shape) == (wanted[0], wanted[2], wanted[1])
     advice = "swap its last two dimensions" if is_transposed else "pass matrices of one layer"
     raise ShapeError(f"{name} has shape {tuple(shape)}, wanted {wanted}, that is {meaning}: {layout}; {advice}.")
-
-
-def _require_scale_shape(name: str, shape: tuple[int, ...], matrix: tuple[int, int, int], meaning: str) -> None:
-    experts, rows, columns = matrix
-    wanted = (experts, rows // weight_layout.BLOCK, columns // weight_layout.BLOCK)
-    shape = tuple(shape)
-    if shape == wanted:
-        return
-    if shape == (wanted[0], wanted[2], wanted[1]):
-        advice = "swap its last two dimensions"
-    elif shape in ((), (1,), (experts,), (experts, 1), (experts, 1, 1)):
-        advice = "a scale for a whole matrix can be repeated for each of its blocks with numpy.broadcast_to"
-    else:
-        kind = "scales of rows" if shape in ((experts, rows), (experts, rows, 1)) else "scales of other blocks"
-        advice = f"{kind} are another format, {_DEQUANTIZE}"
-    raise ShapeError(f"{name} has shape {shape}, wanted {wanted}, that is {meaning}: {advice}.")

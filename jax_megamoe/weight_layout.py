@@ -1,16 +1,26 @@
-"""The memory layout in which the kernel reads the weights, tag `sm90_v1`, and the way there and back.
+"""The memory layouts in which the kernel reads the weights, one for each format, and the way there and back.
 
-The kernel streams *planes*: 64 rows of 128 consecutive K bytes (8192 bytes), stored as the image that shared memory
-holds under the 128-byte swizzle. In row r the 16-byte chunk c lies at chunk position c ^ (r % 8), so a plane is copied
-by one bulk transfer and WGMMA reads it without bank conflicts.
+| format      | tag                 | a weight is                                       | bits a weight |
+|-------------|---------------------|---------------------------------------------------|---------------|
+| fp8_block   | sm90_v1             | E4M3 * f32 scale of its block of 128x128          | 8             |
+| fp8_channel | sm90_fp8_channel_v1 | E4M3 * f32 scale of its row                       | 8             |
+| mxfp4       | sm90_mxfp4_v1       | E2M1 * 2^(E8M0 - 127) of its 32 columns of a row  | 4.25          |
 
-| leaf          | shape                     | content                                                                |
-|---------------|---------------------------|------------------------------------------------------------------------|
-| gate_up       | [E, I/64, H/128, 16384]   | planes p of 64 columns t; row 16g + q: column 64t + 32p + 8g + q%8     |
-|               |                           | of gate where q < 8, of up where q >= 8                                |
-| gate_up_scale | [E, I/64, H/128, 4]       | (gate, up, 0, 0)                                                       |
-| down          | [E, H/64, I/128, 8192]    | row 16g + q: hidden row 64t + 16g + 2(q % 8) + q // 8                  |
-| down_scale    | [E, H/64, ceil(I/256), 4] | (scale of I block 2j, of 2j + 1 or 0 past the end, 0, 0)               |
+The kernel streams *planes*: 64 rows of 128 consecutive K. Of FP8 they are 8192 bytes, stored as the image that shared
+memory holds under the 128-byte swizzle: in row r the 16-byte chunk c lies at chunk position c ^ (r % 8), so a plane is
+copied by one bulk transfer and WGMMA reads it without bank conflicts. Of MXFP4 they are 4352 bytes, stored as the
+threads hold them in registers (`mxfp4` has the bits).
+
+| leaf          | format            | shape                     | content                                            |
+|---------------|-------------------|---------------------------|----------------------------------------------------|
+| gate_up       | FP8               | [E, I/64, H/128, 16384]   | planes p of 64 columns t; row 16g + q: column      |
+|               | mxfp4             | [E, I/64, H/128, 8704]    | 64t + 32p + 8g + q%8 of gate if q < 8, else of up  |
+| gate_up_scale | fp8_block         | [E, I/64, H/128, 4]       | (gate, up, 0, 0)                                   |
+|               | fp8_channel,mxfp4 | [E, I/64, 64, 2]          | (gate, up) of column 64t + j                       |
+| down          | FP8               | [E, H/64, I/128, 8192]    | row 16g + q: hidden row 64t + 16g + 2(q%8) + q//8  |
+|               | mxfp4             | [E, H/64, I/128, 4352]    |                                                    |
+| down_scale    | fp8_block         | [E, H/64, ceil(I/256), 4] | (I block 2j, 2j + 1 or 0 past the end, 0, 0)       |
+|               | fp8_channel,mxfp4 | [E, H/64, 32, 2]          | hidden rows 64t + 2j and 64t + 2j + 1              |
 
 Rows q and q + 8 of an accumulator belong to one WGMMA thread: it holds a column's gate beside its up, and two
 neighbouring hidden columns of the result. All functions take any leading dimensions (experts, or layers and experts),
@@ -18,30 +28,80 @@ move bytes only, and are exact inverses of each other. They use no gather, so th
 leading dimensions. FP8 arrays may come as their bytes.
 """
 
-import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_megamoe.errors import LayoutError
 from jax_megamoe.operands import Leaves
 
-LAYOUT_TAG = "sm90_v1"
-BLOCK = 128  # a weight scale covers BLOCK x BLOCK weights
+Format = Literal["fp8_block", "fp8_channel", "mxfp4"]
+
+LAYOUT_TAGS: dict[Format, str] = {
+    "fp8_block": "sm90_v1",
+    "fp8_channel": "sm90_fp8_channel_v1",
+    "mxfp4": "sm90_mxfp4_v1",
+}
+LEAF_DTYPES: dict[Format, Leaves] = {
+    "fp8_block": Leaves(jnp.float8_e4m3fn, jnp.float32, jnp.float8_e4m3fn, jnp.float32),
+    "fp8_channel": Leaves(jnp.float8_e4m3fn, jnp.float32, jnp.float8_e4m3fn, jnp.float32),
+    "mxfp4": Leaves(jnp.uint8, jnp.float32, jnp.uint8, jnp.float32),
+}
+
+BLOCK = 128  # K of a plane; a scale of fp8_block covers BLOCK x BLOCK weights
 PLANE_ROWS = 64
-PLANE_BYTES = PLANE_ROWS * BLOCK
-# Elements of one row of a scale leaf: the kernel loads 16 aligned bytes.
+PLANE_BYTES = PLANE_ROWS * BLOCK  # of FP8
+MXFP4_PLANE_BYTES = PLANE_BYTES // 2 + PLANE_BYTES // 32  # two values a byte, one exponent for 32 values
+# Elements of one row of a block scale leaf: the kernel loads 16 aligned bytes.
 SCALES_PER_ROW = 4
 
 
-def leaf_shapes(num_experts: int, hidden_size: int, intermediate_size: int) -> Leaves:
+def leaf_shapes(format: Format, num_experts: int, hidden_size: int, intermediate_size: int) -> Leaves:
     """The shapes of the packed leaves of `num_experts` experts (E, or E_local on one device)."""
     e, h, i = num_experts, hidden_size, intermediate_size
+    plane = MXFP4_PLANE_BYTES if format == "mxfp4" else PLANE_BYTES
+    is_block = format == "fp8_block"
     return Leaves(
-        gate_up=(e, i // PLANE_ROWS, h // BLOCK, 2 * PLANE_BYTES),
-        gate_up_scale=(e, i // PLANE_ROWS, h // BLOCK, SCALES_PER_ROW),
-        down=(e, h // PLANE_ROWS, i // BLOCK, PLANE_BYTES),
-        down_scale=(e, h // PLANE_ROWS, -(-i // (2 * BLOCK)), SCALES_PER_ROW),
+        gate_up=(e, i // PLANE_ROWS, h // BLOCK, 2 * plane),
+        gate_up_scale=(e, i // PLANE_ROWS, *((h // BLOCK, SCALES_PER_ROW) if is_block else (PLANE_ROWS, 2))),
+        down=(e, h // PLANE_ROWS, i // BLOCK, plane),
+        down_scale=(
+            e,
+            h // PLANE_ROWS,
+            *((-(-i // (2 * BLOCK)), SCALES_PER_ROW) if is_block else (PLANE_ROWS // 2, 2)),
+        ),
+    )
+
+
+def format_of(leaves: Leaves) -> Format:
+    """The format of packed leaves: arrays, tracers, or their types. Raises `LayoutError` for other things.
+
+    Not of leaves whose FP8 was turned into bytes: those look like MXFP4.
+    """
+    scales_per_row = leaves.gate_up_scale.shape[-1]
+    if leaves.gate_up.dtype == jnp.uint8:
+        return "mxfp4"
+    if scales_per_row == SCALES_PER_ROW:
+        return "fp8_block"
+    if scales_per_row == 2:
+        return "fp8_channel"
+    raise LayoutError(
+        f"gate_up_scale has shape {leaves.gate_up_scale.shape}, wanted a last dimension of 4 (fp8_block) or 2 "
+        "(fp8_channel): pass the leaves of ExpertWeights."
+    )
+
+
+def format_of_tag(tag: str) -> Format:
+    """The format whose layout has this tag. Raises `LayoutError` for tags of other versions."""
+    for format, known in LAYOUT_TAGS.items():
+        if tag == known:
+            return format
+    *others, last = map(repr, LAYOUT_TAGS.values())
+    raise LayoutError(
+        f"weights have layout {tag!r}, this version wants {', '.join(others)} or {last}: "
+        "unpack them with the version that wrote them and call pack_experts."
     )
 
 
@@ -53,7 +113,8 @@ def _fp8(values: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
 
 
-def _permute_trailing(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+def permute_trailing(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """Transposes the last so many dimensions."""
     lead = x.ndim - len(order)
     return x.transpose(*range(lead), *(lead + axis for axis in order))
 
@@ -88,7 +149,7 @@ def pack_gate_up(gate_up: jax.Array) -> jax.Array:
     tiles, blocks = gate_up.shape[-2] // (2 * PLANE_ROWS), gate_up.shape[-1] // BLOCK
     # gate or up, tile, plane, g, q % 8, K block, chunk, byte
     x = reshape_trailing(_bytes(gate_up), lead, 2, tiles, 2, 4, 8, blocks, 8, 16)
-    x = _swizzle(_permute_trailing(x, (1, 5, 2, 3, 0, 4, 6, 7)))
+    x = _swizzle(permute_trailing(x, (1, 5, 2, 3, 0, 4, 6, 7)))
     return _fp8(reshape_trailing(x, lead, tiles, blocks, 2 * PLANE_BYTES))
 
 
@@ -98,7 +159,7 @@ def unpack_gate_up(packed: jax.Array) -> jax.Array:
     tiles, blocks = packed.shape[lead : lead + 2]
     # tile, K block, plane, g, gate or up, q % 8, chunk, byte
     x = _swizzle(reshape_trailing(_bytes(packed), lead, tiles, blocks, 2, 4, 2, 8, 8, 16))
-    x = _permute_trailing(x, (4, 0, 2, 3, 5, 1, 6, 7))
+    x = permute_trailing(x, (4, 0, 2, 3, 5, 1, 6, 7))
     return _fp8(reshape_trailing(x, lead, 2 * tiles * PLANE_ROWS, blocks * BLOCK))
 
 
@@ -123,7 +184,7 @@ def pack_down(down: jax.Array) -> jax.Array:
     tiles, blocks = down.shape[-2] // PLANE_ROWS, down.shape[-1] // BLOCK
     # tile, g, q % 8, q // 8, K block, chunk, byte
     x = reshape_trailing(_bytes(down), lead, tiles, 4, 8, 2, blocks, 8, 16)
-    x = _swizzle(_permute_trailing(x, (0, 4, 1, 3, 2, 5, 6)))
+    x = _swizzle(permute_trailing(x, (0, 4, 1, 3, 2, 5, 6)))
     return _fp8(reshape_trailing(x, lead, tiles, blocks, PLANE_BYTES))
 
 
@@ -133,7 +194,7 @@ def unpack_down(packed: jax.Array) -> jax.Array:
     tiles, blocks = packed.shape[lead : lead + 2]
     # tile, K block, g, q // 8, q % 8, chunk, byte
     x = _swizzle(reshape_trailing(_bytes(packed), lead, tiles, blocks, 4, 2, 8, 8, 16))
-    x = _permute_trailing(x, (0, 2, 4, 3, 1, 5, 6))
+    x = permute_trailing(x, (0, 2, 4, 3, 1, 5, 6))
     return _fp8(reshape_trailing(x, lead, tiles * PLANE_ROWS, blocks * BLOCK))
 
 
@@ -153,18 +214,28 @@ def unpack_down_scale(packed: jax.Array, intermediate_size: int) -> jax.Array:
     return x[..., : intermediate_size // BLOCK]
 
 
-# Compiled: the constants of eager operations would be transfers to the device.
-@functools.partial(jax.jit, static_argnames="intermediate_size")
-def unpack(
-    gate_up: jax.Array, gate_up_scale: jax.Array, down: jax.Array, down_scale: jax.Array, *, intermediate_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The inverse of all four: packed leaves -> the arguments of `pack_experts`."""
-    return (
-        unpack_gate_up(gate_up),
-        unpack_gate_up_scale(gate_up_scale),
-        unpack_down(down),
-        unpack_down_scale(down_scale, intermediate_size),
-    )
+def pack_gate_up_row_scale(scale: jax.Array) -> jax.Array:
+    """f32[..., 2I], gate rows first -> f32[..., I/64, 64, 2]."""
+    lead = scale.ndim - 1
+    x = reshape_trailing(scale, lead, 2, scale.shape[-1] // (2 * PLANE_ROWS), PLANE_ROWS)
+    return permute_trailing(x, (1, 2, 0))
+
+
+def unpack_gate_up_row_scale(packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_gate_up_row_scale`: f32[..., I/64, 64, 2] -> f32[..., 2I]."""
+    lead = packed.ndim - 3
+    return reshape_trailing(permute_trailing(packed, (2, 0, 1)), lead, 2 * packed.shape[lead] * PLANE_ROWS)
+
+
+def pack_down_row_scale(scale: jax.Array) -> jax.Array:
+    """f32[..., H] -> f32[..., H/64, 32, 2]."""
+    return reshape_trailing(scale, scale.ndim - 1, scale.shape[-1] // PLANE_ROWS, PLANE_ROWS // 2, 2)
+
+
+def unpack_down_row_scale(packed: jax.Array) -> jax.Array:
+    """The inverse of `pack_down_row_scale`: f32[..., H/64, 32, 2] -> f32[..., H]."""
+    lead = packed.ndim - 3
+    return reshape_trailing(packed, lead, packed.shape[lead] * PLANE_ROWS)
 
 
 def _twice(x: jax.Array, axis: int) -> jax.Array:

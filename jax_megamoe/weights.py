@@ -1,6 +1,7 @@
 """`ExpertWeights`, the weights of a layer in the kernel's layout, and how they are written down."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_megamoe import weight_layout
+from jax_megamoe import mxfp4, weight_layout
 from jax_megamoe.arrays import (
     Array,
     as_array,
@@ -23,6 +24,7 @@ from jax_megamoe.arrays import (
 )
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.operands import Leaves
+from jax_megamoe.weight_layout import Format
 
 DATA_FIELDS = Leaves._fields
 META_FIELDS = ("num_experts", "hidden_size", "intermediate_size", "layout")
@@ -37,7 +39,8 @@ class ExpertWeights:
     while `num_experts` still counts those of all devices. The weights of L layers stacked (`stack_experts`, or
     `jnp.stack` over the leaves) lead with L.
 
-    `layout` names the version of the memory layout; weights of another version are a `LayoutError`, also from a pickle.
+    `layout` names the memory layout and its version, from which the format follows; weights of another version are a
+    `LayoutError`, also from a pickle.
     Frameworks may put each array into a Param, Variable or box of theirs, as with `jax.tree.map(nnx.Param, weights)`:
     everything here and in every function that takes weights reads through them.
     """
@@ -49,7 +52,7 @@ class ExpertWeights:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    layout: str = weight_layout.LAYOUT_TAG
+    layout: str = weight_layout.LAYOUT_TAGS["fp8_block"]
 
     def __post_init__(self) -> None:
         # Nothing about the leaves: transformations put specs, None and plain objects there.
@@ -59,7 +62,7 @@ class ExpertWeights:
                 object.__setattr__(self, name, int(size))
             elif not isinstance(size, int) or isinstance(size, bool):
                 raise ShapeError(f"{name} of the weights is {size!r}, wanted an int: pass one.")
-        _check_layout(self.layout)
+        weight_layout.format_of_tag(self.layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle or copy does not call __init__.
@@ -67,9 +70,13 @@ class ExpertWeights:
         self.__post_init__()
 
     @property
-    def format(self) -> str:
-        """How the weights are quantised: "fp8_block", E4M3 with one scale per 128x128 block."""
-        return "fp8_block"
+    def format(self) -> Format:
+        """How the weights are quantised.
+
+        "fp8_block": E4M3 with one scale per 128x128 block; "fp8_channel": E4M3 with one scale per row (output channel);
+        "mxfp4": E2M1 with a power of two per 32 columns of a row.
+        """
+        return weight_layout.format_of_tag(self.layout)
 
     @property
     def leaves(self) -> Leaves:
@@ -81,27 +88,25 @@ class ExpertWeights:
 
         Raises `DTypeError` or `LayoutError` for arrays that such weights don't have, `ArgumentError` for open sizes.
         """
-        wanted = weight_layout.leaf_shapes(self.num_experts, self.hidden_size, self.intermediate_size)
+        format, sizes = self.format, (self.num_experts, self.hidden_size, self.intermediate_size)
+        wanted = weight_layout.leaf_shapes(format, *sizes)
         leaves = Leaves(*(as_array(f"weights.{name}", getattr(self, name)) for name in DATA_FIELDS))
         lead = leaves.gate_up.shape[:-3]
-        for name, leaf, (_, *tail) in zip(DATA_FIELDS, leaves, wanted, strict=True):
+        dtypes = weight_layout.LEAF_DTYPES[format]
+        for name, leaf, (_, *tail), dtype in zip(DATA_FIELDS, leaves, wanted, dtypes, strict=True):
             require_known_sizes(f"weights.{name}", leaf)
-            dtype = jnp.float32 if name.endswith("scale") else jnp.float8_e4m3fn
             if leaf.dtype != dtype:
-                is_raw = leaf.dtype.itemsize == 1 == jnp.dtype(dtype).itemsize
-                raise DTypeError(
-                    f"weights.{name} has dtype {leaf.dtype}, wanted {jnp.dtype(dtype).name}: "
-                    + (
-                        "if it holds that type's bytes, take .view(jax.numpy.float8_e4m3fn) of it."
-                        if is_raw
-                        else "make the weights anew with pack_experts."
-                    )
-                )
+                of_dtype = jnp.dtype(dtype)
+                is_raw = leaf.dtype.itemsize == 1 == of_dtype.itemsize
+                advice = f"make the weights of {format} anew with pack_experts"
+                if is_raw:
+                    advice = f"if it holds the bytes of {format}, take .view(jax.numpy.{of_dtype.name}) of it"
+                raise DTypeError(f"weights.{name} has dtype {leaf.dtype}, wanted {of_dtype.name}: {advice}.")
             if len(lead) not in (1, 2) or leaf.shape != (*lead, *tail):
                 text = ", ".join(map(str, tail))
                 raise LayoutError(
-                    f"weights.{name} has shape {leaf.shape}, wanted [E, {text}] or [L, E, {text}] with L and E as in "
-                    "weights.gate_up: make the weights anew with pack_experts."
+                    f"weights.{name} has shape {leaf.shape}, wanted [E, {text}] or [L, E, {text}] of {format}, with L "
+                    "and E as in weights.gate_up: make the weights anew with pack_experts."
                 )
         return dataclasses.replace(self, **leaves._asdict())
 
@@ -127,7 +132,8 @@ class ExpertWeights:
 
     def __repr__(self) -> str:
         """One line, also where the leaves are tracers, shapes or partition specs."""
-        parts = [f"{self.num_experts} experts", f"H {self.hidden_size}", f"I {self.intermediate_size}", self.layout]
+        parts = [f"{self.num_experts} experts", f"H {self.hidden_size}", f"I {self.intermediate_size}"]
+        parts += [self.format, self.layout]
         leaves = self.leaves
         if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
             lead = leaves.gate_up.shape[:-3]
@@ -145,8 +151,8 @@ class ExpertWeights:
     def to_arrays(self) -> dict[str, Array]:
         """Arrays by name, for files of plain arrays (np.savez, safetensors, orbax); `from_arrays` is the way back.
 
-        FP8 leaves are their bytes, uint8, since files of NumPy arrays lose the type. "header", uint8 of JSON, holds the
-        sizes and the version of the layout.
+        FP8 leaves are their bytes, uint8, since files of NumPy arrays lose the type; MXFP4 is bytes anyway. "header",
+        uint8 of JSON, holds the sizes, the layout and its version.
         """
         header = write_header(tuple(getattr(self, field) for field in META_FIELDS))
         # What is in host memory stays there: a view would be a computation on the device.
@@ -173,12 +179,14 @@ class ExpertWeights:
         if missing:
             raise LayoutError(f"arrays have no {', '.join(missing)}, wanted all that to_arrays gave: save all of them.")
         leaves = Leaves(*(as_array(name, _raw_as_bytes(arrays[name])) for name in DATA_FIELDS))
-        leaves = leaves._replace(gate_up=_as_fp8("gate_up", leaves.gate_up), down=_as_fp8("down", leaves.down))
         header = as_array("header", arrays["header"], "an array of uint8")
         if isinstance(header, jax.core.Tracer):
             raise LayoutError("header is traced, wanted its bytes: call from_arrays outside of jax.jit.")
         fields = read_header(np.asarray(jax.device_get(header)).tobytes())
         weights = cls(*leaves, *fields)
+        if weights.format != "mxfp4":
+            leaves = leaves._replace(gate_up=_as_fp8("gate_up", leaves.gate_up), down=_as_fp8("down", leaves.down))
+            weights = dataclasses.replace(weights, **leaves._asdict())
         try:
             weights = weights.checked()
         except ArgumentError as error:
@@ -196,17 +204,39 @@ class ExpertWeights:
     def unpack(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The arguments of `pack_experts`, bit for bit (with the layers in front where stacked).
 
-        gate_up f8e4m3fn[E, 2I, H] (gate rows first), gate_up_scale f32[E, 2I/128, H/128],
-        down f8e4m3fn[E, H, I], down_scale f32[E, H/128, I/128].
+        | format      | gate_up, gate rows first  | gate_up_scale                  | down, down_scale    |
+        |-------------|---------------------------|--------------------------------|---------------------|
+        | fp8_block   | f8e4m3fn[E, 2I, H]        | f32[E, 2I/128, H/128]          | [E, H, I], likewise |
+        | fp8_channel | f8e4m3fn[E, 2I, H]        | f32[E, 2I]                     | [E, H, I], likewise |
+        | mxfp4       | uint8[E, 2I, H/2]         | f8e8m0fnu[E, 2I, H/32]         | [E, H, I/2], alike  |
         """
         leaves = self.checked().leaves
         for name, leaf in leaves._asdict().items():
             require_device_memory(f"weights.{name}", leaf, "weights")
             require_split_of_leading(f"weights.{name}", leaf, leaf.ndim - 3)
-        gate_up, gate_up_scale, down, down_scale = weight_layout.unpack(
-            *leaves, intermediate_size=self.intermediate_size
+        gate_up, gate_up_scale, down, down_scale = _unpack(
+            leaves, format=self.format, intermediate_size=self.intermediate_size
         )
         return gate_up, gate_up_scale, down, down_scale
+
+
+# Compiled: the constants of eager operations would be transfers to the device.
+@functools.partial(jax.jit, static_argnames=("format", "intermediate_size"))
+def _unpack(leaves: Leaves, *, format: Format, intermediate_size: int) -> Leaves:
+    if format == "mxfp4":
+        gate_up_row_scale = weight_layout.unpack_gate_up_row_scale(leaves.gate_up_scale)
+        down_row_scale = weight_layout.unpack_down_row_scale(leaves.down_scale)
+        gate_up, gate_up_d = mxfp4.unpack_gate_up(leaves.gate_up)
+        down, down_d = mxfp4.unpack_down(leaves.down)
+        return Leaves(gate_up, mxfp4.e8m0(gate_up_d, gate_up_row_scale), down, mxfp4.e8m0(down_d, down_row_scale))
+    gate_up, down = weight_layout.unpack_gate_up(leaves.gate_up), weight_layout.unpack_down(leaves.down)
+    if format == "fp8_channel":
+        gate_up_scale = weight_layout.unpack_gate_up_row_scale(leaves.gate_up_scale)
+        down_scale = weight_layout.unpack_down_row_scale(leaves.down_scale)
+    else:
+        gate_up_scale = weight_layout.unpack_gate_up_scale(leaves.gate_up_scale)
+        down_scale = weight_layout.unpack_down_scale(leaves.down_scale, intermediate_size)
+    return Leaves(gate_up, gate_up_scale, down, down_scale)
 
 
 jax.tree_util.register_dataclass(ExpertWeights, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)
@@ -226,16 +256,8 @@ def read_header(header: bytes) -> tuple[Any, ...]:
             raise ValueError
     except (ValueError, TypeError, KeyError) as error:
         raise LayoutError("header is not that of ExpertWeights: pass the arrays as to_arrays gave them.") from error
-    _check_layout(tag)
+    weight_layout.format_of_tag(tag)
     return (*sizes, tag)
-
-
-def _check_layout(found: str) -> None:
-    if found != weight_layout.LAYOUT_TAG:
-        raise LayoutError(
-            f"weights have layout {found!r}, this version wants {weight_layout.LAYOUT_TAG!r}: "
-            "unpack them with the version that wrote them and call pack_experts."
-        )
 
 
 def _raw_as_bytes(value: object) -> object:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
+from jax_megamoe.errors import ArgumentError
+from jax_megamoe.weight_layout import Format
 from tests.support.expert_layer import E, H, I, make_layer, natural_weights, packed_weights
 from tests.support.meshes import AUTO, make_mesh, place, place_all
 
@@ -21,6 +23,17 @@ GUARDS: dict[str, Callable[[], Any]] = {
     "NaN": lambda: jax.debug_nans(True),
     "64 bits": lambda: jax.enable_x64(True),
 }
+
+
+NEW_FORMATS: tuple[Format, ...] = ("fp8_channel", "mxfp4")
+
+
+def quantize_leaves(floats: list[jax.Array], format: Format) -> list[jax.Array]:
+    return jax.tree.leaves(mm.quantize_experts(floats[0], floats[0], floats[1], format=format))
+
+
+def pack_leaves(arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return jax.tree.leaves(mm.pack_experts(*arrays))
 
 
 @functools.cache
@@ -49,7 +62,17 @@ def operations() -> dict[str, Callable[[], Any]]:
     def mapped(x, ids, topk_weights):
         return mm.moe(x, layer.weights, ids, topk_weights)
 
-    return {
+    of_formats: dict[str, Callable[[], Any]] = {}
+    for format in NEW_FORMATS:
+        weights = mm.quantize_experts(floats[0], floats[0], floats[1], format=format)
+        of_formats |= {
+            f"quantize to {format}": functools.partial(quantize_leaves, floats, format),
+            f"pack {format}": functools.partial(pack_leaves, weights.unpack()),
+            f"unpack {format}": weights.unpack,
+            f"moe of {format}": functools.partial(mm.moe, layer.x, weights, *layer[2:4], **options),
+        }
+
+    return of_formats | {
         "route": lambda: mm.route(logits, 3),
         "route in groups": lambda: mm.route(logits, 3, scoring="sigmoid", bias=bias, num_groups=4, top_groups=2),
         "route by maximum": lambda: mm.route(logits, 3, num_groups=4, top_groups=2, group_scoring="max"),
@@ -85,3 +108,13 @@ def test_results_are_those_without_the_guard(guard, name):
     for result, value in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True):
         assert result.dtype == value.dtype
         np.testing.assert_array_equal(np.asarray(result), np.asarray(value))
+
+
+# The scale of such a row is NaN, which a guard against NaN finds first.
+@pytest.mark.parametrize("guard", sorted(set(GUARDS) - {"NaN"}))
+def test_exponents_that_cannot_be_served_are_found(guard):
+    floats = [jnp.ones(shape) for shape in ((E, I, H), (E, I, H), (E, H, I))]
+    floats[2] = floats[2].at[1, 3, :32].set(2.0**-40)
+    message = "row 3 of expert 1 of down has E8M0 exponents from 85 to 125"
+    with GUARDS[guard](), pytest.raises(ArgumentError, match=message):
+        mm.quantize_experts(*floats, format="mxfp4")

@@ -93,9 +93,9 @@ def weights_in_cpp(tmp_path_factory):
 
 def test_weights_are_the_same_in_cpp(weights_in_cpp):
     (format_name, tag), blocks = weights_in_cpp
-    assert tag == weight_layout.LAYOUT_TAG
+    assert tag == weight_layout.LAYOUT_TAGS["fp8_block"]
     for (hidden, inter), leaves in zip(SIZES, blocks, strict=True):
-        shapes = weight_layout.leaf_shapes(1, hidden, inter)
+        shapes = weight_layout.leaf_shapes("fp8_block", 1, hidden, inter)
         assert tuple(leaf[0] for leaf in leaves) == DATA_FIELDS == shapes._fields
         for (name, dtype, *numbers), shape in zip(leaves, shapes, strict=True):
             *dims, num_bytes = map(int, numbers)

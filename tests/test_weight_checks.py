@@ -81,8 +81,8 @@ def test_large_scales_are_scales(scale):
 @pytest.mark.parametrize(
     ("dtype", "advice"),
     [
-        (np.int32, "one scale per block as the checkpoint holds it, not packed"),
-        (np.uint32, "one scale per block as the checkpoint holds it, not packed"),
+        (np.int32, "pass the scales as the checkpoint holds them, not packed"),
+        (np.uint32, "pass the scales as the checkpoint holds them, not packed"),
         (np.int8, "bytes of E8M0, pass them as uint8"),
         (np.float16, "cast it to float32"),
         (np.float64, "cast it to float32"),
@@ -96,12 +96,12 @@ def test_other_types_of_scales(dtype, advice):
     assert ("cast" in message) == (dtype in (np.float16, np.float64))
 
 
-@pytest.mark.parametrize(
-    "name", ["float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e4m3b11fnuz", "float4_e2m1fn", "int4"]
-)
+@pytest.mark.parametrize("name", ["float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e4m3b11fnuz", "int4"])
 def test_other_types_of_weights_are_to_be_dequantised(name):
     message = refuse(
-        DTypeError, f"down has dtype {name}, wanted float8_e4m3fn: {QUANTIZE}", down=np.zeros((E, H, I), name)
+        DTypeError,
+        f"down has dtype {name}, wanted float8_e4m3fn, or mxfp4 as uint8, int8 or float4_e2m1fn: {QUANTIZE}",
+        down=np.zeros((E, H, I), name),
     )
     assert "view" not in message
     floats = np.zeros((E, I, H), name)
@@ -118,18 +118,25 @@ def test_bytes_may_be_e4m3_only_at_full_width(dtype):
     )
     assert ".view(jax.numpy.float8_e4m3fn)" in full
     packed = {"gate_up": np.zeros((E, 2 * I, H // 2), dtype), "down": np.zeros((E, H, I // 2), dtype)}
-    for replaced in (packed, {"down": packed["down"]}, {"gate_up": packed["gate_up"]}):
-        assert "view" not in refuse(DTypeError, f"packed 4-bit values are another format: {QUANTIZE}", **replaced)
+    for name, value in packed.items():
+        message = refuse(DTypeError, f"wanted one format, FP8 or mxfp4, for both: {QUANTIZE}", **{name: value})
+        assert f"{name} has dtype {np.dtype(dtype).name}" in message.replace("and down", "and down has dtype")
+    refuse(
+        DTypeError, "gate_up_scale has dtype float32, wanted E8M0 for mxfp4, as float8_e8m0fnu or .* uint8", **packed
+    )
 
 
 @pytest.mark.parametrize(
     ("replaced", "advice"),
     [
-        ({"gate_up_scale": (E, 2 * I)}, f"scales of rows are another format, {QUANTIZE}"),
-        ({"down_scale": (E, H, 1)}, f"scales of rows are another format, {QUANTIZE}"),
+        (
+            {"gate_up_scale": (E, 2 * I)},
+            rf"gate_up_scale has shape .*, of fp8_channel and down_scale .*, of fp8_block, wanted one .*{QUANTIZE}",
+        ),
+        ({"down_scale": (E, H, 1)}, f"down_scale has shape .*, of fp8_channel, wanted one format: {QUANTIZE}"),
         ({"down_scale": (E, H, I // 32)}, f"scales of other blocks are another format, {QUANTIZE}"),
-        ({"gate_up_scale": (E,)}, "repeated for each of its blocks with numpy.broadcast_to"),
-        ({"down_scale": ()}, "repeated for each of its blocks with numpy.broadcast_to"),
+        ({"gate_up_scale": (E,)}, "gate_up_scale has shape .*, of fp8_channel and .*, of fp8_block, wanted one format"),
+        ({"down_scale": ()}, r"for a scale of a whole matrix pass one for each expert, \[E\]"),
         ({"down_scale": (E, 3, 2)}, "swap its last two dimensions"),
         (
             {"gate_up": (E, H, 2 * I)},

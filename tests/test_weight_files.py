@@ -40,19 +40,19 @@ def small() -> mm.ExpertWeights:
 
 
 def test_text_is_one_line(small):
-    assert repr(small) == "ExpertWeights(8 experts, H 256, I 128, sm90_v1, 787.5 kB)"
+    assert repr(small) == "ExpertWeights(8 experts, H 256, I 128, fp8_block, sm90_v1, 787.5 kB)"
     stacked = mm.stack_experts([small, small, small])
-    assert repr(stacked) == "ExpertWeights(3 layers of 8 experts, H 256, I 128, sm90_v1, 2.4 MB)"
+    assert repr(stacked) == "ExpertWeights(3 layers of 8 experts, H 256, I 128, fp8_block, sm90_v1, 2.4 MB)"
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,), devices=jax.devices("cpu")[:8])
         split = jax.device_put(small, NamedSharding(mesh, P("expert")))
-        assert str(split) == "ExpertWeights(8 experts, H 256, I 128, sm90_v1, 787.5 kB, P('expert'))"
+        assert str(split) == "ExpertWeights(8 experts, H 256, I 128, fp8_block, sm90_v1, 787.5 kB, P('expert'))"
         assert split.sharding == NamedSharding(mesh, P("expert"))
     assert (
         repr(jax.tree.map(lambda _: P(None, "expert"), small))
-        == "ExpertWeights(8 experts, H 256, I 128, sm90_v1, P(None, 'expert'))"
+        == "ExpertWeights(8 experts, H 256, I 128, fp8_block, sm90_v1, P(None, 'expert'))"
     )
-    assert repr(jax.tree.map(lambda _: None, small)) == "ExpertWeights(8 experts, H 256, I 128, sm90_v1)"
+    assert repr(jax.tree.map(lambda _: None, small)) == "ExpertWeights(8 experts, H 256, I 128, fp8_block, sm90_v1)"
     assert repr(jax.eval_shape(lambda w: w, small)) == repr(small)
     assert repr(jax.tree.map(np.asarray, small)) == repr(small)
 
@@ -74,7 +74,7 @@ def test_text_and_properties_while_tracing(small, kind):
     jax.vmap(look)(mm.stack_experts([small, small]))
     texts, sizes, *others = zip(*seen, strict=True)
     assert texts[0] == repr(split if kind == AxisType.Explicit else small)
-    assert texts[1].startswith("ExpertWeights(1 of 8 experts, H 256, I 128, sm90_v1, 98.4 kB")
+    assert texts[1].startswith("ExpertWeights(1 of 8 experts, H 256, I 128, fp8_block, sm90_v1, 98.4 kB")
     assert texts[2] == texts[3] == repr(small)
     assert sizes[0] == 8 * sizes[1] == small.nbytes
     assert [set(other) for other in others] == [{"fp8_block"}, {None}, {False}]

@@ -110,4 +110,4 @@ def test_shapes_are_those_that_packing_makes():
         weight_layout.pack_down(random_bytes(0, experts, hidden, intermediate).view(FP8)),
         weight_layout.pack_down_scale(jnp.ones((experts, hidden // 128, intermediate // 128))),
     )
-    assert tuple(leaf.shape for leaf in packed) == weight_layout.leaf_shapes(experts, hidden, intermediate)
+    assert tuple(leaf.shape for leaf in packed) == weight_layout.leaf_shapes("fp8_block", experts, hidden, intermediate)

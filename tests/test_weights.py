@@ -84,7 +84,7 @@ def test_narrow_floats_are_quantised_as_the_values_they_are(floats, dtype):
 def test_packing_round_trip_is_exact(weights, natural):
     packed = mm.pack_experts(*natural)
     assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (E, H, I)
-    assert tuple(leaf.shape for leaf in jax.tree.leaves(packed)) == weight_layout.leaf_shapes(E, H, I)
+    assert tuple(leaf.shape for leaf in jax.tree.leaves(packed)) == weight_layout.leaf_shapes("fp8_block", E, H, I)
     assert_same(packed, weights)
     assert_same(packed.unpack(), natural)
     assert_same(jax.jit(lambda w: w.unpack())(packed), natural)

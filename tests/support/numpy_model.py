@@ -14,12 +14,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Experts(NamedTuple):
-    """FP8 experts as checkpoints hold them: the arguments of `pack_experts`, in that order."""
+    """Experts as checkpoints hold them: the arguments of `pack_experts`, in that order."""
 
-    gate_up: Array  # f8[E, 2I, H]
-    gate_up_scale: Array  # f32[E, 2I/128, H/128]
-    down: Array  # f8[E, H, I]
-    down_scale: Array  # f32[E, H/128, I/128]
+    gate_up: Array  # f8[E, 2I, H]; of MXFP4 uint8 or int8 [E, 2I, H/2], or float4[E, 2I, H]
+    gate_up_scale: Array  # f32[E, 2I/128, H/128], f32[E, 2I] (also 1 at the end), [E, 2] or [E]; bytes [E, 2I, H/32]
+    down: Array  # f8[E, H, I] or alike
+    down_scale: Array  # f32[E, H/128, I/128] or alike
 
 
 def round_e4m3(values: Array) -> Array:
@@ -64,6 +64,34 @@ def dequantize(values: Array, scales: Array) -> Array:
     return values.astype(np.float64) * scales.astype(np.float64).repeat(128, -1).repeat(128, -2)
 
 
+E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def dequantize_mxfp4(values: Array, exponents: Array) -> Array:
+    """Two E2M1 values in a byte, the first in the low nibble, or float4; E8M0 of 32 columns -> float64, exactly."""
+    table = np.array(E2M1_VALUES + [-value for value in E2M1_VALUES])
+    if values.dtype == ml_dtypes.float4_e2m1fn:
+        numbers = values.astype(np.float64)
+    else:
+        octets = values.view(np.uint8)
+        numbers = np.empty((*octets.shape[:-1], 2 * octets.shape[-1]))
+        numbers[..., 0::2], numbers[..., 1::2] = table[octets % 16], table[octets // 16]
+    powers = exponents.view(np.uint8).astype(np.int64)
+    factors = np.where(powers == 255, np.nan, np.exp2(np.minimum(powers, 254) - 127.0))
+    return numbers * factors.repeat(32, -1)
+
+
+def dequantize_matrices(values: Array, scales: Array) -> Array:
+    """Matrices of any of the three formats -> float64, exactly."""
+    if values.dtype != FP8:
+        return dequantize_mxfp4(values, scales)
+    num_experts, num_rows, _ = values.shape
+    if scales.ndim == 3 and scales.shape[1:] != (num_rows, 1):
+        return dequantize(values, scales)
+    of_parts = scales.astype(np.float64).reshape(num_experts, -1)
+    return values.astype(np.float64) * of_parts.repeat(num_rows // of_parts.shape[1], 1)[..., None]
+
+
 def moe(
     x: Array,
     experts: Experts,
@@ -78,11 +106,11 @@ def moe(
 
     Not `quantized`: the dequantised weights, with nothing rounded anywhere.
     """
-    num_experts, hidden_size, intermediate_size = experts.down.shape
+    gate_up = dequantize_matrices(experts.gate_up, experts.gate_up_scale)
+    down = dequantize_matrices(experts.down, experts.down_scale)
+    num_experts, hidden_size, intermediate_size = down.shape
     load = np.zeros(num_experts, np.int64)
     y = np.zeros((len(x), hidden_size), np.float32 if quantized else np.float64)
-    gate_up = dequantize(experts.gate_up, experts.gate_up_scale)
-    down = dequantize(experts.down, experts.down_scale)
 
     rows = x.astype(np.float64)
     if quantized:
