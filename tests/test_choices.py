@@ -175,7 +175,7 @@ def test_the_module_tells_it_too():
     core = pytest.importorskip("jax_megamoe._core")
     if not hasattr(core, "launch_choice"):
         pytest.skip("jax_megamoe._core has no launch_choice: build it anew")
-    found = core.launch_choice(150, 6, 4096, 2048, 32, 1, num_sms=132, bytes_per_microsecond=3_352_320)
+    found = core.launch_choice(150, 6, 4096, 2048, 32, "fp8_block", 1, num_sms=132, bytes_per_microsecond=3_352_320)
     wanted = Choice(*CASES["normal's first"][2])
     names = ("swap_operands", "cluster_ctas", "gathers_rows", "activations_stay", "weight_bytes_in_flight")
     assert found == dict(zip(names, wanted, strict=True))

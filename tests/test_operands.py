@@ -2,15 +2,17 @@
 
 import importlib.util
 from pathlib import Path
+from typing import get_args
 
+import jax.numpy as jnp
 import pytest
 
 from jax_megamoe import weight_layout
-from jax_megamoe.weights import DATA_FIELDS, ExpertWeights
+from jax_megamoe.weights import DATA_FIELDS
 from tests.support.native_program import CUDA, compile_program, cuda_include
 
 # T 3, k 2, H 256, I 384, E 4, in the order of primitives/_kernel_call.py.
-RIGHT = "T 3 k 2 H 256 I 384 E 4 L 1 at 0 1 2 3 4 5 6 7 8 9 10 bf16 7 2.5"
+RIGHT = "T 3 k 2 H 256 I 384 E 4 fp8_block L 1 at 0 1 2 3 4 5 6 7 8 9 10 bf16 7 2.5"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,15 @@ def test_layers_are_stacked(call):
     assert call(leaves) == RIGHT.replace("L 1", "L 5")
 
 
+MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 64 2;3 u8 4 4 3 4352;4 f32 4 4 32 2"
+FP8_CHANNEL = "2 f32 4 6 64 2;4 f32 4 4 32 2"
+
+
+@pytest.mark.parametrize(("leaves", "name"), [("none", "fp8_block"), (FP8_CHANNEL, "fp8_channel"), (MXFP4, "mxfp4")])
+def test_the_leaves_say_their_format(call, leaves, name):
+    assert call(leaves) == RIGHT.replace("fp8_block", name)
+
+
 WRONG = {
     "x dtype": ("0 f16 3 256", "x is f16[3, 256]; wanted bf16[T, H]"),
     "x rank": ("0 bf16 3 2 128", "x is bf16[3, 2, 128]; wanted bf16[T, H]"),
@@ -51,10 +62,23 @@ WRONG = {
         "gate_up is f8e4m3fn[6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
     ),
     "gate_up dtype": (
-        "1 u8 4 6 2 16384",
-        "gate_up is u8[4, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+        "1 f16 4 6 2 16384",
+        "gate_up is f16[4, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
     ),
-    "gate_up_scale": ("2 f32 4 6 2 2", "gate_up_scale is f32[4, 6, 2, 2]; wanted f32[(L,) E, I/64, H/128, 4]"),
+    "bytes of FP8": (
+        "1 u8 4 6 2 16384",
+        "gate_up is u8[4, 6, 2, 16384]; wanted u8[(L,) E, I/64, H/128, 8704]",
+    ),
+    "gate_up_scale": ("2 f32 4 6 2 3", "gate_up_scale is f32[4, 6, 2, 3]; wanted f32[(L,) E, I/64, H/128, 4]"),
+    "gate_up_scale of rows": ("2 f32 4 6 2 2", "gate_up_scale is f32[4, 6, 2, 2]; wanted f32[(L,) E, I/64, 64, 2]"),
+    "down_scale of blocks": (
+        "2 f32 4 6 64 2",
+        "down_scale is f32[4, 4, 2, 4]; wanted f32[(L,) E, H/64, 32, 2]",
+    ),
+    "down of another format": (
+        "1 u8 4 6 2 8704;2 f32 4 6 64 2",
+        "down is f8e4m3fn[4, 4, 3, 8192]; wanted u8[(L,) E, H/64, I/128, 4352]",
+    ),
     "down": (
         "3 f8e4m3fn 4 4 2 8192",
         "down is f8e4m3fn[4, 4, 2, 8192]; wanted f8e4m3fn[(L,) E, H/64, I/128, 8192]",
@@ -85,22 +109,22 @@ SIZES = [(128, 128), (256, 384), (4096, 2048), (7168, 3072)]
 
 @pytest.fixture(scope="module")
 def weights_in_cpp(tmp_path_factory):
-    """Format and layout, and the leaves of each of SIZES."""
+    """Format and layout, and the leaves, of each of SIZES and each format."""
     program = compile_program(tmp_path_factory.mktemp("native"), "weights_test")
-    head, *blocks = program("\n".join(f"{h} {i}" for h, i in SIZES)).strip().split("\n\n")
-    return head.split(), [[line.split() for line in block.splitlines()] for block in blocks]
+    blocks = program("\n".join(f"{h} {i}" for h, i in SIZES)).strip().split("\n\n")
+    return [[line.split() for line in block.splitlines()] for block in blocks]
 
 
 def test_weights_are_the_same_in_cpp(weights_in_cpp):
-    (format_name, tag), blocks = weights_in_cpp
-    assert tag == weight_layout.LAYOUT_TAGS["fp8_block"]
-    for (hidden, inter), leaves in zip(SIZES, blocks, strict=True):
-        shapes = weight_layout.leaf_shapes("fp8_block", 1, hidden, inter)
+    wanted = [(sizes, name) for sizes in SIZES for name in get_args(weight_layout.Format)]
+    for ((hidden, inter), name), (head, *leaves) in zip(wanted, weights_in_cpp, strict=True):
+        assert head == [name, weight_layout.LAYOUT_TAGS[name]]
+        shapes = weight_layout.leaf_shapes(name, 1, hidden, inter)
         assert tuple(leaf[0] for leaf in leaves) == DATA_FIELDS == shapes._fields
-        for (name, dtype, *numbers), shape in zip(leaves, shapes, strict=True):
+        for (_, dtype, *numbers), shape, wanted_dtype in zip(
+            leaves, shapes, weight_layout.LEAF_DTYPES[name], strict=True
+        ):
             *dims, num_bytes = map(int, numbers)
-            assert tuple(dims) == shape[1:], name
-            assert dtype == ("float32" if name.endswith("scale") else "float8_e4m3fn")
-            assert num_bytes == shape[1] * shape[2] * shape[3] * (4 if dtype == "float32" else 1)
-    weights = ExpertWeights(*(None,) * 4, num_experts=1, hidden_size=128, intermediate_size=128)  # type: ignore[arg-type]
-    assert weights.format == format_name
+            assert tuple(dims) == shape[1:]
+            assert dtype == jnp.dtype(wanted_dtype).name
+            assert num_bytes == shape[1] * shape[2] * shape[3] * jnp.dtype(wanted_dtype).itemsize

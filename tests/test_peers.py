@@ -142,7 +142,7 @@ def test_several_drivers(monkeypatch):
 
 def test_buffer_bytes(monkeypatch):
     def fake(factor: int) -> Any:
-        return lambda *sizes: factor * sum(sizes)
+        return lambda *sizes: factor * sum(size for size in sizes if size != "fp8_block")
 
     monkeypatch.setattr(
         _library, "_core", types.SimpleNamespace(peer_buffer_bytes=fake(2), peer_workspace_bytes=fake(1))
@@ -168,6 +168,8 @@ def test_buffer_bytes_of_this_build():
     found = expert_parallel.buffer_bytes(128, 6, 7168, 3072, 384, 8)
     # At the least, each other rank's tokens in FP8.
     assert found.symmetric >= 7 * 128 * 7168 and found.scratch > 0
+    with pytest.raises(ValueError, match="format is int4"):
+        expert_parallel.buffer_bytes(128, 6, 7168, 3072, 384, 8, format="int4")
     larger = expert_parallel.buffer_bytes(256, 6, 7168, 3072, 384, 8)
     assert larger.symmetric > found.symmetric
     with pytest.raises(ValueError):

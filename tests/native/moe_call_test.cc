@@ -80,7 +80,7 @@ std::string outcome(const std::vector<Array>& arrays) {
   std::ostringstream text;
   const Problem& p = a.problem;
   text << "T " << p.num_tokens << " k " << p.top_k << " H " << p.hidden_size << " I " << p.intermediate_size << " E "
-       << p.num_local_experts << " L " << a.num_layers << " at";
+       << p.num_local_experts << ' ' << name_of(p.format) << " L " << a.num_layers << " at";
   for (const void* pointer :
        {static_cast<const void*>(a.x), static_cast<const void*>(a.weights.gate_up),
         static_cast<const void*>(a.weights.gate_up_scale), static_cast<const void*>(a.weights.down),

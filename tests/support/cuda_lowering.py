@@ -13,9 +13,9 @@ FUSED, LOCAL = "jax_megamoe.moe_peers.v3", "jax_megamoe.moe.v1"
 
 def fake_core() -> Any:
     """The compiled module as far as lowering needs it; remembers in `asked` for what problems of a group."""
-    asked: list[tuple[int, ...]] = []
+    asked: list[tuple[int | str, ...]] = []
 
-    def peer_workspace_bytes(*sizes: int) -> int:
+    def peer_workspace_bytes(*sizes: int | str) -> int:
         asked.append(sizes)
         return PEER_WORKSPACE
 

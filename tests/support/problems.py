@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_megamoe as mm
+from jax_megamoe.weight_layout import Format
 
 
 class Sizes(NamedTuple):
@@ -29,7 +30,7 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def make_weights(sizes: Sizes, seed: int = 0) -> mm.ExpertWeights:
+def make_weights(sizes: Sizes, seed: int = 0, weight_format: Format = "fp8_block") -> mm.ExpertWeights:
     num_experts, hidden, inter = sizes.num_experts, sizes.hidden, sizes.inter
     keys = jax.random.split(jax.random.key(seed), 3)
     # Blocks of different sizes, so that a scale that is mixed up shows.
@@ -37,7 +38,8 @@ def make_weights(sizes: Sizes, seed: int = 0) -> mm.ExpertWeights:
     gate, up = (jax.random.normal(key, (num_experts, inter, hidden), jnp.bfloat16) * factors for key in keys[:2])
     rows = jnp.linspace(0.5, 2.0, inter)[None, :, None]
     down = jax.random.normal(keys[2], (num_experts, hidden, inter), jnp.bfloat16) * factors
-    return mm.quantize_experts((gate * rows).astype(jnp.bfloat16), up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
+    gate, up, down = ((gate * rows).astype(jnp.bfloat16), up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
+    return mm.quantize_experts(gate, up, down, format=weight_format)
 
 
 def make_inputs(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int = 0) -> tuple[jax.Array, ...]:
@@ -58,6 +60,13 @@ def make_inputs(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int =
     return x, jnp.asarray(ids), jnp.asarray(topk_weights)
 
 
-def make_problem(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int = 0, weights_seed: int = 0) -> Problem:
+def make_problem(
+    tokens: int,
+    sizes: Sizes,
+    routing: str = "uniform",
+    seed: int = 0,
+    weights_seed: int = 0,
+    weight_format: Format = "fp8_block",
+) -> Problem:
     x, ids, topk_weights = make_inputs(tokens, sizes, routing, seed)
-    return Problem(x, make_weights(sizes, weights_seed), ids, topk_weights)
+    return Problem(x, make_weights(sizes, weights_seed, weight_format), ids, topk_weights)

@@ -49,6 +49,7 @@ def on_virtual_ranks(
             weights.hidden_size,
             weights.intermediate_size,
             weights.num_experts // num_ranks,
+            weights.format,
         ),
         num_ranks,
     )

@@ -7,6 +7,7 @@
 #include "host/choices.h"
 #include "host/limits.h"
 #include "layout/peer_buffer.h"
+#include "layout/weights.h"
 #include "transport/identity.h"
 
 #ifdef MEGAMOE_CUDA
