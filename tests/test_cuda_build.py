@@ -94,6 +94,12 @@ def fused_kernels() -> dict[str, set[str]]:
     return found
 
 
+def sass_of_kernels() -> list[tuple[str, str]]:
+    """Each kernel's name and machine code."""
+    parts = re.split(r"Function : (\S+)", dump("--dump-sass"))
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def test_every_source_is_compiled_for_sm_90a_only():
     compiled = set(re.findall(r"ELF file\s+\d+: (\S+)\.(sm_\w+)\.cubin", dump("--list-elf")))
     sources = sources_of(COMPILED) | (sources_of(COMPILED_FOR_TESTING) if module().has_testing else set())
@@ -151,7 +157,20 @@ def test_fused_kernels_multiply_fp8_on_the_tensor_cores():
     for name, opcodes in fused_kernels().items():
         multiplies = {opcode for opcode in opcodes if opcode.startswith("QGMMA")}
         assert multiplies, f"{name} holds no FP8 WGMMA"
-        assert all(opcode.endswith(".F32.E4M3.E4M3") for opcode in multiplies), f"{name}: {sorted(multiplies)}"
+        types = ".F32.E5M2.E4M3" if "Mxfp4" in name else ".F32.E4M3.E4M3"
+        assert all(opcode.endswith(types) for opcode in multiplies), f"{name}: {sorted(multiplies)}"
+
+
+def test_mxfp4_weights_go_from_registers_to_the_tensor_cores():
+    found = set()
+    for name, text in sass_of_kernels():
+        if "moe_sm90" in name or "moe_virtual_ranks" in name:
+            multiplies = re.findall(r"QGMMA\S* R\d+, (R\d+|gdesc)", text)
+            assert multiplies and {"R" if a[0] == "R" else a for a in multiplies} == (
+                {"R"} if "Mxfp4" in name else {"gdesc"}
+            ), name
+            found.add("Mxfp4" in name)
+    assert found == {True, False}
 
 
 def test_fused_kernels_load_weights_by_bulk_copies():
@@ -161,7 +180,6 @@ def test_fused_kernels_load_weights_by_bulk_copies():
 
 def test_multiplies_stay_in_flight():
     # Where ptxas gives up on that (its remarks C7510 to C7518), it puts a wait behind every single multiply.
-    parts = re.split(r"Function : (\S+)", dump("--dump-sass"))
-    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+    for name, text in sass_of_kernels():
         if "moe_sm90" in name:
             assert text.count("QGMMA") >= 2 * text.count("WARPGROUP.DEPBAR"), name
