@@ -65,15 +65,18 @@ def run_measure(arguments: list[str]) -> int:
     shapes = f"of {', '.join(presets.SHAPES)}; groups: {', '.join(presets.GROUPS)}"
     parser.add_argument("--shapes", default="flash,pro", help=shapes)
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512")
+    weights = f"formats of the weights, of {', '.join(presets.FORMATS)}, or all"
+    parser.add_argument("--weights", default="fp8_block", help=weights)
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
     parser.add_argument("--alternatives", action="store_true", help="also jnp reference, ragged_dot and dense bf16")
-    parser.add_argument("--rivals", action="store_true", help=f"also the public rival ({INSTALL})")
+    parser.add_argument("--rivals", action="store_true", help=f"also the public rival, with fp8_block ({INSTALL})")
     parser.add_argument("--rival-python", default=sys.executable, help="an interpreter that has the rival and torch")
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
     options = parser.parse_args(arguments)
     plan = Plan(
         checked(parser, "--shapes", presets.select_shapes, options.shapes),
+        checked(parser, "--weights", presets.select_formats, options.weights),
         checked(parser, "--routing", presets.select_routings, options.routing),
         checked(parser, "--tokens", numbers, options.tokens),
         options.alternatives,

@@ -16,7 +16,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             old = earlier.get(_key(row))
             if old is None:
                 continue
-            title = f"{label(name, _key(row)[1])} {row['tokens']:>5} tokens"
+            title = f"{label(name, *_key(row)[1:])} {row['tokens']:>5} tokens"
             lines.append(f"{title}: {_change(old, row)}")
             rivals = [side.get("rival", {"error": ""}) for side in (old, row)]
             if not any("error" in rival for rival in rivals):
@@ -24,8 +24,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return lines if len(lines) > 1 else [*lines, "The files have no rows in common."]
 
 
-def _key(row: dict[str, Any]) -> tuple[int, str]:
-    return row["tokens"], row.get("routing", "uniform")
+def _key(row: dict[str, Any]) -> tuple[int, str, str]:
+    return row["tokens"], row.get("routing", "uniform"), row.get("format", "fp8_block")
 
 
 def _change(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Random weights and inputs, made on the device where they are large."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import jax_megamoe as mm
 from bench.presets import ROUTINGS, Shape
 from bench.timing import NUM_CALLS
-from jax_megamoe import weight_layout
+from jax_megamoe import mxfp4, weight_layout
+from jax_megamoe.weight_layout import Format
 
 
 class Inputs(NamedTuple):
@@ -30,8 +32,13 @@ class Inputs(NamedTuple):
         return float(np.mean([u.sum() for u in used]))
 
 
-def make_weights(shape: Shape) -> mm.ExpertWeights:
-    """Random finite E4M3 bytes in the packed layout; a step through the packer would need host memory of this size."""
+def make_weights(shape: Shape, format: Format = "fp8_block") -> mm.ExpertWeights:
+    """Random weights of a format, all finite, none of them made of floats, which would need several times the room."""
+    return _make_mxfp4(shape) if format == "mxfp4" else _make_fp8(shape, format)
+
+
+def _make_fp8(shape: Shape, format: Format) -> mm.ExpertWeights:
+    """Random finite E4M3 bytes in the packed layout, and scales of blocks or rows."""
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
 
     def bytes_of(key: jax.Array, dims: tuple[int, ...]) -> jax.Array:
@@ -45,16 +52,49 @@ def make_weights(shape: Shape) -> mm.ExpertWeights:
 
     make = jax.jit(bytes_of, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = weight_layout.leaf_shapes("fp8_block", e, h, i)
-    block = weight_layout.BLOCK
+    shapes = weight_layout.leaf_shapes(format, e, h, i)
+    if format == "fp8_channel":
+        gate_up_scale = weight_layout.pack_gate_up_row_scale(scales_of(keys[2], e, 2 * i))
+        down_scale = weight_layout.pack_down_row_scale(scales_of(keys[3], e, h))
+    else:
+        block = weight_layout.BLOCK
+        gate_up_scale = weight_layout.pack_gate_up_scale(scales_of(keys[2], e, 2 * i // block, h // block))
+        down_scale = weight_layout.pack_down_scale(scales_of(keys[3], e, h // block, i // block))
     return mm.ExpertWeights(
         gate_up=make(keys[0], shapes.gate_up),
-        gate_up_scale=weight_layout.pack_gate_up_scale(scales_of(keys[2], e, 2 * i // block, h // block)),
+        gate_up_scale=gate_up_scale,
         down=make(keys[1], shapes.down),
-        down_scale=weight_layout.pack_down_scale(scales_of(keys[3], e, h // block, i // block)),
+        down_scale=down_scale,
         num_experts=e,
         hidden_size=h,
         intermediate_size=i,
+        layout=weight_layout.LAYOUT_TAGS[format],
+    )
+
+
+def _make_mxfp4(shape: Shape) -> mm.ExpertWeights:
+    """Random codes and exponents, each drawn in a program of its own as they take most room, through the packer."""
+    h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    # Of the largest of the groups: most weights are then about as large as those of `_make_fp8`.
+    largest = 127 - round(np.log2(h) / 2)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def codes_of(key: jax.Array, rows: int, columns: int) -> jax.Array:
+        return jax.random.bits(key, (e, rows, columns // 2), jnp.uint8)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def exponents_of(key: jax.Array, rows: int, columns: int) -> jax.Array:
+        # Different ones in a row, and rows of different scales: one in a wrong place shows in the result.
+        of_row, of_group = jax.random.split(key)
+        below = jax.random.bits(of_row, (e, rows, 1), jnp.uint8) % 4
+        return largest - below - jax.random.bits(of_group, (e, rows, columns // mxfp4.GROUP), jnp.uint8) % 4
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    return mm.pack_experts(
+        codes_of(keys[0], 2 * i, h),
+        exponents_of(keys[2], 2 * i, h),
+        codes_of(keys[1], h, i),
+        exponents_of(keys[3], h, i),
     )
 
 

@@ -110,10 +110,11 @@ def measure_row(
     calls = core.moe_execute_count() if on_gpu else 0
     median, least, most = microseconds_per_call(moe, weights, inputs)
     touched = inputs.touched(shape.num_experts)
-    num_bytes = round(touched * shape.expert_bytes)
+    num_bytes = round(touched * weights.nbytes / shape.num_experts)
     row: dict[str, Any] = {
         "tokens": num_tokens,
         "routing": routing,
+        "format": weights.format,
         "touched": touched,
         "megabytes": num_bytes / 1e6,
         "us": median,

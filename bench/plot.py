@@ -28,8 +28,9 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[Line]]:
         where = device if devices.count(device) == 1 else f"{device}, {result['commit']}"
         for name, rows in result["shapes"].items():
             usual = result.get("routing", "uniform")
-            for routing in dict.fromkeys(row.get("routing", usual) for row in rows):
-                kept = [row for row in rows if row.get("routing", usual) == routing and "ceiling_us" in row]
+            kinds = [(row.get("routing", usual), row.get("format", "fp8_block")) for row in rows]
+            for kind in dict.fromkeys(kinds):
+                kept = [row for row, of in zip(rows, kinds, strict=True) if of == kind and "ceiling_us" in row]
                 lines = [
                     _line(f"jax_megamoe, {where}", [(row, row["us"]) for row in kept], is_ours=True),
                     _line(
@@ -41,7 +42,7 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[Line]]:
                         for key, title in ALTERNATIVES.items()
                     ),
                 ]
-                found.setdefault(label(name, routing), []).extend(line for line in lines if line.tokens)
+                found.setdefault(label(name, *kind), []).extend(line for line in lines if line.tokens)
     return {title: sorted(lines, key=lambda line: not line.is_ours) for title, lines in found.items() if lines}
 
 

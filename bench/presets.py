@@ -4,7 +4,10 @@ One rank of an expert-parallel group of R ranks holds E / R experts. It is measu
 alone, which gives each expert the load that it has when every one of the R ranks contributes M tokens.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, get_args
+
+from jax_megamoe.weight_layout import Format
 
 GPU_BYTES = 78 * 2**30  # what an H100 offers
 
@@ -19,14 +22,14 @@ class Shape(NamedTuple):
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert: FP8 weights and their packed scales, 16 bytes a pipeline stage."""
+        """Bytes of one expert of fp8_block: weights and their packed scales, 16 bytes a pipeline stage."""
         h, i = self.hidden_size, self.intermediate_size
         scales = 16 * (i // 64 * (h // 128) + h // 64 * -(-i // 256))
         return 3 * h * i + scales
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all experts."""
+        """Bytes of all experts of fp8_block."""
         return self.num_experts * self.expert_bytes
 
     def flops(self, num_pairs: float) -> float:
@@ -75,6 +78,8 @@ ROUTINGS = {
     "masked30": "uniform, then 30 % of all slots unused",
 }
 
+FORMATS: tuple[Format, ...] = get_args(Format)
+
 
 def select_shapes(names: str) -> list[str]:
     """The shapes in a comma-separated list of shapes and groups; `ValueError` for others."""
@@ -88,8 +93,18 @@ def select_shapes(names: str) -> list[str]:
 
 def select_routings(names: str) -> list[str]:
     """The kinds of routing in a comma-separated list, or all of them for `all`; `ValueError` for others."""
-    selected = list(ROUTINGS) if names == "all" else list(dict.fromkeys(names.split(",")))
-    unknown = [name for name in selected if name not in ROUTINGS]
+    return _select(names, ROUTINGS)
+
+
+def select_formats(names: str) -> list[Format]:
+    """The formats of weights in a comma-separated list, or all of them for `all`; `ValueError` for others."""
+    return _select(names, FORMATS)
+
+
+def _select[Name: str](names: str, known: Iterable[Name]) -> list[Name]:
+    of_name = {str(name): name for name in known}
+    selected = list(of_name) if names == "all" else list(dict.fromkeys(names.split(",")))
+    unknown = [name for name in selected if name not in of_name]
     if unknown:
-        raise ValueError(f"has {', '.join(map(repr, unknown))}, wanted some of {', '.join(ROUTINGS)}, or all")
-    return selected
+        raise ValueError(f"has {', '.join(map(repr, unknown))}, wanted some of {', '.join(of_name)}, or all")
+    return [of_name[name] for name in selected]

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import pathlib
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench.presets import SHAPES, Shape
 from bench.progress import Progress
 from bench.table import text
 from bench.timing import NUM_CALLS
+from jax_megamoe.weight_layout import Format
 
 METHOD = (
     "One jitted program over a mesh of R GPUs makes 12 calls with different inputs, one after the other, or 48 of less "
@@ -32,6 +34,7 @@ COLUMNS = (
     "ranks",
     "tokens",
     "routing",
+    "format",
     "touched",
     "us",
     "us_least",
@@ -49,6 +52,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shapes", default="flash,pro", help=f"of {', '.join(SHAPES)}: of each rank")
     parser.add_argument("--ranks", default="all", help="numbers of GPUs, or all: 2, 4, 8 as far as there are so many")
     parser.add_argument("--tokens", default="1,8,32,64,128,256,512", help="on each rank")
+    weights_help = f"formats of the weights, of {', '.join(presets.FORMATS)}, or all"
+    parser.add_argument("--weights", default="fp8_block", help=weights_help)
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
@@ -56,6 +61,7 @@ def main(arguments: list[str]) -> int:
     num_devices = len(jax.devices())
     try:
         shapes, routings = presets.select_shapes(options.shapes), presets.select_routings(options.routing)
+        formats = presets.select_formats(options.weights)
         tokens = [int(number) for number in options.tokens.split(",")]
         wanted = "2,4,8" if options.ranks == "all" else options.ranks
         ranks = [int(number) for number in wanted.split(",") if options.ranks != "all" or int(number) <= num_devices]
@@ -66,31 +72,34 @@ def main(arguments: list[str]) -> int:
             f"--ranks is {options.ranks}, wanted numbers up to the {num_devices} devices that this process sees"
         )
     result: dict[str, Any] = {**records.describe(options.commit, METHOD), "rows": {}}
-    progress = Progress(len(shapes) * len(ranks) * len(routings) * len(tokens))
+    progress = Progress(len(shapes) * len(ranks) * len(formats) * len(routings) * len(tokens))
     for name in shapes:
         result["rows"][name] = []
         print(f"{name} {SHAPES[name]} on each of the ranks, {result['device']}")
         print(" ".join(f"{column:>13}" for column in COLUMNS))
-        for num_ranks in ranks:
-            for row in measure(SHAPES[name], num_ranks, routings, tokens):
+        for num_ranks, format in itertools.product(ranks, formats):
+            for row in measure(SHAPES[name], num_ranks, format, routings, tokens):
                 result["rows"][name].append(row)
                 print(" ".join(f"{text(row.get(column)):>13}" for column in COLUMNS), flush=True)
-                progress.step(f"{name}: {num_ranks} ranks, {row['tokens']} tokens")
+                progress.step(
+                    f"{records.label(name, row['routing'], format)}: {num_ranks} ranks, {row['tokens']} tokens"
+                )
                 if options.output is not None:
                     records.write(options.output, result)
     return 0
 
 
-def measure(share: Shape, num_ranks: int, routings: list[str], token_counts: list[int]) -> Any:
-    """Yields the rows of one shape, that of each rank, and number of ranks."""
+def measure(share: Shape, num_ranks: int, format: Format, routings: list[str], token_counts: list[int]) -> Any:
+    """Yields the rows of one shape, that of each rank, number of ranks and format of the weights."""
     mesh = jax.make_mesh((num_ranks,), ("expert",), devices=jax.devices()[:num_ranks])
     whole = share._replace(num_experts=share.num_experts * num_ranks)
     split = NamedSharding(mesh, P("expert"))
-    weights = jax.jit(functools.partial(make_weights, whole), out_shardings=split)()
+    weights = jax.jit(functools.partial(make_weights, whole, format), out_shardings=split)()
     for routing in routings:
         for tokens in token_counts:
             inputs = make_inputs(whole, tokens * num_ranks, routing, seed=tokens, num_calls=_calls_of(tokens))
-            yield {"ranks": num_ranks, "routing": routing, **_row(share, num_ranks, tokens, mesh, weights, inputs)}
+            row = _row(share, num_ranks, tokens, mesh, weights, inputs)
+            yield {"ranks": num_ranks, "routing": routing, "format": format, **row}
 
 
 def _calls_of(tokens: int) -> int:
@@ -116,7 +125,7 @@ def _row(share: Shape, num_ranks: int, tokens: int, mesh: Any, weights: mm.Exper
     if on_gpu:
         own = weights.gate_up.addressable_shards[0].data
         row["ceiling_us"] = microseconds_per_call(
-            ceiling_program(own.size, round(touched * share.expert_bytes)), own
+            ceiling_program(own.size, round(touched * weights.nbytes / weights.num_experts)), own
         ).us
         row["beyond_us"] = row["us"] - row["ceiling_us"]
     return row

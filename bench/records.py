@@ -19,8 +19,9 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no shapes, wanted a file that `python -m bench --output` wrote")
     for rows in result["shapes"].values():
         for row in rows:
-            # Until rows named it, a file had one kind of routing.
+            # Until rows named them, a file had one kind of routing, and there was one format of weights.
             row.setdefault("routing", result.get("routing", "uniform"))
+            row.setdefault("format", "fp8_block")
             _name_the_rival(row)
     return result
 
@@ -30,9 +31,9 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def label(name: str, routing: str) -> str:
-    """A shape and its routing in a title; the latter only where it is not the usual one."""
-    return name if routing == "uniform" else f"{name}, {routing}"
+def label(name: str, routing: str, format: str = "fp8_block") -> str:
+    """A shape, its routing and the format of its weights in a title; the latter two only where not the usual ones."""
+    return ", ".join([name, *([routing] if routing != "uniform" else []), *([format] if format != "fp8_block" else [])])
 
 
 def _name_the_rival(row: dict[str, Any]) -> None:

@@ -13,12 +13,16 @@ from bench.measure import measure_row
 from bench.presets import SHAPES
 from bench.progress import Progress
 from bench.rival import client
+from jax_megamoe.weight_layout import Format
+
+RIVAL_FORMAT: Format = "fp8_block"  # the only one that the rival is asked for
 
 
 class Plan(NamedTuple):
     """What to measure; `rival_python` is None where the rival was not asked for."""
 
     shapes: list[str]
+    formats: list[Format]
     routings: list[str]
     tokens: list[int]
     alternatives: bool
@@ -32,17 +36,18 @@ def run(plan: Plan, result: dict[str, Any]) -> None:
         print("No GPU: a dry run of the program. These are no figures of the kernel.")
     has_rival = plan.rival_python is not None and "error" not in result["rivals"]
     num_rows = len(plan.shapes) * len(plan.routings) * len(plan.tokens)
-    progress = Progress(num_rows * (2 if has_rival else 1))
+    progress = Progress(num_rows * (len(plan.formats) + (has_rival and RIVAL_FORMAT in plan.formats)))
     for name in plan.shapes:
         rows: list[dict[str, Any]] = []
         result["shapes"][name] = rows
-        if has_rival:
-            with tempfile.TemporaryDirectory(prefix="jax-megamoe-bench-") as folder:
-                _measure_with_rival(plan, name, result, progress, pathlib.Path(folder))
-        else:
-            _measure_shape(plan, name, result, progress, None)
-            if plan.rival_python is not None:
-                client.merge(rows, {}, why=result["rivals"]["error"])
+        for format in plan.formats:
+            if has_rival and format == RIVAL_FORMAT:
+                with tempfile.TemporaryDirectory(prefix="jax-megamoe-bench-") as folder:
+                    _measure_with_rival(plan, name, result, progress, pathlib.Path(folder))
+                continue
+            _measure_shape(plan, name, format, result, progress, None)
+            if plan.rival_python is not None and format == RIVAL_FORMAT:
+                client.merge(_rows_with_rival(rows), {}, why=result["rivals"]["error"])
         if plan.alternatives or plan.rival_python is not None:
             for row in rows:
                 row["winner"] = table.winner(row)
@@ -51,15 +56,15 @@ def run(plan: Plan, result: dict[str, Any]) -> None:
 
 
 def _measure_shape(
-    plan: Plan, name: str, result: dict[str, Any], progress: Progress, folder: pathlib.Path | None
+    plan: Plan, name: str, format: Format, result: dict[str, Any], progress: Progress, folder: pathlib.Path | None
 ) -> None:
-    """Measures a shape's rows; into `folder` goes what the rival needs to measure the same."""
+    """Measures a shape's rows with weights of a format; into `folder` goes what the rival needs to measure the same."""
     shape = SHAPES[name]
-    weights = make_weights(shape)
+    weights = make_weights(shape, format)
     if folder is not None:
         client.write_weights(folder, weights)
     float_weights = make_float_weights(shape) if plan.alternatives else None
-    table.print_header(f"{name} {shape} on {result['device']}", plan.alternatives)
+    table.print_header(f"{name} {shape} of {format} on {result['device']}", plan.alternatives)
     for routing in plan.routings:
         for num_tokens in plan.tokens:
             inputs = make_inputs(shape, num_tokens, routing, seed=num_tokens)
@@ -70,7 +75,7 @@ def _measure_shape(
                 client.write_case(folder, client.case_name(routing, num_tokens), inputs, results, reference)
             result["shapes"][name].append(row)
             table.print_row(row, plan.alternatives)
-            progress.step(f"{records.label(name, routing)}: {num_tokens} tokens")
+            progress.step(f"{records.label(name, routing, format)}: {num_tokens} tokens")
             _write(plan, result)
 
 
@@ -84,9 +89,13 @@ def _measure_with_rival(
     print(f"{name}: the rival compiles its kernels", file=sys.stderr, flush=True)
     # Before anything is timed: it loads the processor and the device.
     client.compile_ahead(plan.rival_python, folder, shape, plan.tokens)
-    _measure_shape(plan, name, result, progress, folder)
+    _measure_shape(plan, name, RIVAL_FORMAT, result, progress, folder)
     found = client.run_rival(plan.rival_python, folder, lambda case: progress.step(f"{name}: the rival, {case} tokens"))
-    client.merge(result["shapes"][name], found)
+    client.merge(_rows_with_rival(result["shapes"][name]), found)
+
+
+def _rows_with_rival(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["format"] == RIVAL_FORMAT]
 
 
 def _write(plan: Plan, result: dict[str, Any]) -> None:

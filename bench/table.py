@@ -5,9 +5,21 @@ from typing import Any
 from bench.rival import INSTALL
 from bench.timing import Timing
 
-COLUMNS = ("routing", "tokens", "touched", "us", "ceiling_us", "ratio", "gb_per_s", "tflop_per_s", "diff", "captured")
+COLUMNS = (
+    "format",
+    "routing",
+    "tokens",
+    "touched",
+    "us",
+    "ceiling_us",
+    "ratio",
+    "gb_per_s",
+    "tflop_per_s",
+    "diff",
+    "captured",
+)
 ALTERNATIVES = ("reference_us", "ragged_us", "dense_us")
-RIVALS = ("routing", "tokens", "us", "ratio", "rival us", "rival ratio", "rival diff", "ours/rival")
+RIVALS = ("format", "routing", "tokens", "us", "ratio", "rival us", "rival ratio", "rival diff", "ours/rival")
 
 
 def print_header(title: str, alternatives: bool) -> None:

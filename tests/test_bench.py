@@ -26,7 +26,7 @@ def test_expert_bytes_counts_weights_and_packed_scales():
 
 def test_expert_bytes_are_those_of_the_packed_leaves():
     weights = make_weights(SMALL)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == SMALL.weight_bytes
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == SMALL.weight_bytes == weights.nbytes
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,19 @@ def test_selecting_shapes_and_routings():
     assert presets.select_shapes("ep8")[:2] == ["flash", "pro"]
     assert presets.select_routings("all") == list(ROUTINGS)
     assert presets.select_routings("hot,zipf") == ["hot", "zipf"]
+    assert presets.select_formats("mxfp4,fp8_block,mxfp4") == ["mxfp4", "fp8_block"]
+    assert presets.select_formats("all") == list(presets.FORMATS) == ["fp8_block", "fp8_channel", "mxfp4"]
 
 
 WRONG_ARGUMENTS = {
     "--shapes flush": "wanted some of flash",
     "--routing unifrom": "wanted some of uniform",
+    "--weights fp8_block,fp4": "--weights has 'fp4', wanted some of fp8_block",
     "--tokens 8,-1": "wanted positive numbers",
     "layers --variants fast": "wanted some of default",
     "layers --stack 3 --layers 2": "wanted 1 to --layers (2)",
     "ranks --shapes flush": "wanted some of flash",
+    "ranks --weights fp4": "wanted some of fp8_block",
     "ranks --ranks 0": "--ranks is 0, wanted numbers up to the",
     "ranks --ranks 2,99": "--ranks is 2,99, wanted numbers up to the",
     "compare no-such-file no-such-file": "No such file",
@@ -82,6 +86,22 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
 
 
 # Inputs
+
+
+@pytest.mark.parametrize("format", presets.FORMATS)
+def test_weights_of_every_format_are_what_the_packer_makes(format):
+    weights = make_weights(SMALL, format)
+    assert (weights.format, weights.num_experts) == (format, SMALL.num_experts)
+    again = mm.pack_experts(*weights.unpack())
+    assert again.format == format
+    for ours, packed in zip(weights.leaves, again.leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours).view(np.uint8), np.asarray(packed).view(np.uint8))
+    # Most values and scales of two experts differ, so that what is in a wrong place shows.
+    assert all(np.mean(array[0] != array[1]) > 0.5 for array in map(np.asarray, weights.unpack()))
+    assert np.mean(np.asarray(weights.down_scale[0] != weights.down_scale[1])) > 0.2  # in blocks, padding is most of it
+    call = (inputs := make_inputs(SMALL, 5, "uniform", seed=1)).x[0], weights, inputs.topk_ids[0]
+    result = np.asarray(mm.reference.moe(*call, inputs.topk_weights[0]), np.float32)
+    assert np.isfinite(result).all() and 1e-3 < result.std() < 1e3
 
 
 def test_routings_are_what_their_descriptions_say():
@@ -169,6 +189,37 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     assert out.count("x1.000 (within the spread)") == 2
 
 
+def test_rows_of_several_formats(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    arguments = ["--shapes", "tiny", "--tokens", "3", "--weights", "fp8_channel,mxfp4,fp8_block", "--output", str(path)]
+    assert main([*arguments, "--rivals", "--rival-python", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr()
+    assert "of mxfp4 on" in printed.out
+    assert "[2/3] tiny, mxfp4: 3 tokens" in printed.err
+    rows = {row["format"]: row for row in json.loads(path.read_text())["shapes"]["tiny"]}
+    assert list(rows) == ["fp8_channel", "mxfp4", "fp8_block"]
+    assert [name for name, row in rows.items() if "rival" in row] == ["fp8_block"]
+    shape, touched = SHAPES["tiny"], rows["mxfp4"]["touched"]
+    num_weights = 3 * shape.hidden_size * shape.intermediate_size
+    row_scales = 4 * (2 * shape.intermediate_size + shape.hidden_size)
+    assert all(row["touched"] == touched and row["diff"] == 0 for row in rows.values())
+    assert rows["fp8_block"]["megabytes"] == round(touched * shape.expert_bytes) / 1e6
+    assert rows["fp8_channel"]["megabytes"] == round(touched * (num_weights + row_scales)) / 1e6
+    assert rows["mxfp4"]["megabytes"] == round(touched * (num_weights * 17 / 32 + row_scales)) / 1e6
+    assert main(["compare", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count("x1.000 (within the spread)") == 3
+
+
+def test_formats_are_compared_and_drawn_apart():
+    old = row_of(100.0, ceiling_us=80.0)
+    block, fp4 = (row_of(us, ceiling_us=40.0, format=name) for us, name in ((90.0, "fp8_block"), (60.0, "mxfp4")))
+    assert compare(result_of(old), result_of(block, fp4))[1:] == ["flash     8 tokens: 100.0 -> 90.0 us, x0.900"]
+    (line,) = compare(result_of(old, fp4), result_of(fp4))[1:]
+    assert line == "flash, mxfp4     8 tokens: 60.0 -> 60.0 us, x1.000 (within the spread)"
+    drawn = plot.panels([result_of(old, fp4)])
+    assert {title: line.ratios for title, (line,) in drawn.items()} == {"flash": [1.25], "flash, mxfp4": [1.5]}
+
+
 def test_compare_says_what_is_outside_the_spread():
     assert compare(result_of(row_of(100.0)), result_of(row_of(80.0)))[1] == (
         "flash     8 tokens: 100.0 -> 80.0 us, x0.800"
@@ -187,7 +238,8 @@ def test_compare_has_the_rival_and_names_what_does_not_match():
 def test_older_files_can_be_read(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({**result_of(row_of(1.0)), "routing": "zipf"}))
-    assert records.read(path)["shapes"]["flash"][0]["routing"] == "zipf"
+    (row,) = records.read(path)["shapes"]["flash"]
+    assert (row["routing"], row["format"]) == ("zipf", "fp8_block")
     path.write_text("{}")
     with pytest.raises(ValueError, match="holds no shapes"):
         records.read(path)
@@ -205,6 +257,7 @@ def test_older_files_name_the_rival_as_new_ones_do(tmp_path, capsys):
         winner="ours or rival",
         ceiling_us=80.0,
         routing="uniform",
+        format="fp8_block",
     )
     assert main(["compare", str(path), str(path)]) == 0
     assert "flash     8 tokens, rival: 120.0 -> 120.0 us" in capsys.readouterr().out
@@ -323,14 +376,15 @@ def test_ranks_dry_run(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     # From eight tokens on a program has a quarter of the calls to compile.
     arguments = ["ranks", "--shapes", "tiny", "--ranks", "2", "--tokens", "8", "--routing", "masked30"]
+    arguments += ["--weights", "mxfp4"]
     assert main([*arguments, "--commit", "abc", "--output", str(path)]) == 0
     printed = capsys.readouterr()
     assert "tiny" in printed.out and "collective_us" in printed.out
-    assert "[1/1] tiny: 2 ranks, 8 tokens" in printed.err
+    assert "[1/1] tiny, masked30, mxfp4: 2 ranks, 8 tokens" in printed.err
     result = json.loads(path.read_text())
     assert result["commit"] == "abc" and "collective" in result["method"]
     (row,) = result["rows"]["tiny"]
-    assert (row["ranks"], row["tokens"], row["routing"]) == (2, 8, "masked30")
+    assert (row["ranks"], row["tokens"], row["routing"], row["format"]) == (2, 8, "masked30", "mxfp4")
     assert 0 < row["us_least"] <= row["us"] <= row["us_most"] and row["collective_us"] > 0
     assert 0 < row["touched"] <= SHAPES["tiny"].num_experts
     assert row["diff"] < 1e-5

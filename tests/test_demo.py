@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax_megamoe.demo import __main__ as command_line
 from jax_megamoe.demo import checkpoint, decode, model, text, train
 from jax_megamoe.demo import mesh as demo_mesh
 from jax_megamoe.errors import ShardingError
+from jax_megamoe.weight_layout import Format
 from tests.support.cuda_lowering import cuda_text
 from tests.support.demo import TINY, WIDE, assert_mesh_decodes_as_one_device, loop_arguments, make_parameters
 from tests.support.skips import unless, why_no_host_devices
@@ -49,14 +51,17 @@ def test_command_line_trains_measures_decodes_and_reuses_its_checkpoint(
     assert "trained now" in first.out
     assert "100%  step 60" in first.err
 
-    float_bits, moe_bits, difference = (
-        float(re.search(pattern, first.out).group(1))  # type: ignore[union-attr]
-        for pattern in (r"(\S+) bits/char with float", r"(\S+) bits/char with moe", r"difference (\S+)")
-    )
+    (float_bits,) = map(float, re.findall(r"(\S+) bits/char with float", first.out))
     assert float_bits < math.log2(len(text.VOCABULARY)) - 0.5
-    assert difference == pytest.approx(moe_bits - float_bits, abs=2e-4)
-    assert abs(difference) < 0.02
-    assert re.search(r"decoding +\d+\.\d tokens/s, \d+\.\d{3} ms per step \(3 sequences x 18 steps", first.out)
+    measured = re.findall(r"(\S+) bits/char with moe \((\w+)\), difference (\S+)", first.out)
+    assert [format for _, format, _ in measured] == ["fp8_block", "mxfp4"]
+    # E2M1 has two bits of mantissa less than E4M3, and so is four times as coarse.
+    for (bits, _, difference), tolerance in zip(measured, (0.02, 0.08), strict=True):
+        assert float(difference) == pytest.approx(float(bits) - float_bits, abs=2e-4)
+        assert abs(float(difference)) < tolerance
+    assert re.search(
+        r"decoding +\d+\.\d tokens/s, \d+\.\d{3} ms per step \(3 sequences x 18 steps in \S+ s, fp8_block\)", first.out
+    )
     continued = first.out.split("\n--- continuing ")[1:]
     for section, prompt in zip(continued, ["The ", "A class", "The "], strict=True):
         heading, generated = section.split("\n", 1)
@@ -65,12 +70,28 @@ def test_command_line_trains_measures_decodes_and_reuses_its_checkpoint(
         assert len(generated.removesuffix("\n")) >= len(prompt) + 11
 
     monkeypatch.setattr(command_line, "train", lambda *_: pytest.fail("The second run trains."))
-    assert run(path, "--prompt", "The ", "--temperature", "0") == 0
+    decoded: list[model.Experts] = []
+
+    def generate(
+        config: model.ModelConfig, parameters: model.Parameters, experts: model.Experts, *rest: Any, **options: Any
+    ) -> Any:
+        decoded.append(experts)
+        return decode.generate(config, parameters, experts, *rest, **options)
+
+    monkeypatch.setattr(command_line, "generate", generate)
+    assert run(path, "--prompt", "The ", "--temperature", "0", "--format", "fp8_channel") == 0
     second = capsys.readouterr()
     assert f"60 training steps, loaded from {path}" in second.out
-    assert re.search(r"\S+ bits/char with moe", second.out).group() == (  # type: ignore[union-attr]
-        re.search(r"\S+ bits/char with moe", first.out).group()  # type: ignore[union-attr]
-    )
+    again = re.findall(r"(\S+) bits/char with moe \((\w+)\), difference (\S+)", second.out)
+    assert again[:2] == measured and [format for _, format, _ in again[2:]] == ["fp8_channel"]
+    assert abs(float(again[2][2])) < 0.02
+    assert [getattr(experts, "format", None) for experts in decoded] == ["fp8_channel"]
+
+
+def test_unknown_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path / "demo.npz", "--format", "fp4")
+    assert "--format: invalid choice: 'fp4'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("short_corpus")
@@ -146,9 +167,9 @@ def test_corpus_is_held_out_and_round_trips() -> None:
     assert not [paragraph for paragraph in held_out.split("\n\n")[1:] if " ".join(paragraph.split()) in seen]
 
 
-@pytest.mark.parametrize("kind", ["float", "moe"])
+@pytest.mark.parametrize("kind", ["float", "fp8_block", "mxfp4"])
 def test_decoding_with_the_cache_equals_the_full_forward(parameters: model.Parameters, kind: str) -> None:
-    experts = parameters.experts if kind == "float" else model.quantize(parameters.experts)
+    experts = parameters.experts if kind == "float" else model.quantize(parameters.experts, cast(Format, kind))
     tokens = jax.random.randint(jax.random.key(2), (3, TINY.context), 0, TINY.vocabulary_size)
     expected, _ = jax.jit(model.forward, static_argnums=0)(TINY, parameters, experts, tokens)
 

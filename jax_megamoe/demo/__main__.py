@@ -1,4 +1,4 @@
-"""The command line: train or load the model, measure both kinds of experts, continue a prompt."""
+"""The command line: train or load the model, measure float and quantised experts, continue a prompt."""
 
 import argparse
 import itertools
@@ -19,8 +19,10 @@ from jax_megamoe.demo.model import ModelConfig, Parameters, initialize, quantize
 from jax_megamoe.demo.train import TrainConfig, bits_per_character, train
 from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.options import Implementation
+from jax_megamoe.weight_layout import Format
 
 _DEFAULT_SECONDS = 90.0
+_COMPARED: tuple[Format, ...] = ("fp8_block", "mxfp4")  # beside the float experts, whichever format decodes
 _DEFAULT_PROMPT = 'The "with" statement is '
 
 
@@ -68,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="decode on so many: attention's heads and the experts are split (default %(default)s)",
     )
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        default="fp8_block",
+        help="how the experts that decode are quantised (default %(default)s); it is measured on the held-out text "
+        f"beside float experts, {' and '.join(_COMPARED)}",
+    )
     parser.add_argument("--implementation", choices=get_args(Implementation), help="passed to jax_megamoe.moe")
     return parser
 
@@ -92,10 +101,10 @@ def _load(arguments: argparse.Namespace, path: Path, config: ModelConfig, corpus
         return None
 
 
-def _try_moe(config: ModelConfig, corpus: text.Corpus, implementation: Implementation | None) -> None:
+def _try_moe(config: ModelConfig, corpus: text.Corpus, format: Format, implementation: Implementation | None) -> None:
     """Runs `moe` once, so that a machine it cannot serve says so before the training rather than after it."""
     untrained = initialize(config, jax.random.key(0))
-    experts = quantize(untrained.experts)
+    experts = quantize(untrained.experts, format)
     bits_per_character(config, untrained, experts, corpus.held_out, implementation=implementation, max_batches=1)
 
 
@@ -129,7 +138,7 @@ def _obtain(
     checkpoint = _load(arguments, path, config, corpus)
     origin = f"loaded from {path} (--retrain trains again)"
     if checkpoint is None:
-        _try_moe(config, corpus, arguments.implementation)
+        _try_moe(config, corpus, arguments.format, arguments.implementation)
         checkpoint = _train(arguments, path, config, corpus)
         origin = "trained now"
     report(f"model       {checkpoint.steps} training steps, {origin}")
@@ -151,11 +160,13 @@ def _run(arguments: argparse.Namespace, config: ModelConfig) -> None:
     report(f"corpus      {len(corpus.train)} symbols to train on, {len(corpus.held_out)} held out")
     implementation = arguments.implementation
     parameters = _obtain(arguments, config, corpus, report)
-    experts = quantize(parameters.experts)
     float_bits = bits_per_character(config, parameters, parameters.experts, corpus.held_out)
-    moe_bits = bits_per_character(config, parameters, experts, corpus.held_out, implementation=implementation)
     report(f"held out    {float_bits:.4f} bits/char with float experts")
-    report(f"held out    {moe_bits:.4f} bits/char with moe (FP8), difference {moe_bits - float_bits:+.4f}")
+    for format in dict.fromkeys((*_COMPARED, arguments.format)):
+        experts = quantize(parameters.experts, format)
+        bits = bits_per_character(config, parameters, experts, corpus.held_out, implementation=implementation)
+        report(f"held out    {bits:.4f} bits/char with moe ({format}), difference {bits - float_bits:+.4f}")
+    experts = quantize(parameters.experts, arguments.format)
 
     generation = generate(
         config,
@@ -170,7 +181,8 @@ def _run(arguments: argparse.Namespace, config: ModelConfig) -> None:
     )
     report(
         f"decoding    {generation.tokens_per_second:.1f} tokens/s, {generation.milliseconds_per_step:.3f} ms per step "
-        f"({len(prompts)} sequences x {generation.num_steps} steps in {generation.seconds:.2f} s)"
+        f"({len(prompts)} sequences x {generation.num_steps} steps in {generation.seconds:.2f} s, "
+        f"{arguments.format})"
     )
     for prompt, generated in zip(prompts, generation.texts, strict=True):
         report(f"\n--- continuing {prompt!r}\n{generated}")

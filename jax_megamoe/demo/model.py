@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.options import Implementation
+from jax_megamoe.weight_layout import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,11 @@ def initialize(config: ModelConfig, key: jax.Array) -> Parameters:
     )
 
 
-def quantize(experts: FloatExperts) -> mm.ExpertWeights:
-    """FP8 experts of all layers, stacked, for the `layer` argument of `moe`."""
-    per_layer = [mm.quantize_experts(*(leaf[layer] for leaf in experts)) for layer in range(len(experts.gate))]
+def quantize(experts: FloatExperts, format: Format = "fp8_block") -> mm.ExpertWeights:
+    """Quantised experts of all layers, stacked, for the `layer` argument of `moe`."""
+    per_layer = [
+        mm.quantize_experts(*(leaf[layer] for leaf in experts), format=format) for layer in range(len(experts.gate))
+    ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
 
 
