@@ -79,24 +79,22 @@ struct Multiply;
   ", %48, %49, %50, %51, %52, %53, %54, %55" \
   ", %56, %57, %58, %59, %60, %61, %62, %63"
 // clang-format on
-#define MEGAMOE_MULTIPLY(N, TYPES, A, B, FLAG)                                                              \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32." TYPES   \
+#define MEGAMOE_MULTIPLY(N, TYPES, A, B, FLAG)                                                           \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32." TYPES \
   " {" MEGAMOE_D##N "}, " A ", " B ", p, 1, 1;\n}\n"
 // Arguments: N, and the six operands after D's as text.
-#define MEGAMOE_DEFINE_MULTIPLY(N, P0, P1, P2, P3, P4, P5, ...)                                             \
-  template <>                                                                                               \
-  struct Multiply<N> {                                                                                      \
-    __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) { \
-      asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e4m3", P0, P1, P2)                                             \
-                   : __VA_ARGS__                                                                            \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                      \
-    }                                                                                                       \
-    __device__ __forceinline__ static void run(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,       \
-                                               int accumulate) {                                            \
-      asm volatile(MEGAMOE_MULTIPLY(N, "e5m2.e4m3", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5)             \
-                   : __VA_ARGS__                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                  \
-    }                                                                                                       \
+#define MEGAMOE_DEFINE_MULTIPLY(N, P0, P1, P2, P3, P4, P5, ...)                                                   \
+  template <>                                                                                                     \
+  struct Multiply<N> {                                                                                            \
+    __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {       \
+      asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e4m3", P0, P1, P2) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate)); \
+    }                                                                                                             \
+    __device__ __forceinline__ static void run(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
+                                               int accumulate) {                                                  \
+      asm volatile(MEGAMOE_MULTIPLY(N, "e5m2.e4m3", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5)                   \
+                   : __VA_ARGS__                                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                        \
+    }                                                                                                             \
   }
 
 // clang-format off

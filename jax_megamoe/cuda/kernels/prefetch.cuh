@@ -48,9 +48,9 @@ __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& arg
 template <typename Orientation>
 __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expert, int tile, int k_blocks) {
   const size_t tile_blocks = args.problem.hidden_size / kBlockK;
-  ptx::bulk_prefetch_stream(gate_up_weights<typename Orientation::Format>(args, expert) +
-                                tile * tile_blocks * Orientation::kBlockWeightBytes,
-                            min(k_blocks, static_cast<int>(tile_blocks)) * Orientation::kBlockWeightBytes);
+  ptx::bulk_prefetch_stream(
+      gate_up_weights<typename Orientation::Format>(args, expert) + tile * tile_blocks * Orientation::kBlockWeightBytes,
+      min(k_blocks, static_cast<int>(tile_blocks)) * Orientation::kBlockWeightBytes);
 }
 
 // The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With

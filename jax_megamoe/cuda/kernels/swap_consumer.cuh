@@ -31,8 +31,8 @@ namespace megamoe {
 template <int kN, typename Orientation, typename Group>
 class SwapConsumer {
  public:
-  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<Orientation>& map, const UnitNote& note,
-                                          Signaller& signaller, Tracer& tracer)
+  __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<Orientation>& map,
+                                          const UnitNote& note, Signaller& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     fetch_sources();
   }
