@@ -179,6 +179,10 @@ def test_the_module_tells_it_too():
     wanted = Choice(*CASES["normal's first"][2])
     names = ("swap_operands", "cluster_ctas", "gathers_rows", "activations_stay", "weight_bytes_in_flight")
     assert found == dict(zip(names, wanted, strict=True))
+    device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
+    assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found
+    # Decoded weights are on WGMMA's A operand, however many tokens there are.
+    assert core.launch_choice(8192, 6, 4096, 2048, 32, "mxfp4", 1, **device)["swap_operands"]
 
 
 # The table.
