@@ -72,10 +72,12 @@ static __global__ void share_scales_by_tile_pairs(float* scales, size_t pairs, i
 // Of every command: the environment's PROBE_FORMAT, fp8_block if it is not set.
 inline megamoe::WeightFormat weight_format() {
   const char* name = std::getenv("PROBE_FORMAT");
-  for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
-    if (name != nullptr && std::string(name) == megamoe::name_of(format)) return format;
+  const auto* known = megamoe::find_format(name == nullptr ? "fp8_block" : name);
+  if (known == nullptr) {
+    std::fprintf(stderr, "PROBE_FORMAT is %s; wanted fp8_block, fp8_channel or mxfp4\n", name);
+    std::exit(2);
   }
-  return megamoe::WeightFormat::kFp8Block;
+  return known->format;
 }
 
 // Any codes, exponents over seven binades.

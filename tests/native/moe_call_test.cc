@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ffi/moe_call.h"
+#include "layout/weights.h"
 
 using namespace megamoe;
 
@@ -34,6 +35,13 @@ const std::map<std::string, XLA_FFI_DataType> kTypes = {
     {"bf16", XLA_FFI_DataType_BF16}, {"f32", XLA_FFI_DataType_F32}, {"f16", XLA_FFI_DataType_F16},
     {"s32", XLA_FFI_DataType_S32},   {"s64", XLA_FFI_DataType_S64}, {"f8e4m3fn", XLA_FFI_DataType_F8E4M3FN},
     {"u8", XLA_FFI_DataType_U8}};
+
+const char* name_of(WeightFormat format) {
+  for (const WeightFormatNames& known : kWeightFormats) {
+    if (known.format == format) return known.name;
+  }
+  return "none";
+}
 
 size_t number(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) / 1024 - 1; }
 

@@ -21,9 +21,9 @@ const char* name_of_type(megamoe::Element element) {
 
 int main() {
   for (int hidden, inter; std::cin >> hidden >> inter;) {
-    for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
-      std::cout << megamoe::name_of(format) << ' ' << megamoe::layout_of(format) << '\n';
-      for (const megamoe::WeightLeaf& leaf : megamoe::weight_leaves(format, hidden, inter)) {
+    for (const megamoe::WeightFormatNames& known : megamoe::kWeightFormats) {
+      std::cout << known.name << ' ' << known.layout << '\n';
+      for (const megamoe::WeightLeaf& leaf : megamoe::weight_leaves(known.format, hidden, inter)) {
         std::cout << leaf.name << ' ' << name_of_type(leaf.element);
         for (int64_t dim : leaf.dims) std::cout << ' ' << dim;
         std::cout << ' ' << leaf.expert_bytes() << '\n';

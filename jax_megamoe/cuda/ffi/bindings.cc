@@ -100,9 +100,7 @@ py::dict ffi_registrations() {
 }
 
 megamoe::WeightFormat format_named(const std::string& name) {
-  for (const megamoe::WeightFormat format : megamoe::kWeightFormats) {
-    if (name == megamoe::name_of(format)) return format;
-  }
+  if (const auto* known = megamoe::find_format(name)) return known->format;
   throw py::value_error("jax_megamoe.moe: the weights' format is " + name + "; this build has none of that name.");
 }
 

@@ -34,16 +34,23 @@ ffi::Error wrong(const char* name, const ffi::AnyBuffer& got, const std::string&
   return moe_failure(std::string(name) + " is " + type_text(got) + "; wanted " + wanted + ".");
 }
 
-ffi::DataType type_of(Element element) {
-  return element == Element::kF32 ? ffi::F32 : element == Element::kU8 ? ffi::U8 : ffi::F8E4M3FN;
+struct ElementType {
+  ffi::DataType type;
+  const char* name;
+};
+
+ElementType type_of(Element element) {
+  switch (element) {
+    case Element::kF32:
+      return {ffi::F32, "f32"};
+    case Element::kU8:
+      return {ffi::U8, "u8"};
+    default:
+      return {ffi::F8E4M3FN, "f8e4m3fn"};
+  }
 }
 
-std::string wanted_text(const WeightLeaf& leaf) {
-  return std::string(leaf.element == Element::kF32  ? "f32"
-                     : leaf.element == Element::kU8 ? "u8"
-                                                    : "f8e4m3fn") +
-         leaf.text;
-}
+std::string wanted_text(const WeightLeaf& leaf) { return std::string(type_of(leaf.element).name) + leaf.text; }
 
 // By the type of the weights, and by what the last dimension of gate_up_scale counts: a vector, or gate's and up's.
 WeightFormat format_of(const ffi::AnyBuffer& gate_up, const ffi::AnyBuffer& gate_up_scale) {
@@ -126,7 +133,7 @@ ffi::Error MoeCall::check(int num_ranks) {
   const auto leaves = weight_leaves(format, hidden, intermediate);
   for (int i = 0; i < kNumLeaves; ++i) {
     const ffi::AnyBuffer& operand = operands_[kFirstLeaf + i];
-    if (!matches(operand, type_of(leaves[i].element), leaves[i].dims, layers * experts)) {
+    if (!matches(operand, type_of(leaves[i].element).type, leaves[i].dims, layers * experts)) {
       return wrong(leaves[i].name, operand, wanted_text(leaves[i]));
     }
   }

@@ -23,20 +23,18 @@ cudaError_t prepare() {
 }
 
 template <typename Format, typename Group>
-cudaError_t launch_slice(const MoeArguments& slice, bool has_peers, int num_ctas, cudaStream_t stream) {
-  Device device = current_device(num_ctas);
+cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, int num_ctas, cudaStream_t stream) {
   if constexpr (has_normal_orientation<Format>) {
-    device.num_clusters = Launcher<Normal<Format>, Group>::num_clusters();
-    const LaunchChoice choice = choose(slice.problem, device, has_peers);
     if (!choice.swap_operands) return Launcher<Normal<Format>, Group>::launch(slice, choice, num_ctas, stream);
   }
-  const LaunchChoice choice = choose(slice.problem, device, has_peers);
   return Launcher<SwapAb<Format>, Group>::launch(slice, choice, num_ctas, stream);
 }
 
 // One launch for each slice of the tokens.
 template <typename Format, typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
+  Device device = current_device(num_ctas);
+  if constexpr (has_normal_orientation<Format>) device.num_clusters = Launcher<Normal<Format>, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;
@@ -52,7 +50,8 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
-    const cudaError_t error = launch_slice<Format, Group>(slice, has_peers, num_ctas, stream);
+    const LaunchChoice choice = choose(slice.problem, device, has_peers);
+    const cudaError_t error = launch_slice<Format, Group>(slice, choice, num_ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -17,14 +17,6 @@
 
 namespace megamoe {
 
-// Of the thread's low and high rows in an accumulator fragment; `stage` is the unit's first one.
-template <typename Orientation>
-__device__ __forceinline__ float2 load_row_scale(const SharedMap<Orientation>& map, int stage) {
-  // Eight pairs of rows for each warp.
-  const int pair = threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
-  return reinterpret_cast<const float2*>(map.row_scales(stage))[pair];
-}
-
 template <int kN, typename Orientation, bool kDown>
 class DecodedProduct {
  public:

@@ -58,7 +58,6 @@ class NormalConsumer {
 
  private:
   static constexpr bool kRowScales = Normal::Format::kRowScales;
-  static constexpr int kPlaneBytes = Normal::Format::kPlaneBytes;
   static constexpr int kN = 2 * kPlaneRows;
   static constexpr int kAccumulators = kN / 2;
   template <int kTiles>

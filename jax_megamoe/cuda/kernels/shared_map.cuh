@@ -108,4 +108,12 @@ class SharedMap {
   int ring_offset_;
 };
 
+// swapAB: the scales of a thread's low and high rows in an accumulator fragment; `stage` is the unit's first one.
+template <typename Orientation>
+__device__ __forceinline__ float2 load_row_scale(const SharedMap<Orientation>& map, int stage) {
+  // Eight pairs of rows for each warp.
+  const int pair = threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
+  return reinterpret_cast<const float2*>(map.row_scales(stage))[pair];
+}
+
 }  // namespace megamoe

@@ -25,7 +25,7 @@ struct Problem {
   // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from
   // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
-    if (format == WeightFormat::kMxfp4) return true;  // has_normal_orientation
+    if (is_always_swapped(format)) return true;
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
     int most = kLeastSwapLimit;
     for (const SwapLimit& limit : kSwapLimits) {

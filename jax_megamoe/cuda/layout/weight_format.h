@@ -38,8 +38,9 @@ struct Mxfp4 {
 };
 
 // Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M.
+constexpr bool is_always_swapped(WeightFormat format) { return format == WeightFormat::kMxfp4; }
 template <typename Format>
-constexpr bool has_normal_orientation = !Format::kDecodes;
+constexpr bool has_normal_orientation = !is_always_swapped(Format::kFormat);
 
 // Bytes of a matrix of whole planes.
 template <typename Format>

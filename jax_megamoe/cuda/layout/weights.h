@@ -7,36 +7,31 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "layout/tiles.h"
 #include "layout/weight_format.h"
 
 namespace megamoe {
 
-constexpr WeightFormat kWeightFormats[] = {WeightFormat::kFp8Block, WeightFormat::kFp8Channel, WeightFormat::kMxfp4};
+struct WeightFormatNames {
+  WeightFormat format;
+  const char* name;    // as `ExpertWeights.format` has it
+  const char* layout;  // the version of the memory layout
+};
 
-// As `ExpertWeights.format` has it.
-inline const char* name_of(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kFp8Block:
-      return "fp8_block";
-    case WeightFormat::kFp8Channel:
-      return "fp8_channel";
-    default:
-      return "mxfp4";
-  }
-}
+constexpr WeightFormatNames kWeightFormats[] = {
+    {WeightFormat::kFp8Block, "fp8_block", "sm90_v1"},
+    {WeightFormat::kFp8Channel, "fp8_channel", "sm90_fp8_channel_v1"},
+    {WeightFormat::kMxfp4, "mxfp4", "sm90_mxfp4_v1"},
+};
 
-// The version of the memory layout.
-inline const char* layout_of(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kFp8Block:
-      return "sm90_v1";
-    case WeightFormat::kFp8Channel:
-      return "sm90_fp8_channel_v1";
-    default:
-      return "sm90_mxfp4_v1";
+// Null if no format has that name.
+inline const WeightFormatNames* find_format(const std::string& name) {
+  for (const WeightFormatNames& known : kWeightFormats) {
+    if (name == known.name) return &known;
   }
+  return nullptr;
 }
 
 enum class Element { kE4m3, kU8, kF32 };

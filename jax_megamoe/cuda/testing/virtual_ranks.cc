@@ -27,12 +27,13 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
     Device device = current_device(ctas_per_rank);
     if constexpr (has_normal_orientation<Format>) {
       device.num_clusters = VirtualRanksLauncher<Normal<Format>>::num_clusters() / present;
-      const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+    }
+    const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+    if constexpr (has_normal_orientation<Format>) {
       if (!choice.swap_operands) {
         return VirtualRanksLauncher<Normal<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
       }
     }
-    const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
     return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
   });
 }
