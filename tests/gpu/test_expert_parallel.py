@@ -18,12 +18,13 @@ import jax_megamoe as mm
 from jax_megamoe.primitives import _library
 from tests.gpu import process_worker
 from tests.support import processes
-from tests.support.cases import ODD_ROUTINGS, SHARED, all_ranks
+from tests.support.cases import ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
 from tests.support.compare import bits, difference
 from tests.support.hlo import is_fused, opcodes_of_large_results
 from tests.support.layer_with_options import OPTIONS, make_problem, moe, reference
 from tests.support.meshes import AUTO, EXPLICIT, gpu_mesh, place, place_all
 from tests.support.problems import Problem, make_weights
+from tests.support.problems import make_problem as make_problem_of
 from tests.support.skips import gpu_tests, why_no_gpus, why_no_group
 
 E, H = SHARED.num_experts, SHARED.hidden
@@ -80,6 +81,17 @@ def test_all_tokens_to_one_rank(num_ranks):
         used = jnp.repeat(jnp.arange(num_ranks) == source, tokens)[:, None]
         problem = Problem(x, weights, jnp.where(used, first + ids % (E // num_ranks), -1), topk_weights)
         assert_as_on_one_gpu(moe(*place_all(mesh, problem)), problem)
+
+
+@all_ranks
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
+@pytest.mark.parametrize("tokens", [1, 8, 40, 128, 200, 1000])
+def test_formats_of_weights(num_ranks, tokens, weight_format):
+    mesh = gpu_mesh(expert=num_ranks)
+    problem = make_problem_of(tokens * num_ranks, SHARED, "masked", weight_format=weight_format)
+    arguments = place_all(mesh, problem)
+    assert is_fused_for(moe, *arguments)
+    assert_as_on_one_gpu(moe(*arguments), problem)
 
 
 SIZES: dict[str, dict[str, int]] = {

@@ -1,15 +1,12 @@
 """The fused kernel with weights of every format, against the reference, on a Hopper GPU."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from jax_megamoe.weight_layout import Format
-from tests.support.cases import MODELS, ODD_ROUTINGS, SHARED
+from tests.support.cases import MODELS, ODD_ROUTINGS, OTHER_FORMATS, SHARED
 from tests.support.compare import bits, difference
 from tests.support.layer_with_options import moe, reference
 from tests.support.problems import Problem, Sizes, make_inputs, make_problem, make_weights
@@ -18,7 +15,6 @@ from tests.support.virtual_ranks import on_virtual_ranks, one_rank
 
 pytestmark = gpu_tests(why_no_hopper())
 
-FORMATS = [name for name in get_args(Format) if name != "fp8_block"]  # of which all other tests are
 ODD = Sizes(hidden=640, inter=384, num_experts=8, top_k=4)
 
 
@@ -30,27 +26,27 @@ def assert_is_the_references(problem: Problem) -> None:
     assert difference(y, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 33, 64, 100, 129, 300, 1000, 3000])
 def test_token_counts(tokens, weight_format):
     assert_is_the_references(make_problem(tokens, ODD, weight_format=weight_format))
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("tokens", [1, 100, 400])
 @pytest.mark.parametrize(("hidden", "inter"), MODELS.values(), ids=MODELS)
 def test_shapes(hidden, inter, tokens, weight_format):
     assert_is_the_references(make_problem(tokens, Sizes(hidden, inter, 8, 6), weight_format=weight_format))
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("routing", ODD_ROUTINGS)
 @pytest.mark.parametrize("tokens", [1, 40, 300, 700])
 def test_routings(routing, tokens, weight_format):
     assert_is_the_references(make_problem(tokens, ODD, routing, weight_format=weight_format))
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("tokens", [5, 200])
 def test_layers_are_stacked(tokens, weight_format):
     x, _, ids, topk_weights = make_problem(tokens, ODD)
@@ -62,7 +58,7 @@ def test_layers_are_stacked(tokens, weight_format):
 
 
 @pytest.mark.skipif(why_no_testing() is not None, reason=str(why_no_testing()))
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 16, 150, 800])
 def test_ranks_have_the_bits_of_one(tokens, num_ranks, weight_format):

@@ -1,7 +1,10 @@
 """Cases that several tests take, with their ids."""
 
+from typing import get_args
+
 import pytest
 
+from jax_megamoe.weight_layout import Format
 from tests.support.problems import Sizes
 
 # A small layer whose experts two, four or eight ranks share. It has fewer gate/up units than a GPU has SMs, as each of the
@@ -23,5 +26,8 @@ LARGEST_MODELS = {name: MODELS[name] for name in ("flash", "pro")}
 
 # What a list of ids may do to the experts, beside what `make_inputs` draws by itself.
 ODD_ROUTINGS = ["one", "masked", "none"]
+
+# Formats of weights, without the one that all other tests have.
+OTHER_FORMATS = [name for name in get_args(Format) if name != "fp8_block"]
 
 all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])
