@@ -37,6 +37,8 @@ ALL_GPUS = (
     "tests/test_manual_sharding.py",
 )
 
+SECONDS_TO_SAY = 10.0  # after the limit, until a process is killed
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs both rounds and prints what pytest said, failures first to last; returns the exit status."""
@@ -120,8 +122,12 @@ def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: 
     try:
         status = int(process.wait(max(0.0, deadline - time.monotonic())) != 0)  # a signal is a negative number
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGINT)  # pytest then says what has failed until now
+        try:
+            process.wait(SECONDS_TO_SAY)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         status = 2
     lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
     end = "did not end in time" if status == 2 else f"status {status}"

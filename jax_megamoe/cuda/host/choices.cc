@@ -23,10 +23,14 @@ bool waits_for_memory(const Problem& p, const Device& device) {
   return p.num_routes() <= most_routes_per_expert_waiting(device) * p.num_local_experts;
 }
 
+// All have to run at the same time, as their waits for each other need.
+bool has_clusters(const Device& device) {
+  return device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters;
+}
+
 int cluster_ctas(const Problem& p, const Device& device) {
-  const bool wanted = p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
-  // All have to run at the same time, as their waits for each other need.
-  return wanted && device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters ? 2 : 1;
+  const bool wanted = is_decoded(p.format) || p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
+  return wanted && has_clusters(device) ? 2 : 1;
 }
 
 int64_t gate_up_bytes(const Problem& p) {
@@ -42,14 +46,16 @@ int weight_bytes_in_flight(const Device& device) {
 
 LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
   LaunchChoice choice = {};
-  choice.swap_operands = p.swap_operands();
+  // The wide orientation is one of clusters.
+  choice.swap_operands = p.swap_operands() || (is_decoded(p.format) && !has_clusters(device));
   choice.cluster_ctas = 1;
   choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest
   choice.cluster_ctas = cluster_ctas(p, device);
   // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is
   // used.
-  choice.gathers_rows = !has_peers && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
+  choice.gathers_rows =
+      !has_peers && !is_decoded(p.format) && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
   choice.activations_stay = waits_for_memory(p, device) && gate_up_bytes(p) <= kMostGateUpBytesBesideActivations;
   return choice;
 }

@@ -14,19 +14,15 @@ namespace {
 template <typename Format, typename Group>
 cudaError_t prepare() {
   cudaError_t error = Launcher<SwapAb<Format>, Group>::prepare();
-  if constexpr (has_normal_orientation<Format>) {
-    if (error == cudaSuccess) error = Launcher<Normal<Format>, Group>::prepare();
-    // Asked here, so that no launch is the first to ask.
-    if (error == cudaSuccess) Launcher<Normal<Format>, Group>::num_clusters();
-  }
+  if (error == cudaSuccess) error = Launcher<ForMany<Format>, Group>::prepare();
+  // Asked here, so that no launch is the first to ask.
+  if (error == cudaSuccess) Launcher<ForMany<Format>, Group>::num_clusters();
   return error;
 }
 
 template <typename Format, typename Group>
 cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, int num_ctas, cudaStream_t stream) {
-  if constexpr (has_normal_orientation<Format>) {
-    if (!choice.swap_operands) return Launcher<Normal<Format>, Group>::launch(slice, choice, num_ctas, stream);
-  }
+  if (!choice.swap_operands) return Launcher<ForMany<Format>, Group>::launch(slice, choice, num_ctas, stream);
   return Launcher<SwapAb<Format>, Group>::launch(slice, choice, num_ctas, stream);
 }
 
@@ -34,7 +30,7 @@ cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, 
 template <typename Format, typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
   Device device = current_device(num_ctas);
-  if constexpr (has_normal_orientation<Format>) device.num_clusters = Launcher<Normal<Format>, Group>::num_clusters();
+  device.num_clusters = Launcher<ForMany<Format>, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made.
   Problem part = call.problem;

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "host/choices.h"
 #include "kernels/arguments.h"
 #include "layout/weight_format.h"
@@ -13,6 +15,11 @@ template <typename Format>
 struct SwapAb;
 template <typename Format>
 struct Normal;
+template <typename Format>
+struct Wide;
+// The orientation of many tokens.
+template <typename Format>
+using ForMany = std::conditional_t<Format::kDecodes, Wide<Format>, Normal<Format>>;
 struct OneRank;
 struct PeerRanks;
 

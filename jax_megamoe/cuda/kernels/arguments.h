@@ -23,7 +23,7 @@ struct LaunchConstants {
   bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first
   bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)
   int stages_in_flight;   // at most, of weights
-  uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
+  uint8_t stages[kWideTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
 };
 
 struct MoeArguments {

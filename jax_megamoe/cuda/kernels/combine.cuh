@@ -218,7 +218,7 @@ class CompleteUnits {
         const int mine = complete_ + static_cast<int>(threadIdx.x % 32);
         const bool done =
             mine < units && ptx::load_acquire(SharedMap<Normal>::counters(args_).down_done(mine)) >= signals;
-        complete_ += __ffs(~__ballot_sync(~0u, done)) - 1;
+        complete_ += __clz(__brev(~__ballot_sync(~0u, done)));  // 32 where all lanes are done
         if (unit < complete_) break;
         limit.check();
       }

@@ -14,6 +14,7 @@
 #include "kernels/signals.cuh"
 #include "kernels/swap_consumer.cuh"
 #include "kernels/trace.cuh"
+#include "kernels/wide_consumer.cuh"
 
 namespace megamoe {
 
@@ -22,7 +23,9 @@ template <typename Orientation, typename Group, int kN = 8>
 __device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<Orientation>& map,
                                              const UnitNote& note, Signaller& signaller, Tracer& tracer,
                                              StageCursor& cursor) {
-  if constexpr (!Orientation::kSwapsOperands) {
+  if constexpr (Orientation::kWide) {
+    WideConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
+  } else if constexpr (!Orientation::kSwapsOperands) {
     NormalConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
   } else {
     if constexpr (kN < Orientation::kTokenTile) {

@@ -165,7 +165,9 @@ struct RoutesAhead {
 // holds the first routes, and afterwards the first ones after these tokens.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void place_routes(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
-                                             int token_begin, int token_end, RoutesAhead& ahead, RouteTarget* targets) {
+                                             int token_begin, int token_end, RoutesAhead& ahead,
+                                             typename SharedMap<Orientation>::Target* targets) {
+  using Target = typename SharedMap<Orientation>::Target;
   constexpr int kTile = Orientation::kTokenTile;
   const int lane = threadIdx.x % 32;
   const int top_k = args.problem.top_k;
@@ -180,7 +182,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
     if (expert < 0 || expert >= plan.group_experts() || !Group::has_ids()) expert = -1;
     const uint32_t peers = __match_any_sync(~0u, expert);
     const int earlier = __popc(peers & ((1u << lane) - 1));
-    RouteTarget target = RouteTarget::unused();
+    Target target = Target::unused();
     int position = 0;
     if (expert >= 0) position = plan.before(expert) + earlier;
     __syncwarp();
@@ -192,7 +194,7 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
       const int rank = Group::rank_of_expert(args, expert);
       const int chunk_row_base = plan.row_base(expert) + chunk * kTile;
       // All images together have fewer than 2^32 bytes, as scratch memory has a limit (host/limits.h).
-      target = RouteTarget::at(rank, Image::first_row(chunk_row_base, k_blocks), row, padded);
+      target = Target::at(rank, Image::first_row(chunk_row_base, k_blocks), row, padded);
       // One CTA, the owner of the token's first columns, leaves the row's source for the epilogues.
       if (share.first_item_of(route / top_k) >= share.first_item) {
         Group::on(rank, args.workspace.row_sources)[chunk_row_base + row] = {Group::route_with_rank(args, route),
@@ -208,7 +210,8 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
 // each of the token's used slots; where rows are gathered, once, and for the slots its scales.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
-                                              const ItemPieces<Orientation>& item, const RouteTarget* token_targets) {
+                                              const ItemPieces<Orientation>& item,
+                                              const typename SharedMap<Orientation>::Target* token_targets) {
   constexpr int kPieces = ItemPieces<Orientation>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
   const Problem& p = args.problem;
@@ -254,7 +257,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   constexpr int kSlotsAtOnce = 3;
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
-    RouteTarget target[kSlotsAtOnce];
+    typename SharedMap<Orientation>::Target target[kSlotsAtOnce];
     uint8_t* place[kSlotsAtOnce];
     float* scales[kSlotsAtOnce];
 #pragma unroll
@@ -290,7 +293,7 @@ __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const P
   const int top_k = args.problem.top_k;
   const int tokens_per_batch = kRouteBatch / top_k;
   const int end_token = share.end_token();
-  RouteTarget* targets = map.route_targets();
+  typename SharedMap<Orientation>::Target* targets = map.route_targets();
   DispatchCursor at(share, share.first_item + warp);
   ItemStream<Orientation> items(args, share, map, at, first);
   for (int token_begin = share.first_token(); token_begin < end_token; token_begin += tokens_per_batch) {

@@ -29,6 +29,7 @@
 #include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
+#include "kernels/maxima_exchange.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/prefetch.cuh"
@@ -88,6 +89,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
 
   // Barriers in shared memory, and in a group the own ids to all ranks.
   if (threadIdx.x == kTokenProducerWarp * 32) {
+    if constexpr (Orientation::kWide) MaximaExchange<Orientation>::init(shared_header());
     init_pipeline(shared_header(), Cluster<Orientation>(args).ctas(), gathers_rows<Orientation, Group>(args));
     // `ids_missing`, which the cluster's other CTA may set.
     if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands) ptx::fence_cluster();

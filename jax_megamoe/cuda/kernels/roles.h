@@ -44,16 +44,23 @@ constexpr int kSignalSlots = 4;
 // two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
-// What differs between the two orientations besides the multiply itself, side by side.
-template <bool kSwap, typename WeightFormat>
+// How tokens and weights lie in the multiply.
+enum class OrientationKind : uint8_t { kSwapAb, kNormal, kWide };
+
+// What differs between the orientations besides the multiply itself, side by side.
+template <OrientationKind kKind, typename WeightFormat>
 struct OrientationConstants {
   using Format = WeightFormat;
+  static constexpr bool kSwap = kKind == OrientationKind::kSwapAb;
+  // For few tokens per expert: bound by the memory, CTAs alone, everything in a hurry to start and to end.
   static constexpr bool kSwapsOperands = kSwap;
-  static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kNormalTokenTile;
+  // Weights on M and many tokens on N, in clusters of two CTAs that share the tokens.
+  static constexpr bool kWide = kKind == OrientationKind::kWide;
+  static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kWide ? kWideTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
   // per multiply.
-  static constexpr int kUnitTiles = kSwap ? 1 : 2;
+  static constexpr int kUnitTiles = kSwap || kWide ? 1 : 2;
   static constexpr int kActivationScaleColumns = activation_scale_columns(kSwap);
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   // One tile's weights for 128 columns of K: two planes.
@@ -64,7 +71,7 @@ struct OrientationConstants {
   static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowScaleBytes, 1024);
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
-  static constexpr int kGateUpSignals = kSwap ? 1 : kConsumerWarpgroups;
+  static constexpr int kGateUpSignals = kSwap || kWide ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
   static constexpr int kDispatchColumns = kSwap ? 256 : 512;
@@ -84,9 +91,12 @@ struct OrientationConstants {
 
 // swapAB: weights on WGMMA's M dimension, tokens on N, which may be as small as eight. For few tokens per expert.
 template <typename Format>
-struct SwapAb : OrientationConstants<true, Format> {};
+struct SwapAb : OrientationConstants<OrientationKind::kSwapAb, Format> {};
 // Tokens on M, weights on N. For many.
 template <typename Format>
-struct Normal : OrientationConstants<false, Format> {};
+struct Normal : OrientationConstants<OrientationKind::kNormal, Format> {};
+// Weights on M, as many tokens as registers have room for on N. For many, with weights that come from registers.
+template <typename Format>
+struct Wide : OrientationConstants<OrientationKind::kWide, Format> {};
 
 }  // namespace megamoe

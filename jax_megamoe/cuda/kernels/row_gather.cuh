@@ -18,7 +18,7 @@ namespace megamoe {
 // Not with peers, which write straight into the image on the expert's rank, and not for swapAB, whose chunks are too
 // small to gain.
 template <typename Orientation, typename Group>
-constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Group::kHasPeers;
+constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::kWide && !Group::kHasPeers;
 
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {

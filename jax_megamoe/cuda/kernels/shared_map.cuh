@@ -48,13 +48,14 @@ class SharedMap {
   }
 
   // [kRouteBatch], shares the epilogue scratch: tokens are dispatched before the first epilogue.
-  __device__ RouteTarget* route_targets() const { return reinterpret_cast<RouteTarget*>(scratch()); }
+  using Target = RouteTarget<Orientation::kTokenTile>;
+  __device__ Target* route_targets() const { return reinterpret_cast<Target*>(scratch()); }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
   __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
   // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
   __device__ uint32_t* row_offsets() const {
     static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
-                  kRouteBatch * sizeof(RouteTarget));
+                  kRouteBatch * sizeof(Target));
     return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
   }
   // normal, where rows have scales: [warpgroups][tiles][2 * kPlaneRows], behind all else
@@ -67,6 +68,25 @@ class SharedMap {
   __device__ uint8_t* down_tile(int warpgroup) const {
     return reinterpret_cast<uint8_t*>(sources() + kConsumerWarpgroups * max_rows) +
            warpgroup * max_rows * kDownTileRowBytes;
+  }
+
+  // wide: of a warp, and of this thread, while a unit is multiplied
+  __device__ UnitNote& wide_note(int warp) const { return wide_fixed().note[warp]; }
+  __device__ float2& wide_row_scale() const { return wide_fixed().row_scale[threadIdx.x]; }
+  // wide, behind the tokens' targets: by warp, [max_rows]
+  __device__ float* wide_amax(int warp) const { return reinterpret_cast<float*>(wide_scratch()) + warp * max_rows; }
+  // wide: what the cluster's other CTA sends, by turn, [max_rows]
+  __device__ float* wide_partner_amax(int turn) const { return wide_amax(kConsumerWarps + turn); }
+  // wide: [max_rows] routing weight, 1 / scale
+  __device__ float2* wide_factors() const { return reinterpret_cast<float2*>(wide_amax(kConsumerWarps + 2)); }
+  // wide: by warpgroup, [max_rows]
+  __device__ RowSource* wide_sources(int warpgroup) const {
+    return reinterpret_cast<RowSource*>(wide_factors() + max_rows) + warpgroup * max_rows;
+  }
+  // wide: by warpgroup, [kWarpgroupTokens][kDownTileRowBytes] of a down unit; both: [max_rows][kGateUpTileColumns]
+  __device__ uint8_t* wide_tile(int warpgroup) const {
+    return reinterpret_cast<uint8_t*>(wide_sources(kConsumerWarpgroups)) +
+           warpgroup * kWarpgroupTokens * kDownTileRowBytes;
   }
 
   __device__ uint8_t* weights(int stage) const {
@@ -83,7 +103,20 @@ class SharedMap {
 
  private:
   // Of the tokens' targets, and whatever else there is one after the other.
-  static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(RouteTarget));
+  static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(Target));
+
+  // Of a row of the wide orientation's chunks, beside its tile.
+  static constexpr int kWideRowBytes = (kConsumerWarps + 2) * static_cast<int>(sizeof(float)) + sizeof(float2) +
+                                       kConsumerWarpgroups * static_cast<int>(sizeof(RowSource));
+  static constexpr int kWideTileBytes = kConsumerWarpgroups * kWarpgroupTokens * kDownTileRowBytes;
+  static_assert(kWideTileBytes >= kWideTokenTile * kGateUpTileColumns);
+  // What does not depend on the rows.
+  struct WideFixed {
+    UnitNote note[kConsumerWarps];
+    float2 row_scale[kConsumerThreads];
+  };
+  __device__ WideFixed& wide_fixed() const { return *reinterpret_cast<WideFixed*>(scratch() + kScratchBytes); }
+  __device__ uint8_t* wide_scratch() const { return scratch() + kScratchBytes + sizeof(WideFixed); }
 
   // The normal orientation's consumers have no register for it.
   __device__ uint8_t* scratch() const {
@@ -95,6 +128,9 @@ class SharedMap {
         kScratchBytes + (Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowScaleBytes);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
+    if constexpr (Orientation::kWide) {
+      return round_up(plan.end() + kScratchBytes + sizeof(WideFixed) + rows * kWideRowBytes + kWideTileBytes, 1024);
+    }
     const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }

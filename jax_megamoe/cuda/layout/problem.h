@@ -25,8 +25,8 @@ struct Problem {
   // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from
   // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
-    if (is_always_swapped(format)) return true;
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
+    if (is_decoded(format)) return num_routes() <= kMostRoutesPerExpertBeforeWide * num_local_experts;
     int most = kLeastSwapLimit;
     for (const SwapLimit& limit : kSwapLimits) {
       if (normal_units() >= limit.units_per_sm * kMeasuredSms) continue;
@@ -37,14 +37,18 @@ struct Problem {
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   int normal_units() const { return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
-  int token_tile() const { return swap_operands() ? kSwapTokenTile : kNormalTokenTile; }
+  // The least that a launch of this problem may have: where there are no clusters, swapAB serves many tokens of weights
+  // that are decoded.
+  int least_token_tile() const { return swap_operands() || is_decoded(format) ? kSwapTokenTile : kNormalTokenTile; }
+  int least_activation_scale_columns() const { return activation_scale_columns(swap_operands() || is_decoded(format)); }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
   __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
   __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }
-  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than
+  // A chunk is up to a token tile's tokens of one expert. Whatever the routing, there are no more chunks and rows than
   // this.
   int max_chunks() const {
-    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) + group_routes() / token_tile();
+    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) +
+           group_routes() / least_token_tile();
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
   int max_rows() const { return group_routes() + 7 * max_chunks(); }

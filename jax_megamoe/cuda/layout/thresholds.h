@@ -23,6 +23,10 @@ constexpr int kMeasuredSms = 132;
 constexpr SwapLimit kSwapLimits[] = {{1, 46}, {2, 34}, {8, 28}};
 constexpr int kLeastSwapLimit = 18;
 
+// swapAB serves so many of weights that are decoded, and the wide orientation more.
+// Unit: routes per expert. Measured: "MXFP4".
+constexpr int kMostRoutesPerExpertBeforeWide = 52;
+
 // From so many on, CTAs work in clusters of two, which share the weights of experts with two full chunks.
 // Unit: routes per expert. Measured: "The producer, and pairs".
 constexpr int kLeastRoutesPerExpertOfClusters = 192;

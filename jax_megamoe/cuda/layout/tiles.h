@@ -26,10 +26,11 @@ constexpr int kDownUnitColumns = 2 * kDownTileColumns;
 // of two neighbours' serves both with the same FP8 values, but for those that get subnormal.
 constexpr int activation_scale_columns(bool swap_operands) { return (swap_operands ? 1 : 2) * kGateUpTileColumns; }
 
-// Tokens of one expert that one unit of work multiplies. swapAB puts them on the WGMMA N dimension, the normal orientation
-// on M.
+// Tokens of one expert that one unit of work multiplies. swapAB and the wide orientation put them on the WGMMA N
+// dimension, the normal orientation on M.
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
+constexpr int kWideTokenTile = 256;
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 
 constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it

@@ -37,10 +37,9 @@ struct Mxfp4 {
   static constexpr bool kRowScales = true;
 };
 
-// Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M.
-constexpr bool is_always_swapped(WeightFormat format) { return format == WeightFormat::kMxfp4; }
-template <typename Format>
-constexpr bool has_normal_orientation = !is_always_swapped(Format::kFormat);
+// Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M,
+// and many tokens have the wide orientation instead of the normal one.
+constexpr bool is_decoded(WeightFormat format) { return format == WeightFormat::kMxfp4; }
 
 // Bytes of a matrix of whole planes.
 template <typename Format>

@@ -11,10 +11,8 @@ cudaError_t prepare_virtual_ranks(WeightFormat format) {
   return with_format(format, [](auto f) {
     using Format = decltype(f);
     cudaError_t error = VirtualRanksLauncher<SwapAb<Format>>::prepare();
-    if constexpr (has_normal_orientation<Format>) {
-      if (error == cudaSuccess) error = VirtualRanksLauncher<Normal<Format>>::prepare();
-      if (error == cudaSuccess) VirtualRanksLauncher<Normal<Format>>::num_clusters();  // as in host/launch.cc
-    }
+    if (error == cudaSuccess) error = VirtualRanksLauncher<ForMany<Format>>::prepare();
+    if (error == cudaSuccess) VirtualRanksLauncher<ForMany<Format>>::num_clusters();  // as in host/launch.cc
     return error;
   });
 }
@@ -25,14 +23,10 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
   return with_format(problem.format, [&](auto f) {
     using Format = decltype(f);
     Device device = current_device(ctas_per_rank);
-    if constexpr (has_normal_orientation<Format>) {
-      device.num_clusters = VirtualRanksLauncher<Normal<Format>>::num_clusters() / present;
-    }
+    device.num_clusters = VirtualRanksLauncher<ForMany<Format>>::num_clusters() / present;
     const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
-    if constexpr (has_normal_orientation<Format>) {
-      if (!choice.swap_operands) {
-        return VirtualRanksLauncher<Normal<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
-      }
+    if (!choice.swap_operands) {
+      return VirtualRanksLauncher<ForMany<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
     }
     return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
   });
