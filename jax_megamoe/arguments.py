@@ -46,7 +46,7 @@ def check(
 
     Raises `ShapeError`, `DTypeError`, `LayoutError` or `ArgumentError` for arguments that `moe` cannot take.
     """
-    weights = _check_weights(unwrap(weights))
+    weights = check_weights(unwrap(weights))
     x = as_array("x", x, "an array of bfloat16")
     topk_ids = as_array("topk_ids", topk_ids, "an array of int32")
     topk_weights = as_array("topk_weights", topk_weights, "an array of float32")
@@ -91,10 +91,10 @@ def check(
         )
     number = _check_layer(layer, weights)
     if isinstance(number, int):
-        number = _place(number, x, weights.gate_up)
+        number = place_number(number, x, weights.gate_up)
     num_valid = _check_num_valid_tokens(num_valid_tokens, math.prod(x.shape[:-1]))
     if isinstance(num_valid, int):
-        num_valid = _place(num_valid, x, weights.gate_up)
+        num_valid = place_number(num_valid, x, weights.gate_up)
     return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, clamp, factor)
 
 
@@ -111,7 +111,7 @@ def _as_float(value: object) -> float:
     return math.copysign(math.inf, number) if abs(number) > _MAX_FLOAT32 else number
 
 
-def _check_weights(weights: object) -> ExpertWeights:
+def check_weights(weights: object) -> ExpertWeights:
     """The weights with their leaves out of boxes, if they have any."""
     if not isinstance(weights, ExpertWeights):
         layers = [unwrap(element) for element in weights] if isinstance(weights, list | tuple) else []
@@ -206,7 +206,7 @@ def as_number(name: str, value: object, scalar_remedy: str, integer_remedy: str)
     return int(number)
 
 
-def _place(number: int, *arrays: Array) -> jax.Array:
+def place_number(number: int, *arrays: Array) -> jax.Array:
     """int32[] where the arrays are; from elsewhere it would be moved, which jax.transfer_guard may forbid."""
     for array in arrays:
         if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and len(array.sharding.device_set) > 1):

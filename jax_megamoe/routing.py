@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
-from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.primitives import _specs
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -127,21 +126,9 @@ def route(
         group_scoring=group_scoring,
         renormalize=bool(renormalize),
     )
-    meshes = {name: jax.typeof(array).sharding.mesh for name, array in arrays.items() if array is not None}
-    explicit = {name: mesh for name, mesh in meshes.items() if _specs.axes_of_type(mesh, AxisType.Explicit)}
-    if not explicit:
-        ids, weights = selected(*arrays.values())
-        return ids, weights
-    first, mesh = next(iter(explicit.items()))
-    for name, other in explicit.items():
-        if other != mesh:
-            raise ShardingError(
-                f"{name} is on the mesh {other} and {first} on {mesh}, wanted one mesh: "
-                "put all arguments there with jax.device_put."
-            )
     # Tokens stay split as they are; experts that are split are gathered.
     spec = P(*jax.typeof(logits).sharding.spec[:-1], None)
-    ids, weights = _specs.with_automatic_axes(selected, mesh, (spec, spec))(*arrays.values())
+    ids, weights = _specs.call_with_types(selected, arrays, (spec, spec))
     return ids, weights
 
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import require_device_memory
 from jax_megamoe.primitives import _specs
@@ -19,11 +19,9 @@ def ids_of_valid_tokens(topk_ids: jax.Array, num_valid_tokens: jax.Array | None)
     if num_valid_tokens is None:
         return topk_ids
     require_device_memory("num_valid_tokens", num_valid_tokens)
-    sharding = jax.typeof(topk_ids).sharding
-    if not _specs.axes_of_type(sharding.mesh, AxisType.Explicit):
-        masked: jax.Array = _mask(topk_ids, num_valid_tokens)
-        return masked
-    return _specs.with_automatic_axes(_mask_alone, sharding.mesh, (sharding.spec,))(topk_ids, num_valid_tokens)[0]
+    spec = P(*jax.typeof(topk_ids).sharding.spec)
+    arrays = {"topk_ids": topk_ids, "num_valid_tokens": num_valid_tokens}
+    return _specs.call_with_types(lambda *operands: (_mask(*operands),), arrays, (spec,))[0]
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device.
@@ -32,7 +30,3 @@ def _mask(topk_ids: jax.Array, num_valid_tokens: jax.Array) -> jax.Array:
     lead = topk_ids.shape[:-1]
     number_of_token = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(lead)
     return jnp.where(number_of_token[..., None] < num_valid_tokens, topk_ids, -1)
-
-
-def _mask_alone(topk_ids: jax.Array, num_valid_tokens: jax.Array) -> tuple[jax.Array]:
-    return (_mask(topk_ids, num_valid_tokens),)
