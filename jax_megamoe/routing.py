@@ -233,6 +233,7 @@ def _select(
     selection: jax.Array, top_k: int, num_groups: int, top_groups: int, group_scoring: GroupScoring
 ) -> jax.Array:
     """f32[..., E] -> int32[..., k], of the experts in the best groups the best ones."""
+    selection = jax.lax.stop_gradient(selection)  # Ids have none, and JAX has no rule for a reduction of pairs.
     if top_groups == num_groups:
         return _best(selection, top_k)
     *lead, num_experts = selection.shape

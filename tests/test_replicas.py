@@ -219,3 +219,13 @@ def test_maps_on_two_explicit_meshes_are_refused(each_platform):
     one, other = make_mesh({"expert": 8}, EXPLICIT), make_mesh({"x": 8}, EXPLICIT)
     with pytest.raises(ShardingError, match="num_replicas is on the mesh .* and ids on .*, wanted one mesh"):
         mm.to_physical(place(one, np.zeros((8, 2), np.int32), "expert"), TABLE, place(other, COUNTS))
+
+
+def test_each_device_maps_its_own_tokens(each_platform):
+    mesh = make_mesh(MESHES["data x expert"], AUTO)
+    ids = place(mesh, np.zeros((8, 8, 3), np.int32), "data", "expert")
+    table, counts = (place(mesh, value) for value in mm.replica_map(EXPERT_IDS, E, 4))
+    compiled = jax.jit(mm.to_physical).lower(ids, table, counts).compile()
+    text = str(compiled.as_text())
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
+    assert compiled(ids, table, counts).sharding.is_equivalent_to(ids.sharding, ids.ndim)

@@ -18,7 +18,7 @@ from tests.support import numpy_model
 from tests.support.compare import bits
 from tests.support.cuda_lowering import cuda_text
 from tests.support.expert_layer import E, H, Layer, assert_matches_model, make_layer, natural_weights, packed_weights
-from tests.support.meshes import AUTO, EXPLICIT, MESHES, assert_both_match_model, make_mesh, place_all
+from tests.support.meshes import AUTO, EXPLICIT, MESHES, assert_both_match_model, make_mesh, place, place_all
 
 moe_and_load: Any = functools.partial(mm.moe, return_expert_load=True)
 
@@ -183,6 +183,20 @@ def test_tokens_that_the_axes_do_not_divide(each_platform, num_tokens):
     for count in (0, num_tokens - 1, num_tokens):
         result = jax.jit(moe_and_load)(*arguments, num_valid_tokens=jnp.int32(count))
         assert_both_match_model(result, limit(layer, valid=first(count, num_tokens)))
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_vmap_over_a_dimension_that_a_mesh_splits(each_platform, kind):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    weights = place(mesh, layer.weights, "expert")
+    x, ids, topk_weights = (
+        place(mesh, np.asarray(value).reshape(2, 8, -1), "data", "expert")
+        for value in (layer.x, layer.ids, layer.topk_weights)
+    )
+    counts = place(mesh, np.array([3, 8]), "data")
+    f = jax.vmap(lambda x, ids, w, count: mm.moe(x, weights, ids, w, num_valid_tokens=count))
+    y = jax.jit(f)(x, ids, topk_weights, counts)
+    assert_matches_model(y, limit(layer, valid=(np.arange(8) < np.array([[3], [8]])).ravel()))
 
 
 def test_explicit_axes_over_two_dimensions(each_platform):
