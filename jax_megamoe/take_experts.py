@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax_megamoe import _compat
 from jax_megamoe.arguments import check_weights
 from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_device_memory, unwrap
+from jax_megamoe.collectives import check_share
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.placement import EXPERT_AXIS, AxisNames, find_placement_of_weights
@@ -25,8 +26,9 @@ def take_experts(weights: ExpertWeights, expert_ids: Array, *, expert_axis: Axis
     """Weights whose expert p is expert `expert_ids[p]` of these, bit for bit.
 
     Where `expert_axis` splits the experts, the result is split likewise, and each device is sent the experts that it
-    holds then: beside weights and result it holds one layer, and an expert for each rank. With as many experts as
-    before, and the weights donated (`jax.jit(mm.take_experts, donate_argnums=0)`), the result takes their memory.
+    holds then. Beside weights and result it needs room for two of its layers, and two experts for each rank. With as
+    many experts as before, and the weights donated (`jax.jit(mm.take_experts, donate_argnums=0)`), the result takes
+    their memory.
 
     Args:
       weights: of one layer, or stacked.
@@ -56,9 +58,11 @@ def take_experts(weights: ExpertWeights, expert_ids: Array, *, expert_axis: Axis
         ids = clamp_to_int32(ids)
     mesh, axes = find_placement_of_weights(weights, expert_axis=expert_axis)
     split = () if mesh.empty else _specs.split_of_experts(Leaves(*map(jax.typeof, weights.leaves)), mesh, axes)
+    num_held, manual = weights.leaves.gate_up.shape[-4], tuple(axis for axis in axes if axis in mesh.manual_axes)
+    if mesh.manual_axes:
+        check_share(weights.leaves, num_held, num_experts, manual, mesh.shape)
     # Inside shard_map a device may have all experts.
-    is_part = weights.leaves.gate_up.shape[-4] != num_experts
-    over = tuple(axis for axis in axes if axis in split or (is_part and axis in mesh.manual_axes))
+    over = tuple(axis for axis in axes if axis in split or (axis in manual and num_held != num_experts))
     num_ranks = axes_size(mesh, over)
     if num_taken % num_ranks:
         raise ShapeError(

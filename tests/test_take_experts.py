@@ -97,7 +97,9 @@ def test_inside_shard_map(each_platform, check_vma):
     f = jax.shard_map(mm.take_experts, mesh=mesh, in_specs=(spec, P()), out_specs=spec, check_vma=check_vma)
     for expert_ids in (SAME, MORE):
         assert_taken(jax.jit(f)(place(mesh, weights, None, "expert"), expert_ids), weights, expert_ids)
-    whole = jax.shard_map(mm.take_experts, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=check_vma)
+    # Marks tell that a device has all of them, or the caller.
+    take: Any = mm.take_experts if check_vma else functools.partial(mm.take_experts, expert_axis=None)
+    whole = jax.shard_map(take, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=check_vma)
     assert_taken(jax.jit(whole)(place(mesh, weights), MORE), weights, MORE)
     some = jax.shard_map(
         mm.take_experts, mesh=mesh, in_specs=(P(), P()), out_specs=P(), axis_names={"data"}, check_vma=check_vma
@@ -141,6 +143,19 @@ def test_what_cannot_be_taken():
         mm.take_experts(np.zeros(2), np.zeros(2, int))  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="weights hold 8 of 9 experts"):
         mm.take_experts(dataclasses.replace(weights, num_experts=9), np.zeros(2, int))
+
+
+def test_weights_that_count_the_experts_of_one_device_are_refused(eight_devices):
+    mesh, weights = make_mesh(MESHES["expert"], AUTO), weights_of("fp8_block")
+
+    def take(own: mm.ExpertWeights) -> mm.ExpertWeights:
+        return mm.take_experts(dataclasses.replace(own, num_experts=1), np.zeros(8, int))
+
+    f = jax.shard_map(take, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    with pytest.raises(
+        ShapeError, match="weights hold 1 experts on each of 8 devices along 'expert' and say that there"
+    ):
+        jax.jit(f)(place(mesh, weights, "expert"))
 
 
 def test_what_a_mesh_does_not_divide(eight_devices):
