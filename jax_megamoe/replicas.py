@@ -138,7 +138,7 @@ def _replica_map(expert_ids: jax.Array, *, num_experts: int, max_replicas: int) 
     order = jnp.argsort(expert_ids, stable=True).astype(jnp.int32)
     count = jnp.zeros(num_experts, jnp.int32).at[expert_ids].add(1, mode="drop")
     begin = jnp.cumsum(count) - count
-    replica = jnp.arange(max_replicas, dtype=jnp.int32)
+    replica = jnp.arange(max_replicas, dtype=jnp.int32)[None]
     place = jnp.minimum(begin[:, None] + replica, max(len(expert_ids) - 1, 0))
     num_replicas = jnp.minimum(count, max_replicas)
     physical_ids = order[place] if len(expert_ids) else jnp.zeros(place.shape, jnp.int32)
@@ -164,7 +164,8 @@ def _to_physical(ids: jax.Array, physical_ids: jax.Array, num_replicas: jax.Arra
 def _logical_load(load: jax.Array, physical_ids: jax.Array, num_replicas: jax.Array) -> jax.Array:
     physical_ids, num_replicas = clamp_to_int32(physical_ids), clamp_to_int32(num_replicas)
     num_physical = load.shape[-1]
-    is_replica = jnp.arange(physical_ids.shape[1], dtype=jnp.int32) < num_replicas[:, None]
+    is_replica = jnp.arange(physical_ids.shape[1], dtype=jnp.int32)[None] < num_replicas[:, None]
     is_replica &= (physical_ids >= 0) & (physical_ids < num_physical)
     of_replicas = load.astype(jnp.int32)[..., jnp.where(is_replica, physical_ids, 0)]
+    is_replica = jnp.broadcast_to(is_replica, of_replicas.shape)
     return jnp.sum(jnp.where(is_replica, of_replicas, 0), axis=-1, dtype=jnp.int32)

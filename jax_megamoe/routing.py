@@ -240,9 +240,10 @@ def _select(
     groups = _nan_as_infinity(selection.reshape(*lead, num_groups, num_experts // num_groups))
     scores = _nan_as_infinity(_score_groups(groups, group_scoring))
     # How many groups come before each: fewer kernels on a GPU than sorting them.
-    group = jnp.arange(num_groups, dtype=jnp.int32)
     one, other = scores[..., :, None], scores[..., None, :]
-    is_before = (other > one) | ((other == one) & (group < group[:, None]))
+    shape = (*lead, num_groups, num_groups)
+    of_one, of_other = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2 + i) for i in range(2))
+    is_before = (other > one) | ((other == one) & (of_other < of_one))
     is_kept = jnp.sum(is_before, axis=-1, dtype=jnp.int32) < top_groups
     # What is not kept comes behind all else, -inf among it.
     candidates = jnp.where(is_kept[..., None], jnp.maximum(groups, jnp.finfo(jnp.float32).min), -jnp.inf)
