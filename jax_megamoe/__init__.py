@@ -6,7 +6,9 @@ from jax_megamoe import errors, expert_parallel, reference
 from jax_megamoe.api import moe
 from jax_megamoe.export import DISABLE_JAX_EXPORT_CHECKS
 from jax_megamoe.packing import pack_experts, quantize_experts, stack_experts
+from jax_megamoe.replicas import logical_load, replica_map, to_physical
 from jax_megamoe.routing import route
+from jax_megamoe.take_experts import take_experts
 from jax_megamoe.weights import ExpertWeights
 
 try:
@@ -19,10 +21,14 @@ __all__ = [
     "ExpertWeights",
     "errors",
     "expert_parallel",
+    "logical_load",
     "moe",
     "pack_experts",
     "quantize_experts",
     "reference",
+    "replica_map",
     "route",
     "stack_experts",
+    "take_experts",
+    "to_physical",
 ]

@@ -12,6 +12,7 @@ from jax_megamoe.options import Implementation, typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
 from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
+from jax_megamoe.valid_tokens import ids_of_valid_tokens
 from jax_megamoe.weights import ExpertWeights
 
 
@@ -26,6 +27,7 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
@@ -49,6 +51,10 @@ def moe(
       layer: which layer of stacked weights, an int or an array int[] of any integer type; traced ones, as in
         `jax.lax.scan` over layers, don't slice the weights. Ints, Python's or NumPy's, outside [0, L) are a
         ShapeError; values of jax arrays, traced or not, are clamped.
+      num_valid_tokens: how many of the T tokens are valid, an int or an array int[] of any integer type, traced or not.
+        The slots of those behind are unused: they get zeros, and the load does not count them. Inside `jax.shard_map`
+        it counts the tokens of the x that is passed there, each device's own; under `jax.vmap` those of each element.
+        Ints, Python's or NumPy's, outside [0, T] are a ShapeError; values of jax arrays are clamped. None: all.
       expert_axis: the mesh axis, or a tuple of axes, that split the experts, inside `jax.shard_map` too. None: each
         device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
         "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
@@ -77,7 +83,7 @@ def moe(
         not run on. All are MegaMoEError, and that is a ValueError.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, num_valid, clamp, factor = arguments.check(
         x,
         weights,
         topk_ids,
@@ -85,6 +91,7 @@ def moe(
         activation_clamp=activation_clamp,
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
+        num_valid_tokens=num_valid_tokens,
     )
     check_flag("return_expert_load", return_expert_load)
     if implementation is not None and not (
@@ -97,8 +104,9 @@ def moe(
     with_load = bool(return_expert_load)
     log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
     operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
+    operands = Operands.of(tell_devices(operands.row))
     y, load = primitive.moe(
-        Operands.of(tell_devices(operands.row)),
+        operands._replace(topk_ids=ids_of_valid_tokens(operands.topk_ids, num_valid)),
         mesh=mesh,
         axes=axes,
         num_experts=weights.num_experts,

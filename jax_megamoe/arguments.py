@@ -26,6 +26,7 @@ class Arguments(NamedTuple):
     topk_ids: jax.Array
     topk_weights: jax.Array
     layer: jax.Array  # int32[]; may be outside of [0, L), which the kernel and the reference clamp
+    num_valid_tokens: jax.Array | None  # int32[]; may be outside of [0, T]
     activation_clamp: float  # infinite for none
     routed_scaling_factor: float
 
@@ -39,12 +40,13 @@ def check(
     activation_clamp: object,
     routed_scaling_factor: object,
     layer: Any,
+    num_valid_tokens: Any,
 ) -> Arguments:
     """The arguments that `moe` goes on with.
 
     Raises `ShapeError`, `DTypeError`, `LayoutError` or `ArgumentError` for arguments that `moe` cannot take.
     """
-    weights = _check_weights(unwrap(weights))
+    weights = check_weights(unwrap(weights))
     x = as_array("x", x, "an array of bfloat16")
     topk_ids = as_array("topk_ids", topk_ids, "an array of int32")
     topk_weights = as_array("topk_weights", topk_weights, "an array of float32")
@@ -89,8 +91,11 @@ def check(
         )
     number = _check_layer(layer, weights)
     if isinstance(number, int):
-        number = _place(number, x, weights.gate_up)
-    return Arguments(x, weights, topk_ids, topk_weights, number, clamp, factor)
+        number = place_number(number, x, weights.gate_up)
+    num_valid = _check_num_valid_tokens(num_valid_tokens, math.prod(x.shape[:-1]))
+    if isinstance(num_valid, int):
+        num_valid = place_number(num_valid, x, weights.gate_up)
+    return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, clamp, factor)
 
 
 def _as_float(value: object) -> float:
@@ -106,7 +111,7 @@ def _as_float(value: object) -> float:
     return math.copysign(math.inf, number) if abs(number) > _MAX_FLOAT32 else number
 
 
-def _check_weights(weights: object) -> ExpertWeights:
+def check_weights(weights: object) -> ExpertWeights:
     """The weights with their leaves out of boxes, if they have any."""
     if not isinstance(weights, ExpertWeights):
         layers = [unwrap(element) for element in weights] if isinstance(weights, list | tuple) else []
@@ -157,24 +162,51 @@ def _check_layer(layer: object, weights: ExpertWeights) -> int | jax.Array:
         raise ShapeError(f"layer is {layer}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says.")
     if layer is None:
         return 0
-    held = unwrap(layer)
-    value = held if isinstance(held, int) else as_array("layer", held)
-    if not isinstance(value, int):
-        if value.shape != ():
-            raise ShapeError(f"layer has shape {value.shape}, wanted a scalar: call moe once for each layer.")
-        if not jnp.issubdtype(value.dtype, jnp.integer):
-            raise DTypeError(f"layer has dtype {value.dtype}, wanted an integer type: pass a layer's number.")
-        if isinstance(value, jax.Array):
-            return value if value.dtype == jnp.int32 else _clamp_to_int32(value)
-    if isinstance(value, bool):
-        raise DTypeError(f"layer is {value}, wanted an integer type: pass a layer's number.")
+    number = as_number("layer", layer, "call moe once for each layer", "pass a layer's number")
     num_layers = weights.gate_up.shape[0]
-    if not 0 <= int(value) < num_layers:
-        raise ShapeError(f"layer is {value}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
-    return int(value)
+    if isinstance(number, int) and not 0 <= number < num_layers:
+        raise ShapeError(f"layer is {number}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
+    return number
 
 
-def _place(number: int, *arrays: Array) -> jax.Array:
+def _check_num_valid_tokens(num_valid_tokens: object, num_tokens: int) -> int | jax.Array | None:
+    if num_valid_tokens is None:
+        return None
+    number = as_number(
+        "num_valid_tokens",
+        num_valid_tokens,
+        "pass how many of all tokens together are valid",
+        "pass how many tokens are valid",
+    )
+    if isinstance(number, int) and not 0 <= number <= num_tokens:
+        raise ShapeError(
+            f"num_valid_tokens is {number}, wanted 0 to {num_tokens}, the tokens of x: pass how many of them are valid."
+        )
+    return number
+
+
+def as_number(name: str, value: object, scalar_remedy: str, integer_remedy: str) -> int | jax.Array:
+    """An integer that may be traced: an int, of Python or NumPy, as it is, and a jax array as int32[].
+
+    A value beyond int32 becomes the nearest one that is not. Raises `ShapeError` for another shape than [],
+    `DTypeError` for what is no integer; the remedies say what to do.
+    """
+    held = unwrap(value)
+    number = held if isinstance(held, int) else as_array(name, held)
+    if isinstance(number, bool):
+        raise DTypeError(f"{name} is {number}, wanted an integer type: {integer_remedy}.")
+    if isinstance(number, int):
+        return number
+    if number.shape != ():
+        raise ShapeError(f"{name} has shape {number.shape}, wanted a scalar: {scalar_remedy}.")
+    if not jnp.issubdtype(number.dtype, jnp.integer):
+        raise DTypeError(f"{name} has dtype {number.dtype}, wanted an integer type: {integer_remedy}.")
+    if isinstance(number, jax.Array):
+        return number if number.dtype == jnp.int32 else _clamp_to_int32(number)
+    return int(number)
+
+
+def place_number(number: int, *arrays: Array) -> jax.Array:
     """int32[] where the arrays are; from elsewhere it would be moved, which jax.transfer_guard may forbid."""
     for array in arrays:
         if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and len(array.sharding.device_set) > 1):

@@ -40,7 +40,7 @@ def moe_per_device(
     """
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
     num_local_experts = operands.num_local_experts
-    _check_share(operands.leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
+    check_share(operands.leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
     is_split = num_local_experts != num_experts
     no_load = jnp.zeros(num_local_experts, jnp.int32)  # Varies over no axis.
     if operands.x.shape[0] == 0:
@@ -68,7 +68,7 @@ def moe_per_device(
     return y, load
 
 
-def _check_share(
+def check_share(
     leaves: Leaves,
     num_local_experts: int,
     num_experts: int,

@@ -17,6 +17,7 @@ class Options(TypedDict, total=False):
     activation_clamp: float | None
     routed_scaling_factor: float
     layer: int | jax.Array | None
+    num_valid_tokens: int | jax.Array | None
     expert_axis: AxisNames
     token_axes: AxisNames
     implementation: Implementation | None

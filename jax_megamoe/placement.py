@@ -47,8 +47,7 @@ def find_placement(
     for name, array in arrays.items():
         require_device_memory(name, array, name.partition(".")[0])
     _check_devices(arrays)
-    wanted = (expert_axis,) if isinstance(expert_axis, str) else expert_axis
-    mesh = _find_mesh(arrays, wanted if isinstance(wanted, tuple | list) else ())
+    mesh = _find_mesh(arrays, _names(expert_axis))
     axes = Axes(
         axes_in_mesh("expert_axis", expert_axis, mesh),
         axes_in_mesh("token_axes", token_axes, mesh),
@@ -58,6 +57,29 @@ def find_placement(
     else:
         _check_number_of_experts(weights)
     return mesh, axes
+
+
+def find_placement_of_weights(
+    weights: ExpertWeights, *, expert_axis: AxisNames
+) -> tuple[AbstractMesh, tuple[str, ...]]:
+    """The mesh of a call that takes weights alone, empty on one device, and its axes that split the experts.
+
+    Raises `ShardingError` and `ShapeError` as `find_placement`.
+    """
+    arrays = weights_by_name(weights)
+    for name, array in arrays.items():
+        require_device_memory(name, array, "weights")
+    _check_devices(arrays)
+    mesh = _find_mesh(arrays, _names(expert_axis))
+    if not mesh.manual_axes:
+        _check_number_of_experts(weights)
+    return mesh, axes_in_mesh("expert_axis", expert_axis, mesh)
+
+
+def _names(axes: AxisNames) -> Sequence[str]:
+    """The names, as far as it is names that were passed."""
+    wanted = (axes,) if isinstance(axes, str) else axes
+    return wanted if isinstance(wanted, tuple | list) else ()
 
 
 def _check_devices(arrays: Mapping[str, Any]) -> None:

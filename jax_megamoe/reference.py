@@ -17,6 +17,7 @@ from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives import _transforms as transforms
+from jax_megamoe.valid_tokens import ids_of_valid_tokens
 from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
@@ -37,6 +38,7 @@ def moe(
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
+    num_valid_tokens: int | jax.Array | None = None,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: str | None = None,
@@ -53,7 +55,7 @@ def moe(
         raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
-    x, weights, topk_ids, topk_weights, layer, clamp, factor = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, num_valid, clamp, factor = arguments.check(
         x,
         weights,
         topk_ids,
@@ -61,6 +63,7 @@ def moe(
         activation_clamp=activation_clamp,
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
+        num_valid_tokens=num_valid_tokens,
     )
     mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
@@ -74,6 +77,7 @@ def moe(
         activation_clamp=clamp,
         routed_scaling_factor=factor,
     )
+    topk_ids = ids_of_valid_tokens(topk_ids, num_valid)
     operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
     operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
     if _specs.axes_of_type(mesh, AxisType.Explicit):

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
-from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.primitives import _specs
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -36,6 +35,8 @@ def route(
     renormalize: bool = True,
     token_ids: jax.Array | np.ndarray | None = None,
     hash_table: jax.Array | np.ndarray | None = None,
+    image_bias: jax.Array | np.ndarray | None = None,
+    is_image: jax.Array | np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Selects `top_k` experts per token: logits float [..., E] -> ids int32[..., k], weights f32[..., k].
 
@@ -64,11 +65,14 @@ def route(
       hash_table: int [vocabulary, k], the experts of each id: with it and `token_ids`, they are selected instead, in
         the table's order, and logits give the weights alone; bias and groups are of no influence. The slots of token
         ids outside of the table, and of entries outside [0, E), are unused: id -1, weight 0.
+      image_bias: f32[E], what is added for the selection instead of `bias` for the tokens of images; with a hash table
+        they are selected by their biased scores, like in other layers.
+      is_image: bool [...], which tokens these are.
 
     Raises:
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
       ArgumentError: for an unknown `scoring` or `group_scoring`, numbers that are no ints known while tracing, and
-        one of `token_ids` and `hash_table` without the other.
+        one of `token_ids` and `hash_table`, or of `image_bias` and `is_image`, without the other.
     """
     logits = as_array("logits", logits)
     if logits.ndim == 0:
@@ -97,24 +101,32 @@ def route(
     _check_int("top_k", top_k)
     if not 1 <= top_k <= selectable:
         raise ShapeError(f"top_k is {top_k}, wanted 1 to {selectable}, the experts to select from: choose another.")
-    if bias is not None:
-        bias = as_array("bias", bias)
-        if bias.shape != (num_experts,):
-            raise ShapeError(f"bias has shape {bias.shape}, wanted ({num_experts},): pass one value per expert.")
-        if not jnp.issubdtype(bias.dtype, jnp.floating) and not jnp.issubdtype(bias.dtype, jnp.integer):
-            raise DTypeError(f"bias has dtype {bias.dtype}, wanted float32: pass real numbers.")
-        if isinstance(bias, np.ndarray):
-            bias = bias.astype(np.float32)  # JAX would cut integers of 64 bits to 32
-    if (token_ids is None) != (hash_table is None):
-        missing, given = ("token_ids", "hash_table") if token_ids is None else ("hash_table", "token_ids")
-        raise ArgumentError(f"{missing} is None, wanted an array beside {given}: pass both or none.")
+    bias = None if bias is None else _as_bias("bias", bias, num_experts)
+    _check_both(token_ids=token_ids, hash_table=hash_table)
+    _check_both(image_bias=image_bias, is_image=is_image)
+    if image_bias is not None:
+        image_bias, is_image = _as_bias("image_bias", image_bias, num_experts), as_array("is_image", is_image)
+        if is_image.dtype != jnp.bool:
+            raise DTypeError(f"is_image has dtype {is_image.dtype}, wanted bool: pass a mask of tokens.")
+        if is_image.shape != logits.shape[:-1]:
+            raise ShapeError(
+                f"is_image has shape {is_image.shape}, wanted {logits.shape[:-1]} like logits without the experts: "
+                "reshape it."
+            )
     if token_ids is not None:
         token_ids, hash_table = as_array("token_ids", token_ids), as_array("hash_table", hash_table)
         _check_hash(token_ids, hash_table, logits.shape[:-1], top_k)
         token_ids, hash_table = (
             clamp_to_int32(ids) if isinstance(ids, np.ndarray) else ids for ids in (token_ids, hash_table)
         )
-    arrays = {"logits": logits, "bias": bias, "token_ids": token_ids, "hash_table": hash_table}
+    arrays = {
+        "logits": logits,
+        "bias": bias,
+        "token_ids": token_ids,
+        "hash_table": hash_table,
+        "image_bias": image_bias,
+        "is_image": is_image,
+    }
     for name, array in arrays.items():
         if array is not None:
             require_device_memory(name, array)
@@ -127,21 +139,9 @@ def route(
         group_scoring=group_scoring,
         renormalize=bool(renormalize),
     )
-    meshes = {name: jax.typeof(array).sharding.mesh for name, array in arrays.items() if array is not None}
-    explicit = {name: mesh for name, mesh in meshes.items() if _specs.axes_of_type(mesh, AxisType.Explicit)}
-    if not explicit:
-        ids, weights = selected(*arrays.values())
-        return ids, weights
-    first, mesh = next(iter(explicit.items()))
-    for name, other in explicit.items():
-        if other != mesh:
-            raise ShardingError(
-                f"{name} is on the mesh {other} and {first} on {mesh}, wanted one mesh: "
-                "put all arguments there with jax.device_put."
-            )
     # Tokens stay split as they are; experts that are split are gathered.
     spec = P(*jax.typeof(logits).sharding.spec[:-1], None)
-    ids, weights = _specs.with_automatic_axes(selected, mesh, (spec, spec))(*arrays.values())
+    ids, weights = _specs.call_with_types(selected, arrays, (spec, spec))
     return ids, weights
 
 
@@ -154,6 +154,8 @@ def _route(
     bias: jax.Array | None,
     token_ids: jax.Array | None,
     hash_table: jax.Array | None,
+    image_bias: jax.Array | None,
+    is_image: jax.Array | None,
     *,
     top_k: int,
     scoring: Scoring,
@@ -164,17 +166,25 @@ def _route(
 ) -> tuple[jax.Array, jax.Array]:
     logits = logits.astype(jnp.float32)
     scores = _score(logits, scoring)
+    select = functools.partial(
+        _select, top_k=top_k, num_groups=num_groups, top_groups=top_groups, group_scoring=group_scoring
+    )
+    of_images = None if image_bias is None else _add_bias(scores, image_bias)
     if token_ids is not None and hash_table is not None:
         ids = _look_up(token_ids, hash_table, logits)
+        if of_images is not None and is_image is not None:
+            ids = jnp.where(is_image[..., None], select(of_images), ids)
     else:
-        if bias is None:
-            selection = scores
-            if scoring == "sqrtsoftplus":
-                in_groups = top_groups < num_groups  # whose scores are sums
-                selection = _score(_raise_small(logits), scoring) if in_groups else _order_small(scores, logits)
+        if bias is not None:
+            selection = _add_bias(scores, bias)
+        elif scoring == "sqrtsoftplus":
+            in_groups = top_groups < num_groups  # whose scores are sums
+            selection = _score(_raise_small(logits), scoring) if in_groups else _order_small(scores, logits)
         else:
-            selection = scores + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(logits.ndim - 1)))
-        ids = _select(selection, top_k, num_groups, top_groups, group_scoring)
+            selection = scores
+        if of_images is not None and is_image is not None:
+            selection = jnp.where(is_image[..., None], of_images, selection)
+        ids = select(selection)
     used = ids >= 0
     index = jnp.maximum(ids, 0)
     if renormalize and scoring == "sqrtsoftplus":
@@ -205,6 +215,10 @@ def _score(logits: jax.Array, scoring: Scoring) -> jax.Array:
             return jnp.where(logits < _SMALL_LOGIT, small, root)
 
 
+def _add_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
+    return scores + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(scores.ndim - 1)))
+
+
 def _raise_small(logits: jax.Array) -> jax.Array:
     """Where all logits of a token are small, shifts them up, which multiplies their sqrtsoftplus by one factor.
 
@@ -219,17 +233,37 @@ def _select(
     selection: jax.Array, top_k: int, num_groups: int, top_groups: int, group_scoring: GroupScoring
 ) -> jax.Array:
     """f32[..., E] -> int32[..., k], of the experts in the best groups the best ones."""
+    selection = jax.lax.stop_gradient(selection)  # Ids have none, and JAX has no rule for a reduction of pairs.
     if top_groups == num_groups:
         return _best(selection, top_k)
     *lead, num_experts = selection.shape
-    size = num_experts // num_groups
-    groups = selection.reshape(*lead, num_groups, size)
-    best = jax.lax.top_k(_nan_as_infinity(groups), 1 if group_scoring == "max" else min(2, size))[0]
-    # In ascending order, so that of equal experts the lower id still comes first.
-    kept = jnp.sort(_best(jnp.sum(best, axis=-1), top_groups), axis=-1)
-    candidates = jnp.take_along_axis(groups, kept[..., None], axis=-2).reshape(*lead, top_groups * size)
-    position = _best(candidates, top_k)
-    return jnp.take_along_axis(kept, position // size, axis=-1) * size + position % size
+    groups = _nan_as_infinity(selection.reshape(*lead, num_groups, num_experts // num_groups))
+    scores = _nan_as_infinity(_score_groups(groups, group_scoring))
+    # How many groups come before each: fewer kernels on a GPU than sorting them.
+    one, other = scores[..., :, None], scores[..., None, :]
+    shape = (*lead, num_groups, num_groups)
+    of_one, of_other = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2 + i) for i in range(2))
+    is_before = (other > one) | ((other == one) & (of_other < of_one))
+    is_kept = jnp.sum(is_before, axis=-1, dtype=jnp.int32) < top_groups
+    # What is not kept comes behind all else, -inf among it.
+    candidates = jnp.where(is_kept[..., None], jnp.maximum(groups, jnp.finfo(jnp.float32).min), -jnp.inf)
+    return jax.lax.top_k(candidates.reshape(selection.shape), top_k)[1].astype(jnp.int32)
+
+
+def _score_groups(groups: jax.Array, group_scoring: GroupScoring) -> jax.Array:
+    """f32[..., groups, experts] -> f32[..., groups]: the best expert of each, or the sum of the two best ones."""
+    if group_scoring == "max" or groups.shape[-1] == 1:
+        return jnp.max(groups, axis=-1)
+
+    def best_of(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        (a, b), (c, d) = one, other
+        return jnp.maximum(a, c), jnp.maximum(jnp.minimum(a, c), jnp.maximum(b, d))
+
+    nothing = -jnp.float32(jnp.inf)
+    pairs = (groups, jnp.full_like(groups, nothing))
+    first, second = jax.lax.reduce(pairs, (nothing, nothing), best_of, [groups.ndim - 1])
+    total: jax.Array = first + second
+    return total
 
 
 def _best(values: jax.Array, count: int) -> jax.Array:
@@ -254,6 +288,24 @@ def _look_up(token_ids: jax.Array, hash_table: jax.Array, logits: jax.Array) -> 
     known = (token_ids >= 0) & (token_ids < vocabulary)
     ids = hash_table[jnp.where(known, token_ids, 0)]
     return jnp.where(known[..., None] & (ids >= 0) & (ids < num_experts), ids, -1).astype(jnp.int32)
+
+
+def _as_bias(name: str, bias: object, num_experts: int) -> jax.Array | np.ndarray:
+    array = as_array(name, bias)
+    if array.shape != (num_experts,):
+        raise ShapeError(f"{name} has shape {array.shape}, wanted ({num_experts},): pass one value per expert.")
+    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise DTypeError(f"{name} has dtype {array.dtype}, wanted float32: pass real numbers.")
+    # JAX would cut integers of 64 bits to 32.
+    return array.astype(np.float32) if isinstance(array, np.ndarray) else array
+
+
+def _check_both(**arrays: object) -> None:
+    """Two arrays by name, of which one has no meaning without the other."""
+    missing = [name for name, array in arrays.items() if array is None]
+    if len(missing) == 1:
+        given = next(name for name in arrays if name != missing[0])
+        raise ArgumentError(f"{missing[0]} is None, wanted an array beside {given}: pass both or none.")
 
 
 def _check_hash(token_ids: jax.Array | np.ndarray, table: jax.Array | np.ndarray, lead: object, top_k: int) -> None:

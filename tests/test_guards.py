@@ -45,13 +45,17 @@ def operations() -> dict[str, Callable[[], Any]]:
     floats = [jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32) for s in ((E, I, H), (E, H, I))]
     blocks = [jnp.asarray(array) for array in natural_weights()]
     single_tokens = [value[:, None] for value in (layer.x, layer.ids, layer.topk_weights)]
-    index = jnp.int32(1)
+    index, mask = jnp.int32(1), tokens > 4
+    expert_ids = jnp.array([3, 0, 1, 2, 4, 5, 6, 7, 3, 3, 1, 7])
+    replicas = mm.replica_map(expert_ids, E, 3)
+    physical_load, loads_of_layers = jnp.arange(12), jnp.arange(24).reshape(2, 12)
     options: dict[str, Any] = {"activation_clamp": np.float64(1.5), "return_expert_load": True}
 
     mesh = make_mesh({"expert": 4}, AUTO)
     on_mesh = place_all(mesh, layer)
     layers_on_mesh = [place(mesh, packed_weights(i), "expert") for i in range(2)]
     stacked_on_mesh = place(mesh, stacked, None, "expert")
+    ids_on_mesh = place(mesh, np.asarray(expert_ids))
 
     def scan(x, weights, ids, topk_weights):
         def body(x, index):
@@ -78,6 +82,19 @@ def operations() -> dict[str, Callable[[], Any]]:
         "route by maximum": lambda: mm.route(logits, 3, num_groups=4, top_groups=2, group_scoring="max"),
         "route small scores": lambda: mm.route(logits, 3, scoring="sqrtsoftplus"),
         "route by table": lambda: mm.route(logits, 3, scoring="sqrtsoftplus", token_ids=tokens, hash_table=table),
+        "route images": lambda: mm.route(logits, 3, bias=bias, image_bias=bias, is_image=mask),
+        "replica map": lambda: mm.replica_map(expert_ids, E, 3),
+        "to physical": lambda: mm.to_physical(layer.ids, *replicas, first_token=1),
+        "to physical in steps": lambda: mm.to_physical(layer.ids, *replicas, first_token=index),
+        "logical load": lambda: mm.logical_load(physical_load, *replicas),
+        "logical load of layers": lambda: mm.logical_load(loads_of_layers, *replicas),
+        "take experts": lambda: jax.tree.leaves(mm.take_experts(packed_weights(), expert_ids)),
+        "take experts of a stack": lambda: jax.tree.leaves(mm.take_experts(stacked, expert_ids)),
+        "take experts on a mesh": lambda: jax.tree.leaves(mm.take_experts(stacked_on_mesh, ids_on_mesh)),
+        "moe of valid tokens": lambda: mm.moe(*layer[:4], num_valid_tokens=3, **options),
+        "moe of traced valid tokens": lambda: mm.moe(*layer[:4], num_valid_tokens=index, **options),
+        "moe of valid tokens on a mesh": lambda: mm.moe(*on_mesh, num_valid_tokens=3, **options),
+        "reference of valid tokens": lambda: mm.reference.moe(*layer[:4], num_valid_tokens=index, **options),
         "moe": lambda: mm.moe(*layer[:4], **options),
         "moe of a layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=1),
         "moe of a traced layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=index),

@@ -171,6 +171,21 @@ def test_gradients_of_small_scores_are_finite():
         np.testing.assert_allclose(gradient, [-p * (1 - p) / 2, p * (1 - p) / 2, 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("group_scoring", ["sum_of_two", "max"])
+def test_gradients_go_through_the_weights_of_selected_experts(group_scoring):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 16)), jnp.float32)
+    options: dict[str, Any] = {"num_groups": 4, "top_groups": 2, "group_scoring": group_scoring}
+    ids = mm.route(logits, 3, scoring="sigmoid", **options)[0]
+
+    def routed(logits):
+        return jnp.sum(mm.route(logits, 3, scoring="sigmoid", renormalize=False, **options)[1] ** 2)
+
+    def gathered(logits):
+        return jnp.sum(jnp.take_along_axis(jax.nn.sigmoid(logits), ids, axis=-1) ** 2)
+
+    np.testing.assert_allclose(jax.grad(routed)(logits), jax.grad(gathered)(logits), rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("scoring", sorted(SCORES))
 @pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "top_groups": 2}])

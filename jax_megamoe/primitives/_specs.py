@@ -1,7 +1,7 @@
 """How a call is split over a mesh: read off the types of explicit axes, chosen for automatic ones."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,10 +77,14 @@ def choose_specs(x: Any, leaves: Leaves, mesh: AbstractMesh, axes: Axes) -> Spec
         first = (*tokens[0], *(axis for axis in axes.tokens if axis in auto_axes))
         if x.shape[0] % axes_size(mesh, first) == 0:
             tokens[0] = first
-    return Specs(tuple(tokens), _expert_axes(leaves, mesh, axes.experts))
+    return Specs(tuple(tokens), split_of_experts(leaves, mesh, axes.experts))
 
 
-def _expert_axes(leaves: Leaves, mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> tuple[str, ...]:
+def split_of_experts(leaves: Leaves, mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Along what axes, of those that are not manual yet, the experts are split, from the abstract values of the leaves.
+
+    Raises `ShardingError` for types that cannot be served, `ShapeError` where E does not divide.
+    """
     explicit_axes = axes_of_type(mesh, AxisType.Explicit)
     wanted = tuple(axis for axis in expert_axes if axis not in mesh.manual_axes)
     # Types may leave out axes of size one.
@@ -158,6 +162,27 @@ def with_automatic_axes(function: Callable[..., Any], mesh: AbstractMesh, out_sp
             return automatic(*operands)
 
     return run
+
+
+def call_with_types(
+    function: Callable[..., Any], arrays: Mapping[str, Any], out_specs: tuple[P, ...]
+) -> tuple[jax.Array, ...]:
+    """Array code that says nothing of shardings, called with arrays whose types may have explicit axes of one mesh.
+
+    `out_specs` as for `with_automatic_axes`. Raises `ShardingError` for arrays on several meshes with explicit axes.
+    """
+    meshes = {name: jax.typeof(array).sharding.mesh for name, array in arrays.items() if array is not None}
+    explicit = {name: mesh for name, mesh in meshes.items() if axes_of_type(mesh, AxisType.Explicit)}
+    for name, mesh in explicit.items():
+        first = next(iter(explicit))
+        if mesh != explicit[first]:
+            raise ShardingError(
+                f"{name} is on the mesh {mesh} and {first} on {explicit[first]}, wanted one mesh: "
+                "put all arguments there with jax.device_put."
+            )
+    if explicit:
+        function = with_automatic_axes(function, next(iter(explicit.values())), out_specs)
+    return tuple(function(*arrays.values()))
 
 
 def restrict(spec: P, axes: frozenset[str], ndim: int) -> P:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.primitives import _library
 from tests.support import meshes
-from tests.support.hlo import opcodes_of_large_results
+from tests.support.hlo import kernels, opcodes_of_large_results
 from tests.support.meshes import mesh_of
 from tests.support.skips import gpu_tests, why_no_cuda_plugin, why_no_kernel
 
@@ -134,3 +134,48 @@ def used_in_a_loop(x: Any, w: Any, ids: Any, topk_weights: Any, own: Any) -> Any
 @pytest.mark.parametrize("function", [used_in_one_branch, used_in_some_branches, used_in_a_loop])
 def test_no_call_moves_to_where_a_rank_decides_alone(function):
     assert where_called(compiled_text(function, 2, manual=True)) == ["ENTRY"]
+
+
+BIASED = {"scoring": "sigmoid", "bias": 0}
+# Experts, top-k, arguments of which those that are arrays are only named, and the most kernels.
+ROUTERS = {
+    "Qwen3": (128, 8, {}, 5),
+    "Kimi-K3": (896, 16, BIASED, 4),
+    "DeepSeek-V2": (160, 6, {"renormalize": False, "num_groups": 8, "top_groups": 3, "group_scoring": "max"}, 6),
+    "DeepSeek-V3": (256, 8, BIASED | {"num_groups": 8, "top_groups": 4}, 6),
+    "DeepSeek-V4": (256, 6, BIASED | {"scoring": "sqrtsoftplus"}, 5),
+    "DeepSeek-V4.1": (384, 6, BIASED | {"scoring": "sqrtsoftplus", "image_bias": 0, "is_image": 0}, 5),
+    "hash": (256, 6, {"scoring": "sqrtsoftplus", "token_ids": 0, "hash_table": 0}, 3),
+}
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "options", "most"), ROUTERS.values(), ids=ROUTERS)
+def test_the_router_is_few_kernels_and_a_map_of_experts_adds_none(num_experts, top_k, options, most):
+    replicated = NamedSharding(described_mesh(1), P())
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    tokens, experts = 32, array((num_experts,), jnp.float32)
+    known = {
+        "bias": experts,
+        "image_bias": experts,
+        "is_image": array((tokens,), jnp.bool),
+        "token_ids": array((tokens,), jnp.int32),
+        "hash_table": array((1000, top_k), jnp.int32),
+    }
+    arrays = {name: known[name] for name in options if name in known}
+    numbers = {name: value for name, value in options.items() if name not in known}
+
+    def route(logits: Any, arrays: Any) -> Any:
+        return mm.route(logits, top_k, **arrays, **numbers)
+
+    def route_to_physical(logits: Any, arrays: Any, table: Any, counts: Any) -> Any:
+        ids, topk_weights = route(logits, arrays)
+        return mm.to_physical(ids, table, counts), topk_weights
+
+    logits = array((tokens, num_experts), jnp.float32)
+    table, counts = array((num_experts, 4), jnp.int32), array((num_experts,), jnp.int32)
+    for function, arguments in ((route, ()), (route_to_physical, (table, counts))):
+        text = str(jax.jit(function).lower(logits, arrays, *arguments).compile().as_text())
+        assert 1 <= len(kernels(text)) <= most, kernels(text)

@@ -13,6 +13,13 @@ def is_fused(compiled: Any) -> bool:
     return _library.MOE_PEERS_TARGET in str(compiled.as_text())
 
 
+def kernels(text: str) -> list[str]:
+    """The instructions of a program compiled for a GPU, without loops, that run there, by name."""
+    found = re.findall(r"^  (?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(", text[text.index("\nENTRY ") :], re.MULTILINE)
+    nothing = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+    return [name for name, opcode in found if opcode not in nothing]
+
+
 def opcodes_of_large_results(text: str, num_elements: int) -> set[str]:
     """The opcodes of the instructions in compiled HLO that give an array of at least so many elements."""
     found = set()
