@@ -181,8 +181,14 @@ def test_the_module_tells_it_too():
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found
-    # Decoded weights are on WGMMA's A operand, however many tokens there are.
-    assert core.launch_choice(8192, 6, 4096, 2048, 32, "mxfp4", 1, **device)["swap_operands"]
+    # Weights that are decoded come from registers. Many tokens have the wide orientation then, which is one of clusters:
+    # where there are none, swapAB serves them.
+    def decoded(tokens, **of_device):
+        return core.launch_choice(tokens, 6, 4096, 2048, 32, "mxfp4", 1, **{**device, **of_device})
+
+    assert [decoded(tokens)["swap_operands"] for tokens in (277, 278, 8192)] == [True, False, False]
+    assert decoded(278)["cluster_ctas"] == 2 and not decoded(278)["gathers_rows"]
+    assert decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 1
 
 
 # The table.

@@ -295,6 +295,6 @@ int main(int argc, char** argv) {
   CHECK(megamoe::prepare_virtual_ranks(format));
   const Problem p{number(6), k, h, inter, experts / number(7), number(7), megamoe::OperandOrder::kByRule, format};
   if (what == "missing") return missing(p);
-  return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks),
+  return check(p, argc > 8 ? argv[8] : "uniform", number(9, 8), number(10), number(11, num_sms() / p.num_ranks / 2 * 2),
                number(12));
 }

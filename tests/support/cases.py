@@ -21,6 +21,9 @@ MODELS = {
     "odd tiles": (4096, 1408),
     "smallest": (128, 128),
     "wide inside": (256, 384),
+    # As many down units as a warp has lanes, and more, in either orientation.
+    "hidden 8192": (8192, 128),
+    "hidden 4096": (4096, 128),
 }
 LARGEST_MODELS = {name: MODELS[name] for name in ("flash", "pro")}
 

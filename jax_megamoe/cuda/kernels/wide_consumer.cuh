@@ -58,7 +58,7 @@ class WideConsumer {
   static constexpr int kN = 64;  // tokens of one multiply
   static constexpr int kParts = Wide::kTokenTile / kN;
   static constexpr int kInstructions = kBlockK / wgmma::kInstructionK;
-  static constexpr int kScalesAhead = 3;  // of eight tokens each
+  static constexpr int kScalesAhead = 4;  // of eight tokens each
   static constexpr int kLoopTokens = 32;  // of an epilogue's loops
   static constexpr int kLoopSums = kLoopTokens / 2;
   using Part = float[kN / 2];

@@ -23,8 +23,8 @@ constexpr int kMeasuredSms = 132;
 constexpr SwapLimit kSwapLimits[] = {{1, 46}, {2, 34}, {8, 28}};
 constexpr int kLeastSwapLimit = 18;
 
-// swapAB serves so many of weights that are decoded, and the wide orientation more.
-// Unit: routes per expert. Measured: "MXFP4".
+// swapAB serves so many of weights that are decoded, and the wide orientation more: beyond 56, experts have two chunks.
+// Unit: routes per expert. Measured: "Many tokens of MXFP4".
 constexpr int kMostRoutesPerExpertBeforeWide = 52;
 
 // From so many on, CTAs work in clusters of two, which share the weights of experts with two full chunks.
