@@ -6,6 +6,7 @@ process did not end within the limit; what it had done until then is printed, al
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -93,17 +94,34 @@ def run(jobs: list[tuple[str, str, str, list[str]]], pytest_options: list[str], 
     deadline = time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         running: list[tuple[str, subprocess.Popen[bytes], Path]] = []
-        statuses: list[int] = []
         try:
             for number, (title, gpus, share, tests) in enumerate(jobs):
                 log = Path(folder) / str(number)
                 running.append((title, start([*pytest_options, *tests], gpus, share, log), log))
-            for job in running:
-                statuses.append(finish(*job, deadline))
-        finally:
-            for job in running[len(statuses) :]:  # somebody ends this script: what they did until then is not lost
-                finish(*job, deadline=0.0)
+            wait([process for _, process, _ in running], deadline)
+        finally:  # also where somebody ends this script: what they did until then is not lost
+            ended = end([process for _, process, _ in running])
+            statuses = [report(*job, was_ended=job[1] in ended) for job in running]
         return statuses
+
+
+def wait(processes: Iterable["subprocess.Popen[bytes]"], deadline: float) -> None:
+    """Until all have ended, or the deadline."""
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def end(processes: Iterable["subprocess.Popen[bytes]"]) -> list["subprocess.Popen[bytes]"]:
+    """Ends those that still run, which get some seconds to say what has failed; returns them."""
+    ended = [process for process in processes if process.poll() is None]
+    for process in ended:
+        process.send_signal(signal.SIGINT)
+    wait(ended, time.monotonic() + SECONDS_TO_SAY)
+    for process in ended:
+        process.kill()
+        process.wait()
+    return ended
 
 
 def start(pytest_arguments: list[str], gpus: str, share: str, log: Path) -> "subprocess.Popen[bytes]":
@@ -117,23 +135,14 @@ def start(pytest_arguments: list[str], gpus: str, share: str, log: Path) -> "sub
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
-def finish(title: str, process: "subprocess.Popen[bytes]", log: Path, deadline: float) -> int:
-    """Waits for a process until the deadline, prints what it wrote; its status: 0, 1, or 2 where it had to be ended."""
-    try:
-        status = int(process.wait(max(0.0, deadline - time.monotonic())) != 0)  # a signal is a negative number
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then says what has failed until now
-        try:
-            process.wait(SECONDS_TO_SAY)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        status = 2
+def report(title: str, process: "subprocess.Popen[bytes]", log: Path, was_ended: bool) -> int:
+    """Prints what a process wrote; its status: 0, 1, or 2 where it had to be ended."""
+    status = 2 if was_ended else int(process.returncode != 0)  # a signal is a negative number
     lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
-    end = "did not end in time" if status == 2 else f"status {status}"
+    what = "did not end in time" if was_ended else f"status {status}"
     # What a library logs at exit comes after pytest's summary.
     summary = [line for line in lines if re.search(r"\d+ (passed|skipped|deselected)", line)][-1:]
-    print(f"== {title}: {end}", *(summary if status == 0 else lines[-60:]), sep="\n", flush=True)
+    print(f"== {title}: {what}", *(summary if status == 0 else lines[-60:]), sep="\n", flush=True)
     return status
 
 

@@ -181,6 +181,7 @@ def test_the_module_tells_it_too():
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found
+
     # Weights that are decoded come from registers. Many tokens have the wide orientation then, which is one of clusters:
     # where there are none, swapAB serves them.
     def decoded(tokens, **of_device):
