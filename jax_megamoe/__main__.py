@@ -42,7 +42,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command, and gives the exit status: 2 for what the package refuses, and for wrong arguments."""
+    """Runs a command; the exit status is 2 for what the package refuses and for wrong arguments, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m jax_megamoe", description="Tools of jax_megamoe.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MegaMoEError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was.", file=sys.stderr)
+        return 130
     return 0
 
 

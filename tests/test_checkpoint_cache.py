@@ -225,6 +225,33 @@ def test_files_that_do_not_belong_together_are_named(made):
         mm.read_checkpoint(out).experts(0)
 
 
+@pytest.mark.parametrize("field", ["version", "layout", "layer", "source", "sizes", "route", "moe", "shared"])
+@pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1, [0, 0, 0], None])
+def test_headers_of_layers_that_lie_are_named(field, value, made_once):
+    """Whatever stands there: an error that names the file, or what is right all the same."""
+    out, path, content, held = made_once
+    header = {**held, field: value}
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps(header)}))
+    try:
+        checkpoint = mm.read_checkpoint(out)
+        for call in (checkpoint.experts, checkpoint.shared_experts, checkpoint.router, checkpoint.moe_options):
+            try:
+                call(1)
+            except CheckpointError as error:
+                assert str(path) in str(error) or "config.json" in str(error)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> tuple[Path, Path, bytes, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("cache")
+    out = convert(stock_folder(folder, "deepseek-v4"), folder / "cache")
+    path = out / "layer-00001.safetensors"
+    return out, path, path.read_bytes(), json.loads(File(path).metadata[cache._METADATA])
+
+
 def test_a_truncated_layer_is_named(made):
     out = convert(*made)
     path = out / "layer-00001.safetensors"
@@ -247,6 +274,23 @@ def test_the_command_with_a_format_and_in_silence(made, capsys):
     assert main(["convert", str(folder), str(out), "--format", "fp8_block", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert mm.load_experts(out, 0).format == "fp8_block"
+
+
+def test_the_command_interrupted(made, capsys, monkeypatch):
+    folder, out = made
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_write_layer", interrupt)
+    assert main(["convert", str(folder), str(out)]) == 130
+    assert "goes on where it was" in capsys.readouterr().err
+    monkeypatch.undo()
+    command = [sys.executable, "-m", "jax_megamoe", "convert", str(folder), str(out), "--quiet"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "is complete" in done.stdout
+    assert_alike(mm.load_experts(out), mm.load_experts(folder))
 
 
 def test_what_the_command_refuses(made, capsys, tmp_path):

@@ -156,6 +156,14 @@ def test_experts_of_an_activation_that_is_not_served_come_with_a_warning(made, c
     assert not caplog.text
 
 
+def test_images_are_routed_by_a_bias_of_their_own(made):
+    router = mm.read_checkpoint(made("deepseek-v4.1")[0]).router(1)
+    biases: dict[str, Any] = {"bias": router.bias, "image_bias": router.image_bias}
+    ids, _ = mm.route(jnp.zeros((2, E)), is_image=jnp.array([False, True]), **biases, **router.options)
+    for row, bias in zip(ids, biases.values(), strict=True):
+        assert set(np.asarray(row)) == set(np.argsort(np.asarray(bias))[-2:])
+
+
 def test_hash_layers_have_a_table_and_no_bias(made):
     folder, stock = made("deepseek-v4")
     checkpoint = mm.read_checkpoint(folder)

@@ -44,6 +44,16 @@ MANIFEST = "jax_megamoe.json"
 _VERSION = 1
 _METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
 _SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file of a checkpoint, by which it is known again
+_FIELDS: Mapping[str, Any] = {
+    "version": int,
+    "layout": str,
+    "layer": int,
+    "source": str,
+    "sizes": list,
+    "route": dict,
+    "moe": dict | None,  # None: `moe` of the version that wrote it does not compute the activation
+    "shared": dict | None,
+}
 _ROUTER, _SHARED = "router.", "shared."
 _SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
 
@@ -80,7 +90,7 @@ class CachedModel:
 
     def shared(self, layer: int) -> "PackedLayer | None":
         file = self._file(layer)
-        return file.experts(_SHARED) if f"{_SHARED}down" in file.file.tensors else None
+        return file.experts(_SHARED) if file.header["shared"] is not None else None
 
     def router(self, layer: int) -> Router:
         file = self._file(layer)
@@ -116,9 +126,8 @@ class LayerFile:
             header = json.loads(self.file.metadata[_METADATA])
         except (KeyError, ValueError) as error:
             raise CheckpointError(path, None, "is no file of a cache: make the cache anew.") from error
-        keys = {"version", "layout", "layer", "source", "sizes", "route", "moe", "shared"}
-        if not isinstance(header, dict) or not keys <= set(header):
-            raise CheckpointError(path, None, "lacks fields of a cache: make the cache anew.")
+        if not isinstance(header, dict) or not all(isinstance(header.get(name, ()), k) for name, k in _FIELDS.items()):
+            raise CheckpointError(path, None, "has other fields than a cache: make the cache anew.")
         _check_version(path, header)
         self.header: Mapping[str, Any] = header
 

@@ -20,8 +20,8 @@ _ACTIVATIONS = ("silu", "swish")
 class Router:
     """A layer's router: logits are x @ weight.T, and `route(logits, bias=bias, **options)` chooses experts.
 
-    Pass `hash_table` to `route` with `token_ids`, and `image_bias` with `is_image`. `shared_gate` is a linear layer whose
-    sigmoid weighs the shared expert.
+    Pass `hash_table` to `route` with `token_ids`, and `image_bias` with `is_image`. `shared_gate` is a linear layer
+    whose sigmoid weighs the shared expert.
     """
 
     weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
