@@ -45,14 +45,12 @@ _CORRECTION = "gate.e_score_correction_bias"
 # From the files that the models' owners publish: configurations, indices of tensors, and code that loads them. Rows of
 # one name are one family with other names for its tensors, the owner's and those that transformers writes.
 FAMILIES = (
-    # DeepSeek-V3, R1, V3.1 and V3.2, Kimi-K2 (whose architecture is DeepSeek-V3's; K2.5 and later are INT4).
+    # DeepSeek-V3, R1, V3.1 and V3.2.
     Family(
-        "deepseek_v3",
-        ("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
-        bias=_CORRECTION,
-        shared="shared_experts",
-        scoring="sigmoid",
+        "deepseek_v3", ("deepseek_v3", "deepseek_v32"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"
     ),
+    # Its architecture is DeepSeek-V3's. K2-Thinking, K2.5 and later are INT4, which is refused.
+    Family("kimi_k2", ("kimi_k2", "kimi_k25"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"),
     # Names of the files of DeepSeek-V4-Flash and -Pro; V4.1's are the same, its configuration is in text_config.
     Family(
         "deepseek_v4",

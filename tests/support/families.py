@@ -153,7 +153,7 @@ PLANS: dict[str, Plan] = {
     ),
     "deepseek-v3.2": Plan("deepseek_v3", _deepseek("deepseek_v32", n_group=4, topk_group=2), fp8_block("E8M0"), **_V3),
     "kimi-k2": Plan(
-        "deepseek_v3",
+        "kimi_k2",
         _deepseek("kimi_k2", 2.827, **_UNGROUPED),
         fp8_block(),
         **{**_GLM, "moe": {"routed_scaling_factor": 2.827}},
