@@ -4,6 +4,7 @@ import importlib.metadata
 
 from jax_megamoe import errors, expert_parallel, reference
 from jax_megamoe.api import moe
+from jax_megamoe.checkpoints import load_experts, read_checkpoint
 from jax_megamoe.export import DISABLE_JAX_EXPORT_CHECKS
 from jax_megamoe.packing import pack_experts, quantize_experts, stack_experts
 from jax_megamoe.replicas import logical_load, replica_map, to_physical
@@ -21,10 +22,12 @@ __all__ = [
     "ExpertWeights",
     "errors",
     "expert_parallel",
+    "load_experts",
     "logical_load",
     "moe",
     "pack_experts",
     "quantize_experts",
+    "read_checkpoint",
     "reference",
     "replica_map",
     "route",

@@ -1,5 +1,7 @@
 """What this package raises: every class is a `ValueError` whose text says what came, what is wanted and what to do."""
 
+from os import PathLike
+
 
 class MegaMoEError(ValueError):
     """Whatever the package refuses."""
@@ -23,6 +25,19 @@ class ShardingError(ArgumentError):
 
 class LayoutError(ArgumentError):
     """Weights are in the wrong memory layout."""
+
+
+class CheckpointError(MegaMoEError):
+    """A checkpoint, or a cache of one, cannot be read: `file`, `tensor` (None where it is no single one), `problem`."""
+
+    def __init__(self, file: str | PathLike[str], tensor: str | None, problem: str) -> None:
+        super().__init__(str(file), tensor, problem)
+        self.file, self.tensor, self.problem = str(file), tensor, problem
+
+    def __str__(self) -> str:
+        # A name may be of any length in a file that means harm.
+        tensor = "" if self.tensor is None else f"tensor {self.tensor[:300]!r} "
+        return f"{self.file}: {tensor}{self.problem}"
 
 
 class PlatformError(MegaMoEError):

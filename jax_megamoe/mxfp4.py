@@ -32,7 +32,7 @@ ONE_EXPONENT = 127  # stands for 2^0; that of a group of zeros
 
 _CODE_BYTES = PLANE_ROWS * BLOCK // 2
 _GROUPS = BLOCK // GROUP
-_E5M2_BIAS = 13  # a group with d = 13 is decoded as it is
+DECODE_BIAS = 13  # a group with d = 13 is decoded as it is
 _F32_BIAS = 127
 _F32_MANTISSA = 23
 
@@ -60,7 +60,7 @@ def row_scales(exponents: jax.Array, is_zero: jax.Array) -> tuple[jax.Array, jax
     is_served = jnp.all((is_zero | (e >= base[..., None])) & (e != NAN_EXPONENT), axis=-1)
     base = jnp.where(is_served, base, 0)
     # 2^(base - 114), by its bits.
-    bits = (base + (_F32_BIAS - ONE_EXPONENT + _E5M2_BIAS)) << _F32_MANTISSA
+    bits = (base + (_F32_BIAS - ONE_EXPONENT + DECODE_BIAS)) << _F32_MANTISSA
     scale = jax.lax.bitcast_convert_type(jnp.where(is_served, bits, 0x7FC00000), jnp.float32)
     return base.astype(jnp.uint8), scale
 
@@ -68,7 +68,7 @@ def row_scales(exponents: jax.Array, is_zero: jax.Array) -> tuple[jax.Array, jax
 def e8m0(d: jax.Array, scale: jax.Array) -> jax.Array:
     """Stored exponents uint8[..., K/32] and the scales f32[...] of their rows -> float8_e8m0fnu[..., K/32]."""
     field = (jax.lax.bitcast_convert_type(scale, jnp.int32) >> _F32_MANTISSA) & 0xFF
-    base = jnp.where(field == 0xFF, 0, field - _E5M2_BIAS).astype(jnp.uint8)
+    base = jnp.where(field == 0xFF, 0, field - DECODE_BIAS).astype(jnp.uint8)
     return jax.lax.bitcast_convert_type(d + base[..., None], jnp.float8_e8m0fnu)
 
 
@@ -79,7 +79,7 @@ def decode(codes: jax.Array, d: jax.Array) -> jax.Array:
     nibbles = reshape_trailing(jnp.stack([codes & 0xF, codes >> 4], axis=-1), lead, groups, GROUP).astype(jnp.uint16)
     magnitude = nibbles & 7
     # That of a group of zeros may be any.
-    exponent = jnp.minimum(d, SPREAD).astype(jnp.uint16)[..., None] + jnp.uint16(_F32_BIAS - _E5M2_BIAS - 1)
+    exponent = jnp.minimum(d, SPREAD).astype(jnp.uint16)[..., None] + jnp.uint16(_F32_BIAS - DECODE_BIAS - 1)
     # Codes of 2 and more are an exponent and one bit of mantissa; code 1, 0.5, is subnormal in E2M1, but not in BF16.
     exponent += magnitude >> 1
     bits = (exponent << 7) | jnp.where(magnitude > 1, (magnitude & 1) << 6, 0).astype(jnp.uint16)

@@ -132,7 +132,7 @@ def pack_experts(
     format = weight_checks.find_format(quantized)
     _check_split(**quantized._asdict())
     num_experts = weight_checks.count_experts(quantized.down.shape[0], num_experts)
-    leaves = _pack(quantized, format=format)
+    leaves = pack_leaves(quantized, format=format)
     if format == "mxfp4":
         weight_checks.check_spreads(leaves)
     return dataclasses.replace(_weights_of(leaves, format), num_experts=num_experts)
@@ -175,7 +175,7 @@ def stack_experts(
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _pack(arrays: Leaves, *, format: Format) -> Leaves:
+def pack_leaves(arrays: Leaves, *, format: Format) -> Leaves:
     """Packed leaves of arrays as checkpoints hold them."""
     num_experts, hidden_size, _ = arrays.down.shape
     if format == "mxfp4":

@@ -1,0 +1,393 @@
+"""A cache: a model's experts packed as the kernel reads them, in files that the next start maps.
+
+| file                    | holds                                                                                   |
+|-------------------------|-----------------------------------------------------------------------------------------|
+| jax_megamoe.json        | version, layout, format, family, layers, what it is made of, and whether it is complete |
+| config.json             | that of the model                                                                       |
+| layer-00003.safetensors | the leaves of layer 3, [E, ...], its router, its shared experts, and their options      |
+
+The layout's tag is in the first file and in each layer's; a cache with another one is refused. Files are written under
+other names, flushed and renamed, so that one that has its name is whole; the first file says that the cache is complete
+when all are there. What a writer leaves that was killed is never read, and the next one goes on after it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_megamoe import weight_layout
+from jax_megamoe.checkpoints import router as routers
+from jax_megamoe.checkpoints.families import Config
+from jax_megamoe.checkpoints.folder import CONFIG, read_json
+from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
+from jax_megamoe.checkpoints.loading import on_purpose
+from jax_megamoe.checkpoints.progress import Progress, Report
+from jax_megamoe.checkpoints.router import Router
+from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
+from jax_megamoe.checkpoints.stock import StockModel
+from jax_megamoe.checkpoints.writing import Group, only_writer, replacement, write_safetensors
+from jax_megamoe.errors import CheckpointError, LayoutError
+from jax_megamoe.operands import Leaves
+from jax_megamoe.quantized_packing import as_bytes
+from jax_megamoe.weight_layout import Format
+
+MANIFEST = "jax_megamoe.json"
+_VERSION = 1
+_METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
+_SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file of a checkpoint, by which it is known again
+_FIELDS: Mapping[str, Any] = {
+    "version": int,
+    "layout": str,
+    "layer": int,
+    "source": str,
+    "sizes": list,
+    "route": dict,
+    "moe": dict | None,  # None: `moe` of the version that wrote it does not compute the activation
+    "shared": dict | None,
+}
+_ROUTER, _SHARED = "router.", "shared."
+_SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether it is a cache, complete or not, rather than a stock checkpoint."""
+    return (folder / MANIFEST).exists()
+
+
+class CachedModel:
+    """A complete cache, with what `StockModel` has. Raises `CheckpointError` for others, and for other layouts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / MANIFEST
+        self._manifest = read_json(self._path)
+        _check_version(self._path, self._manifest)
+        if self._manifest.get("complete") is not True:
+            raise CheckpointError(
+                self._path,
+                None,
+                "says that the cache is not complete: run python -m jax_megamoe convert again, it goes on.",
+            )
+        self.config = Config(read_json(folder / CONFIG), str(folder / CONFIG))
+        self.name = str(self._manifest.get("family"))
+        layers = self._manifest.get("layers")
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise CheckpointError(self._path, None, "has no list of layers: make the cache anew.")
+        self.moe_layers: list[int] = layers
+        self._files: dict[int, LayerFile] = {}
+
+    def layer(self, layer: int) -> "PackedLayer":
+        return self._file(layer).experts("")
+
+    def shared(self, layer: int) -> "PackedLayer | None":
+        file = self._file(layer)
+        return file.experts(_SHARED) if file.header["shared"] is not None else None
+
+    def router(self, layer: int) -> Router:
+        file = self._file(layer)
+        arrays = {
+            name: jax.device_put(np.array(file.file.tensors[_ROUTER + name].array()))
+            if _ROUTER + name in file.file.tensors
+            else None
+            for name in routers.ARRAYS
+        }
+        return Router(**arrays, options=dict(file.header["route"]))  # type: ignore[arg-type]
+
+    def moe_options(self, layer: int) -> dict[str, Any]:
+        options = self._file(layer).header["moe"]
+        # What the model has that `moe` lacks is found again, and named.
+        return dict(options) if options is not None else routers.moe_options(self.config)
+
+    def _file(self, layer: int) -> "LayerFile":
+        if layer not in self._files:
+            file = LayerFile(self.folder / _file_name(layer))
+            wanted = layer, self._manifest.get("source"), self._manifest["layout"]
+            if (file.header["layer"], file.header["source"], file.header["layout"]) != wanted:
+                raise CheckpointError(file.file.path, None, "is of another layer or cache: make the cache anew.")
+            self._files[layer] = file
+        return self._files[layer]
+
+
+class LayerFile:
+    """A layer's file of a cache, its header checked. Raises `CheckpointError` for another one."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = File(path)
+        try:
+            header = json.loads(self.file.metadata[_METADATA])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(path, None, "is no file of a cache: make the cache anew.") from error
+        if not isinstance(header, dict) or not all(isinstance(header.get(name, ()), k) for name, k in _FIELDS.items()):
+            raise CheckpointError(path, None, "has other fields than a cache: make the cache anew.")
+        _check_version(path, header)
+        self.header: Mapping[str, Any] = header
+
+    def experts(self, prefix: str) -> "PackedLayer":
+        """The routed experts, or the shared ones, after checking their shapes."""
+        held = self.header if not prefix else self.header["shared"]
+        try:
+            sizes, format = tuple(map(int, held["sizes"])), weight_layout.format_of_tag(held["layout"])
+            if len(sizes) != 3 or min(sizes) < 1:
+                raise ValueError
+            shapes = weight_layout.leaf_shapes(format, *sizes)
+        except (TypeError, ValueError, KeyError, LayoutError) as error:
+            raise CheckpointError(self.file.path, None, "has no sizes of experts: make the cache anew.") from error
+        tensors = []
+        for name, shape, dtype in zip(Leaves._fields, shapes, weight_layout.LEAF_DTYPES[format], strict=True):
+            tensor = self.file.tensors.get(prefix + name)
+            wanted = _SAFETENSORS_DTYPES[jnp.dtype(dtype).name]
+            if tensor is None or (tensor.dtype, tensor.shape) != (wanted, shape):
+                found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+                raise CheckpointError(
+                    self.file.path, prefix + name, f"is {found}, wanted {wanted} {shape}: make the cache anew."
+                )
+            tensors.append(tensor)
+        return PackedLayer(Leaves(*tensors), format, sizes)
+
+
+class PackedLayer:
+    """A layer's experts in a cache."""
+
+    def __init__(self, tensors: Leaves, format: Format, sizes: tuple[int, ...]) -> None:
+        self._tensors = tensors
+        self._format: Format = format
+        self.num_experts, self.hidden_size, self.intermediate_size = sizes
+        self.nbytes = sum(tensor.nbytes for tensor in tensors) // self.num_experts
+
+    @property
+    def is_packed(self) -> bool:
+        return True
+
+    @property
+    def format(self) -> Format:
+        return self._format
+
+    def recipe(self, format: Format) -> Recipe:
+        if format != self._format:
+            tensor: Tensor = self._tensors.gate_up
+            raise tensor.error(
+                f"is packed as {self._format}, wanted {format}: load it as it is, or convert the model anew."
+            )
+        return _UnpackRecipe(format)
+
+    def read(self, first: int, count: int) -> Leaves:
+        return Leaves(*(tensor.array()[first : first + count] for tensor in self._tensors))
+
+    def prefetch(self, first: int, count: int) -> None:
+        for tensor in self._tensors:
+            (start, _), (last, size) = tensor.place(first), tensor.place(first + count - 1)
+            tensor.file.prefetch(start, last + size - start)
+
+    def release_pages(self) -> None:
+        self._tensors.gate_up.file.release_pages()
+
+    def explain(self, expert: int, format: Format) -> None:
+        """Nothing that is packed is wrong."""
+
+
+@dataclass(frozen=True)
+class _UnpackRecipe:
+    """Bytes of a file -> leaves."""
+
+    format: Format
+
+    def __call__(self, arrays: Leaves) -> tuple[Leaves, jax.Array]:
+        dtypes = weight_layout.LEAF_DTYPES[self.format]
+        leaves = Leaves(*(jax.lax.bitcast_convert_type(a, d) for a, d in zip(arrays, dtypes, strict=True)))
+        return leaves, jnp.logical_and(jnp.isnan(leaves.gate_up_scale[:1, 0, 0, 0]), False)
+
+
+def convert(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    progress: Progress = None,
+) -> Path:
+    """Writes a cache of a stock checkpoint to a folder, which `read_checkpoint` reads like the checkpoint itself.
+
+    One layer after the other, one expert at a time. A run that was killed may be repeated, and goes on at the layer
+    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout.
+    """
+    model, target = StockModel(Path(folder)), Path(out)
+    source = _fingerprint(model)
+    layers = [model.layer(layer) for layer in model.moe_layers]
+    if not layers:
+        raise CheckpointError(model.folder, None, "has no layer with experts: pass the folder of another model.")
+    chosen = choose_format(layers, format)
+    for layer in layers:
+        layer.recipe(chosen)
+    manifest = {
+        "version": _VERSION,
+        "layout": weight_layout.LAYOUT_TAGS[chosen],
+        "format": chosen,
+        "family": model.name,
+        "layers": model.moe_layers,
+        "source": source,
+        "complete": False,
+    }
+    with only_writer(target), on_purpose(None):
+        _begin(target, manifest)
+        report = Report(progress, sum(layer.nbytes * layer.num_experts for layer in layers), what="experts packed,")
+        for number, layer in zip(model.moe_layers, layers, strict=True):
+            if _is_written(target, number, manifest):
+                report.add(layer.nbytes * layer.num_experts)
+            else:
+                _write_layer(target, model, number, layer, manifest, report)
+                layer.release_pages()
+        with replacement(target / CONFIG) as file:
+            file.write((model.folder / CONFIG).read_bytes())
+        _write_manifest(target, {**manifest, "complete": True})
+    return target
+
+
+def _begin(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Says in the folder what it is going to be. Raises `CheckpointError` where it is something else."""
+    path = out / MANIFEST
+    if not path.exists():
+        if (out / CONFIG).exists() or any(out.glob("*.safetensors")):
+            raise CheckpointError(out, None, "holds files of something else, wanted an empty folder: pass another one.")
+        _write_manifest(out, manifest)
+        return
+    found = read_json(path)
+    _check_version(path, found)
+    for key in ("source", "format", "layers"):
+        if found.get(key) != manifest[key]:
+            raise CheckpointError(
+                path,
+                None,
+                f"is of a cache with another {key}, {_short(found.get(key))}, wanted {_short(manifest[key])}: "
+                "pass another folder, or remove this one.",
+            )
+
+
+def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
+    """Whether a layer's file is there: whole, if so. Raises `CheckpointError` for one of another cache."""
+    path = out / _file_name(number)
+    if not path.exists():
+        return False
+    header = LayerFile(path).header
+    if (header["layer"], header["source"], header["layout"]) != (number, manifest["source"], manifest["layout"]):
+        raise CheckpointError(path, None, "is of another cache: pass another folder, or remove this one.")
+    return True
+
+
+def _write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
+    with replacement(out / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+
+
+def _write_layer(
+    out: Path, model: StockModel, number: int, layer: Layer, manifest: Mapping[str, Any], report: Report
+) -> None:
+    format: Format = manifest["format"]
+    shared = model.shared(number)
+    shared_format: Format = "fp8_block" if shared is None else shared.format or "fp8_block"
+    try:
+        options: dict[str, Any] | None = model.moe_options(number)
+    except CheckpointError:
+        options = None  # It is raised again for whoever asks, as by the checkpoint itself.
+    router = model.router(number)
+    header = {
+        "version": _VERSION,
+        "layout": manifest["layout"],
+        "layer": number,
+        "source": manifest["source"],
+        "sizes": sizes_of(layer),
+        "route": router.options,
+        "moe": options,
+        "shared": None
+        if shared is None
+        else {"sizes": sizes_of(shared), "layout": weight_layout.LAYOUT_TAGS[shared_format]},
+    }
+    groups = [_leaves("", layer, format, report.add)]
+    arrays = {name: np.asarray(array) for name in routers.ARRAYS if (array := getattr(router, name)) is not None}
+    groups.append(
+        Group(
+            [_ROUTER + name for name in arrays],
+            [_SAFETENSORS_DTYPES[array.dtype.name] for array in arrays.values()],
+            [array.shape for array in arrays.values()],
+            lambda: [list(arrays.values())],
+        )
+    )
+    if shared is not None:
+        groups.append(_leaves(_SHARED, shared, shared_format, lambda nbytes: None))
+    write_safetensors(out / _file_name(number), groups, {_METADATA: json.dumps(header)})
+
+
+def _leaves(prefix: str, layer: Layer, format: Format, report: Callable[[int], None]) -> Group:
+    """The four leaves of a layer, which are packed expert by expert as they are written."""
+    recipe = layer.recipe(format)
+
+    def parts() -> Iterator[list[Array]]:
+        for expert in range(layer.num_experts):
+            leaves, is_wrong = _pack(jax.device_put(layer.read(expert, 1)), recipe=recipe)
+            if np.asarray(is_wrong).any():
+                layer.explain(expert, format)
+            yield [np.asarray(as_bytes(leaf)) for leaf in leaves]
+            report(layer.nbytes)
+
+    return Group(
+        [prefix + name for name in Leaves._fields],
+        [_SAFETENSORS_DTYPES[jnp.dtype(dtype).name] for dtype in weight_layout.LEAF_DTYPES[format]],
+        weight_layout.leaf_shapes(format, *sizes_of(layer)),
+        parts,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _pack(arrays: Any, *, recipe: Recipe) -> tuple[Leaves, jax.Array]:
+    return recipe(arrays)
+
+
+def _file_name(layer: int) -> str:
+    return f"layer-{layer:05}.safetensors"
+
+
+def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` for a cache, or a file of one, of another version of this package."""
+    remedy = "remove the folder and run python -m jax_megamoe convert anew"
+    if fields.get("version") != _VERSION:
+        raise CheckpointError(
+            path, None, f"has version {fields.get('version')!r} of caches, wanted {_VERSION}: {remedy}."
+        )
+    try:
+        weight_layout.format_of_tag(str(fields.get("layout")))
+    except LayoutError as error:
+        known = ", ".join(map(repr, weight_layout.LAYOUT_TAGS.values()))
+        raise CheckpointError(
+            path,
+            None,
+            f"has layout {fields.get('layout')!r}, this version of the package wants one of {known}: {remedy}.",
+        ) from error
+
+
+def _fingerprint(model: StockModel) -> str:
+    """Tells checkpoints apart: by configuration, sizes of files, all headers, and samples of all files' bytes.
+
+    Models of one architecture differ in the bytes alone. Those of an expert layer are trained as a whole.
+    """
+    digest = hashlib.sha256((model.folder / CONFIG).read_bytes())
+    for name, file in sorted(model.tensors.files.items()):
+        digest.update(f"{name} {file.size}\n".encode())
+        for tensor in file.tensors.values():
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+        octets = memoryview(file.mapped())
+        for number in range(_SAMPLES):
+            start = file.size * number // _SAMPLES
+            digest.update(octets[start : start + _SAMPLE_BYTES])
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

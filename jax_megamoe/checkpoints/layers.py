@@ -1,0 +1,148 @@
+"""What can be loaded: a layer's experts as a checkpoint has them, and how they become packed leaves."""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jax_megamoe import packing
+from jax_megamoe.checkpoints import conversion
+from jax_megamoe.checkpoints.encodings import Encoding
+from jax_megamoe.checkpoints.experts import LayerExperts, Part, Raw
+from jax_megamoe.checkpoints.safetensors import File
+from jax_megamoe.errors import ArgumentError
+from jax_megamoe.operands import Leaves
+from jax_megamoe.weight_checks import Order
+from jax_megamoe.weight_layout import Format
+
+
+class Recipe(Hashable, Protocol):
+    """On a device, of what `Layer.read` gives: the packed leaves, and bool[1], whether one of the experts is wrong."""
+
+    def __call__(self, arrays: Any) -> tuple[Leaves, jax.Array]: ...
+
+
+class Layer(Protocol):
+    """A layer's experts: as a checkpoint has them, or packed already in a cache."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    nbytes: int  # of one expert, as it is read
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it needs no packing, and many experts may be read at once."""
+
+    @property
+    def format(self) -> Format | None:
+        """What it holds; None for floats and other things that are quantised, to any format."""
+
+    def recipe(self, format: Format) -> Recipe:
+        """How to make this format. Raises `CheckpointError` where that would round what some format holds exactly."""
+
+    def read(self, first: int, count: int) -> Any:
+        """Arrays of these experts, with a dimension for them in front; a packed layer may be asked for many."""
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Has these experts read in advance, by the kernel and from the disk."""
+
+    def release_pages(self) -> None:
+        """Lets go of what has been read: pages of mapped files count as memory of the process else."""
+
+    def explain(self, expert: int, format: Format) -> None:
+        """Raises the error about an expert that a recipe found wrong, if it is one."""
+
+
+def _files(parts: Iterable[Part]) -> Iterator[File]:
+    for part in parts:
+        for tensor in (part.matrix.weight, part.matrix.scale):
+            if tensor is not None:
+                yield tensor.file
+
+
+def sizes_of(layer: Layer) -> tuple[int, int, int]:
+    """E, H and I."""
+    return layer.num_experts, layer.hidden_size, layer.intermediate_size
+
+
+def choose_format(layers: Sequence[Layer], wanted: Format | None) -> Format:
+    """What to make of layers: what is wanted, else what the first that is quantised holds; fp8_block of floats."""
+    if wanted is not None:
+        return wanted
+    held: Iterator[Format] = (format for layer in layers if (format := layer.format) is not None)
+    return next(held, "fp8_block")
+
+
+@dataclass(frozen=True)
+class PackRecipe:
+    """Packs, and quantises floats."""
+
+    encoding: Encoding
+    order: Order
+    format: Format
+
+    def __call__(self, arrays: Raw) -> tuple[Leaves, jax.Array]:
+        return conversion.pack(arrays, encoding=self.encoding, order=self.order, format=self.format)
+
+
+class StockLayer:
+    """Experts as a checkpoint has them."""
+
+    def __init__(self, experts: LayerExperts) -> None:
+        self.experts = experts
+        self.num_experts, self.hidden_size, self.intermediate_size = experts.sizes
+        self.nbytes = experts.nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        return False
+
+    @property
+    def format(self) -> Format | None:
+        return self.experts.encoding.format
+
+    def recipe(self, format: Format) -> PackRecipe:
+        encoding = self.experts.encoding
+        if not conversion.can_become(encoding, format):
+            raise self.experts.error(
+                0,
+                f"is of {encoding.title}, wanted what {format} holds without rounding: load it with "
+                f"format={encoding.format!r}.",
+            )
+        return PackRecipe(encoding, self.experts.order, format)
+
+    def read(self, first: int, count: int) -> Raw:
+        arrays = [self.experts.read(expert) for expert in range(first, first + count)]
+        if count == 1:
+            return Raw(*(None if array is None else array[None] for array in arrays[0]))
+        return Raw(*(None if parts[0] is None else np.stack(parts) for parts in zip(*arrays, strict=True)))
+
+    def prefetch(self, first: int, count: int) -> None:
+        for parts in self.experts.parts[first : first + count]:
+            for part in parts:
+                part.prefetch()
+
+    def release_pages(self) -> None:
+        for file in {id(file): file for parts in self.experts.parts for file in _files(parts)}.values():
+            file.release_pages()
+
+    def explain(self, expert: int, format: Format) -> None:
+        if self.experts.encoding.format == "mxfp4":
+            for part in self.experts.parts[expert]:
+                codes, exponents = part.read()
+                if (problem := conversion.explain_exponents(codes.view(np.uint8), exponents, format)) is not None:
+                    raise part.matrix.weight.error(problem)
+            return
+        raw = self.read(expert, 1)
+        if raw.gate_scale is not None:
+            raise self.experts.error(
+                expert, f'is of an expert that {format} cannot hold: load it with format="fp8_block".'
+            )
+        try:
+            # Where a float was NaN, NaN is right, and this raises nothing.
+            packing.quantize_experts(raw.gate, raw.up, raw.down, order=self.experts.order, format=format)
+        except ArgumentError as error:
+            raise self.experts.error(expert, f"is of an expert that {format} cannot hold: {error}") from error

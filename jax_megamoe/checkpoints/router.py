@@ -1,0 +1,121 @@
+"""Routers of checkpoints: their arrays, and what their configurations say to `route` and to `moe`."""
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from jax_megamoe.arrays import clamp_to_int32
+from jax_megamoe.checkpoints.families import Config, Family
+from jax_megamoe.checkpoints.folder import Tensors
+from jax_megamoe.checkpoints.safetensors import Array, Tensor
+from jax_megamoe.routing import Scoring
+
+# Activations of configurations that `moe` computes.
+_ACTIVATIONS = ("silu", "swish")
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A layer's router: logits are x @ weight.T, and `route(logits, bias=bias, **options)` chooses experts.
+
+    Pass `hash_table` to `route` with `token_ids`, and `image_bias` with `is_image`. `shared_gate` is a linear layer
+    whose sigmoid weighs the shared expert.
+    """
+
+    weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
+    bias: jax.Array | None  # f32[E]
+    hash_table: jax.Array | None  # int32[vocabulary, k]
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of `route`
+    image_bias: jax.Array | None = None  # f32[E]
+    shared_gate: jax.Array | None = None  # f32[1, H]
+
+
+ARRAYS = ("weight", "bias", "hash_table", "image_bias", "shared_gate")
+
+
+def read_router(tensors: Tensors, stem: str, family: Family, config: Config, layer: int) -> Router:
+    """The router below `{stem}.`. Raises `CheckpointError` for tensors that are missing or of another shape."""
+    num_experts, top_k = config.count("num_experts"), config.count("top_k")
+
+    def read(name: str | None, shape: tuple[int | None, ...], is_required: bool) -> jax.Array | None:
+        if name is None or (f"{stem}.{name}" not in tensors and not is_required):
+            return None
+        array: jax.Array = jax.device_put(_floats(tensors.require(f"{stem}.{name}"), shape))
+        return array
+
+    table = None
+    if family.hash_table is not None and (config.is_hashed(layer) or f"{stem}.{family.hash_table}" in tensors):
+        table = jax.device_put(_table(tensors.require(f"{stem}.{family.hash_table}"), num_experts, top_k))
+    # Every model here that adds a bias always does, unless it says otherwise; its hash layers need none.
+    has_bias = config.get("has_bias", bool)
+    method = config.fields.get("topk_method")
+    if has_bias is None:
+        has_bias = method in (None, "noaux_tc")
+    weight = read(family.router, (num_experts, None), True)
+    assert weight is not None
+    return Router(
+        weight=weight,
+        bias=read(family.bias, (num_experts,), bool(has_bias) and table is None),
+        hash_table=table,
+        options=_route_options(family, config, top_k),
+        image_bias=read(family.image_bias, (num_experts,), False),
+        shared_gate=read(family.shared_gate, (1, None), False),
+    )
+
+
+def moe_options(config: Config) -> dict[str, Any]:
+    """Keywords of `moe`. Raises `CheckpointError` for an activation that it does not compute."""
+    activation = config.get("activation", str) or _ACTIVATIONS[0]
+    if activation not in _ACTIVATIONS:
+        raise config.error(
+            f"has hidden_act = {activation!r}, wanted {_ACTIVATIONS[0]!r}: moe of this version computes no other."
+        )
+    options: dict[str, Any] = {}
+    if (clamp := config.get("clamp", (int, float))) is not None and clamp > 0:
+        options["activation_clamp"] = float(clamp)
+    if (factor := config.get("scaling_factor", (int, float))) is not None:
+        options["routed_scaling_factor"] = float(factor)
+    return options
+
+
+def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]:
+    scoring = config.get("scoring", str) or family.scoring
+    if scoring not in get_args(Scoring):
+        raise config.error(
+            f"has scoring {scoring!r}, wanted one of {', '.join(get_args(Scoring))}: route has no other."
+        )
+    renormalize = config.get("renormalize", bool)
+    renormalize = family.renormalize if renormalize is None else renormalize
+    options: dict[str, Any] = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
+    num_groups = config.count("num_groups", 1) if family.has_groups else 1
+    if num_groups > 1:
+        options["num_groups"] = num_groups
+        options["top_groups"] = config.count("top_groups", num_groups)
+        options["group_scoring"] = "sum_of_two"
+    return options
+
+
+def _floats(tensor: Tensor, shape: tuple[int | None, ...]) -> Array:
+    """The tensor as f32. Raises `CheckpointError` unless it is of floats and of this shape, None being any size."""
+    fits = len(tensor.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in ("F32", "BF16", "F16"):
+        text = ", ".join("H" if size is None else str(size) for size in shape)
+        raise tensor.error(
+            f"is {tensor.dtype} {tensor.shape}, wanted floats [{text}]: look whether config.json is its own."
+        )
+    return tensor.array().astype(np.float32)
+
+
+def _table(tensor: Tensor, num_experts: int, top_k: int) -> Array:
+    if tensor.dtype not in ("I32", "I64") or len(tensor.shape) != 2 or tensor.shape[1] != top_k:
+        raise tensor.error(f"is {tensor.dtype} {tensor.shape}, wanted integers [vocabulary, {top_k}]: it is damaged.")
+    table = tensor.array()
+    if table.size and (table.min() < 0 or table.max() >= num_experts):
+        raise tensor.error(
+            f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: it is damaged."
+        )
+    return clamp_to_int32(table)

@@ -1,0 +1,101 @@
+"""A stock checkpoint: the layers, routers and shared experts of a model that a table of families knows."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_megamoe.checkpoints import experts, router
+from jax_megamoe.checkpoints.families import Config, Family, families_of
+from jax_megamoe.checkpoints.folder import CONFIG, Tensors, read_json
+from jax_megamoe.checkpoints.layers import StockLayer
+from jax_megamoe.checkpoints.router import Router
+
+# In front of "layers.{layer}."; the first that is there. Multi-token prediction (`mtp.layers.`) is none of them.
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+
+
+class StockModel:
+    """A model as its owner publishes it. Raises `CheckpointError` unless it is of a family that can be served."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        fields = read_json(folder / CONFIG)
+        self.config = Config(fields, str(folder / CONFIG))
+        rows = families_of(self.config)
+        self.tensors = Tensors(folder)
+        self.family, self.prefix, held = _find(rows, self.tensors)
+        self._num_experts = self.config.count("num_experts")
+        num_layers = self.config.count("num_layers")
+        # Layers after the last are those of multi-token prediction. What should have experts and has none counts, too:
+        # it is missed when it is read.
+        self.moe_layers = sorted({*(layer for layer in held if layer < num_layers), *self.config.moe_layers()})
+        for layer, found in held.items():
+            if found > self._num_experts:
+                raise self.config.error(
+                    f"has {self._num_experts} experts, and layer {layer} of the files has number {found - 1}: "
+                    "look whether they belong together."
+                )
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+    def layer(self, layer: int) -> StockLayer:
+        """The experts of a layer, after checking all of their headers."""
+        hidden_size, stem = self.config.count("hidden_size"), f"{self._stem(layer)}.experts"
+        return StockLayer(experts.find_experts(self.tensors, stem, self.family.expert, self._num_experts, hidden_size))
+
+    def shared(self, layer: int) -> StockLayer | None:
+        """The shared experts of a layer, None where it has none."""
+        if self.family.shared is None:
+            return None
+        stem = f"{self._stem(layer)}.{self.family.shared}"
+        names = (f"{stem}.{self.family.shared_expert[0]}{suffix}" for suffix in (".weight", ".weight_packed"))
+        if not (self.config.get("num_shared_experts", int) or any(name in self.tensors for name in names)):
+            return None
+        intermediate_size = self.layer(layer).intermediate_size
+        return StockLayer(experts.find_shared(self.tensors, stem, self.family.shared_expert, intermediate_size))
+
+    def router(self, layer: int) -> Router:
+        """The router of a layer."""
+        return router.read_router(self.tensors, self._stem(layer), self.family, self.config, layer)
+
+    def moe_options(self, layer: int) -> dict[str, Any]:
+        """Keywords of `moe` for a layer."""
+        return router.moe_options(self.config)
+
+    def _stem(self, layer: int) -> str:
+        return f"{self.prefix}layers.{layer}.{self.family.block}"
+
+
+def _find(rows: Sequence[Family], tensors: Tensors) -> tuple[Family, str, dict[int, int]]:
+    """The row and the prefix that the tensors' names go by, and by layer, how many experts they count."""
+    found: list[tuple[Family, str, dict[int, int]]] = []
+    for family in rows:
+        for prefix in _PREFIXES:
+            if held := _count_experts(family, prefix, tensors):
+                found.append((family, prefix, held))
+                break
+    # Rows may differ in their routers alone.
+    for family, prefix, held in found:
+        if any(f"{prefix}layers.{layer}.{family.block}.{family.router}" in tensors for layer in held):
+            return family, prefix, held
+    # Else what is missed is named as the first row has it.
+    return found[0] if found else (rows[0], _PREFIXES[0], {})
+
+
+def _count_experts(family: Family, prefix: str, tensors: Tensors) -> dict[int, int]:
+    pattern = re.compile(
+        rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.{re.escape(family.block)}\.experts\.(?:(\d{{1,6}})\.)?(\w+)"
+    )
+    held: dict[int, int] = {}
+    for name in tensors:
+        if (match := pattern.match(name)) is None:
+            continue
+        layer, expert, projection = match.groups()
+        if expert is not None and projection in family.expert:
+            held[int(layer)] = max(held.get(int(layer), 0), int(expert) + 1)
+        elif expert is None and projection in ("gate_up_proj", "down_proj"):
+            held.setdefault(int(layer), 0)
+    return held

@@ -1,0 +1,303 @@
+"""Caches of checkpoints: the same experts and routers, whole or not believed, and never those of another layout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import jax_megamoe as mm
+from jax_megamoe import weight_layout
+from jax_megamoe.__main__ import COMMANDS, main
+from jax_megamoe.checkpoints import cache, convert
+from jax_megamoe.checkpoints.safetensors import File
+from jax_megamoe.errors import CheckpointError
+from tests.support.checkpoints import build, file_bytes, octets, write
+from tests.support.families import PLANS
+from tests.support.meshes import make_mesh
+
+NAMES = ["deepseek-v4", "qwen3.5-bf16", "glm-4.5", "kimi-k3", "deepseek-v3"]
+
+
+def stock_folder(folder: Path, name: str) -> Path:
+    stock = build(PLANS[name])
+    return write(folder / name, stock.config, stock.tensors)
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[Path, Path]:
+    """A checkpoint and the folder for its cache."""
+    return stock_folder(tmp_path, "deepseek-v4"), tmp_path / "cache"
+
+
+def assert_alike(found: mm.ExpertWeights | None, wanted: mm.ExpertWeights | None) -> None:
+    if wanted is None or found is None:
+        assert found is wanted
+        return
+    assert (found.num_experts, found.layout, repr(found)) == (wanted.num_experts, wanted.layout, repr(wanted))
+    for one, other in zip(found.leaves, wanted.leaves, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(octets(one), octets(other))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_is_read_like_the_checkpoint(name, tmp_path):
+    folder = stock_folder(tmp_path, name)
+    stock, cached = mm.read_checkpoint(folder), mm.read_checkpoint(convert(folder, tmp_path / "cache"))
+    assert (cached.family, cached.moe_layers, cached.config) == (stock.family, stock.moe_layers, stock.config)
+    assert_alike(cached.experts(), stock.experts())
+    layer = stock.moe_layers[0]
+    assert_alike(cached.experts(layer), stock.experts(layer))
+    assert_alike(cached.shared_experts(layer), stock.shared_experts(layer))
+    for field in ("weight", "bias", "hash_table", "image_bias", "shared_gate"):
+        found, wanted = getattr(cached.router(layer), field), getattr(stock.router(layer), field)
+        assert (found is None) == (wanted is None), field
+        if wanted is not None:
+            np.testing.assert_array_equal(found, wanted)
+    assert cached.router(layer).options == stock.router(layer).options
+    if name == "kimi-k3":
+        with pytest.raises(CheckpointError, match="hidden_act = 'situ'"):
+            cached.moe_options(layer)
+    else:
+        assert cached.moe_options(layer) == stock.moe_options(layer)
+
+
+def test_devices_get_their_experts_from_a_cache(made):
+    cached = mm.read_checkpoint(convert(*made))
+    mesh = make_mesh({"data": 2, "expert": 4}, AxisType.Auto)
+    weights = cached.experts(mesh=mesh)
+    assert weights.leaves.down.addressable_shards[0].data.shape[1] == 2
+    assert_alike(cached.experts(), mm.load_experts(made[0]))
+    for one, other in zip(weights.leaves, cached.experts().leaves, strict=True):
+        np.testing.assert_array_equal(octets(one), octets(other))
+
+
+def test_a_format_of_ones_own(made):
+    cached = mm.read_checkpoint(convert(*made, format="fp8_block"))
+    assert_alike(cached.experts(1), mm.load_experts(made[0], 1, format="fp8_block"))
+    assert cached.experts(1, format="fp8_block").format == "fp8_block"
+    with pytest.raises(CheckpointError, match="gate_up' is packed as fp8_block, wanted mxfp4"):
+        cached.experts(1, format="mxfp4")
+    with pytest.raises(CheckpointError, match="another format, 'fp8_block', wanted 'mxfp4'"):
+        convert(*made)
+
+
+def test_tensors_begin_where_arrays_of_their_type_may(made):
+    out = convert(*made)
+    for path in out.glob("*.safetensors"):
+        file = File(path)
+        assert all(tensor.offset % 4 == 0 for tensor in file.tensors.values())
+        assert min(tensor.offset for tensor in file.tensors.values()) % 64 == 0
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_another_layout_is_refused(made, monkeypatch):
+    out = convert(*made)
+    edit(out / cache.MANIFEST, layout="sm90_mxfp4_v0")
+    for call in (lambda: mm.read_checkpoint(out), lambda: convert(*made)):
+        with pytest.raises(
+            CheckpointError, match="has layout 'sm90_mxfp4_v0', this version of the package wants one of"
+        ):
+            call()
+
+
+def test_another_layout_in_a_layers_file_is_refused(made, monkeypatch):
+    """As if a later version had made the cache, and somebody had edited the first file."""
+    out = convert(*made)
+    monkeypatch.setitem(weight_layout.LAYOUT_TAGS, "mxfp4", "sm90_mxfp4_v2")
+    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: has layout 'sm90_mxfp4_v1'"):
+        mm.read_checkpoint(out)
+    edit(out / cache.MANIFEST, layout="sm90_mxfp4_v2")
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: has layout 'sm90_mxfp4_v1'"):
+        mm.read_checkpoint(out).experts(1)
+    with pytest.raises(CheckpointError, match=r"layer-00000\.safetensors: has layout 'sm90_mxfp4_v1'"):
+        convert(*made)
+
+
+def test_another_version_of_caches_is_refused(made):
+    out = convert(*made)
+    edit(out / cache.MANIFEST, version=0)
+    with pytest.raises(CheckpointError, match="has version 0 of caches, wanted 1"):
+        mm.read_checkpoint(out)
+
+
+class Killed(BaseException):
+    """As `KeyboardInterrupt`."""
+
+
+def test_what_was_interrupted_is_not_believed_and_gone_on_with(made, monkeypatch):
+    folder, out = made
+    seen: list[int] = []
+
+    def stop_later(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 12:  # in the second layer
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(folder, out, progress=stop_later)
+    assert [path.name for path in sorted(out.glob("*.safetensors"))] == ["layer-00000.safetensors"]
+    with pytest.raises(CheckpointError, match="not complete: run python -m jax_megamoe convert again, it goes on"):
+        mm.read_checkpoint(out)
+    before = (out / "layer-00000.safetensors").stat()
+    calls: list[tuple[int, int]] = []
+    convert(folder, out, progress=lambda *call: calls.append(call))
+    after = (out / "layer-00000.safetensors").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    # A layer at once, then expert by expert.
+    assert len(calls) == 1 + 2 * 8 and calls[-1][0] == calls[-1][1]
+    assert_alike(mm.read_checkpoint(out).experts(), mm.load_experts(folder))
+    assert not list(out.glob("*.unfinished"))
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_believed(made):
+    """The real thing, by SIGKILL, while it writes a layer: whatever is left, the next run makes a cache that is right."""
+    folder, out = made
+    code = (
+        "import sys, time, jax_megamoe.checkpoints as c\n"
+        "def slow(done, total): print(done, flush=True); time.sleep(0.2)\n"
+        "c.convert(*sys.argv[1:], progress=slow)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(out)], stdout=subprocess.PIPE, env=env
+    ) as writer:
+        assert writer.stdout is not None
+        for _ in range(10):  # one layer and two experts
+            writer.stdout.readline()
+        # While it writes nobody else may.
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            convert(folder, out)
+        writer.send_signal(signal.SIGKILL)
+    assert list(out.glob("*.unfinished"))
+    with pytest.raises(CheckpointError, match="not complete"):
+        mm.read_checkpoint(out)
+    convert(folder, out)
+    assert not list(out.glob("*.unfinished"))
+    assert_alike(mm.read_checkpoint(out).experts(), mm.load_experts(folder))
+
+
+def test_a_cache_that_is_complete_is_not_written_again(made):
+    out = convert(*made)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("layer-*")}
+    time.sleep(0.01)
+    convert(*made)
+    assert times == {path.name: path.stat().st_mtime_ns for path in out.glob("layer-*")}
+
+
+def test_folders_of_something_else_are_left_alone(made, tmp_path):
+    folder, out = made
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        convert(folder, folder)
+    convert(folder, out)
+    other = stock_folder(tmp_path, "kimi-k2")
+    # Another model of the same architecture: only its bytes differ.
+    twin = build(PLANS["deepseek-v4"], seed=1)
+    with pytest.raises(CheckpointError, match="is of a cache with another source"):
+        convert(write(tmp_path / "twin", twin.config, twin.tensors), out)
+    with pytest.raises(CheckpointError, match="is of a cache with another source"):
+        convert(other, out)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        convert(tmp_path / "nothing", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_that_do_not_belong_together_are_named(made):
+    out = convert(*made)
+    (out / "layer-00002.safetensors").write_bytes((out / "layer-00001.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"layer-00002\.safetensors: is of another layer"):
+        mm.read_checkpoint(out).experts(2)
+    (out / "layer-00001.safetensors").write_bytes(file_bytes({"a": np.zeros(3, np.uint8)}))
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: is no file of a cache"):
+        mm.read_checkpoint(out).experts(1)
+    (out / "layer-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"layer-00000\.safetensors: cannot be read"):
+        mm.read_checkpoint(out).experts(0)
+
+
+@pytest.mark.parametrize("field", ["version", "layout", "layer", "source", "sizes", "route", "moe", "shared"])
+@pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1, [0, 0, 0], None])
+def test_headers_of_layers_that_lie_are_named(field, value, made_once):
+    """Whatever stands there: an error that names the file, or what is right all the same."""
+    out, path, content, held = made_once
+    header = {**held, field: value}
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps(header)}))
+    try:
+        checkpoint = mm.read_checkpoint(out)
+        for call in (checkpoint.experts, checkpoint.shared_experts, checkpoint.router, checkpoint.moe_options):
+            try:
+                call(1)
+            except CheckpointError as error:
+                assert str(path) in str(error) or "config.json" in str(error)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> tuple[Path, Path, bytes, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("cache")
+    out = convert(stock_folder(folder, "deepseek-v4"), folder / "cache")
+    path = out / "layer-00001.safetensors"
+    return out, path, path.read_bytes(), json.loads(File(path).metadata[cache._METADATA])
+
+
+def test_a_truncated_layer_is_named(made):
+    out = convert(*made)
+    path = out / "layer-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not all there"):
+        mm.read_checkpoint(out).experts(1)
+
+
+def test_the_command(made, capsys):
+    folder, out = made
+    assert main(["convert", str(folder), str(out)]) == 0
+    captured = capsys.readouterr()
+    assert f"pass {str(out)!r} to jax_megamoe.read_checkpoint" in captured.out
+    assert "(100 %)" in captured.err and "GB/s" in captured.err
+    assert_alike(mm.load_experts(out), mm.load_experts(folder))
+
+
+def test_the_command_with_a_format_and_in_silence(made, capsys):
+    folder, out = made
+    assert main(["convert", str(folder), str(out), "--format", "fp8_block", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert mm.load_experts(out, 0).format == "fp8_block"
+
+
+def test_the_command_interrupted(made, capsys, monkeypatch):
+    folder, out = made
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_write_layer", interrupt)
+    assert main(["convert", str(folder), str(out)]) == 130
+    assert "goes on where it was" in capsys.readouterr().err
+    monkeypatch.undo()
+    command = [sys.executable, "-m", "jax_megamoe", "convert", str(folder), str(out), "--quiet"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "is complete" in done.stdout
+    assert_alike(mm.load_experts(out), mm.load_experts(folder))
+
+
+def test_what_the_command_refuses(made, capsys, tmp_path):
+    assert main(["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    for arguments in ([], ["convert"], ["convert", "a", "b", "--format", "int4"], ["unknown"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    assert "convert" in COMMANDS
