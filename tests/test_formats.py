@@ -157,8 +157,11 @@ def test_layers_of_different_formats_are_not_stacked(num_layers):
         mm.stack_experts(iter(layers), num_layers=num_layers)
 
 
-@each_new_format
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [("mxfp4", AxisType.Auto), ("mxfp4", AxisType.Explicit), ("fp8_channel", AxisType.Explicit)],
+    ids=["mxfp4-auto", "mxfp4-explicit", "fp8_channel-explicit"],
+)
 def test_split_experts(format, kind):
     mesh = make_mesh(kind)
     sharding = NamedSharding(mesh, P("expert"))

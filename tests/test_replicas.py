@@ -40,7 +40,7 @@ def model(ids: Any, expert_ids: Any, first_token: int = 0) -> np.ndarray:
     return np.array(found, np.int32).reshape(np.shape(ids))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 999), first_token=st.integers(0, 2**31 - 1))
 def test_to_physical_is_the_model(data, seed, first_token):
     rng, num_experts = np.random.default_rng(seed), 6

@@ -19,7 +19,7 @@ from tests.support.meshes import EXPLICIT, make_mesh, place
 T, E, K, VOCABULARY = 12, 16, 3, 20
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 999),
     scoring=st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),

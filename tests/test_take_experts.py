@@ -63,10 +63,17 @@ def test_stacked_layers(expert_ids):
 
 
 @pytest.mark.parametrize(
-    "kind", [AUTO, EXPLICIT, (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["auto", "explicit", "e", "d"]
+    ("kind", "expert_ids", "num_layers"),
+    [
+        (AUTO, SAME, 2),
+        (AUTO, MORE, 0),
+        (EXPLICIT, SAME, 0),
+        (EXPLICIT, MORE, 2),
+        ((AUTO, EXPLICIT), MORE, 0),
+        ((EXPLICIT, AUTO), SAME, 2),
+    ],
+    ids=["auto-same-2", "auto-more", "explicit-same", "explicit-more-2", "e-more", "d-same-2"],
 )
-@pytest.mark.parametrize("expert_ids", [SAME, MORE], ids=["same", "more"])
-@pytest.mark.parametrize("num_layers", [0, 2])
 def test_on_a_mesh(each_platform, kind, expert_ids, num_layers):
     mesh, weights = make_mesh(MESHES["data x expert"], kind), weights_of("fp8_block", num_layers)
     lead = (None,) * (num_layers > 0)

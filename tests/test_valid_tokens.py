@@ -162,10 +162,19 @@ def test_host_memory_is_refused():
 # On meshes.
 
 
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT, (AUTO, EXPLICIT)], ids=["auto", "explicit", "mixed"])
-def test_global_view(each_platform, function, jit, kind):
+@pytest.mark.parametrize(
+    ("kind", "jit", "function"),
+    [
+        (AUTO, True, mm.moe),
+        (AUTO, False, mm.moe),
+        (EXPLICIT, True, mm.moe),
+        ((AUTO, EXPLICIT), True, mm.moe),
+        (AUTO, True, mm.reference.moe),
+        (EXPLICIT, False, mm.reference.moe),
+    ],
+    ids=["auto-jit", "auto-eager", "explicit-jit", "mixed-jit", "auto-jit-reference", "explicit-eager-reference"],
+)
+def test_global_view(each_platform, kind, jit, function):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = place_all(mesh, layer)
     run = functools.partial(function, return_expert_load=True)
@@ -211,8 +220,11 @@ def test_explicit_axes_over_two_dimensions(each_platform):
     assert_matches_model(jnp.asarray(np.asarray(y)), limit(layer, valid=first(6)))
 
 
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("check_vma", "function"),
+    [(True, mm.moe), (False, mm.moe), (True, mm.reference.moe)],
+    ids=["marks", "no marks", "reference"],
+)
 def test_each_device_counts_its_own_in_shard_map(each_platform, check_vma, function):
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
     num_ranks = mesh.size
