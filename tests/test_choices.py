@@ -21,6 +21,10 @@ class Problem(NamedTuple):
     experts: int
     ranks: int = 1
     has_peers: bool = False
+    format: int = 0  # as the enumeration in layout/weight_format.h counts them
+
+
+MXFP4 = 2
 
 
 class Device(NamedTuple):
@@ -51,17 +55,22 @@ def pro(tokens, **changes):
 
 
 @pytest.fixture(scope="module")
-def choose(tmp_path_factory):
-    """From (problem, device) pairs to choices."""
+def ask(tmp_path_factory):
+    """From (problem, device) pairs to numbers."""
     source = CUDA / "host" / "choices.cc"
     program = compile_program(tmp_path_factory.mktemp("native"), "choices_test", source)
 
-    def ask(calls):
+    def numbers_of(calls):
         lines = program("\n".join(" ".join(str(int(n)) for n in (*problem, *device)) for problem, device in calls))
-        numbers = [list(map(int, line.split())) for line in lines.splitlines()]
-        return [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), n[4]) for n in numbers]
+        return [list(map(int, line.split())) for line in lines.splitlines()]
 
-    return ask
+    return numbers_of
+
+
+@pytest.fixture(scope="module")
+def choose(ask):
+    """From (problem, device) pairs to choices."""
+    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), n[4]) for n in ask(calls)]
 
 
 # Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, activations_stay, bytes_in_flight.
@@ -113,6 +122,7 @@ problems = st.builds(
     experts=st.integers(1, 1024),
     ranks=st.just(1),
     has_peers=st.just(False),
+    format=st.just(0),
 )
 devices = st.builds(
     Device,
@@ -164,6 +174,28 @@ def test_ranks_and_devices_do_not_change_the_orientation(choose, problem, device
     assert len({choice.swap for choice in choose(calls)}) == 1
 
 
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, format=st.integers(0, MXFP4), has_peers=st.booleans())
+def test_ctas_of_a_launch_run_at_the_same_time(ask, problem, device, format, has_peers):
+    ((swap, cluster_ctas, *_, ctas),) = ask([(problem._replace(format=format, has_peers=has_peers), device)])
+    if cluster_ctas == 1:
+        assert ctas == device.ctas
+        assert swap or format != MXFP4
+    elif format == MXFP4:  # as many as there may be, none where the device has no clusters
+        assert ctas == 2 * min(device.ctas // 2, device.clusters)
+    else:
+        assert ctas == device.ctas and ctas % 2 == 0 and ctas <= 2 * device.clusters
+
+
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, ranks=st.integers(2, 8), other=devices)
+def test_decoded_weights_have_one_orientation_on_all_devices(choose, problem, device, ranks, other):
+    """The token tile follows from it, and by that ranks find places in each other's memory."""
+    problem = problem._replace(format=MXFP4)
+    calls = [(problem, device), (problem._replace(ranks=ranks, has_peers=True), device), (problem, other)]
+    assert len({choice[:2] for choice in choose(calls)}) == 1
+
+
 def test_decode_and_prefill(choose):
     """The shapes that matter most, as one rank of eight: decode is swapAB's, prefill is not."""
     calls = [(model(tokens), H100) for model in (flash, pro) for tokens in (1, 128, 512, 8192)]
@@ -182,14 +214,14 @@ def test_the_module_tells_it_too():
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found
 
-    # Weights that are decoded come from registers. Many tokens have the wide orientation then, which is one of clusters:
-    # where there are none, swapAB serves them.
+    # Weights that are decoded come from registers. Many tokens have the wide orientation then, which is one of clusters,
+    # whatever the device: all ranks of a group have to place tokens alike.
     def decoded(tokens, **of_device):
         return core.launch_choice(tokens, 6, 4096, 2048, 32, "mxfp4", 1, **{**device, **of_device})
 
     assert [decoded(tokens)["swap_operands"] for tokens in (277, 278, 8192)] == [True, False, False]
     assert decoded(278)["cluster_ctas"] == 2 and not decoded(278)["gathers_rows"]
-    assert decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 1
+    assert not decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 2
 
 
 # The table.

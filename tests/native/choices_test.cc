@@ -1,6 +1,6 @@
-// What a launch is like. In, a line each: "T k H I E R peers sms ctas clusters bytes_per_microsecond". Out: whether
-// tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether activations stay, bytes of
-// weights in flight.
+// What a launch is like. In, a line each: "T k H I E R peers format sms ctas clusters bytes_per_microsecond". Out:
+// whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether activations stay,
+// bytes of weights in flight, CTAs of the launch.
 #include <iostream>
 
 #include "host/choices.h"
@@ -9,11 +9,14 @@ int main() {
   megamoe::Problem p{};
   megamoe::Device device{};
   bool has_peers = false;
+  int format = 0;
   while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_local_experts >>
-         p.num_ranks >> has_peers >> device.num_sms >> device.num_ctas >> device.num_clusters >>
+         p.num_ranks >> has_peers >> format >> device.num_sms >> device.num_ctas >> device.num_clusters >>
          device.bytes_per_microsecond) {
+    p.format = static_cast<megamoe::WeightFormat>(format);
     const megamoe::LaunchChoice choice = megamoe::choose(p, device, has_peers);
     std::cout << choice.swap_operands << ' ' << choice.cluster_ctas << ' ' << choice.gathers_rows << ' '
-              << choice.activations_stay << ' ' << choice.weight_bytes_in_flight << '\n';
+              << choice.activations_stay << ' ' << choice.weight_bytes_in_flight << ' '
+              << megamoe::ctas_of_launch(choice, device) << '\n';
   }
 }

@@ -23,14 +23,11 @@ bool waits_for_memory(const Problem& p, const Device& device) {
   return p.num_routes() <= most_routes_per_expert_waiting(device) * p.num_local_experts;
 }
 
-// All have to run at the same time, as their waits for each other need.
-bool has_clusters(const Device& device) {
-  return device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters;
-}
-
 int cluster_ctas(const Problem& p, const Device& device) {
-  const bool wanted = is_decoded(p.format) || p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
-  return wanted && has_clusters(device) ? 2 : 1;
+  if (is_decoded(p.format)) return 2;  // the wide orientation is one of clusters
+  const bool wanted = p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
+  // All have to run at the same time, as their waits for each other need.
+  return wanted && device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters ? 2 : 1;
 }
 
 int64_t gate_up_bytes(const Problem& p) {
@@ -44,10 +41,14 @@ int weight_bytes_in_flight(const Device& device) {
 
 }  // namespace
 
+int ctas_of_launch(const LaunchChoice& choice, const Device& device) {
+  if (choice.cluster_ctas == 1) return device.num_ctas;
+  return std::min(device.num_ctas / 2, device.num_clusters) * 2;
+}
+
 LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
   LaunchChoice choice = {};
-  // The wide orientation is one of clusters.
-  choice.swap_operands = p.swap_operands() || (is_decoded(p.format) && !has_clusters(device));
+  choice.swap_operands = p.swap_operands();
   choice.cluster_ctas = 1;
   choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest

@@ -28,6 +28,9 @@ struct LaunchChoice {
   int weight_bytes_in_flight;
 };
 
+// CTAs of a launch: as many as the device has, or as many clusters as run at the same time. 0: it has no clusters.
+int ctas_of_launch(const LaunchChoice& choice, const Device& device);
+
 // For one launch, of `problem`. `has_peers`: other ranks write tokens to this one's memory.
 LaunchChoice choose(const Problem& problem, const Device& device, bool has_peers);
 

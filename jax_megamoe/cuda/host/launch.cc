@@ -47,7 +47,9 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
     const LaunchChoice choice = choose(slice.problem, device, has_peers);
-    const cudaError_t error = launch_slice<Format, Group>(slice, choice, num_ctas, stream);
+    const int ctas = ctas_of_launch(choice, device);
+    if (ctas == 0) return cudaErrorNotSupported;
+    const cudaError_t error = launch_slice<Format, Group>(slice, choice, ctas, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

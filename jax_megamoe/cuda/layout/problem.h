@@ -37,18 +37,17 @@ struct Problem {
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   int normal_units() const { return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
-  // The least that a launch of this problem may have: where there are no clusters, swapAB serves many tokens of weights
-  // that are decoded.
-  int least_token_tile() const { return swap_operands() || is_decoded(format) ? kSwapTokenTile : kNormalTokenTile; }
-  int least_activation_scale_columns() const { return activation_scale_columns(swap_operands() || is_decoded(format)); }
+  int token_tile() const {
+    if (swap_operands()) return kSwapTokenTile;
+    return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
+  }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
   __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
   __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }
-  // A chunk is up to a token tile's tokens of one expert. Whatever the routing, there are no more chunks and rows than
+  // A chunk is up to `token_tile` tokens of one expert. Whatever the routing, there are no more chunks and rows than
   // this.
   int max_chunks() const {
-    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) +
-           group_routes() / least_token_tile();
+    return (num_local_experts < group_routes() ? num_local_experts : group_routes()) + group_routes() / token_tile();
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
   int max_rows() const { return group_routes() + 7 * max_chunks(); }

@@ -25,7 +25,7 @@ struct Workspace {
   uint16_t* slot_outputs;  // [T, k, H] bf16: the expert's result of every used (token, slot)
   // The rest, in one buffer that XLA owns.
   uint8_t* activation_planes;  // [max_rows * I] e4m3
-  float* activation_scales;    // [max_rows * I / least_activation_scale_columns]
+  float* activation_scales;    // [max_rows * I / activation_scale_columns]
 
   static constexpr size_t kAlignment = 1024;
 
@@ -55,7 +55,7 @@ struct Workspace {
     const size_t rows = p.max_rows();
     Carver carver(base);
     activation_planes = carver.take<uint8_t>(rows * p.intermediate_size);
-    activation_scales = carver.take<float>(rows * (p.intermediate_size / p.least_activation_scale_columns()));
+    activation_scales = carver.take<float>(rows * (p.intermediate_size / activation_scale_columns(p.swap_operands())));
     return carver.bytes();
   }
 

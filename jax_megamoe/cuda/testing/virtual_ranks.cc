@@ -25,10 +25,12 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
     Device device = current_device(ctas_per_rank);
     device.num_clusters = VirtualRanksLauncher<ForMany<Format>>::num_clusters() / present;
     const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+    const int ctas = ctas_of_launch(choice, device);
+    if (ctas == 0) return cudaErrorNotSupported;
     if (!choice.swap_operands) {
-      return VirtualRanksLauncher<ForMany<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
+      return VirtualRanksLauncher<ForMany<Format>>::launch(arguments, choice, present, ctas, stream);
     }
-    return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas_per_rank, stream);
+    return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas, stream);
   });
 }
 
