@@ -134,7 +134,11 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None) -> 
         if (refused := tensors.get(stem + suffix)) is not None:
             raise refused.error(f"{problem}.")
     weight = _first(tensors, stem, _WEIGHT_NAMES) or tensors.require(stem + _WEIGHT_NAMES[0])
-    scale = None if weight.dtype in _FLOATS else _first(tensors, stem, _SCALE_NAMES)
+    scale = _first(tensors, stem, _SCALE_NAMES)
+    if scale is not None and weight.dtype in _FLOATS:
+        raise scale.error(
+            f"is beside {weight.name!r} of {weight.dtype}, wanted floats alone: remove it if they are dequantised."
+        )
     lead = () if num_experts is None else (num_experts,)
     shape = weight.shape
     if len(shape) != len(lead) + 2 or shape[: len(lead)] != lead or 0 in shape:
@@ -155,7 +159,11 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None) -> 
 
 
 def _first(tensors: Tensors, stem: str, suffixes: tuple[str, ...]) -> Tensor | None:
-    return next((tensors[stem + suffix] for suffix in suffixes if stem + suffix in tensors), None)
+    """The one that there is. Raises `CheckpointError` where there are several."""
+    found = [tensors[stem + suffix] for suffix in suffixes if stem + suffix in tensors]
+    if len(found) > 1:
+        raise found[1].error(f"is beside {found[0].name!r}, wanted one of them: remove the one that is not meant.")
+    return found[0] if found else None
 
 
 def _fits(encoding: Encoding, weight: Tensor, scale: Tensor | None, block: Block | None) -> bool:

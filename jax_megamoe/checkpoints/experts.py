@@ -148,6 +148,11 @@ def find_experts(
     """The experts below `{stem}.`: a tensor for each expert's matrices, or for those of all experts."""
     fused = [f"{stem}.gate_up_proj", f"{stem}.down_proj"]
     if any(name in tensors or f"{name}.weight" in tensors for name in fused):
+        single = next((name for name in tensors if name.startswith(f"{stem}.0.")), None)
+        if single is not None:
+            raise tensors[single].error(
+                f"is of one expert beside {fused[0]!r} of all, wanted either: remove those that are not meant."
+            )
         return _find_fused(tensors, fused, num_experts, hidden_size)
     parts = []
     for expert in range(num_experts):
@@ -187,11 +192,15 @@ def _find_fused(tensors: Tensors, names: list[str], num_experts: int, hidden_siz
     _require_hidden_size(gate_up, sizes[0][1 - axis], hidden_size)
     if sizes[0][axis] % 2:
         raise gate_up.weight.error(f"is of matrices {sizes[0]}, wanted gate and up of one size: it is damaged.")
-    parts = [
-        (Part(gate_up, expert, axis, 0, 2), Part(gate_up, expert, axis, 1, 2), Part(down, expert))
-        for expert in range(num_experts)
-    ]
-    return LayerExperts(parts, order)
+
+    def parts_of(count: int) -> list[tuple[Part, Part, Part]]:
+        return [
+            (Part(gate_up, expert, axis, 0, 2), Part(gate_up, expert, axis, 1, 2), Part(down, expert))
+            for expert in range(count)
+        ]
+
+    LayerExperts(parts_of(1), order)  # Their sizes are looked at before a number of experts that no file can hold.
+    return LayerExperts(parts_of(num_experts), order)
 
 
 def _require_hidden_size(matrix: Matrix, found: int, hidden_size: int) -> None:

@@ -70,6 +70,9 @@ class Tensors(Mapping[str, Tensor]):
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file. Raises `CheckpointError` where there is none."""
     try:
+        # What is no file, as a pipe, could keep whoever opens it waiting.
+        if path.exists() and not path.is_file():
+            raise CheckpointError(path, None, "is no regular file: download it again.")
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON_BYTES:
                 raise CheckpointError(path, None, f"has {size} bytes, wanted up to {_MAX_JSON_BYTES}: look what it is.")

@@ -69,11 +69,19 @@ def sizes_of(layer: Layer) -> tuple[int, int, int]:
 
 
 def choose_format(layers: Sequence[Layer], wanted: Format | None) -> Format:
-    """What to make of layers: what is wanted, else what the first that is quantised holds; fp8_block of floats."""
+    """What to make of layers: what is wanted, else what they hold; fp8_block of floats.
+
+    Raises `ArgumentError` where they hold several: what is rounded to the format of another layer has to be asked for.
+    """
     if wanted is not None:
         return wanted
-    held: Iterator[Format] = (format for layer in layers if (format := layer.format) is not None)
-    return next(held, "fp8_block")
+    held = dict.fromkeys(layer.format for layer in layers)
+    if len(held) > 1:
+        names = " and ".join("floats" if format is None else format for format in held)
+        raise ArgumentError(
+            f"format is None and the layers hold {names}, wanted one format for all: pass format=, or load them apart."
+        )
+    return next(iter(held)) or "fp8_block"
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,8 @@ def _put(
 
         def update(whole: jax.Array, part: jax.Array) -> jax.Array:
             octets = jnp.expand_dims(as_bytes(part), tuple(range(lead)))
-            start: list[jax.Array | int] = [*[layer][:lead], position, 0, 0, 0]
+            zero = np.int32(0)  # A Python number is 64 bits wide where jax_enable_x64 is set.
+            start: list[jax.Array | np.int32] = [*[layer][:lead], position, zero, zero, zero]
             return jax.lax.bitcast_convert_type(
                 jax.lax.dynamic_update_slice(as_bytes(whole), octets, start), whole.dtype
             )

@@ -10,7 +10,8 @@ from jax_megamoe.arrays import clamp_to_int32
 from jax_megamoe.checkpoints.families import Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
-from jax_megamoe.routing import Scoring
+from jax_megamoe.errors import ArgumentError
+from jax_megamoe.routing import Scoring, route
 
 # Activations of configurations that `moe` computes.
 _ACTIVATIONS = ("silu", "swish")
@@ -18,10 +19,11 @@ _ACTIVATIONS = ("silu", "swish")
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """A layer's router: logits are x @ weight.T, and `route(logits, bias=bias, **options)` chooses experts.
+    """A layer's router: logits are x @ weight.T, and `route` chooses experts as the model does.
 
-    Pass `hash_table` to `route` with `token_ids`, and `image_bias` with `is_image`. `shared_gate` is a linear layer
-    whose sigmoid weighs the shared expert.
+    That is `jax_megamoe.route(logits, bias=bias, **options)`, in hash layers with `hash_table` and `token_ids`, and of
+    models that see with `image_bias` and `is_image`. `shared_gate` is a linear layer whose sigmoid weighs the shared
+    expert.
     """
 
     weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
@@ -30,6 +32,36 @@ class Router:
     options: dict[str, Any] = field(default_factory=dict)  # keywords of `route`
     image_bias: jax.Array | None = None  # f32[E]
     shared_gate: jax.Array | None = None  # f32[1, H]
+
+    def route(
+        self,
+        logits: jax.Array | np.ndarray,
+        *,
+        token_ids: jax.Array | np.ndarray | None = None,
+        is_image: jax.Array | np.ndarray | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Ids int32[..., k] and weights f32[..., k] of logits [..., E], as `jax_megamoe.route` with all that is here.
+
+        Args:
+          token_ids: int [...], needed in hash layers; elsewhere without influence.
+          is_image: bool [...], which tokens are of images, for models that see; None: none.
+
+        Raises:
+          ArgumentError: for a hash layer without `token_ids`, and `is_image` where the model has no `image_bias`.
+        """
+        if self.hash_table is not None and token_ids is None:
+            raise ArgumentError("token_ids is None, wanted the tokens' ids: this layer chooses experts by a table.")
+        if is_image is not None and self.image_bias is None:
+            raise ArgumentError("is_image is an array, wanted None: the model has no bias of its own for images.")
+        return route(
+            logits,
+            bias=self.bias,
+            token_ids=None if self.hash_table is None else token_ids,
+            hash_table=self.hash_table,
+            image_bias=None if is_image is None else self.image_bias,
+            is_image=is_image,
+            **self.options,
+        )
 
 
 ARRAYS = ("weight", "bias", "hash_table", "image_bias", "shared_gate")
@@ -73,11 +105,24 @@ def moe_options(config: Config) -> dict[str, Any]:
             f"has hidden_act = {activation!r}, wanted {_ACTIVATIONS[0]!r}: moe of this version computes no other."
         )
     options: dict[str, Any] = {}
-    if (clamp := config.get("clamp", (int, float))) is not None and clamp > 0:
-        options["activation_clamp"] = float(clamp)
-    if (factor := config.get("scaling_factor", (int, float))) is not None:
-        options["routed_scaling_factor"] = float(factor)
+    if (clamp := _number(config, "clamp")) is not None:
+        if not clamp >= 0:
+            raise config.error(
+                f"has an activation clamp of {clamp}, wanted a positive number: take it from its source."
+            )
+        if clamp > 0:
+            options["activation_clamp"] = clamp
+    if (factor := _number(config, "scaling_factor")) is not None:
+        options["routed_scaling_factor"] = factor
     return options
+
+
+def _number(config: Config, what: str) -> float | None:
+    value = config.get(what, (int, float))
+    try:
+        return None if value is None else float(value)
+    except OverflowError as error:
+        raise config.error(f"has a {what} beyond all floats: take it from its source.") from error
 
 
 def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]:
@@ -100,7 +145,7 @@ def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]
 def _floats(tensor: Tensor, shape: tuple[int | None, ...]) -> Array:
     """The tensor as f32. Raises `CheckpointError` unless it is of floats and of this shape, None being any size."""
     fits = len(tensor.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+        found > 0 and size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
     )
     if not fits or tensor.dtype not in ("F32", "BF16", "F16"):
         text = ", ".join("H" if size is None else str(size) for size in shape)

@@ -121,7 +121,17 @@ class File:
         self._check_order()
 
     def mapped(self) -> mmap.mmap:
-        """The whole file, mapped when it is first needed. Raises `CheckpointError` where it has changed its size."""
+        """The whole file, mapped when it is first needed. Raises `CheckpointError` where it has changed its size.
+
+        Asked before each read: a map of a file that got shorter ends the process when it is read.
+        """
+        if self._map is not None:
+            try:
+                size = self.path.stat().st_size
+            except OSError:  # What was removed, the map still has.
+                size = self.size
+            if size < self.size:
+                self._fail(f"has {size} bytes and had {self.size} when its header was read: read it again.")
         if self._map is None:
             try:
                 with self.path.open("rb") as file:
