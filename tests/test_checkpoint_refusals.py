@@ -132,7 +132,7 @@ EXPERTS: dict[str, tuple[str, Change, str]] = {
     ),
     "a matrix missing": ("qwen3-bf16", without(f"{STEM}.3.up_proj.weight"), r"experts\.3\.up_proj\.weight' is missing"),
     "a scale missing": ("kimi-k2", without(f"{STEM}.3.up_proj.weight_scale_inv"), r"experts\.3\.up_proj\.weight' is F8_E4M3"),
-    "one of another type": ("kimi-k2", gate(2, FLOATS), r"experts\.2\.gate_proj\.weight' is BF16 .* like '.*experts\.0\.gate"),
+    "one of another type": ("kimi-k2", gate(2, FLOATS), r"experts\.2\.gate_proj\.weight_scale_inv' is beside '.*gate_proj\.weight' of BF16"),
     "one of another shape": ("qwen3-bf16", gate(2, FLOATS[:, :128]), r"experts\.2\.gate_proj\.weight' is BF16 \(128, 128\)"),
     "transposed": (
         "qwen3-bf16",

@@ -69,19 +69,19 @@ def sizes_of(layer: Layer) -> tuple[int, int, int]:
 
 
 def choose_format(layers: Sequence[Layer], wanted: Format | None) -> Format:
-    """What to make of layers: what is wanted, else what they hold; fp8_block of floats.
+    """What to make of layers: what is wanted, else what all of them hold; floats count as fp8_block.
 
     Raises `ArgumentError` where they hold several: what is rounded to the format of another layer has to be asked for.
     """
     if wanted is not None:
         return wanted
-    held = dict.fromkeys(layer.format for layer in layers)
-    if len(held) > 1:
-        names = " and ".join("floats" if format is None else format for format in held)
+    first, *others = dict.fromkeys(layer.format or "fp8_block" for layer in layers)
+    if others:
         raise ArgumentError(
-            f"format is None and the layers hold {names}, wanted one format for all: pass format=, or load them apart."
+            f"format is None and the layers hold {' and '.join([first, *others])} (or floats, which become fp8_block), "
+            "wanted one format for all: pass format=, or load them apart."
         )
-    return next(iter(held)) or "fp8_block"
+    return first
 
 
 @dataclass(frozen=True)
