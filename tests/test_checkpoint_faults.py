@@ -138,3 +138,10 @@ def test_numbers_that_are_none(plan, field, value, text, tmp_path):
     checkpoint = mm.read_checkpoint(write(tmp_path, stock.config, stock.tensors))
     with pytest.raises(CheckpointError, match=text):
         checkpoint.moe_options(checkpoint.moe_layers[0])
+
+
+def test_the_word_that_is_wrong_is_named(tmp_path):
+    stock = build(PLANS["qwen3-bf16"])
+    stock.config["num_experts"] = 0
+    with pytest.raises(CheckpointError, match=r"has num_experts = 0, wanted a positive number"):
+        mm.read_checkpoint(write(tmp_path, stock.config, stock.tensors)).experts(1)

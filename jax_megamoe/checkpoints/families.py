@@ -178,7 +178,8 @@ class Config:
         value = self.get(what, int)
         value = default if value is None else value
         if value is None or value < 1:
-            raise self.error(f"has {_KEYS[what][0]} = {value!r}, wanted a positive number: take it from its source.")
+            key = next((key for key in _KEYS[what] if self.fields.get(key) is not None), _KEYS[what][0])
+            raise self.error(f"has {key} = {value!r}, wanted a positive number: take it from its source.")
         return int(value)
 
     def error(self, problem: str) -> CheckpointError:
