@@ -212,6 +212,65 @@ def test_folders_of_something_else_are_left_alone(made, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def listing(folder: Path) -> dict[str, Any]:
+    """All that is in a folder, with what is in it."""
+    return {p.name: os.readlink(p) if p.is_symlink() else p.is_dir() or p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_refusal_changes_no_file(made, tmp_path):
+    folder, out = made
+    for name in ("mine.unfinished", "layer-00000.safetensors.unfinished", ".lock"):
+        (folder / name).write_text("mine")
+    before = listing(folder)
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        convert(folder, folder)
+    assert listing(folder) == before
+    (folder / ".lock").unlink()
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        convert(folder, folder)
+    assert not (folder / ".lock").exists()
+    for name in ("notes.txt", "mine.unfinished"):
+        other = tmp_path / f"of {name}"
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(CheckpointError, match=f"holds files of something else, as '{name}', wanted an empty"):
+            convert(folder, other)
+        assert listing(other) == {name: b"mine"}
+    twin = build(PLANS["deepseek-v4"], seed=1)
+    convert(folder, out)
+    (out / "layer-00000.safetensors.unfinished").write_text("of the other one")
+    before = listing(out)
+    with pytest.raises(CheckpointError, match="is of a cache with another source"):
+        convert(write(tmp_path / "twin", twin.config, twin.tensors), out)
+    assert listing(out) == before
+
+
+def test_of_what_is_left_only_the_caches_own_files_go(made):
+    folder, out = made
+    convert(folder, out)
+    (out / ".lock").write_text("kept")
+    (out / "mine.unfinished").write_text("mine")
+    (out / "layer-00001.safetensors.unfinished").write_text("half")
+    (out / "jax_megamoe.json.unfinished").write_text("{")
+    convert(folder, out)
+    assert (out / ".lock").read_text() == "kept" and (out / "mine.unfinished").read_text() == "mine"
+    assert [path.name for path in out.glob("*.unfinished")] == ["mine.unfinished"]
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json.unfinished", "layer-00000.safetensors.unfinished"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_links_folders_and_pipes_are_not_written_to(name, kind, made, tmp_path):
+    folder, out = made
+    out.mkdir()
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    make = {"link": lambda p: p.symlink_to(target), "folder": Path.mkdir, "pipe": os.mkfifo}[kind]
+    make(out / name)
+    with pytest.raises(CheckpointError, match=f"{name}: is no regular file: remove it, or pass another folder"):
+        convert(folder, out)
+    assert target.read_text() == "mine" and [path.name for path in out.iterdir()] == [name]
+
+
 def test_files_that_do_not_belong_together_are_named(made):
     out = convert(*made)
     (out / "layer-00002.safetensors").write_bytes((out / "layer-00001.safetensors").read_bytes())

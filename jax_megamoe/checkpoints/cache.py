@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from jax_megamoe.checkpoints.progress import Progress, Report
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
 from jax_megamoe.checkpoints.stock import StockModel
-from jax_megamoe.checkpoints.writing import Group, only_writer, replacement, write_safetensors
+from jax_megamoe.checkpoints.writing import Group, check_folder, only_writer, write_file, write_safetensors
 from jax_megamoe.errors import CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import as_bytes
@@ -60,7 +60,7 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_
 
 def is_cache(folder: Path) -> bool:
     """Whether it is a cache, complete or not, rather than a stock checkpoint."""
-    return (folder / MANIFEST).exists()
+    return os.path.exists(folder / MANIFEST)  # False, too, where that cannot be known.
 
 
 class CachedModel:
@@ -219,7 +219,8 @@ def convert(
     where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout.
     """
     model, target = StockModel(Path(folder)), Path(out)
-    source = _fingerprint(model)
+    config = (model.folder / CONFIG).read_bytes()
+    source = _fingerprint(model, config)
     layers = [model.layer(layer) for layer in model.moe_layers]
     if not layers:
         raise CheckpointError(model.folder, None, "has no layer with experts: pass the folder of another model.")
@@ -235,8 +236,12 @@ def convert(
         "source": source,
         "complete": False,
     }
-    with only_writer(target), on_purpose(None):
-        _begin(target, manifest)
+    names = [MANIFEST, CONFIG, *map(_file_name, model.moe_layers)]
+    # Before anything is written, and again when nobody else can.
+    _is_begun(target, names, manifest)
+    with only_writer(target, names), on_purpose(None):
+        if not _is_begun(target, names, manifest):
+            _write_manifest(target, manifest)
         report = Report(progress, sum(layer.nbytes * layer.num_experts for layer in layers), what="experts packed,")
         for number, layer in zip(model.moe_layers, layers, strict=True):
             if _is_written(target, number, manifest):
@@ -244,20 +249,20 @@ def convert(
             else:
                 _write_layer(target, model, number, layer, manifest, report)
                 layer.release_pages()
-        with replacement(target / CONFIG) as file:
-            file.write((model.folder / CONFIG).read_bytes())
+        write_file(target / CONFIG, config)
         _write_manifest(target, {**manifest, "complete": True})
     return target
 
 
-def _begin(out: Path, manifest: Mapping[str, Any]) -> None:
-    """Says in the folder what it is going to be. Raises `CheckpointError` where it is something else."""
+def _is_begun(out: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> bool:
+    """Whether the folder says already that it is going to be this cache. Changes nothing.
+
+    Raises `CheckpointError` where it is something else than such a cache, an empty folder, or none.
+    """
     path = out / MANIFEST
-    if not path.exists():
-        if (out / CONFIG).exists() or any(out.glob("*.safetensors")):
-            raise CheckpointError(out, None, "holds files of something else, wanted an empty folder: pass another one.")
-        _write_manifest(out, manifest)
-        return
+    if not is_cache(out):
+        check_folder(out, names)
+        return False
     found = read_json(path)
     _check_version(path, found)
     for key in ("source", "format", "layers"):
@@ -268,6 +273,7 @@ def _begin(out: Path, manifest: Mapping[str, Any]) -> None:
                 f"is of a cache with another {key}, {_short(found.get(key))}, wanted {_short(manifest[key])}: "
                 "pass another folder, or remove this one.",
             )
+    return True
 
 
 def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
@@ -282,8 +288,7 @@ def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
 
 
 def _write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
-    with replacement(out / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+    write_file(out / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _write_layer(
@@ -371,12 +376,12 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _fingerprint(model: StockModel) -> str:
+def _fingerprint(model: StockModel, config: bytes) -> str:
     """Tells checkpoints apart: by configuration, sizes of files, all headers, and samples of all files' bytes.
 
     Models of one architecture differ in the bytes alone. Those of an expert layer are trained as a whole.
     """
-    digest = hashlib.sha256((model.folder / CONFIG).read_bytes())
+    digest = hashlib.sha256(config)
     for name, file in sorted(model.tensors.files.items()):
         digest.update(f"{name} {file.size}\n".encode())
         for tensor in file.tensors.values():
