@@ -271,6 +271,67 @@ def test_links_folders_and_pipes_are_not_written_to(name, kind, made, tmp_path):
     assert target.read_text() == "mine" and [path.name for path in out.iterdir()] == [name]
 
 
+@pytest.fixture
+def small_samples(monkeypatch):
+    monkeypatch.setattr(cache, "_SAMPLE_BYTES", 64)
+
+
+def repair(folder: Path) -> Path:
+    """Writes a byte between the samples of the first file anew, as a download that goes on does."""
+    path = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    assert len(content) // cache._SAMPLES > cache._SAMPLE_BYTES
+    content[cache._SAMPLE_BYTES + len(content) * 20 // cache._SAMPLES] ^= 1
+    time.sleep(0.01)
+    path.with_name("new").write_bytes(content)
+    os.replace(path.with_name("new"), path)
+    return path
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_checkpoint_that_was_repaired_is_noticed(is_complete, made, small_samples):
+    folder, out = made
+    convert(folder, out)
+    edit(out / cache.MANIFEST, complete=is_complete)
+    before = listing(out)
+    times = {path: path.stat() for path in folder.glob("*.safetensors")}
+    path = repair(folder)
+    with pytest.raises(CheckpointError, match=f"'{path.name}' the first, are not known .* remove the cache"):
+        convert(folder, out)
+    assert listing(out) == before
+    # If they are said to be what they were, they are believed: as by `cp --preserve`.
+    os.utime(path, ns=(0, times[path].st_mtime_ns))
+    convert(folder, out)
+
+
+def test_a_cache_needs_its_checkpoint_no_more(made):
+    folder, out = made
+    wanted = mm.load_experts(folder)
+    convert(folder, out)
+    for path in folder.iterdir():
+        path.unlink()
+    assert_alike(mm.load_experts(out), wanted)
+
+
+def test_a_checkpoint_that_changes_meanwhile_makes_no_cache(made, small_samples):
+    folder, out = made
+    with pytest.raises(CheckpointError, match="were written while they were read: convert them again"):
+        convert(folder, out, progress=lambda done, total: repair(folder) if done == total else None)
+    with pytest.raises(CheckpointError, match="not complete"):
+        mm.read_checkpoint(out)
+
+
+def test_a_cache_of_before_that_knows_no_times_is_read_and_not_gone_on_with(made):
+    folder, out = made
+    convert(folder, out)
+    fields = json.loads((out / cache.MANIFEST).read_text())
+    del fields["written"]
+    (out / cache.MANIFEST).write_text(json.dumps(fields))
+    assert_alike(mm.load_experts(out), mm.load_experts(folder))
+    with pytest.raises(CheckpointError, match="not known to be what the cache was made of"):
+        convert(folder, out)
+
+
 def test_files_that_do_not_belong_together_are_named(made):
     out = convert(*made)
     (out / "layer-00002.safetensors").write_bytes((out / "layer-00001.safetensors").read_bytes())

@@ -220,7 +220,7 @@ def convert(
     """
     model, target = StockModel(Path(folder)), Path(out)
     config = (model.folder / CONFIG).read_bytes()
-    source = _fingerprint(model, config)
+    source, written = _fingerprint(model, config), _times(model)
     layers = [model.layer(layer) for layer in model.moe_layers]
     if not layers:
         raise CheckpointError(model.folder, None, "has no layer with experts: pass the folder of another model.")
@@ -234,6 +234,7 @@ def convert(
         "family": model.name,
         "layers": model.moe_layers,
         "source": source,
+        "written": written,
         "complete": False,
     }
     names = [MANIFEST, CONFIG, *map(_file_name, model.moe_layers)]
@@ -249,6 +250,7 @@ def convert(
             else:
                 _write_layer(target, model, number, layer, manifest, report)
                 layer.release_pages()
+        _check_times(model.folder, _times(model), written, "were written while they were read: convert them again")
         write_file(target / CONFIG, config)
         _write_manifest(target, {**manifest, "complete": True})
     return target
@@ -273,6 +275,14 @@ def _is_begun(out: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> b
                 f"is of a cache with another {key}, {_short(found.get(key))}, wanted {_short(manifest[key])}: "
                 "pass another folder, or remove this one.",
             )
+    # A repair may leave the samples of the fingerprint as they were.
+    _check_times(
+        path,
+        manifest["written"],
+        found.get("written"),
+        "are not known to be what the cache was made of, having been written since, or copied: remove the cache and "
+        "convert them anew, or give them their times again (cp --preserve) if they have not changed",
+    )
     return True
 
 
@@ -391,6 +401,30 @@ def _fingerprint(model: StockModel, config: bytes) -> str:
             start = file.size * number // _SAMPLES
             digest.update(octets[start : start + _SAMPLE_BYTES])
     return digest.hexdigest()
+
+
+def _times(model: StockModel) -> dict[str, list[int]]:
+    """By the name of a checkpoint's file, its size and when it was written, in ns: another one if it was repaired."""
+    times: dict[str, list[int]] = {}
+    for name, file in sorted(model.tensors.files.items()):
+        try:
+            found = file.path.stat()
+        except OSError as error:
+            raise CheckpointError(
+                file.path, None, f"cannot be read, {error.strerror or error}: download it again."
+            ) from error
+        times[name] = [found.st_size, found.st_mtime_ns]
+    return times
+
+
+def _check_times(path: Path, found: Mapping[str, list[int]], known: object, problem: str) -> None:
+    """Raises `CheckpointError` where files of a checkpoint are not those that are known, naming the first."""
+    held = known if isinstance(known, dict) else {}
+    if changed := [name for name, times in found.items() if held.get(name) != times]:
+        name = changed[0][:80]
+        raise CheckpointError(
+            path, None, f"is of a checkpoint of which {len(changed)} files, {name!r} the first, {problem}."
+        )
 
 
 def _short(value: object) -> str:

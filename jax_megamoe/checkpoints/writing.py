@@ -47,7 +47,8 @@ def writing_to(path: Path) -> Iterator[None]:
 def write_all(path: Path, file: FileIO, content: Any) -> None:
     """Writes bytes, or an array's, to the file that is going to have this path."""
     with writing_to(path):
-        rest = memoryview(content).cast("B")
+        view = memoryview(content)
+        rest = view.cast("B") if view.nbytes else b""
         while rest:
             rest = rest[file.write(rest) :]
 
