@@ -1,5 +1,6 @@
 """Caches of checkpoints: the same experts and routers, whole or not believed, and never those of another layout."""
 
+import errno
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from jax.sharding import AxisType
 import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.__main__ import COMMANDS, main
-from jax_megamoe.checkpoints import cache, convert
+from jax_megamoe.checkpoints import cache, convert, writing
 from jax_megamoe.checkpoints.safetensors import File
-from jax_megamoe.errors import CheckpointError
+from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import build, file_bytes, octets, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
@@ -332,6 +333,70 @@ def test_a_cache_of_before_that_knows_no_times_is_read_and_not_gone_on_with(made
         convert(folder, out)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v4", "qwen3.5-bf16"])
+@pytest.mark.parametrize("format", ["fp4", 8, b"mxfp4"])
+def test_formats_that_are_none(format, name, tmp_path):
+    with pytest.raises(LayoutError, match="format is .*, wanted one of"):
+        convert(stock_folder(tmp_path, name), tmp_path / "cache", format=format)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("path", [None, 5, b"bytes", "a\0b", ["a"]])
+def test_paths_that_are_none(path, made):
+    with pytest.raises(ArgumentError, match="folder is .*, wanted the path of a folder: pass a string"):
+        mm.read_checkpoint(path)
+    with pytest.raises(ArgumentError, match="folder is .*, wanted the path of a folder: pass a string"):
+        convert(path, made[1])
+    with pytest.raises(ArgumentError, match="out is .*, wanted the path of a folder: pass a string"):
+        convert(made[0], path)
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    stock = build(PLANS["deepseek-v4"])
+    tensors = {**stock.tensors, "\ud800": np.zeros(1, np.float32)}
+    folder = write(tmp_path / "stock", stock.config, tensors, num_files=1)
+    (path,) = folder.glob("*.safetensors")
+    path.rename(folder / os.fsdecode(b"model-\xff.safetensors"))
+    for _ in range(2):
+        convert(folder, tmp_path / "cache")
+    assert_alike(mm.load_experts(tmp_path / "cache"), mm.load_experts(folder))
+
+
+def test_a_folder_that_cannot_be_written(made, tmp_path, monkeypatch):
+    folder, out = made
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for target in (file, file / "below"):
+        with pytest.raises(CheckpointError, match=f"{target}: cannot be read, Not a directory: pass a new folder"):
+            convert(folder, target)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="dangling: cannot be written, File exists: make room there, or pass"):
+        convert(folder, tmp_path / "dangling")
+    assert file.read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: cannot be written, No space left on device: make"):
+        convert(folder, out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    monkeypatch.undo()
+    convert(folder, out)
+
+
+def test_a_disk_that_is_full_is_named():
+    text = "layer: cannot be written, No space left on device: make room"
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(CheckpointError, match=text):
+        writing.write_all(Path("layer"), file, b"x")
+
+
+def test_arrays_without_elements_are_written(tmp_path):
+    group = writing.Group(["a", "b"], ["F32"] * 2, [(0, 3), (2,)], lambda: [[np.zeros((0, 3), "f4"), np.ones(2, "f4")]])
+    writing.write_safetensors(tmp_path / "file", [group], {})
+    np.testing.assert_array_equal(File(tmp_path / "file").tensors["b"].array(), [1, 1])
+
+
 def test_files_that_do_not_belong_together_are_named(made):
     out = convert(*made)
     (out / "layer-00002.safetensors").write_bytes((out / "layer-00001.safetensors").read_bytes())
@@ -346,7 +411,9 @@ def test_files_that_do_not_belong_together_are_named(made):
 
 
 @pytest.mark.parametrize("field", ["version", "layout", "layer", "source", "sizes", "route", "moe", "shared"])
-@pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1, [0, 0, 0], None])
+@pytest.mark.parametrize(
+    "value", [[], {"a": 1}, "x", -1, [0, 0, 0], None, [float("inf"), 256, 128], [8.5, 256, 128], [8, 256, 10**400]]
+)
 def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     """Whatever stands there: an error that names the file, or what is right all the same."""
     out, path, content, held = made_once

@@ -24,18 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import weight_layout
+from jax_megamoe import weight_checks, weight_layout
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
 from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
 from jax_megamoe.checkpoints.loading import on_purpose
-from jax_megamoe.checkpoints.progress import Progress, Report
+from jax_megamoe.checkpoints.progress import Progress, Report, check_progress
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
 from jax_megamoe.checkpoints.stock import StockModel
 from jax_megamoe.checkpoints.writing import Group, check_folder, only_writer, write_file, write_safetensors
-from jax_megamoe.errors import CheckpointError, LayoutError
+from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import as_bytes
 from jax_megamoe.weight_layout import Format
@@ -56,6 +56,15 @@ _FIELDS: Mapping[str, Any] = {
 }
 _ROUTER, _SHARED = "router.", "shared."
 _SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
+
+
+def as_path(name: str, value: object) -> Path:
+    """The path that an argument is. Raises `ArgumentError` for other things."""
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str) and "\0" not in path:
+            return Path(path)
+    raise ArgumentError(f"{name} is {_short(value)}, wanted the path of a folder: pass a string or a pathlib.Path.")
 
 
 def is_cache(folder: Path) -> bool:
@@ -135,8 +144,8 @@ class LayerFile:
         """The routed experts, or the shared ones, after checking their shapes."""
         held = self.header if not prefix else self.header["shared"]
         try:
-            sizes, format = tuple(map(int, held["sizes"])), weight_layout.format_of_tag(held["layout"])
-            if len(sizes) != 3 or min(sizes) < 1:
+            sizes, format = tuple(held["sizes"]), weight_layout.format_of_tag(held["layout"])
+            if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
                 raise ValueError
             shapes = weight_layout.leaf_shapes(format, *sizes)
         except (TypeError, ValueError, KeyError, LayoutError) as error:
@@ -216,9 +225,14 @@ def convert(
     """Writes a cache of a stock checkpoint to a folder, which `read_checkpoint` reads like the checkpoint itself.
 
     One layer after the other, one expert at a time. A run that was killed may be repeated, and goes on at the layer
-    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout.
+    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout,
+    or of files that have been written again since; and where it cannot be written.
     """
-    model, target = StockModel(Path(folder)), Path(out)
+    target = as_path("out", out)
+    if format is not None:
+        weight_checks.check_format(format)
+    check_progress(progress)
+    model = StockModel(as_path("folder", folder))
     config = (model.folder / CONFIG).read_bytes()
     source, written = _fingerprint(model, config), _times(model)
     layers = [model.layer(layer) for layer in model.moe_layers]
@@ -393,9 +407,10 @@ def _fingerprint(model: StockModel, config: bytes) -> str:
     """
     digest = hashlib.sha256(config)
     for name, file in sorted(model.tensors.files.items()):
-        digest.update(f"{name} {file.size}\n".encode())
+        digest.update(f"{name} {file.size}\n".encode(errors="backslashreplace"))
         for tensor in file.tensors.values():
-            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+            text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
+            digest.update(text.encode(errors="backslashreplace"))
         octets = memoryview(file.mapped())
         for number in range(_SAMPLES):
             start = file.size * number // _SAMPLES

@@ -155,7 +155,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     Raises `CheckpointError`, which names the file and the tensor, for files that are missing or damaged, and for models
     that cannot be served; for a cache that another version of the layout has made.
     """
-    path = Path(folder)
+    path = cache.as_path("folder", folder)
     return Checkpoint(cache.CachedModel(path) if cache.is_cache(path) else StockModel(path))
 
 
