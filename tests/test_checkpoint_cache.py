@@ -431,6 +431,52 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("call, field, value, text", [
+    ("router", "route", {"nonsense": 1}, r"has options of route, \{'nonsense': 1\}, that it lacks: make the cache anew"),
+    ("router", "route", {"top_k": 2, "bias": [1]}, "has options of route"),
+    ("router", "route", {"top_k": True}, "has options of route"),
+    ("router", "route", {"top_k": 2, "scoring": ["softmax"]}, "has options of route"),
+    ("router", "route", {"top_k": 2, "renormalize": 1}, "has options of route"),
+    ("moe_options", "moe", {"nonsense": 1}, r"has options of moe, \{'nonsense': 1\}, that it lacks"),
+    ("moe_options", "moe", {"activation_clamp": -1.0}, "has options of moe"),
+    ("moe_options", "moe", {"routed_scaling_factor": "2"}, "has options of moe"),
+])  # fmt: skip
+def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
+    out, path, content, held = made_once
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps({**held, field: value})}))
+    try:
+        with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: {text}"):
+            getattr(mm.read_checkpoint(out), call)(1)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, value, text", [
+    ("weight", None, r"is missing, wanted F32 \(8, any\): make the cache anew"),
+    ("weight", np.zeros((7, 256), np.float32), r"is F32 \(7, 256\), wanted F32 \(8, any\)"),
+    ("weight", np.zeros(8, np.float32), r"is F32 \(8,\), wanted"),
+    ("weight", np.zeros((8, 256), np.int32), r"is I32 \(8, 256\), wanted F32"),
+    ("bias", np.zeros(7, np.float32), r"is F32 \(7,\), wanted F32 \(8,\)"),
+    ("image_bias", np.zeros((1, 8), np.float32), r"is F32 \(1, 8\), wanted F32 \(8,\)"),
+    ("hash_table", np.zeros((16, 3), np.int32), r"is I32 \(16, 3\), wanted I32 \(any, 2\)"),
+    ("hash_table", np.full((16, 2), 8, np.int32), "names experts 8 to 8, wanted 0 to 7"),
+    ("shared_gate", np.zeros((1, 255), np.float32), r"is F32 \(1, 255\), wanted F32 \(1, 256\)"),
+])  # fmt: skip
+def test_routers_that_a_cache_may_not_hold(name, value, text, made_once):
+    out, path, content, held = made_once
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    del tensors["router.bias"]  # Other arrays come to the end, where they are aligned.
+    kept = {key: array for key, array in tensors.items() if key != f"router.{name}"}
+    kept |= {} if value is None else {f"router.{name}": value}
+    path.write_bytes(file_bytes(kept, {cache._METADATA: json.dumps(held)}))
+    try:
+        with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: tensor 'router\.{name}' {text}"):
+            mm.read_checkpoint(out).router(1)
+    finally:
+        path.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory) -> tuple[Path, Path, bytes, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("cache")

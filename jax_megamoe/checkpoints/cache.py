@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jax_megamoe.checkpoints.writing import Group, check_folder, only_writer, wr
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import as_bytes
+from jax_megamoe.routing import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
 MANIFEST = "jax_megamoe.json"
@@ -55,6 +56,17 @@ _FIELDS: Mapping[str, Any] = {
     "shared": dict | None,
 }
 _ROUTER, _SHARED = "router.", "shared."
+# Keywords of `route` and of `moe` that a cache may hold, and what they may be. Whether they go together these say.
+_ROUTE: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("top_k", "num_groups", "top_groups"), lambda value: type(value) is int and 0 < value < 1 << 31),
+    "scoring": lambda value: value in get_args(Scoring),
+    "group_scoring": lambda value: value in get_args(GroupScoring),
+    "renormalize": lambda value: isinstance(value, bool),
+}
+_MOE: Mapping[str, Callable[[object], bool]] = {
+    "activation_clamp": lambda value: type(value) is float and value > 0,
+    "routed_scaling_factor": lambda value: type(value) is float,
+}
 _SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
 
 
@@ -102,19 +114,12 @@ class CachedModel:
         return file.experts(_SHARED) if file.header["shared"] is not None else None
 
     def router(self, layer: int) -> Router:
-        file = self._file(layer)
-        arrays = {
-            name: jax.device_put(np.array(file.file.tensors[_ROUTER + name].array()))
-            if _ROUTER + name in file.file.tensors
-            else None
-            for name in routers.ARRAYS
-        }
-        return Router(**arrays, options=dict(file.header["route"]))  # type: ignore[arg-type]
+        return self._file(layer).router()
 
     def moe_options(self, layer: int) -> dict[str, Any]:
-        options = self._file(layer).header["moe"]
+        options = self._file(layer).moe_options()
         # What the model has that `moe` lacks is found again, and named.
-        return dict(options) if options is not None else routers.moe_options(self.config)
+        return options if options is not None else routers.moe_options(self.config)
 
     def _file(self, layer: int) -> "LayerFile":
         if layer not in self._files:
@@ -142,25 +147,84 @@ class LayerFile:
 
     def experts(self, prefix: str) -> "PackedLayer":
         """The routed experts, or the shared ones, after checking their shapes."""
-        held = self.header if not prefix else self.header["shared"]
+        format, sizes = self._sizes(self.header if not prefix else self.header["shared"])
+        tensors = [
+            self._tensor(prefix + name, _SAFETENSORS_DTYPES[jnp.dtype(dtype).name], shape)
+            for name, shape, dtype in zip(
+                Leaves._fields,
+                weight_layout.leaf_shapes(format, *sizes),
+                weight_layout.LEAF_DTYPES[format],
+                strict=True,
+            )
+        ]
+        return PackedLayer(Leaves(*tensors), format, sizes)
+
+    def router(self) -> Router:
+        """The router, after checking its arrays and options."""
+        _, (num_experts, *_) = self._sizes(self.header)
+        options = self.header["route"]
+        if "top_k" not in options or not all(name in _ROUTE and _ROUTE[name](value) for name, value in options.items()):
+            self._fail_options("route", options)
+        weight = self._tensor(_ROUTER + "weight", "F32", (num_experts, None))
+        kinds: Mapping[str, tuple[str, tuple[int | None, ...]]] = {
+            "weight": ("F32", weight.shape),
+            "bias": ("F32", (num_experts,)),
+            "hash_table": ("I32", (None, options["top_k"])),
+            "image_bias": ("F32", (num_experts,)),
+            "shared_gate": ("F32", (1, weight.shape[1])),
+        }
+        arrays = {
+            name: self._tensor(_ROUTER + name, *kinds[name]).array() if _ROUTER + name in self.file.tensors else None
+            for name in routers.ARRAYS
+        }
+        table = arrays["hash_table"]
+        if table is not None and table.size and not 0 <= table.min() <= table.max() < num_experts:
+            raise CheckpointError(
+                self.file.path,
+                _ROUTER + "hash_table",
+                f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: make the cache anew.",
+            )
+        placed = {name: None if array is None else jax.device_put(np.array(array)) for name, array in arrays.items()}
+        return Router(**placed, options=dict(options))  # type: ignore[arg-type]
+
+    def moe_options(self) -> dict[str, Any] | None:
+        """Keywords of `moe`, after checking them; None where the version that wrote them does not compute it."""
+        options = self.header["moe"]
+        if options is None:
+            return None
+        if not all(name in _MOE and _MOE[name](value) for name, value in options.items()):
+            self._fail_options("moe", options)
+        return dict(options)
+
+    def _fail_options(self, function: str, options: object) -> NoReturn:
+        raise CheckpointError(
+            self.file.path, None, f"has options of {function}, {_short(options)}, that it lacks: make the cache anew."
+        )
+
+    def _sizes(self, held: Any) -> tuple[Format, tuple[int, int, int]]:
+        """The format, and E, H and I, of the routed or of the shared experts."""
         try:
             sizes, format = tuple(held["sizes"]), weight_layout.format_of_tag(held["layout"])
             if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
                 raise ValueError
-            shapes = weight_layout.leaf_shapes(format, *sizes)
+            weight_layout.leaf_shapes(format, *sizes)  # raises for those that are no multiples
         except (TypeError, ValueError, KeyError, LayoutError) as error:
             raise CheckpointError(self.file.path, None, "has no sizes of experts: make the cache anew.") from error
-        tensors = []
-        for name, shape, dtype in zip(Leaves._fields, shapes, weight_layout.LEAF_DTYPES[format], strict=True):
-            tensor = self.file.tensors.get(prefix + name)
-            wanted = _SAFETENSORS_DTYPES[jnp.dtype(dtype).name]
-            if tensor is None or (tensor.dtype, tensor.shape) != (wanted, shape):
-                found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
-                raise CheckpointError(
-                    self.file.path, prefix + name, f"is {found}, wanted {wanted} {shape}: make the cache anew."
-                )
-            tensors.append(tensor)
-        return PackedLayer(Leaves(*tensors), format, sizes)
+        return format, sizes
+
+    def _tensor(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> Tensor:
+        """A tensor of this type and shape, None being any size."""
+        tensor = self.file.tensors.get(name)
+        if (
+            tensor is None
+            or tensor.dtype != dtype
+            or len(tensor.shape) != len(shape)
+            or any(size not in (None, found) for size, found in zip(shape, tensor.shape, strict=True))
+        ):
+            found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            wanted = f"{dtype} {shape}".replace("None", "any")
+            raise CheckpointError(self.file.path, name, f"is {found}, wanted {wanted}: make the cache anew.")
+        return tensor
 
 
 class PackedLayer:
