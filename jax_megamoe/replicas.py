@@ -33,7 +33,7 @@ def replica_map(expert_ids: Array, num_experts: int, max_replicas: int) -> tuple
       and num_replicas int32[E], how many there are.
 
     Raises:
-      ShapeError, DTypeError: for another shape or dtype. ArgumentError: for numbers that are no positive ints.
+      ShapeError, DTypeError: for another shape or dtype. ArgumentError: for numbers that are no positive int32.
     """
     array = _integers("expert_ids", expert_ids)
     if array.ndim != 1:
@@ -41,6 +41,8 @@ def replica_map(expert_ids: Array, num_experts: int, max_replicas: int) -> tuple
     for name, value in (("num_experts", num_experts), ("max_replicas", max_replicas)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ArgumentError(f"{name} is {value!r}, wanted a positive int known while tracing: pass one.")
+        if value >= 1 << 31:
+            raise ArgumentError(f"{name} is {value}, wanted at most {(1 << 31) - 1}, the last int32: pass less.")
     compute = functools.partial(_replica_map, num_experts=int(num_experts), max_replicas=int(max_replicas))
     physical_ids, num_replicas = _specs.call_with_types(compute, {"expert_ids": array}, (P(None, None), P(None)))
     return physical_ids, num_replicas
@@ -90,6 +92,10 @@ def logical_load(load: Array, physical_ids: Array, num_replicas: Array) -> jax.A
     arrays = {"load": _integers("load", load), **_check_map(physical_ids, num_replicas)}
     if arrays["load"].ndim == 0:
         raise ShapeError("load is a scalar, wanted [..., P]: pass the load of each physical expert.")
+    if arrays["load"].shape[-1] == 0:
+        raise ShapeError(
+            f"load has shape {arrays['load'].shape}, wanted [..., P] with P > 0: pass the load of each physical expert."
+        )
     spec = P(*jax.typeof(arrays["load"]).sharding.spec[:-1], None)
     return _specs.call_with_types(_as_tuple(_logical_load), arrays, (spec,))[0]
 

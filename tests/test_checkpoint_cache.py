@@ -1,5 +1,6 @@
 """Caches of checkpoints: the same experts and routers, whole or not believed, and never those of another layout."""
 
+import errno
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from jax.sharding import AxisType
 import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.__main__ import COMMANDS, main
-from jax_megamoe.checkpoints import cache, convert
+from jax_megamoe.checkpoints import cache, convert, writing
 from jax_megamoe.checkpoints.safetensors import File
-from jax_megamoe.errors import CheckpointError
+from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import build, file_bytes, octets, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
@@ -212,6 +213,190 @@ def test_folders_of_something_else_are_left_alone(made, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def listing(folder: Path) -> dict[str, Any]:
+    """All that is in a folder, with what is in it."""
+    return {p.name: os.readlink(p) if p.is_symlink() else p.is_dir() or p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_refusal_changes_no_file(made, tmp_path):
+    folder, out = made
+    for name in ("mine.unfinished", "layer-00000.safetensors.unfinished", ".lock"):
+        (folder / name).write_text("mine")
+    before = listing(folder)
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        convert(folder, folder)
+    assert listing(folder) == before
+    (folder / ".lock").unlink()
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        convert(folder, folder)
+    assert not (folder / ".lock").exists()
+    for name in ("notes.txt", "mine.unfinished"):
+        other = tmp_path / f"of {name}"
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(CheckpointError, match=f"holds files of something else, as '{name}', wanted an empty"):
+            convert(folder, other)
+        assert listing(other) == {name: b"mine"}
+    twin = build(PLANS["deepseek-v4"], seed=1)
+    convert(folder, out)
+    (out / "layer-00000.safetensors.unfinished").write_text("of the other one")
+    before = listing(out)
+    with pytest.raises(CheckpointError, match="is of a cache with another source"):
+        convert(write(tmp_path / "twin", twin.config, twin.tensors), out)
+    assert listing(out) == before
+
+
+def test_of_what_is_left_only_the_caches_own_files_go(made):
+    folder, out = made
+    convert(folder, out)
+    (out / ".lock").write_text("kept")
+    (out / "mine.unfinished").write_text("mine")
+    (out / "layer-00001.safetensors.unfinished").write_text("half")
+    (out / "jax_megamoe.json.unfinished").write_text("{")
+    convert(folder, out)
+    assert (out / ".lock").read_text() == "kept" and (out / "mine.unfinished").read_text() == "mine"
+    assert [path.name for path in out.glob("*.unfinished")] == ["mine.unfinished"]
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json.unfinished", "layer-00000.safetensors.unfinished"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_links_folders_and_pipes_are_not_written_to(name, kind, made, tmp_path):
+    folder, out = made
+    out.mkdir()
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    make = {"link": lambda p: p.symlink_to(target), "folder": Path.mkdir, "pipe": os.mkfifo}[kind]
+    make(out / name)
+    with pytest.raises(CheckpointError, match=f"{name}: is no regular file: remove it, or pass another folder"):
+        convert(folder, out)
+    assert target.read_text() == "mine" and [path.name for path in out.iterdir()] == [name]
+
+
+@pytest.fixture
+def small_samples(monkeypatch):
+    monkeypatch.setattr(cache, "_SAMPLE_BYTES", 64)
+
+
+def repair(folder: Path) -> Path:
+    """Writes a byte between the samples of the first file anew, as a download that goes on does."""
+    path = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    assert len(content) // cache._SAMPLES > cache._SAMPLE_BYTES
+    content[cache._SAMPLE_BYTES + len(content) * 20 // cache._SAMPLES] ^= 1
+    time.sleep(0.01)
+    path.with_name("new").write_bytes(content)
+    os.replace(path.with_name("new"), path)
+    return path
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_checkpoint_that_was_repaired_is_noticed(is_complete, made, small_samples):
+    folder, out = made
+    convert(folder, out)
+    edit(out / cache.MANIFEST, complete=is_complete)
+    before = listing(out)
+    times = {path: path.stat() for path in folder.glob("*.safetensors")}
+    path = repair(folder)
+    with pytest.raises(CheckpointError, match=f"'{path.name}' the first, are not known .* remove the cache"):
+        convert(folder, out)
+    assert listing(out) == before
+    # If they are said to be what they were, they are believed: as by `cp --preserve`.
+    os.utime(path, ns=(0, times[path].st_mtime_ns))
+    convert(folder, out)
+
+
+def test_a_cache_needs_its_checkpoint_no_more(made):
+    folder, out = made
+    wanted = mm.load_experts(folder)
+    convert(folder, out)
+    for path in folder.iterdir():
+        path.unlink()
+    assert_alike(mm.load_experts(out), wanted)
+
+
+def test_a_checkpoint_that_changes_meanwhile_makes_no_cache(made, small_samples):
+    folder, out = made
+    with pytest.raises(CheckpointError, match="were written while they were read: convert them again"):
+        convert(folder, out, progress=lambda done, total: repair(folder) if done == total else None)
+    with pytest.raises(CheckpointError, match="not complete"):
+        mm.read_checkpoint(out)
+
+
+def test_a_cache_of_before_that_knows_no_times_is_read_and_not_gone_on_with(made):
+    folder, out = made
+    convert(folder, out)
+    fields = json.loads((out / cache.MANIFEST).read_text())
+    del fields["written"]
+    (out / cache.MANIFEST).write_text(json.dumps(fields))
+    assert_alike(mm.load_experts(out), mm.load_experts(folder))
+    with pytest.raises(CheckpointError, match="not known to be what the cache was made of"):
+        convert(folder, out)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4", "qwen3.5-bf16"])
+@pytest.mark.parametrize("format", ["fp4", 8, b"mxfp4"])
+def test_formats_that_are_none(format, name, tmp_path):
+    with pytest.raises(LayoutError, match="format is .*, wanted one of"):
+        convert(stock_folder(tmp_path, name), tmp_path / "cache", format=format)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("path", [None, 5, b"bytes", "a\0b", ["a"]])
+def test_paths_that_are_none(path, made):
+    with pytest.raises(ArgumentError, match="folder is .*, wanted the path of a folder: pass a string"):
+        mm.read_checkpoint(path)
+    with pytest.raises(ArgumentError, match="folder is .*, wanted the path of a folder: pass a string"):
+        convert(path, made[1])
+    with pytest.raises(ArgumentError, match="out is .*, wanted the path of a folder: pass a string"):
+        convert(made[0], path)
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    stock = build(PLANS["deepseek-v4"])
+    tensors = {**stock.tensors, "\ud800": np.zeros(1, np.float32)}
+    folder = write(tmp_path / "stock", stock.config, tensors, num_files=1)
+    (path,) = folder.glob("*.safetensors")
+    path.rename(folder / os.fsdecode(b"model-\xff.safetensors"))
+    for _ in range(2):
+        convert(folder, tmp_path / "cache")
+    assert_alike(mm.load_experts(tmp_path / "cache"), mm.load_experts(folder))
+
+
+def test_a_folder_that_cannot_be_written(made, tmp_path, monkeypatch):
+    folder, out = made
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for target in (file, file / "below"):
+        with pytest.raises(CheckpointError, match=f"{target}: cannot be read, Not a directory: pass a new folder"):
+            convert(folder, target)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="dangling: cannot be written, File exists: make room there, or pass"):
+        convert(folder, tmp_path / "dangling")
+    assert file.read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: cannot be written, No space left on device: make"):
+        convert(folder, out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    monkeypatch.undo()
+    convert(folder, out)
+
+
+def test_a_disk_that_is_full_is_named():
+    text = "layer: cannot be written, No space left on device: make room"
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(CheckpointError, match=text):
+        writing.write_all(Path("layer"), file, b"x")
+
+
+def test_arrays_without_elements_are_written(tmp_path):
+    group = writing.Group(["a", "b"], ["F32"] * 2, [(0, 3), (2,)], lambda: [[np.zeros((0, 3), "f4"), np.ones(2, "f4")]])
+    writing.write_safetensors(tmp_path / "file", [group], {})
+    np.testing.assert_array_equal(File(tmp_path / "file").tensors["b"].array(), [1, 1])
+
+
 def test_files_that_do_not_belong_together_are_named(made):
     out = convert(*made)
     (out / "layer-00002.safetensors").write_bytes((out / "layer-00001.safetensors").read_bytes())
@@ -226,7 +411,9 @@ def test_files_that_do_not_belong_together_are_named(made):
 
 
 @pytest.mark.parametrize("field", ["version", "layout", "layer", "source", "sizes", "route", "moe", "shared"])
-@pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1, [0, 0, 0], None])
+@pytest.mark.parametrize(
+    "value", [[], {"a": 1}, "x", -1, [0, 0, 0], None, [float("inf"), 256, 128], [8.5, 256, 128], [8, 256, 10**400]]
+)
 def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     """Whatever stands there: an error that names the file, or what is right all the same."""
     out, path, content, held = made_once
@@ -240,6 +427,52 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
                 call(1)
             except CheckpointError as error:
                 assert str(path) in str(error) or "config.json" in str(error)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("call, field, value, text", [
+    ("router", "route", {"nonsense": 1}, r"has options of route, \{'nonsense': 1\}, that it lacks: make the cache anew"),
+    ("router", "route", {"top_k": 2, "bias": [1]}, "has options of route"),
+    ("router", "route", {"top_k": True}, "has options of route"),
+    ("router", "route", {"top_k": 2, "scoring": ["softmax"]}, "has options of route"),
+    ("router", "route", {"top_k": 2, "renormalize": 1}, "has options of route"),
+    ("moe_options", "moe", {"nonsense": 1}, r"has options of moe, \{'nonsense': 1\}, that it lacks"),
+    ("moe_options", "moe", {"activation_clamp": -1.0}, "has options of moe"),
+    ("moe_options", "moe", {"routed_scaling_factor": "2"}, "has options of moe"),
+])  # fmt: skip
+def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
+    out, path, content, held = made_once
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps({**held, field: value})}))
+    try:
+        with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: {text}"):
+            getattr(mm.read_checkpoint(out), call)(1)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, value, text", [
+    ("weight", None, r"is missing, wanted F32 \(8, any\): make the cache anew"),
+    ("weight", np.zeros((7, 256), np.float32), r"is F32 \(7, 256\), wanted F32 \(8, any\)"),
+    ("weight", np.zeros(8, np.float32), r"is F32 \(8,\), wanted"),
+    ("weight", np.zeros((8, 256), np.int32), r"is I32 \(8, 256\), wanted F32"),
+    ("bias", np.zeros(7, np.float32), r"is F32 \(7,\), wanted F32 \(8,\)"),
+    ("image_bias", np.zeros((1, 8), np.float32), r"is F32 \(1, 8\), wanted F32 \(8,\)"),
+    ("hash_table", np.zeros((16, 3), np.int32), r"is I32 \(16, 3\), wanted I32 \(any, 2\)"),
+    ("hash_table", np.full((16, 2), 8, np.int32), "names experts 8 to 8, wanted 0 to 7"),
+    ("shared_gate", np.zeros((1, 255), np.float32), r"is F32 \(1, 255\), wanted F32 \(1, 256\)"),
+])  # fmt: skip
+def test_routers_that_a_cache_may_not_hold(name, value, text, made_once):
+    out, path, content, held = made_once
+    tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
+    del tensors["router.bias"]  # Other arrays come to the end, where they are aligned.
+    kept = {key: array for key, array in tensors.items() if key != f"router.{name}"}
+    kept |= {} if value is None else {f"router.{name}": value}
+    path.write_bytes(file_bytes(kept, {cache._METADATA: json.dumps(held)}))
+    try:
+        with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: tensor 'router\.{name}' {text}"):
+            mm.read_checkpoint(out).router(1)
     finally:
         path.write_bytes(content)
 

@@ -156,6 +156,19 @@ def test_experts_of_an_activation_that_is_not_served_come_with_a_warning(made, c
     assert not caplog.text
 
 
+def test_experts_that_are_not_loaded_are_not_said_to_be(made, caplog):
+    checkpoint = mm.read_checkpoint(made("kimi-k3")[0])
+    with pytest.raises(ShardingError, match="no axis"):
+        checkpoint.experts(checkpoint.moe_layers[0], mesh=make_mesh({"expert": 8}, AxisType.Auto), expert_axis="ep")
+    assert not caplog.records
+
+
+def test_numbers_of_layers_may_be_numpys(made):
+    checkpoint: Any = mm.read_checkpoint(made("deepseek-v3")[0])
+    assert checkpoint.experts(np.int64(1)).num_experts == checkpoint.experts(jnp.array(1)).num_experts
+    assert checkpoint.experts(layers=np.array([2, 1])).leaves.down.shape[0] == 2
+
+
 def test_images_are_routed_by_a_bias_of_their_own(made):
     router = mm.read_checkpoint(made("deepseek-v4.1")[0]).router(1)
     biases: dict[str, Any] = {"bias": router.bias, "image_bias": router.image_bias}
@@ -317,7 +330,20 @@ def test_without_an_index_all_files_are_read(tmp_path):
 @pytest.mark.parametrize("call, error, text", [
     (lambda c: c.experts(0), CheckpointError, r"has no experts in layer 0, wanted one of moe_layers \(1, 2\)"),
     (lambda c: c.experts(3), CheckpointError, "has no experts in layer 3"),
-    (lambda c: c.experts("1"), CheckpointError, "has no experts in layer '1'"),
+    (lambda c: c.experts("1"), ArgumentError, r"layer is '1', wanted a number of moe_layers \(1, 2\): pass an int"),
+    (lambda c: c.experts(1.0), ArgumentError, "layer is 1.0, wanted a number"),
+    (lambda c: c.experts(True), ArgumentError, "layer is True, wanted a number"),
+    (lambda c: c.experts(np.array([1, 2])), ArgumentError, r"layer is array\(\[1, 2\]\), wanted a number"),
+    (lambda c: c.router(None), ArgumentError, "layer is None, wanted a number"),
+    (lambda c: c.shared_experts(None), ArgumentError, "layer is None, wanted a number"),
+    (lambda c: c.moe_options(None), ArgumentError, "layer is None, wanted a number"),
+    (lambda c: c.experts(layers=1), ArgumentError, r"layers is 1, wanted a list of numbers .* pass \[layer\] for one"),
+    (lambda c: c.experts(layers="12"), ArgumentError, "layers is '12', wanted a list"),
+    (lambda c: c.experts(layers=np.array(1)), ArgumentError, r"layers is array\(1\), wanted a list"),
+    (lambda c: c.experts(layers=[1, "2"]), ArgumentError, "layers has '2', wanted a number"),
+    (lambda c: c.experts(layers=[[1, 2]]), ArgumentError, r"layers has \[1, 2\], wanted a number"),
+    (lambda c: c.experts(1, mesh="x"), ShardingError, "mesh is 'x', wanted a jax.sharding.Mesh of devices, or None"),
+    (lambda c: c.shared_experts(1, mesh=3), ShardingError, "mesh is 3, wanted a jax.sharding.Mesh"),
     (lambda c: c.router(0), CheckpointError, "has no experts in layer 0"),
     (lambda c: c.experts(1, layers=[1]), ArgumentError, "pass layer, or layers"),
     (lambda c: c.experts(layers=[]), ArgumentError, "layers is empty"),

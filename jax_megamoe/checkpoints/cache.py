@@ -15,29 +15,30 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import weight_layout
+from jax_megamoe import weight_checks, weight_layout
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
 from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
 from jax_megamoe.checkpoints.loading import on_purpose
-from jax_megamoe.checkpoints.progress import Progress, Report
+from jax_megamoe.checkpoints.progress import Progress, Report, check_progress
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
 from jax_megamoe.checkpoints.stock import StockModel
-from jax_megamoe.checkpoints.writing import Group, only_writer, replacement, write_safetensors
-from jax_megamoe.errors import CheckpointError, LayoutError
+from jax_megamoe.checkpoints.writing import Group, check_folder, only_writer, write_file, write_safetensors
+from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import as_bytes
+from jax_megamoe.routing import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
 MANIFEST = "jax_megamoe.json"
@@ -55,12 +56,32 @@ _FIELDS: Mapping[str, Any] = {
     "shared": dict | None,
 }
 _ROUTER, _SHARED = "router.", "shared."
+# Keywords of `route` and of `moe` that a cache may hold, and what they may be. Whether they go together these say.
+_ROUTE: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("top_k", "num_groups", "top_groups"), lambda value: type(value) is int and 0 < value < 1 << 31),
+    "scoring": lambda value: value in get_args(Scoring),
+    "group_scoring": lambda value: value in get_args(GroupScoring),
+    "renormalize": lambda value: isinstance(value, bool),
+}
+_MOE: Mapping[str, Callable[[object], bool]] = {
+    "activation_clamp": lambda value: type(value) is float and value > 0,
+    "routed_scaling_factor": lambda value: type(value) is float,
+}
 _SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
+
+
+def as_path(name: str, value: object) -> Path:
+    """The path that an argument is. Raises `ArgumentError` for other things."""
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str) and "\0" not in path:
+            return Path(path)
+    raise ArgumentError(f"{name} is {_short(value)}, wanted the path of a folder: pass a string or a pathlib.Path.")
 
 
 def is_cache(folder: Path) -> bool:
     """Whether it is a cache, complete or not, rather than a stock checkpoint."""
-    return (folder / MANIFEST).exists()
+    return os.path.exists(folder / MANIFEST)  # False, too, where that cannot be known.
 
 
 class CachedModel:
@@ -93,19 +114,12 @@ class CachedModel:
         return file.experts(_SHARED) if file.header["shared"] is not None else None
 
     def router(self, layer: int) -> Router:
-        file = self._file(layer)
-        arrays = {
-            name: jax.device_put(np.array(file.file.tensors[_ROUTER + name].array()))
-            if _ROUTER + name in file.file.tensors
-            else None
-            for name in routers.ARRAYS
-        }
-        return Router(**arrays, options=dict(file.header["route"]))  # type: ignore[arg-type]
+        return self._file(layer).router()
 
     def moe_options(self, layer: int) -> dict[str, Any]:
-        options = self._file(layer).header["moe"]
+        options = self._file(layer).moe_options()
         # What the model has that `moe` lacks is found again, and named.
-        return dict(options) if options is not None else routers.moe_options(self.config)
+        return options if options is not None else routers.moe_options(self.config)
 
     def _file(self, layer: int) -> "LayerFile":
         if layer not in self._files:
@@ -133,25 +147,84 @@ class LayerFile:
 
     def experts(self, prefix: str) -> "PackedLayer":
         """The routed experts, or the shared ones, after checking their shapes."""
-        held = self.header if not prefix else self.header["shared"]
+        format, sizes = self._sizes(self.header if not prefix else self.header["shared"])
+        tensors = [
+            self._tensor(prefix + name, _SAFETENSORS_DTYPES[jnp.dtype(dtype).name], shape)
+            for name, shape, dtype in zip(
+                Leaves._fields,
+                weight_layout.leaf_shapes(format, *sizes),
+                weight_layout.LEAF_DTYPES[format],
+                strict=True,
+            )
+        ]
+        return PackedLayer(Leaves(*tensors), format, sizes)
+
+    def router(self) -> Router:
+        """The router, after checking its arrays and options."""
+        _, (num_experts, *_) = self._sizes(self.header)
+        options = self.header["route"]
+        if "top_k" not in options or not all(name in _ROUTE and _ROUTE[name](value) for name, value in options.items()):
+            self._fail_options("route", options)
+        weight = self._tensor(_ROUTER + "weight", "F32", (num_experts, None))
+        kinds: Mapping[str, tuple[str, tuple[int | None, ...]]] = {
+            "weight": ("F32", weight.shape),
+            "bias": ("F32", (num_experts,)),
+            "hash_table": ("I32", (None, options["top_k"])),
+            "image_bias": ("F32", (num_experts,)),
+            "shared_gate": ("F32", (1, weight.shape[1])),
+        }
+        arrays = {
+            name: self._tensor(_ROUTER + name, *kinds[name]).array() if _ROUTER + name in self.file.tensors else None
+            for name in routers.ARRAYS
+        }
+        table = arrays["hash_table"]
+        if table is not None and table.size and not 0 <= table.min() <= table.max() < num_experts:
+            raise CheckpointError(
+                self.file.path,
+                _ROUTER + "hash_table",
+                f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: make the cache anew.",
+            )
+        placed = {name: None if array is None else jax.device_put(np.array(array)) for name, array in arrays.items()}
+        return Router(**placed, options=dict(options))  # type: ignore[arg-type]
+
+    def moe_options(self) -> dict[str, Any] | None:
+        """Keywords of `moe`, after checking them; None where the version that wrote them does not compute it."""
+        options = self.header["moe"]
+        if options is None:
+            return None
+        if not all(name in _MOE and _MOE[name](value) for name, value in options.items()):
+            self._fail_options("moe", options)
+        return dict(options)
+
+    def _fail_options(self, function: str, options: object) -> NoReturn:
+        raise CheckpointError(
+            self.file.path, None, f"has options of {function}, {_short(options)}, that it lacks: make the cache anew."
+        )
+
+    def _sizes(self, held: Any) -> tuple[Format, tuple[int, int, int]]:
+        """The format, and E, H and I, of the routed or of the shared experts."""
         try:
-            sizes, format = tuple(map(int, held["sizes"])), weight_layout.format_of_tag(held["layout"])
-            if len(sizes) != 3 or min(sizes) < 1:
+            sizes, format = tuple(held["sizes"]), weight_layout.format_of_tag(held["layout"])
+            if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
                 raise ValueError
-            shapes = weight_layout.leaf_shapes(format, *sizes)
+            weight_layout.leaf_shapes(format, *sizes)  # raises for those that are no multiples
         except (TypeError, ValueError, KeyError, LayoutError) as error:
             raise CheckpointError(self.file.path, None, "has no sizes of experts: make the cache anew.") from error
-        tensors = []
-        for name, shape, dtype in zip(Leaves._fields, shapes, weight_layout.LEAF_DTYPES[format], strict=True):
-            tensor = self.file.tensors.get(prefix + name)
-            wanted = _SAFETENSORS_DTYPES[jnp.dtype(dtype).name]
-            if tensor is None or (tensor.dtype, tensor.shape) != (wanted, shape):
-                found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
-                raise CheckpointError(
-                    self.file.path, prefix + name, f"is {found}, wanted {wanted} {shape}: make the cache anew."
-                )
-            tensors.append(tensor)
-        return PackedLayer(Leaves(*tensors), format, sizes)
+        return format, sizes
+
+    def _tensor(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> Tensor:
+        """A tensor of this type and shape, None being any size."""
+        tensor = self.file.tensors.get(name)
+        if (
+            tensor is None
+            or tensor.dtype != dtype
+            or len(tensor.shape) != len(shape)
+            or any(size not in (None, found) for size, found in zip(shape, tensor.shape, strict=True))
+        ):
+            found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            wanted = f"{dtype} {shape}".replace("None", "any")
+            raise CheckpointError(self.file.path, name, f"is {found}, wanted {wanted}: make the cache anew.")
+        return tensor
 
 
 class PackedLayer:
@@ -216,10 +289,16 @@ def convert(
     """Writes a cache of a stock checkpoint to a folder, which `read_checkpoint` reads like the checkpoint itself.
 
     One layer after the other, one expert at a time. A run that was killed may be repeated, and goes on at the layer
-    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout.
+    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout,
+    or of files that have been written again since; and where it cannot be written.
     """
-    model, target = StockModel(Path(folder)), Path(out)
-    source = _fingerprint(model)
+    target = as_path("out", out)
+    if format is not None:
+        weight_checks.check_format(format)
+    check_progress(progress)
+    model = StockModel(as_path("folder", folder))
+    config = (model.folder / CONFIG).read_bytes()
+    source, written = _fingerprint(model, config), _times(model)
     layers = [model.layer(layer) for layer in model.moe_layers]
     if not layers:
         raise CheckpointError(model.folder, None, "has no layer with experts: pass the folder of another model.")
@@ -233,10 +312,15 @@ def convert(
         "family": model.name,
         "layers": model.moe_layers,
         "source": source,
+        "written": written,
         "complete": False,
     }
-    with only_writer(target), on_purpose(None):
-        _begin(target, manifest)
+    names = [MANIFEST, CONFIG, *map(_file_name, model.moe_layers)]
+    # Before anything is written, and again when nobody else can.
+    _is_begun(target, names, manifest)
+    with only_writer(target, names), on_purpose(None):
+        if not _is_begun(target, names, manifest):
+            _write_manifest(target, manifest)
         report = Report(progress, sum(layer.nbytes * layer.num_experts for layer in layers), what="experts packed,")
         for number, layer in zip(model.moe_layers, layers, strict=True):
             if _is_written(target, number, manifest):
@@ -244,20 +328,21 @@ def convert(
             else:
                 _write_layer(target, model, number, layer, manifest, report)
                 layer.release_pages()
-        with replacement(target / CONFIG) as file:
-            file.write((model.folder / CONFIG).read_bytes())
+        _check_times(model.folder, _times(model), written, "were written while they were read: convert them again")
+        write_file(target / CONFIG, config)
         _write_manifest(target, {**manifest, "complete": True})
     return target
 
 
-def _begin(out: Path, manifest: Mapping[str, Any]) -> None:
-    """Says in the folder what it is going to be. Raises `CheckpointError` where it is something else."""
+def _is_begun(out: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> bool:
+    """Whether the folder says already that it is going to be this cache. Changes nothing.
+
+    Raises `CheckpointError` where it is something else than such a cache, an empty folder, or none.
+    """
     path = out / MANIFEST
-    if not path.exists():
-        if (out / CONFIG).exists() or any(out.glob("*.safetensors")):
-            raise CheckpointError(out, None, "holds files of something else, wanted an empty folder: pass another one.")
-        _write_manifest(out, manifest)
-        return
+    if not is_cache(out):
+        check_folder(out, names)
+        return False
     found = read_json(path)
     _check_version(path, found)
     for key in ("source", "format", "layers"):
@@ -268,6 +353,15 @@ def _begin(out: Path, manifest: Mapping[str, Any]) -> None:
                 f"is of a cache with another {key}, {_short(found.get(key))}, wanted {_short(manifest[key])}: "
                 "pass another folder, or remove this one.",
             )
+    # A repair may leave the samples of the fingerprint as they were.
+    _check_times(
+        path,
+        manifest["written"],
+        found.get("written"),
+        "are not known to be what the cache was made of, having been written since, or copied: remove the cache and "
+        "convert them anew, or give them their times again (cp --preserve) if they have not changed",
+    )
+    return True
 
 
 def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
@@ -282,8 +376,7 @@ def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
 
 
 def _write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
-    with replacement(out / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+    write_file(out / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _write_layer(
@@ -371,21 +464,46 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _fingerprint(model: StockModel) -> str:
+def _fingerprint(model: StockModel, config: bytes) -> str:
     """Tells checkpoints apart: by configuration, sizes of files, all headers, and samples of all files' bytes.
 
     Models of one architecture differ in the bytes alone. Those of an expert layer are trained as a whole.
     """
-    digest = hashlib.sha256((model.folder / CONFIG).read_bytes())
+    digest = hashlib.sha256(config)
     for name, file in sorted(model.tensors.files.items()):
-        digest.update(f"{name} {file.size}\n".encode())
+        digest.update(f"{name} {file.size}\n".encode(errors="backslashreplace"))
         for tensor in file.tensors.values():
-            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+            text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
+            digest.update(text.encode(errors="backslashreplace"))
         octets = memoryview(file.mapped())
         for number in range(_SAMPLES):
             start = file.size * number // _SAMPLES
             digest.update(octets[start : start + _SAMPLE_BYTES])
     return digest.hexdigest()
+
+
+def _times(model: StockModel) -> dict[str, list[int]]:
+    """By the name of a checkpoint's file, its size and when it was written, in ns: another one if it was repaired."""
+    times: dict[str, list[int]] = {}
+    for name, file in sorted(model.tensors.files.items()):
+        try:
+            found = file.path.stat()
+        except OSError as error:
+            raise CheckpointError(
+                file.path, None, f"cannot be read, {error.strerror or error}: download it again."
+            ) from error
+        times[name] = [found.st_size, found.st_mtime_ns]
+    return times
+
+
+def _check_times(path: Path, found: Mapping[str, list[int]], known: object, problem: str) -> None:
+    """Raises `CheckpointError` where files of a checkpoint are not those that are known, naming the first."""
+    held = known if isinstance(known, dict) else {}
+    if changed := [name for name, times in found.items() if held.get(name) != times]:
+        name = changed[0][:80]
+        raise CheckpointError(
+            path, None, f"is of a checkpoint of which {len(changed)} files, {name!r} the first, {problem}."
+        )
 
 
 def _short(value: object) -> str:

@@ -1,11 +1,13 @@
 """`read_checkpoint` and `load_experts`: experts, routers and options of a model's layers from its files."""
 
 import logging
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jax_megamoe import weight_checks
@@ -15,7 +17,7 @@ from jax_megamoe.checkpoints.loading import load_layers
 from jax_megamoe.checkpoints.progress import Progress, check_progress
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.stock import StockModel
-from jax_megamoe.errors import ArgumentError, CheckpointError
+from jax_megamoe.errors import ArgumentError, CheckpointError, ShardingError
 from jax_megamoe.placement import EXPERT_AXIS, AxisNames, axes_in_mesh
 from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
@@ -84,20 +86,25 @@ class Checkpoint:
 
         Raises:
           CheckpointError: names file and tensor, for what is missing, damaged, or cannot be served.
-          ShapeError, ShardingError: for layers, or a mesh, that do not fit.
+          ArgumentError: for layers that are no numbers. ShapeError, ShardingError: for layers, or a mesh, that do not
+            fit.
         """
         numbers = self._numbers(layer, layers)
         if format is not None:
             weight_checks.check_format(format)
         check_progress(progress)
+        _check_mesh(mesh)
+        axes = () if mesh is None else axes_in_mesh("expert_axis", expert_axis, mesh.abstract_mesh)
+        found: list[Layer] = [self._model.layer(number) for number in numbers]
+        weights = load_layers(
+            found, stacked=layer is None, format=format, mesh=mesh, axes=tuple(axes), progress=progress
+        )
         try:
             self._model.moe_options(numbers[0])
         except CheckpointError as error:
             # The weights are right, what `moe` would do with them is not.
             _log.warning("%s The experts are loaded all the same.", error)
-        axes = () if mesh is None else axes_in_mesh("expert_axis", expert_axis, mesh.abstract_mesh)
-        found: list[Layer] = [self._model.layer(number) for number in numbers]
-        return load_layers(found, stacked=layer is None, format=format, mesh=mesh, axes=tuple(axes), progress=progress)
+        return weights
 
     def shared_experts(
         self, layer: int, *, mesh: Mesh | None = None, format: Format | None = None
@@ -107,15 +114,16 @@ class Checkpoint:
         With a mesh they are on each of its devices. `format` as of `experts`: they may be held in another one than the
         routed experts.
         """
-        (number,) = self._numbers(layer, None)
+        number = self._number("layer is", layer)
         if format is not None:
             weight_checks.check_format(format)
+        _check_mesh(mesh)
         shared = self._model.shared(number)
         return None if shared is None else load_layers([shared], stacked=False, format=format, mesh=mesh)
 
     def router(self, layer: int) -> Router:
         """The router of a layer, whose `options` are keywords of `route`."""
-        (number,) = self._numbers(layer, None)
+        number = self._number("layer is", layer)
         return self._model.router(number)
 
     def moe_options(self, layer: int) -> dict[str, Any]:
@@ -123,27 +131,55 @@ class Checkpoint:
 
         Raises `CheckpointError` where the model has an activation that `moe` does not compute.
         """
-        (number,) = self._numbers(layer, None)
+        number = self._number("layer is", layer)
         return self._model.moe_options(number)
 
     def _numbers(self, layer: object, layers: Sequence[int] | None) -> list[int]:
-        """The layers that are meant. Raises `CheckpointError` for one without experts."""
+        """The layers that are meant. Raises `CheckpointError` for one without experts, `ArgumentError` for none."""
         if layer is not None and layers is not None:
             raise ArgumentError(f"layer is {layer!r} and layers {layers!r}, wanted one of them: pass layer, or layers.")
-        numbers = [layer] if layer is not None else self.moe_layers if layers is None else list(layers)
+        if layer is not None:
+            return [self._number("layer is", layer)]
+        try:
+            if isinstance(layers, str | bytes):
+                raise TypeError
+            wanted = self.moe_layers if layers is None else list(layers)
+        except TypeError as error:
+            raise ArgumentError(
+                f"layers is {layers!r}, wanted a list of numbers of moe_layers: pass [layer] for one."
+            ) from error
+        numbers = [self._number("layers has", number) for number in wanted]
         if not numbers:
             if layers is not None:
                 raise ArgumentError("layers is empty, wanted at least one number of moe_layers: pass some.")
             raise CheckpointError(self.folder, None, "has no layer with experts: pass the folder of another model.")
-        for number in numbers:
-            if number not in self._model.moe_layers or isinstance(number, bool):
-                held = ", ".join(map(str, self.moe_layers[:3])) + (" ..." if len(self.moe_layers) > 3 else "")
-                raise CheckpointError(
-                    self.folder,
-                    None,
-                    f"has no experts in layer {number!r}, wanted one of moe_layers ({held}): pass one.",
-                )
-        return [int(number) for number in numbers]  # type: ignore[call-overload]
+        return numbers
+
+    def _number(self, what: str, value: Any) -> int:
+        """The number of a layer with experts. Raises `CheckpointError` for another, `ArgumentError` for no number."""
+        try:
+            if isinstance(value, bool | np.bool_):
+                raise TypeError
+            number = operator.index(value)
+        except TypeError as error:
+            raise ArgumentError(
+                f"{what} {value!r}, wanted a number of moe_layers ({self._held()}): pass an int."
+            ) from error
+        if number not in self._model.moe_layers:
+            raise CheckpointError(
+                self.folder,
+                None,
+                f"has no experts in layer {number}, wanted one of moe_layers ({self._held()}): pass one.",
+            )
+        return number
+
+    def _held(self) -> str:
+        return ", ".join(map(str, self.moe_layers[:3])) + (" ..." if len(self.moe_layers) > 3 else "")
+
+
+def _check_mesh(mesh: object) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ShardingError(f"mesh is {mesh!r}, wanted a jax.sharding.Mesh of devices, or None: pass one.")
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -153,9 +189,9 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     encodings that are served. Nothing needs torch.
 
     Raises `CheckpointError`, which names the file and the tensor, for files that are missing or damaged, and for models
-    that cannot be served; for a cache that another version of the layout has made.
+    that cannot be served; for a cache that another version of the layout has made. `ArgumentError` for what is no path.
     """
-    path = Path(folder)
+    path = cache.as_path("folder", folder)
     return Checkpoint(cache.CachedModel(path) if cache.is_cache(path) else StockModel(path))
 
 

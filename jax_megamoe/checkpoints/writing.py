@@ -4,11 +4,13 @@ import fcntl
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from jax_megamoe.checkpoints.safetensors import DTYPE_BITS, Array
 from jax_megamoe.errors import CheckpointError
@@ -30,39 +32,117 @@ class Group:
 
 
 @contextmanager
-def replacement(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the path's name once it is written and flushed; if that fails, or is killed, nothing does."""
-    unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
+def writing_to(path: Path) -> Iterator[None]:
+    """What the system refuses meanwhile is a `CheckpointError` that names the file."""
     try:
-        with unfinished.open("wb") as file:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            path,
+            None,
+            f"cannot be written, {error.strerror or error}: make room there, or pass a folder that may be written to.",
+        ) from error
+
+
+def write_all(path: Path, file: FileIO, content: Any) -> None:
+    """Writes bytes, or an array's, to the file that is going to have this path."""
+    with writing_to(path):
+        view = memoryview(content)
+        rest = view.cast("B") if view.nbytes else b""
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[FileIO]:
+    """A file that takes the path's name once it is written and flushed; if that fails, or is killed, nothing does.
+
+    Not buffered, so that what does not fit on the disk is known where it is written: by `write_all`.
+    """
+    unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
+    with writing_to(path):
+        file = unfinished.open("xb", buffering=0)  # A new one: never what a link leads to.
+    try:
+        with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        # The name, too, has to reach the disk before anything that says that it is there.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            with writing_to(path):
+                os.fsync(file.fileno())
+        with writing_to(path):
+            os.replace(unfinished, path)
+            # The name, too, has to reach the disk before anything that says that it is there.
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """A file with this content, whole or not there."""
+    with replacement(path) as file:
+        write_all(path, file, content)
+
+
+def check_folder(folder: Path, names: Iterable[str]) -> None:
+    """Raises `CheckpointError` unless a folder is new, or holds nothing but what a killed writer of `names` left."""
+    ours = {_LOCK, *(f"{name}{_UNFINISHED}" for name in names)}
+    for name in _entries(folder):
+        if name not in ours:
+            raise CheckpointError(
+                folder,
+                None,
+                f"holds files of something else, as {name[:80]!r}, wanted an empty folder: pass another one.",
+            )
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """While this process writes to the folder no other one does. Makes it, and removes what a killed one left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
+def only_writer(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """While this process writes files of these names to the folder no other one does.
+
+    Makes the folder, and removes what a killed writer left of such files. Raises `CheckpointError` where that, or the
+    lock, is anything but a file.
+    """
+    lock = folder / _LOCK
+    left = [folder / f"{name}{_UNFINISHED}" for name in names]
+    for path in (lock, *left):
+        with writing_to(path):
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise CheckpointError(path, None, "is no regular file: remove it, or pass another folder.")
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(lock):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
         try:
             # The kernel lets go of it when the process ends, however it does.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise CheckpointError(folder, None, "is being written by another process: wait for it to end.") from error
-        for left in folder.glob(f"*{_UNFINISHED}"):
-            left.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                lock, None, f"cannot be locked, {error.strerror or error}: pass a folder of another file system."
+            ) from error
+        for path in left:
+            with writing_to(path):
+                path.unlink(missing_ok=True)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _entries(folder: Path) -> list[str]:
+    """The names in a folder, none if it is not there."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            folder, None, f"cannot be read, {error.strerror or error}: pass a new folder, or one of a cache."
+        ) from error
 
 
 def write_safetensors(path: Path, groups: Sequence[Group], metadata: Mapping[str, str]) -> None:
@@ -79,12 +159,14 @@ def write_safetensors(path: Path, groups: Sequence[Group], metadata: Mapping[str
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     with replacement(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        begin = file.tell()
-        file.truncate(begin + position)  # A disk that is too full says so now.
+        write_all(path, file, len(text).to_bytes(8, "little") + text)
+        begin = 8 + len(text)
+        with writing_to(path):
+            file.truncate(begin + position)  # A file that may not be so long fails now, on a full disk it fails later.
         for group in groups:
             written = [0] * len(group.names)
             for parts in group.parts():
                 for number, part in enumerate(parts):
                     file.seek(begin + starts[group.names[number]] + written[number])
-                    written[number] += file.write(memoryview(part).cast("B"))
+                    write_all(path, file, part)
+                    written[number] += part.nbytes
