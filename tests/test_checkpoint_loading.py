@@ -75,7 +75,10 @@ def assert_needs_at_most(limit: int, call: Callable[[], object]) -> None:
     raise AssertionError(f"took {peak.nbytes} bytes, wanted at most {limit}")
 
 
-@pytest.mark.parametrize("kind, format", [("fp8_block", None), ("mxfp4", None), ("mxfp4", "fp8_block")])
+@pytest.mark.parametrize(
+    "kind, format",
+    [("fp8_block", None), pytest.param("mxfp4", None, marks=pytest.mark.exhaustive), ("mxfp4", "fp8_block")],
+)
 def test_little_is_in_memory_beside_the_result(kind, format, tmp_path):
     """At most a tenth of the result and one layer: measured as all of this process's memory but mapped files."""
     folder = large_checkpoint(tmp_path, kind)

@@ -75,7 +75,7 @@ def texts_of_one_process() -> list[str]:
     return run_demo(jax.devices("cpu")[:NUM_DEVICES])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_processes_give_the_result_of_one(processes, one_process, texts_of_one_process, tmp_path):
     run_processes(processes, tmp_path)
     for process in range(processes):

@@ -52,8 +52,16 @@ def test_reference_on_explicit_axes(kind, with_context):
     assert_matches_model(jnp.asarray(np.asarray(rows).reshape(layer.x.shape)), layer)
 
 
-@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "with_context"),
+    [
+        (AUTO, False),
+        pytest.param(AUTO, True, marks=pytest.mark.exhaustive),
+        pytest.param(EXPLICIT, False, marks=pytest.mark.exhaustive),
+        (EXPLICIT, True),
+    ],
+    ids=["auto", "auto, mesh of context", "explicit", "explicit, mesh of context"],
+)
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_global_view(sizes, kind, with_context):
     mesh, layer = make_mesh(sizes, kind), make_layer()
@@ -135,7 +143,10 @@ def test_no_expert_axis_is_the_local_op(kind):
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, 8, 13])
+@pytest.mark.parametrize(
+    "num_tokens",
+    [0, pytest.param(1, marks=pytest.mark.exhaustive), 5, 8, pytest.param(13, marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("sizes", [MESHES["expert"], MESHES["data x expert"]], ids=["expert", "data x expert"])
 def test_padding(sizes, num_tokens):
     mesh, layer = make_mesh(sizes, AUTO), make_layer(num_tokens)

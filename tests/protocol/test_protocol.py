@@ -47,7 +47,11 @@ def test_two_ranks_with_delayed_stores(protocol):
     assert outcome.num_states > 1_000
 
 
-@pytest.mark.parametrize("sends", [SPARSE, NOBODY], ids=["some send", "nobody sends"])
+@pytest.mark.parametrize(
+    "sends",
+    [SPARSE, pytest.param(NOBODY, marks=pytest.mark.exhaustive)],
+    ids=["some send", "nobody sends"],
+)
 def test_idle_ranks_with_delayed_stores(sends):
     outcome = explore(Protocol(), num_ranks=2, num_launches=3, delayed_stores=True, sends=sends)
     assert outcome.error is None, outcome.trace

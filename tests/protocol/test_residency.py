@@ -56,7 +56,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+LONG = ("three ranks", "three CTAs", "fewer units than CTAs", "a kernel on each GPU")
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        pytest.param(scene, id=name, marks=[pytest.mark.exhaustive] if name in LONG else [])
+        for name, scene in SCENES.items()
+    ],
+)
 def test_any_ctas_are_enough(scene):
     outcome = explore(scene, Mechanism())
     assert outcome.error is None, outcome.trace
