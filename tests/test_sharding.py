@@ -124,7 +124,7 @@ def test_tokens_split_over_a_part_of_the_expert_axes(kind):
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("tokens", [None, "data", "expert"])
+@pytest.mark.parametrize("tokens", [None, pytest.param("data", marks=pytest.mark.exhaustive), "expert"])
 def test_tokens_replicated_over_some_axes(kind, tokens):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = place_all(mesh, layer, tokens=tokens)
