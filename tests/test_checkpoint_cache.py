@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.__main__ import COMMANDS, main
-from jax_megamoe.checkpoints import cache, convert, writing
+from jax_megamoe.checkpoints import cache, cache_writing, convert, writing
 from jax_megamoe.checkpoints.safetensors import File
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import build, file_bytes, octets, write
@@ -274,15 +274,15 @@ def test_links_folders_and_pipes_are_not_written_to(name, kind, made, tmp_path):
 
 @pytest.fixture
 def small_samples(monkeypatch):
-    monkeypatch.setattr(cache, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(cache_writing, "_SAMPLE_BYTES", 64)
 
 
 def repair(folder: Path) -> Path:
     """Writes a byte between the samples of the first file anew, as a download that goes on does."""
     path = sorted(folder.glob("*.safetensors"))[0]
     content = bytearray(path.read_bytes())
-    assert len(content) // cache._SAMPLES > cache._SAMPLE_BYTES
-    content[cache._SAMPLE_BYTES + len(content) * 20 // cache._SAMPLES] ^= 1
+    assert len(content) // cache_writing._SAMPLES > cache_writing._SAMPLE_BYTES
+    content[cache_writing._SAMPLE_BYTES + len(content) * 20 // cache_writing._SAMPLES] ^= 1
     time.sleep(0.01)
     path.with_name("new").write_bytes(content)
     os.replace(path.with_name("new"), path)
@@ -419,7 +419,7 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     out, path, content, held = made_once
     header = {**held, field: value}
     tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
-    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps(header)}))
+    path.write_bytes(file_bytes(tensors, {cache.METADATA: json.dumps(header)}))
     try:
         checkpoint = mm.read_checkpoint(out)
         for call in (checkpoint.experts, checkpoint.shared_experts, checkpoint.router, checkpoint.moe_options):
@@ -444,7 +444,7 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
 def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
     out, path, content, held = made_once
     tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
-    path.write_bytes(file_bytes(tensors, {cache._METADATA: json.dumps({**held, field: value})}))
+    path.write_bytes(file_bytes(tensors, {cache.METADATA: json.dumps({**held, field: value})}))
     try:
         with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: {text}"):
             getattr(mm.read_checkpoint(out), call)(1)
@@ -469,7 +469,7 @@ def test_routers_that_a_cache_may_not_hold(name, value, text, made_once):
     del tensors["router.bias"]  # Other arrays come to the end, where they are aligned.
     kept = {key: array for key, array in tensors.items() if key != f"router.{name}"}
     kept |= {} if value is None else {f"router.{name}": value}
-    path.write_bytes(file_bytes(kept, {cache._METADATA: json.dumps(held)}))
+    path.write_bytes(file_bytes(kept, {cache.METADATA: json.dumps(held)}))
     try:
         with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: tensor 'router\.{name}' {text}"):
             mm.read_checkpoint(out).router(1)
@@ -482,7 +482,7 @@ def made_once(tmp_path_factory) -> tuple[Path, Path, bytes, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("cache")
     out = convert(stock_folder(folder, "deepseek-v4"), folder / "cache")
     path = out / "layer-00001.safetensors"
-    return out, path, path.read_bytes(), json.loads(File(path).metadata[cache._METADATA])
+    return out, path, path.read_bytes(), json.loads(File(path).metadata[cache.METADATA])
 
 
 def test_a_truncated_layer_is_named(made):
@@ -515,7 +515,7 @@ def test_the_command_interrupted(made, capsys, monkeypatch):
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "_write_layer", interrupt)
+    monkeypatch.setattr(cache_writing, "_write_layer", interrupt)
     assert main(["convert", str(folder), str(out)]) == 130
     assert "goes on where it was" in capsys.readouterr().err
     monkeypatch.undo()

@@ -5,7 +5,7 @@
 to packed leaves), `loading` (onto devices); `safetensors`, `folder` and `writing` (files), `progress`.
 """
 
-from jax_megamoe.checkpoints.cache import convert
+from jax_megamoe.checkpoints.cache_writing import convert
 from jax_megamoe.checkpoints.checkpoint import Checkpoint, load_experts, read_checkpoint
 from jax_megamoe.checkpoints.router import Router
 

@@ -11,11 +11,9 @@ other names, flushed and renamed, so that one that has its name is whole; the fi
 when all are there. What a writer leaves that was killed is never read, and the next one goes on after it.
 """
 
-import functools
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -24,27 +22,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_megamoe import weight_checks, weight_layout
+from jax_megamoe import weight_layout
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
-from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
-from jax_megamoe.checkpoints.loading import on_purpose
-from jax_megamoe.checkpoints.progress import Progress, Report, check_progress
+from jax_megamoe.checkpoints.layers import Recipe
 from jax_megamoe.checkpoints.router import Router
-from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
-from jax_megamoe.checkpoints.stock import StockModel
-from jax_megamoe.checkpoints.writing import Group, check_folder, only_writer, write_file, write_safetensors
+from jax_megamoe.checkpoints.safetensors import File, Tensor
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
-from jax_megamoe.quantized_packing import as_bytes
 from jax_megamoe.routing import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
 MANIFEST = "jax_megamoe.json"
-_VERSION = 1
-_METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
-_SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file of a checkpoint, by which it is known again
+VERSION = 1
+METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
 _FIELDS: Mapping[str, Any] = {
     "version": int,
     "layout": str,
@@ -55,7 +47,7 @@ _FIELDS: Mapping[str, Any] = {
     "moe": dict | None,  # None: `moe` of the version that wrote it does not compute the activation
     "shared": dict | None,
 }
-_ROUTER, _SHARED = "router.", "shared."
+ROUTER, SHARED = "router.", "shared."
 # Keywords of `route` and of `moe` that a cache may hold, and what they may be. Whether they go together these say.
 _ROUTE: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("top_k", "num_groups", "top_groups"), lambda value: type(value) is int and 0 < value < 1 << 31),
@@ -67,7 +59,7 @@ _MOE: Mapping[str, Callable[[object], bool]] = {
     "activation_clamp": lambda value: type(value) is float and value > 0,
     "routed_scaling_factor": lambda value: type(value) is float,
 }
-_SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
+SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
 
 
 def as_path(name: str, value: object) -> Path:
@@ -76,7 +68,7 @@ def as_path(name: str, value: object) -> Path:
         path = os.fspath(value)
         if isinstance(path, str) and "\0" not in path:
             return Path(path)
-    raise ArgumentError(f"{name} is {_short(value)}, wanted the path of a folder: pass a string or a pathlib.Path.")
+    raise ArgumentError(f"{name} is {short(value)}, wanted the path of a folder: pass a string or a pathlib.Path.")
 
 
 def is_cache(folder: Path) -> bool:
@@ -91,7 +83,7 @@ class CachedModel:
         self.folder = folder
         self._path = folder / MANIFEST
         self._manifest = read_json(self._path)
-        _check_version(self._path, self._manifest)
+        check_version(self._path, self._manifest)
         if self._manifest.get("complete") is not True:
             raise CheckpointError(
                 self._path,
@@ -111,7 +103,7 @@ class CachedModel:
 
     def shared(self, layer: int) -> "PackedLayer | None":
         file = self._file(layer)
-        return file.experts(_SHARED) if file.header["shared"] is not None else None
+        return file.experts(SHARED) if file.header["shared"] is not None else None
 
     def router(self, layer: int) -> Router:
         return self._file(layer).router()
@@ -123,9 +115,8 @@ class CachedModel:
 
     def _file(self, layer: int) -> "LayerFile":
         if layer not in self._files:
-            file = LayerFile(self.folder / _file_name(layer))
-            wanted = layer, self._manifest.get("source"), self._manifest["layout"]
-            if (file.header["layer"], file.header["source"], file.header["layout"]) != wanted:
+            file = LayerFile(self.folder / file_name(layer))
+            if not file.belongs_to(self._manifest, layer):
                 raise CheckpointError(file.file.path, None, "is of another layer or cache: make the cache anew.")
             self._files[layer] = file
         return self._files[layer]
@@ -137,19 +128,24 @@ class LayerFile:
     def __init__(self, path: Path) -> None:
         self.file = File(path)
         try:
-            header = json.loads(self.file.metadata[_METADATA])
+            header = json.loads(self.file.metadata[METADATA])
         except (KeyError, ValueError) as error:
             raise CheckpointError(path, None, "is no file of a cache: make the cache anew.") from error
         if not isinstance(header, dict) or not all(isinstance(header.get(name, ()), k) for name, k in _FIELDS.items()):
             raise CheckpointError(path, None, "has other fields than a cache: make the cache anew.")
-        _check_version(path, header)
+        check_version(path, header)
         self.header: Mapping[str, Any] = header
+
+    def belongs_to(self, manifest: Mapping[str, Any], layer: int) -> bool:
+        """Whether it is that layer's of the cache with this manifest."""
+        wanted = layer, manifest.get("source"), manifest["layout"]
+        return (self.header["layer"], self.header["source"], self.header["layout"]) == wanted
 
     def experts(self, prefix: str) -> "PackedLayer":
         """The routed experts, or the shared ones, after checking their shapes."""
         format, sizes = self._sizes(self.header if not prefix else self.header["shared"])
         tensors = [
-            self._tensor(prefix + name, _SAFETENSORS_DTYPES[jnp.dtype(dtype).name], shape)
+            self._tensor(prefix + name, SAFETENSORS_DTYPES[jnp.dtype(dtype).name], shape)
             for name, shape, dtype in zip(
                 Leaves._fields,
                 weight_layout.leaf_shapes(format, *sizes),
@@ -165,7 +161,7 @@ class LayerFile:
         options = self.header["route"]
         if "top_k" not in options or not all(name in _ROUTE and _ROUTE[name](value) for name, value in options.items()):
             self._fail_options("route", options)
-        weight = self._tensor(_ROUTER + "weight", "F32", (num_experts, None))
+        weight = self._tensor(ROUTER + "weight", "F32", (num_experts, None))
         kinds: Mapping[str, tuple[str, tuple[int | None, ...]]] = {
             "weight": ("F32", weight.shape),
             "bias": ("F32", (num_experts,)),
@@ -174,14 +170,14 @@ class LayerFile:
             "shared_gate": ("F32", (1, weight.shape[1])),
         }
         arrays = {
-            name: self._tensor(_ROUTER + name, *kinds[name]).array() if _ROUTER + name in self.file.tensors else None
+            name: self._tensor(ROUTER + name, *kinds[name]).array() if ROUTER + name in self.file.tensors else None
             for name in routers.ARRAYS
         }
         table = arrays["hash_table"]
         if table is not None and table.size and not 0 <= table.min() <= table.max() < num_experts:
             raise CheckpointError(
                 self.file.path,
-                _ROUTER + "hash_table",
+                ROUTER + "hash_table",
                 f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: make the cache anew.",
             )
         placed = {name: None if array is None else jax.device_put(np.array(array)) for name, array in arrays.items()}
@@ -198,7 +194,7 @@ class LayerFile:
 
     def _fail_options(self, function: str, options: object) -> NoReturn:
         raise CheckpointError(
-            self.file.path, None, f"has options of {function}, {_short(options)}, that it lacks: make the cache anew."
+            self.file.path, None, f"has options of {function}, {short(options)}, that it lacks: make the cache anew."
         )
 
     def _sizes(self, held: Any) -> tuple[Format, tuple[int, int, int]]:
@@ -279,179 +275,17 @@ class _UnpackRecipe:
         return leaves, jnp.logical_and(jnp.isnan(leaves.gate_up_scale[:1, 0, 0, 0]), False)
 
 
-def convert(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    format: Format | None = None,
-    progress: Progress = None,
-) -> Path:
-    """Writes a cache of a stock checkpoint to a folder, which `read_checkpoint` reads like the checkpoint itself.
-
-    One layer after the other, one expert at a time. A run that was killed may be repeated, and goes on at the layer
-    where it was. Raises `CheckpointError` where `out` holds something else: a cache of another model, format or layout,
-    or of files that have been written again since; and where it cannot be written.
-    """
-    target = as_path("out", out)
-    if format is not None:
-        weight_checks.check_format(format)
-    check_progress(progress)
-    model = StockModel(as_path("folder", folder))
-    config = (model.folder / CONFIG).read_bytes()
-    source, written = _fingerprint(model, config), _times(model)
-    layers = [model.layer(layer) for layer in model.moe_layers]
-    if not layers:
-        raise CheckpointError(model.folder, None, "has no layer with experts: pass the folder of another model.")
-    chosen = choose_format(layers, format)
-    for layer in layers:
-        layer.recipe(chosen)
-    manifest = {
-        "version": _VERSION,
-        "layout": weight_layout.LAYOUT_TAGS[chosen],
-        "format": chosen,
-        "family": model.name,
-        "layers": model.moe_layers,
-        "source": source,
-        "written": written,
-        "complete": False,
-    }
-    names = [MANIFEST, CONFIG, *map(_file_name, model.moe_layers)]
-    # Before anything is written, and again when nobody else can.
-    _is_begun(target, names, manifest)
-    with only_writer(target, names), on_purpose(None):
-        if not _is_begun(target, names, manifest):
-            _write_manifest(target, manifest)
-        report = Report(progress, sum(layer.nbytes * layer.num_experts for layer in layers), what="experts packed,")
-        for number, layer in zip(model.moe_layers, layers, strict=True):
-            if _is_written(target, number, manifest):
-                report.add(layer.nbytes * layer.num_experts)
-            else:
-                _write_layer(target, model, number, layer, manifest, report)
-                layer.release_pages()
-        _check_times(model.folder, _times(model), written, "were written while they were read: convert them again")
-        write_file(target / CONFIG, config)
-        _write_manifest(target, {**manifest, "complete": True})
-    return target
-
-
-def _is_begun(out: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> bool:
-    """Whether the folder says already that it is going to be this cache. Changes nothing.
-
-    Raises `CheckpointError` where it is something else than such a cache, an empty folder, or none.
-    """
-    path = out / MANIFEST
-    if not is_cache(out):
-        check_folder(out, names)
-        return False
-    found = read_json(path)
-    _check_version(path, found)
-    for key in ("source", "format", "layers"):
-        if found.get(key) != manifest[key]:
-            raise CheckpointError(
-                path,
-                None,
-                f"is of a cache with another {key}, {_short(found.get(key))}, wanted {_short(manifest[key])}: "
-                "pass another folder, or remove this one.",
-            )
-    # A repair may leave the samples of the fingerprint as they were.
-    _check_times(
-        path,
-        manifest["written"],
-        found.get("written"),
-        "are not known to be what the cache was made of, having been written since, or copied: remove the cache and "
-        "convert them anew, or give them their times again (cp --preserve) if they have not changed",
-    )
-    return True
-
-
-def _is_written(out: Path, number: int, manifest: Mapping[str, Any]) -> bool:
-    """Whether a layer's file is there: whole, if so. Raises `CheckpointError` for one of another cache."""
-    path = out / _file_name(number)
-    if not path.exists():
-        return False
-    header = LayerFile(path).header
-    if (header["layer"], header["source"], header["layout"]) != (number, manifest["source"], manifest["layout"]):
-        raise CheckpointError(path, None, "is of another cache: pass another folder, or remove this one.")
-    return True
-
-
-def _write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(out / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-
-def _write_layer(
-    out: Path, model: StockModel, number: int, layer: Layer, manifest: Mapping[str, Any], report: Report
-) -> None:
-    format: Format = manifest["format"]
-    shared = model.shared(number)
-    shared_format: Format = "fp8_block" if shared is None else shared.format or "fp8_block"
-    try:
-        options: dict[str, Any] | None = model.moe_options(number)
-    except CheckpointError:
-        options = None  # It is raised again for whoever asks, as by the checkpoint itself.
-    router = model.router(number)
-    header = {
-        "version": _VERSION,
-        "layout": manifest["layout"],
-        "layer": number,
-        "source": manifest["source"],
-        "sizes": sizes_of(layer),
-        "route": router.options,
-        "moe": options,
-        "shared": None
-        if shared is None
-        else {"sizes": sizes_of(shared), "layout": weight_layout.LAYOUT_TAGS[shared_format]},
-    }
-    groups = [_leaves("", layer, format, report.add)]
-    arrays = {name: np.asarray(array) for name in routers.ARRAYS if (array := getattr(router, name)) is not None}
-    groups.append(
-        Group(
-            [_ROUTER + name for name in arrays],
-            [_SAFETENSORS_DTYPES[array.dtype.name] for array in arrays.values()],
-            [array.shape for array in arrays.values()],
-            lambda: [list(arrays.values())],
-        )
-    )
-    if shared is not None:
-        groups.append(_leaves(_SHARED, shared, shared_format, lambda nbytes: None))
-    write_safetensors(out / _file_name(number), groups, {_METADATA: json.dumps(header)})
-
-
-def _leaves(prefix: str, layer: Layer, format: Format, report: Callable[[int], None]) -> Group:
-    """The four leaves of a layer, which are packed expert by expert as they are written."""
-    recipe = layer.recipe(format)
-
-    def parts() -> Iterator[list[Array]]:
-        for expert in range(layer.num_experts):
-            leaves, is_wrong = _pack(jax.device_put(layer.read(expert, 1)), recipe=recipe)
-            if np.asarray(is_wrong).any():
-                layer.explain(expert, format)
-            yield [np.asarray(as_bytes(leaf)) for leaf in leaves]
-            report(layer.nbytes)
-
-    return Group(
-        [prefix + name for name in Leaves._fields],
-        [_SAFETENSORS_DTYPES[jnp.dtype(dtype).name] for dtype in weight_layout.LEAF_DTYPES[format]],
-        weight_layout.leaf_shapes(format, *sizes_of(layer)),
-        parts,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="recipe")
-def _pack(arrays: Any, *, recipe: Recipe) -> tuple[Leaves, jax.Array]:
-    return recipe(arrays)
-
-
-def _file_name(layer: int) -> str:
+def file_name(layer: int) -> str:
+    """Of a layer's file."""
     return f"layer-{layer:05}.safetensors"
 
 
-def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
+def check_version(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` for a cache, or a file of one, of another version of this package."""
     remedy = "remove the folder and run python -m jax_megamoe convert anew"
-    if fields.get("version") != _VERSION:
+    if fields.get("version") != VERSION:
         raise CheckpointError(
-            path, None, f"has version {fields.get('version')!r} of caches, wanted {_VERSION}: {remedy}."
+            path, None, f"has version {fields.get('version')!r} of caches, wanted {VERSION}: {remedy}."
         )
     try:
         weight_layout.format_of_tag(str(fields.get("layout")))
@@ -464,48 +298,7 @@ def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _fingerprint(model: StockModel, config: bytes) -> str:
-    """Tells checkpoints apart: by configuration, sizes of files, all headers, and samples of all files' bytes.
-
-    Models of one architecture differ in the bytes alone. Those of an expert layer are trained as a whole.
-    """
-    digest = hashlib.sha256(config)
-    for name, file in sorted(model.tensors.files.items()):
-        digest.update(f"{name} {file.size}\n".encode(errors="backslashreplace"))
-        for tensor in file.tensors.values():
-            text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
-            digest.update(text.encode(errors="backslashreplace"))
-        octets = memoryview(file.mapped())
-        for number in range(_SAMPLES):
-            start = file.size * number // _SAMPLES
-            digest.update(octets[start : start + _SAMPLE_BYTES])
-    return digest.hexdigest()
-
-
-def _times(model: StockModel) -> dict[str, list[int]]:
-    """By the name of a checkpoint's file, its size and when it was written, in ns: another one if it was repaired."""
-    times: dict[str, list[int]] = {}
-    for name, file in sorted(model.tensors.files.items()):
-        try:
-            found = file.path.stat()
-        except OSError as error:
-            raise CheckpointError(
-                file.path, None, f"cannot be read, {error.strerror or error}: download it again."
-            ) from error
-        times[name] = [found.st_size, found.st_mtime_ns]
-    return times
-
-
-def _check_times(path: Path, found: Mapping[str, list[int]], known: object, problem: str) -> None:
-    """Raises `CheckpointError` where files of a checkpoint are not those that are known, naming the first."""
-    held = known if isinstance(known, dict) else {}
-    if changed := [name for name, times in found.items() if held.get(name) != times]:
-        name = changed[0][:80]
-        raise CheckpointError(
-            path, None, f"is of a checkpoint of which {len(changed)} files, {name!r} the first, {problem}."
-        )
-
-
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """As errors show a value that may be long."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
