@@ -17,7 +17,7 @@ struct LaunchConstants {
   Divisor dispatch_blocks;  // items per token
   Divisor gate_up_units;    // per chunk
   Divisor down_units;
-  int cluster_ctas;         // 1, or 2 that share weights (kernels/cluster.cuh)
+  int cluster_ctas;         // 1, or 2 that share weights or tokens (kernels/cluster.cuh)
   Divisor gate_up_tickets;  // per chunk: units, or two of them for a cluster
   Divisor down_tickets;
   bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first

@@ -51,17 +51,16 @@ enum class OrientationKind : uint8_t { kSwapAb, kNormal, kWide };
 template <OrientationKind kKind, typename WeightFormat>
 struct OrientationConstants {
   using Format = WeightFormat;
-  static constexpr bool kSwap = kKind == OrientationKind::kSwapAb;
   // For few tokens per expert: bound by the memory, CTAs alone, everything in a hurry to start and to end.
-  static constexpr bool kSwapsOperands = kSwap;
+  static constexpr bool kSwapsOperands = kKind == OrientationKind::kSwapAb;
   // Weights on M and many tokens on N, in clusters of two CTAs that share the tokens.
   static constexpr bool kWide = kKind == OrientationKind::kWide;
-  static constexpr int kTokenTile = kSwap ? kSwapTokenTile : kWide ? kWideTokenTile : kNormalTokenTile;
-  static constexpr int kStageBlocks = kSwap ? 2 : 1;  // K blocks per stage
+  static constexpr int kTokenTile = kSwapsOperands ? kSwapTokenTile : kWide ? kWideTokenTile : kNormalTokenTile;
+  static constexpr int kStageBlocks = kSwapsOperands ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
   // per multiply.
-  static constexpr int kUnitTiles = kSwap || kWide ? 1 : 2;
-  static constexpr int kActivationScaleColumns = activation_scale_columns(kSwap);
+  static constexpr int kUnitTiles = kSwapsOperands || kWide ? 1 : 2;
+  static constexpr int kActivationScaleColumns = activation_scale_columns(kSwapsOperands);
   static constexpr int kActivationScalesPerBlock = kBlockK / kActivationScaleColumns;
   // One tile's weights for 128 columns of K: two planes.
   static constexpr int kBlockWeightBytes = 2 * Format::kPlaneBytes;
@@ -71,18 +70,18 @@ struct OrientationConstants {
   static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowScaleBytes, 1024);
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
-  static constexpr int kGateUpSignals = kSwap || kWide ? 1 : kConsumerWarpgroups;
+  static constexpr int kGateUpSignals = kSwapsOperands || kWide ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
   // Columns of a token that a warp quantises at a time: for few tokens, more warps have some.
-  static constexpr int kDispatchColumns = kSwap ? 256 : 512;
+  static constexpr int kDispatchColumns = kSwapsOperands ? 256 : 512;
   // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens
   // and adding slots up, and with thousands of tokens they add up to microseconds.
-  static constexpr int kIdsInFlight = kSwap ? 1 : 16;
-  static constexpr int kItemsInFlight = kSwap ? 2 : 4;
-  static constexpr int kSlotsInFlight = kSwap ? 4 : 8;
+  static constexpr int kIdsInFlight = kSwapsOperands ? 1 : 16;
+  static constexpr int kItemsInFlight = kSwapsOperands ? 2 : 4;
+  static constexpr int kSlotsInFlight = kSwapsOperands ? 4 : 8;
   // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
-  static constexpr int kProducerRegisters = kSwap ? 72 : 56;
-  static constexpr int kConsumerRegisters = kSwap ? 216 : 224;
+  static constexpr int kProducerRegisters = kSwapsOperands ? 72 : 56;
+  static constexpr int kConsumerRegisters = kSwapsOperands ? 216 : 224;
 
   static_assert(kConsumerWarpgroups * kConsumerRegisters + kProducerRegisters <= 3 * kRegistersAtStart);
 

@@ -13,9 +13,7 @@
 
 #include "common/fp8.cuh"
 #include "common/ptx/async_copy.cuh"
-#include "common/ptx/cluster.cuh"
 #include "common/ptx/l2.cuh"
-#include "common/ptx/mbarrier.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/e2m1.cuh"

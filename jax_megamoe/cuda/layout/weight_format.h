@@ -40,6 +40,9 @@ struct Mxfp4 {
 // Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M,
 // and many tokens have the wide orientation instead of the normal one.
 constexpr bool is_decoded(WeightFormat format) { return format == WeightFormat::kMxfp4; }
+static_assert(is_decoded(Fp8Block::kFormat) == Fp8Block::kDecodes);
+static_assert(is_decoded(Fp8Channel::kFormat) == Fp8Channel::kDecodes);
+static_assert(is_decoded(Mxfp4::kFormat) == Mxfp4::kDecodes);
 
 // Bytes of a matrix of whole planes.
 template <typename Format>
