@@ -143,7 +143,8 @@ def report(title: str, process: "subprocess.Popen[bytes]", log: Path, was_ended:
     what = "did not end in time" if was_ended else f"status {status}"
     # What a library logs at exit comes after pytest's summary.
     summary = [line for line in lines if re.search(r"\d+ (passed|skipped|deselected)", line)][-1:]
-    print(f"== {title}: {what}", *(summary if status == 0 else lines[-60:]), sep="\n", flush=True)
+    first = next((number for number, line in enumerate(lines) if re.match("=+ (FAILURES|ERRORS) =+", line)), -60)
+    print(f"== {title}: {what}", *(summary if status == 0 else lines[first:]), sep="\n", flush=True)
     return status
 
 

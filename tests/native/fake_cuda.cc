@@ -9,7 +9,11 @@ namespace fakes {
 
 namespace {
 
-thread_local int current_device = 0;
+thread_local int current_device = 0;       // the runtime's, which is 0 in a new thread
+thread_local CUcontext context = nullptr;  // the driver's
+
+CUresult get_context(CUcontext* current) { return *current = context, CUDA_SUCCESS; }
+CUresult set_context(CUcontext wanted) { return context = wanted, CUDA_SUCCESS; }
 
 bool is_pending(Stream& stream) {
   if (stream.clique == nullptr) return false;
@@ -70,8 +74,23 @@ using fakes::driver;
 
 extern "C" {
 
-cudaError_t cudaGetDevice(int* device) { return *device = fakes::current_device, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return fakes::current_device = device, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  const intptr_t of_context = reinterpret_cast<intptr_t>(fakes::context) - 1;
+  return *device = of_context < 0 ? fakes::current_device : static_cast<int>(of_context), cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  fakes::current_device = device;
+  fakes::context = reinterpret_cast<CUcontext>(static_cast<intptr_t>(device) + 1);
+  std::lock_guard<std::mutex> lock(driver().mutex);
+  driver().contexts.insert(fakes::context);
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool sets = std::strcmp(name, "cuCtxSetCurrent") == 0;
+  *function = sets ? reinterpret_cast<void*>(fakes::set_context) : reinterpret_cast<void*>(fakes::get_context);
+  return *found = cudaDriverEntryPointSuccess, cudaSuccess;
+}
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return std::exchange(fakes::last_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }

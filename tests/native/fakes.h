@@ -1,6 +1,7 @@
 // A machine without GPUs for the transport's tests: host memory for device memory, one thread for each rank.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -41,6 +42,7 @@ struct Driver {
   std::map<void*, size_t> allocations;  // live ones
   std::map<void*, int> mappings;        // of an allocation by CUDA IPC
   std::set<Stream*> streams;
+  std::set<CUcontext> contexts;               // that some thread has had; device d's is d + 1
   std::set<std::pair<int, int>> unreachable;  // (from, to)
   std::map<int, size_t> limits;               // bytes of one allocation, by device
   std::function<void(const std::string& function, int device)> on_call;

@@ -1,4 +1,5 @@
 // The first set-up of a group, growth, how long its memory lives, and what can't be had.
+#include "common/device_scope.h"
 #include "transport_world.h"
 
 namespace {
@@ -177,9 +178,29 @@ void test_another_communicator_at_the_same_address() {
   for (int r = 0; r < 2; ++r) EXPECT(world.members[r] != before[r] && world.members[r]->rank() == 1 - r);
 }
 
+// A thread that has no context gets none of device 0, which may be another process's; one that has gets its own back.
+void test_a_device_scope_leaves_what_was() {
+  fakes::driver().contexts.clear();
+  std::thread([] {
+    int device = 0;
+    {
+      megamoe::DeviceScope scope(5);
+      EXPECT(scope.status() == cudaSuccess && cudaGetDevice(&device) == cudaSuccess && device == 5);
+    }
+    EXPECT(fakes::driver().contexts.size() == 1);
+    cudaSetDevice(3);
+    {
+      megamoe::DeviceScope scope(5);
+    }
+    EXPECT(cudaGetDevice(&device) == cudaSuccess && device == 3);
+  }).join();
+  EXPECT(fakes::driver().contexts.size() == 2);
+}
+
 }  // namespace
 
 void test_set_up() {
+  test_a_device_scope_leaves_what_was();
   test_all_ranks_see_all_buffers();
   test_one_buffer_grows();
   test_the_largest_wish_decides();

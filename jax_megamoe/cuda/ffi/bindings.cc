@@ -165,7 +165,7 @@ PYBIND11_MODULE(_core, module) {
 #ifdef MEGAMOE_TESTING
   module.attr("has_testing") = true;
   module.def("hold_sms", &hold_sms, py::arg("device"), py::arg("ctas"), py::arg("milliseconds"),
-             "A kernel on a stream of its own that keeps so many SMs for so long; returns at once.");
+             "A kernel on a stream of its own that keeps so many SMs for so long; returns when it has them.");
 #else
   module.attr("has_testing") = false;
 #endif

@@ -6,7 +6,7 @@
 namespace megamoe {
 
 // Enqueues `ctas` CTAs on a stream of their own on the current device, each of which has an SM to itself for so long.
-// Returns at once.
+// Returns when all of them have begun, or would be over.
 cudaError_t hold_sms(int ctas, int milliseconds);
 
 }  // namespace megamoe
