@@ -1,10 +1,11 @@
 """`moe`, the documented entry: checks its arguments, finds the mesh, and hands over to the primitives."""
 
+import functools
 from typing import get_args
 
 import jax
 
-from jax_megamoe import arguments
+from jax_megamoe import arguments, shared_experts
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
@@ -12,7 +13,6 @@ from jax_megamoe.options import Implementation, typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement, tell_devices
 from jax_megamoe.placement_log import log_costs
 from jax_megamoe.primitives import moe as primitive
-from jax_megamoe.valid_tokens import ids_of_valid_tokens
 from jax_megamoe.weights import ExpertWeights
 
 
@@ -28,6 +28,8 @@ def moe(
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
     num_valid_tokens: int | jax.Array | None = None,
+    shared: ExpertWeights | None = None,
+    shared_weights: jax.Array | None = None,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
@@ -55,6 +57,13 @@ def moe(
         The slots of those behind are unused: they get zeros, and the load does not count them. Inside `jax.shard_map`
         it counts the tokens of the x that is passed there, each device's own; under `jax.vmap` those of each element.
         Ints, Python's or NumPy's, outside [0, T] are a ShapeError; values of jax arrays are clamped. None: all.
+      shared: S shared experts, through which every token goes, whole on each device: of the sizes of `weights`, and
+        stacked like them. Their results, times shared_weights and not times routed_scaling_factor, are added in the
+        same kernel, by the device that has the token; tokens without used slots get them too, those that are not valid
+        do not. Where the format is another than that of `weights`, or k + S is more than 32, they are a kernel of their
+        own, and the sum is rounded once more.
+      shared_weights: f32[..., S], a factor for each token and shared expert, as models with a gate for them have it;
+        None for ones.
       expert_axis: the mesh axis, or a tuple of axes, that split the experts, inside `jax.shard_map` too. None: each
         device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
         "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
@@ -93,6 +102,7 @@ def moe(
         layer=layer,
         num_valid_tokens=num_valid_tokens,
     )
+    shared_part = shared_experts.check(shared, shared_weights, x, weights)
     check_flag("return_expert_load", return_expert_load)
     if implementation is not None and not (
         isinstance(implementation, str) and implementation in get_args(Implementation)
@@ -100,19 +110,28 @@ def moe(
         raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
         )
-    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
+    mesh, axes = find_placement(
+        x,
+        weights,
+        topk_ids,
+        topk_weights,
+        shared_experts.arrays_by_name(shared_part),
+        expert_axis=expert_axis,
+        token_axes=token_axes,
+    )
     with_load = bool(return_expert_load)
     log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
     operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
     operands = Operands.of(tell_devices(operands.row))
-    y, load = primitive.moe(
-        operands._replace(topk_ids=ids_of_valid_tokens(operands.topk_ids, num_valid)),
-        mesh=mesh,
+    y, load = shared_experts.call_with_shared(
+        functools.partial(
+            primitive.moe, mesh=mesh, with_load=with_load, activation_clamp=clamp, implementation=implementation
+        ),
+        operands,
+        shared_part,
         axes=axes,
         num_experts=weights.num_experts,
-        with_load=with_load,
-        activation_clamp=clamp,
+        num_valid_tokens=num_valid,
         routed_scaling_factor=factor,
-        implementation=implementation,
     )
     return (y, load) if return_expert_load else y

@@ -39,7 +39,7 @@ def moe_per_device(
     Without `with_load`, load is zero, and nothing has to be added up.
     """
     num_ranks = math.prod(axis_sizes[axis] for axis in expert_axes)
-    num_local_experts = operands.num_local_experts
+    num_local_experts = operands.num_routed_experts
     check_share(operands.leaves, num_local_experts, num_experts, expert_axes, axis_sizes)
     is_split = num_local_experts != num_experts
     no_load = jnp.zeros(num_local_experts, jnp.int32)  # Varies over no axis.
@@ -50,6 +50,16 @@ def moe_per_device(
     else:
         split_axes = frozenset(token_axes) & frozenset(axis_sizes)
 
+    if is_split and operands.shared:
+        ids = ids_in_group(
+            operands.topk_ids,
+            num_routed_local=num_local_experts,
+            num_shared=operands.num_shared_experts,
+            expert_axes=expert_axes,
+            split_axes=split_axes,
+            axis_sizes=axis_sizes,
+        )
+        operands = operands._replace(topk_ids=ids)
     operands = Operands.of(_compat.align_varying(operands.row))
     if is_split:
         gathered = tuple(axis for axis in expert_axes if axis in split_axes)
@@ -60,12 +70,39 @@ def moe_per_device(
         if num_ranks == 1 and same:
             # This changes nothing but the mark: the result varies like the tokens, not like the weights.
             y = jax.lax.psum(y, same)
+    load = load[-num_local_experts:]  # without the shared experts'
     counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
     if not with_load:
         load = no_load
     elif counted:
         load = jax.lax.psum(load, counted)
     return y, load
+
+
+def ids_in_group(
+    topk_ids: jax.Array,
+    *,
+    num_routed_local: int,
+    num_shared: int,
+    expert_axes: tuple[str, ...],
+    split_axes: frozenset[str],
+    axis_sizes: Mapping[str, int],
+) -> jax.Array:
+    """Ids int32[T, k] of a call, its shared experts' first -> ids of a group whose ranks have S + E_local experts each.
+
+    A token's shared experts are those of the rank that has the token. Along axes over which the tokens are not split
+    several ranks have it: they take turns, by the token's number, so that each computes a part, and each token once.
+    """
+    rank, turn = jnp.int32(0), jnp.arange(topk_ids.shape[0], dtype=jnp.int32)
+    for axis in expert_axes:
+        size = axis_sizes[axis]
+        if axis in split_axes:
+            rank = rank * size + jax.lax.axis_index(axis)
+        else:
+            rank, turn = rank * size + turn % size, turn // size
+    own = jnp.reshape(rank, (-1, 1)) * (num_shared + num_routed_local)
+    of_group = topk_ids + (topk_ids - num_shared) // num_routed_local * num_shared
+    return jnp.where(topk_ids < 0, -1, jnp.where(topk_ids < num_shared, own + topk_ids, of_group))
 
 
 def check_share(

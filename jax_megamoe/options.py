@@ -18,6 +18,8 @@ class Options(TypedDict, total=False):
     routed_scaling_factor: float
     layer: int | jax.Array | None
     num_valid_tokens: int | jax.Array | None
+    shared: ExpertWeights | None
+    shared_weights: jax.Array | None
     expert_axis: AxisNames
     token_axes: AxisNames
     implementation: Implementation | None

@@ -34,16 +34,19 @@ def find_placement(
     weights: ExpertWeights,
     topk_ids: jax.Array,
     topk_weights: jax.Array,
+    shared: Mapping[str, Any],
     *,
     expert_axis: AxisNames,
     token_axes: AxisNames,
 ) -> tuple[AbstractMesh, Axes]:
     """The mesh that a call of `moe` is on, empty on one device, and its axes that split experts and tokens.
 
-    Raises `ShardingError` for arrays in host memory, on meshes that don't go together or on other devices, for axes
-    that the mesh lacks, and where nothing says how the tokens are split; `ShapeError` for another number of experts.
+    `shared` are the arrays of shared experts, by name. Raises `ShardingError` for arrays in host memory, on meshes that
+    don't go together or on other devices, for axes that the mesh lacks, for shared experts that are split, and where
+    nothing says how the tokens are split; `ShapeError` for another number of experts.
     """
-    arrays = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, **weights_by_name(weights)}
+    tokens = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    arrays = {**tokens, **weights_by_name(weights), **shared}
     for name, array in arrays.items():
         require_device_memory(name, array, name.partition(".")[0])
     _check_devices(arrays)
@@ -52,6 +55,7 @@ def find_placement(
         axes_in_mesh("expert_axis", expert_axis, mesh),
         axes_in_mesh("token_axes", token_axes, mesh),
     )
+    _check_replicated(shared)
     if mesh.manual_axes:
         _check_tokens_in_shard_map(mesh, axes, token_axes)
     else:
@@ -74,6 +78,17 @@ def find_placement_of_weights(
     if not mesh.manual_axes:
         _check_number_of_experts(weights)
     return mesh, axes_in_mesh("expert_axis", expert_axis, mesh)
+
+
+def _check_replicated(shared: Mapping[str, Any]) -> None:
+    """Raises `ShardingError` where the types of explicit axes say that shared experts are split."""
+    for name, leaf in shared.items():
+        axes = [axis for dim in _specs.axes_of_dims(jax.typeof(leaf).sharding.spec, leaf.ndim) for axis in dim]
+        if axes and name != "shared_weights":
+            raise ShardingError(
+                f"{name} is split over {axes_text(axes)}, wanted all shared experts on each device: "
+                "replicate them once, when they are loaded."
+            )
 
 
 def _names(axes: AxisNames) -> Sequence[str]:

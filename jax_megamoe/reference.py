@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jax_megamoe import arguments, collectives, mxfp4, quantization, weight_layout
+from jax_megamoe import arguments, collectives, mxfp4, quantization, shared_experts, weight_layout
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
@@ -17,7 +17,7 @@ from jax_megamoe.options import typed_by_load
 from jax_megamoe.placement import EXPERT_AXIS, TOKEN_AXES, AxisNames, find_placement
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives import _transforms as transforms
-from jax_megamoe.valid_tokens import ids_of_valid_tokens
+from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
@@ -39,6 +39,8 @@ def moe(
     return_expert_load: bool = False,
     layer: int | jax.Array | None = None,
     num_valid_tokens: int | jax.Array | None = None,
+    shared: ExpertWeights | None = None,
+    shared_weights: jax.Array | None = None,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: str | None = None,
@@ -65,25 +67,44 @@ def moe(
         layer=layer,
         num_valid_tokens=num_valid_tokens,
     )
-    mesh, axes = find_placement(x, weights, topk_ids, topk_weights, expert_axis=expert_axis, token_axes=token_axes)
+    shared_part = shared_experts.check(shared, shared_weights, x, weights)
+    mesh, axes = find_placement(
+        x,
+        weights,
+        topk_ids,
+        topk_weights,
+        shared_experts.arrays_by_name(shared_part),
+        expert_axis=expert_axis,
+        token_axes=token_axes,
+    )
     manual_sizes = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
-    per_device: Any = functools.partial(
-        _per_device,
+
+    def call(operands: Operands, *, axes: Axes, **params: Any) -> tuple[jax.Array, jax.Array]:
+        operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
+        per_device: Any = functools.partial(
+            _per_device,
+            expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
+            token_axes=axes.tokens,
+            axis_sizes=tuple(manual_sizes.items()),
+            with_load=bool(return_expert_load),
+            activation_clamp=clamp,
+            **params,
+        )
+        if _specs.axes_of_type(mesh, AxisType.Explicit):
+            specs = _specs.choose_specs(jax.typeof(x), Leaves(*map(jax.typeof, operands.leaves)), mesh, axes)
+            per_device = _specs.with_automatic_axes(per_device, mesh, (specs.token_spec(), specs.load_spec()))
+        y, load = per_device(operands)
+        return y, load
+
+    y, load = shared_experts.call_with_shared(
+        call,
+        Operands(x, weights.leaves, topk_ids, topk_weights, layer),
+        shared_part,
+        axes=axes,
         num_experts=weights.num_experts,
-        expert_axes=tuple(axis for axis in axes.experts if axis in manual_sizes),
-        token_axes=axes.tokens,
-        axis_sizes=tuple(manual_sizes.items()),
-        with_load=bool(return_expert_load),
-        activation_clamp=clamp,
+        num_valid_tokens=num_valid,
         routed_scaling_factor=factor,
     )
-    topk_ids = ids_of_valid_tokens(topk_ids, num_valid)
-    operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
-    operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
-    if _specs.axes_of_type(mesh, AxisType.Explicit):
-        specs = _specs.choose_specs(jax.typeof(x), Leaves(*map(jax.typeof, operands.leaves)), mesh, axes)
-        per_device = _specs.with_automatic_axes(per_device, mesh, (specs.token_spec(), specs.load_spec()))
-    y, load = per_device(operands)
     return (y, load) if return_expert_load else y
 
 
@@ -129,7 +150,7 @@ def moe_local(
     Args:
       operands: x bf16[T, H]; packed leaves that lead with E_local, or with L, E_local; topk_ids int32[T, k], local
         ids, of which anything outside [0, E_local) is an unused slot; topk_weights f32[T, k]; layer int32[], which
-        layer of stacked leaves, clamped to [0, L).
+        layer of stacked leaves, clamped to [0, L); leaves of shared experts, which are the first of E_local.
       activation_clamp: bound of gate and up; infinity for none.
       routed_scaling_factor: multiplies topk_weights.
       out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
@@ -137,17 +158,16 @@ def moe_local(
     Returns:
       y out_dtype[T, H] and load int32[E_local].
     """
-    x, packed, topk_ids, topk_weights, layer = operands
-    format = weight_layout.format_of(packed)
-    # XLA on CPUs slices FP8 arrays by converting them to half precision, whole; bytes it just slices.
-    leaves = [
-        jax.lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.itemsize == 1 else jnp.asarray(leaf)
-        for leaf in packed
-    ]
-    if leaves[0].ndim == 4:
-        leaves, layer = [leaf[None] for leaf in leaves], 0
-    num_layers, num_experts = leaves[0].shape[:2]
-    layer = jnp.clip(layer, 0, num_layers - 1)
+    x, packed, topk_ids, topk_weights, layer, shared = operands
+    format, num_experts = weight_layout.format_of(packed), operands.num_local_experts
+    leaves, layer = _sliceable(packed), 0 if packed.gate_up.ndim == 4 else layer
+    layer = jnp.clip(layer, 0, leaves[0].shape[0] - 1)
+    if shared:
+        leaves = [
+            jnp.concatenate([other[layer], own[layer]])[None]
+            for own, other in zip(leaves, _sliceable(shared), strict=True)
+        ]
+        layer = jnp.int32(0)
     (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
     num_pairs = num_tokens * top_k
     if num_pairs == 0 or num_experts == 0:
@@ -192,6 +212,16 @@ def moe_local(
     for slot in range(top_k):
         y += jnp.where(used[:, slot, None], results[row_of_pair[:, slot]].astype(jnp.float32), 0.0)
     return y.astype(out_dtype), load
+
+
+def _sliceable(leaves: Leaves) -> list[jax.Array]:
+    """[L, E, ...], L being one where there are no layers, as what XLA slices without reading all of it."""
+    # XLA on CPUs slices FP8 arrays by converting them to half precision, whole; bytes it just slices.
+    as_bytes = [
+        jax.lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.itemsize == 1 else jnp.asarray(leaf)
+        for leaf in leaves
+    ]
+    return as_bytes if leaves.gate_up.ndim == 5 else [leaf[None] for leaf in as_bytes]
 
 
 def _expert(

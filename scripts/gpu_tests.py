@@ -27,6 +27,7 @@ ONE_GPU = (
     "tests/gpu/test_edges.py",
     "tests/gpu/test_formats.py",
     "tests/gpu/test_checkpoints.py",
+    "tests/gpu/test_shared_experts.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
@@ -37,6 +38,7 @@ ALL_GPUS = (
     "tests/gpu/test_peers.py",
     "tests/test_sharding.py",
     "tests/test_manual_sharding.py",
+    "tests/test_shared_experts.py",
 )
 
 SECONDS_TO_SAY = 10.0  # after the limit, until a process is killed

@@ -41,6 +41,16 @@ def test_layers_are_stacked(call):
     assert call(leaves) == RIGHT.replace("L 1", "L 5")
 
 
+SHARED = "T 3 k 2 H 256 I 384 E 6 fp8_block L 1 at 0 1 2 3 4 5 6 7 12 13 14 shared 2 at 8 9 10 11 bf16 7 2.5"
+
+
+def test_shared_experts_come_behind_the_layer(call):
+    assert call("shared") == SHARED
+    leaves = "1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4"
+    shared = "8 f8e4m3fn 5 2 6 2 16384;9 f32 5 2 6 2 4;10 f8e4m3fn 5 2 4 3 8192;11 f32 5 2 4 2 4"
+    assert call(f"shared;{leaves};{shared}") == SHARED.replace("L 1", "L 5")
+
+
 MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 64 2;3 u8 4 4 3 4352;4 f32 4 4 32 2"
 FP8_CHANNEL = "2 f32 4 6 64 2;4 f32 4 4 32 2"
 
@@ -95,7 +105,18 @@ WRONG = {
     "no layer": ("1 f8e4m3fn 0 4 6 2 16384", "the weights are of no layer"),
     "too large": (f"0 bf16 {1 << 29} 256;5 s32 {1 << 29} 2", "a dimension exceeds 2^28"),
     "what the kernel does not serve": ("5 s32 3 33", "top_k is 33; it has to be 1 to 32"),
-    "fewer": ("fewer", "the call has 7 operands and 3 results; wanted 8 and 3: trace the program anew"),
+    "fewer": ("fewer", "the call has 7 operands and 3 results; wanted 8, or with shared experts 12, and 3: trace the"),
+    "shared of another format": (
+        "shared;8 u8 2 6 2 8704;9 f32 2 6 64 2",
+        "shared.gate_up is u8[2, 6, 2, 8704]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+    ),
+    "shared of fewer layers": (
+        "shared;1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4",
+        "shared.gate_up is f8e4m3fn[2, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
+    ),
+    "shared of another size": ("shared;10 f8e4m3fn 2 4 2 8192", "shared.down is f8e4m3fn[2, 4, 2, 8192]; wanted"),
+    "shared rank": ("shared;8 f8e4m3fn 6 2 16384", "shared.gate_up is f8e4m3fn[6, 2, 16384]; wanted"),
+    "load without the shared": ("shared;13 s32 4", "load is s32[4]; wanted s32[E], shared experts first"),
 }
 
 

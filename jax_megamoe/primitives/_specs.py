@@ -37,7 +37,8 @@ class Specs(NamedTuple):
         """The spec of each operand."""
         tokens = self.token_spec()
         leaves = Leaves(*(self.leaf_spec(leaf.ndim) for leaf in operands.leaves))
-        return Operands(tokens, leaves, tokens, tokens, P())
+        shared = Leaves(*(P() for _ in operands.shared)) if operands.shared else ()
+        return Operands(tokens, leaves, tokens, tokens, P(), shared)
 
     def load_spec(self) -> P:
         """The spec of the expert load."""

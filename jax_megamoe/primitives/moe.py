@@ -62,7 +62,9 @@ def _batch(row: tuple[Any, ...], dims: tuple[Any, ...], **params: Any) -> tuple[
     batched = transforms.move_mapped_axis_to_front(Operands.of(row), Operands.of(dims))
     y, load = moe_p.bind(*batched.row, **{**params, "with_load": False})
     if params["with_load"]:
-        load_per_element = transforms.load_per_element(batched.topk_ids, params["num_experts"])
+        # Numbers of routed experts begin behind those of shared ones.
+        ids = batched.topk_ids - batched.num_shared_experts
+        load_per_element = transforms.load_per_element(ids, params["num_experts"])
         load = _specs.reshard(load_per_element, params["mesh"], P(None, *jax.typeof(load).sharding.spec))
     else:
         load = jnp.broadcast_to(load, (y.shape[0], *load.shape))

@@ -94,6 +94,23 @@ def test_formats_of_weights(num_ranks, tokens, weight_format):
     assert_as_on_one_gpu(moe(*arguments), problem)
 
 
+@all_ranks
+@pytest.mark.parametrize("tokens", [1, 8, 40, 200, 1000])
+def test_shared_experts(num_ranks, tokens):
+    """Equal bits: a rank's shared experts are its own, and the order of a token's slots is the same."""
+    mesh = gpu_mesh(expert=num_ranks)
+    problem = make_problem(tokens * num_ranks, "masked")
+    shared = make_weights(SHARED._replace(num_experts=2), seed=9)
+    scale = np.random.default_rng(tokens).random((tokens * num_ranks, 2), np.float32)
+    arguments = place_all(mesh, problem)
+    placed = {"shared": place(mesh, shared), "shared_weights": place(mesh, scale, "expert")}
+    assert is_fused(moe.lower(*arguments, **placed).compile())
+    y, load = moe(*arguments, **placed)
+    wanted, wanted_load = moe(*problem, shared=shared, shared_weights=scale)
+    np.testing.assert_array_equal(load, wanted_load)
+    np.testing.assert_array_equal(bits(y), bits(wanted))
+
+
 SIZES: dict[str, dict[str, int]] = {
     "data x expert": {"data": 2, "expert": 2},
     "expert x data": {"expert": 2, "data": 2},

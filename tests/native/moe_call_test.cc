@@ -1,5 +1,6 @@
 // The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of
-// one operand (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. Out: the error, or the sizes
+// one operand (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. After "shared", the leaves of
+// two shared experts are operands 8 to 11, and the results come after them. Out: the error, or the sizes
 // and what each argument points at, by the number of the operand.
 #include <cstdint>
 #include <iostream>
@@ -97,6 +98,10 @@ std::string outcome(const std::vector<Array>& arrays) {
         static_cast<const void*>(a.load), static_cast<const void*>(call.value().workspace())}) {
     text << ' ' << number(pointer);
   }
+  if (p.num_shared_experts > 0) {
+    text << " shared " << p.num_shared_experts << " at";
+    for (const void* leaf : a.shared_weights.leaves()) text << ' ' << number(leaf);
+  }
   text << (a.y_is_f32 ? " f32" : " bf16") << ' ' << a.activation_clamp << ' ' << a.routed_scaling_factor;
   return text.str();
 }
@@ -113,6 +118,15 @@ int main() {
       std::string first;
       words >> first;
       if (first == "none") continue;
+      if (first == "shared") {
+        const std::vector<Array> leaves = {{"f8e4m3fn", {2, 6, 2, 16384}},
+                                           {"f32", {2, 6, 2, 4}},
+                                           {"f8e4m3fn", {2, 4, 3, 8192}},
+                                           {"f32", {2, 4, 2, 4}}};
+        arrays.insert(arrays.end() - kResults, leaves.begin(), leaves.end());
+        arrays[arrays.size() - kResults + 1].dims = {6};  // the load
+        continue;
+      }
       if (first == "fewer") {
         arrays.erase(arrays.begin());
         continue;

@@ -15,8 +15,9 @@ namespace megamoe {
 
 namespace {
 
-// Operands and results in the order of the call.
+// Operands and results in the order of the call. A call with shared experts has their leaves behind the layer.
 enum Operand : size_t { kX, kFirstLeaf, kTopkIds = kFirstLeaf + kNumLeaves, kTopkWeights, kLayer, kNumOperands };
+constexpr size_t kFirstSharedLeaf = kNumOperands;
 enum Result : size_t { kY, kLoad, kWorkspace, kNumResults };
 
 // As "f32[16, 4]".
@@ -50,6 +51,10 @@ ElementType type_of(Element element) {
   }
 }
 
+std::string leaf_name(const WeightLeaf& leaf, size_t first) {
+  return (first == kFirstSharedLeaf ? "shared." : "") + std::string(leaf.name);
+}
+
 std::string wanted_text(const WeightLeaf& leaf) { return std::string(type_of(leaf.element).name) + leaf.text; }
 
 // By the type of the weights, and by what the last dimension of gate_up_scale counts: a vector, or gate's and up's.
@@ -80,13 +85,16 @@ bool matches(const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer
 ffi::ErrorOr<MoeCall> MoeCall::parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
                                      int num_more) {
   const size_t num_operands = kNumOperands + num_more;
-  if (args.size() != num_operands || rets.size() != kNumResults) {
-    return ffi::Unexpected(moe_failure("the call has " + std::to_string(args.size()) + " operands and " +
-                                       std::to_string(rets.size()) + " results; wanted " +
-                                       std::to_string(num_operands) + " and " + std::to_string(kNumResults) +
-                                       ": trace the program anew with this version of the package."));
+  const bool has_shared = args.size() == num_operands + kNumLeaves;
+  if ((args.size() != num_operands && !has_shared) || rets.size() != kNumResults) {
+    return ffi::Unexpected(
+        moe_failure("the call has " + std::to_string(args.size()) + " operands and " + std::to_string(rets.size()) +
+                    " results; wanted " + std::to_string(num_operands) + ", or with shared experts " +
+                    std::to_string(num_operands + kNumLeaves) + ", and " + std::to_string(kNumResults) +
+                    ": trace the program anew with this version of the package."));
   }
   MoeCall call;
+  call.has_shared_ = has_shared;
   for (size_t i = 0; i < args.size(); ++i) {
     auto operand = args.get<ffi::AnyBuffer>(i);
     if (operand.has_error()) return ffi::Unexpected(std::move(operand).error());
@@ -111,38 +119,68 @@ ffi::Error MoeCall::check(int num_ranks) {
     return wrong("topk_ids", topk_ids, "s32[T, k]");
   }
   const WeightFormat format = format_of(first_leaf, operands_[kFirstLeaf + 1]);
-  const size_t leaf_rank = std::tuple_size_v<decltype(WeightLeaf::dims)> + 1;
-  if (leaf_dims.size() != leaf_rank && leaf_dims.size() != leaf_rank + 1) {
-    const WeightLeaf leaf = weight_leaves(format, 0, 0)[0];
-    return wrong(leaf.name, first_leaf, wanted_text(leaf));
-  }
-  const bool stacked = leaf_dims.size() == leaf_rank + 1;
-  const int64_t layers = stacked ? leaf_dims[0] : 1, experts = leaf_dims[stacked];
+  bool stacked = false;
+  ffi::Error error = find_stack(kFirstLeaf, format, &stacked);
+  if (error.failure()) return error;
+  const int64_t layers = stacked ? leaf_dims[0] : 1, routed = leaf_dims[stacked];
   const int64_t tokens = x_dims[0], hidden = x_dims[1], intermediate = leaf_dims[stacked + 1] * kGateUpTileColumns;
+  int64_t shared = 0;
+  if (has_shared_) {
+    bool shared_is_stacked = false;
+    error = find_stack(kFirstSharedLeaf, format, &shared_is_stacked);
+    if (error.failure()) return error;
+    shared = operands_[kFirstSharedLeaf].dimensions()[shared_is_stacked];
+  }
+  const int64_t experts = routed + shared;
   constexpr int64_t kMost = 1 << 28;
   if (layers < 1) return moe_failure("the weights are of no layer; pass at least one.");
-  if (std::max({hidden, intermediate, experts, tokens, layers}) > kMost) {
+  if (std::max({hidden, intermediate, routed, shared, tokens, layers}) > kMost) {
     return moe_failure("a dimension exceeds 2^28; pass smaller arrays.");
   }
   problem_ = {static_cast<int>(tokens),       static_cast<int>(id_dims[1]), static_cast<int>(hidden),
               static_cast<int>(intermediate), static_cast<int>(experts),    num_ranks};
   problem_.format = format;
+  problem_.num_shared_experts = static_cast<int>(shared);
   num_layers_ = static_cast<int>(layers);
   const std::string reason = unsupported_reason(problem_);
   if (!reason.empty()) return moe_failure(reason);
-  const auto leaves = weight_leaves(format, hidden, intermediate);
-  for (int i = 0; i < kNumLeaves; ++i) {
-    const ffi::AnyBuffer& operand = operands_[kFirstLeaf + i];
-    if (!matches(operand, type_of(leaves[i].element).type, leaves[i].dims, layers * experts)) {
-      return wrong(leaves[i].name, operand, wanted_text(leaves[i]));
-    }
-  }
+  error = check_leaves(kFirstLeaf, layers * routed);
+  if (error.success() && has_shared_) error = check_leaves(kFirstSharedLeaf, layers * shared);
+  if (error.failure()) return error;
   if (!matches(topk_weights, ffi::F32, {tokens, id_dims[1]})) return wrong("topk_weights", topk_weights, "f32[T, k]");
   if (layer.element_type() != ffi::S32 || layer.element_count() != 1) return wrong("layer", layer, "s32[]");
   return ffi::Error::Success();
 }
 
-ffi::AnyBuffer MoeCall::more(int index) const { return operands_[kNumOperands + index]; }
+ffi::Error MoeCall::find_stack(size_t first, WeightFormat format, bool* stacked) const {
+  const size_t leaf_rank = std::tuple_size_v<decltype(WeightLeaf::dims)> + 1;
+  const size_t rank = operands_[first].dimensions().size();
+  *stacked = rank == leaf_rank + 1;
+  if (*stacked || rank == leaf_rank) return ffi::Error::Success();
+  const WeightLeaf leaf = weight_leaves(format, 0, 0)[0];
+  return wrong(leaf_name(leaf, first).c_str(), operands_[first], wanted_text(leaf));
+}
+
+ffi::Error MoeCall::check_leaves(size_t first, int64_t experts) const {
+  const auto leaves = weight_leaves(problem_.format, problem_.hidden_size, problem_.intermediate_size);
+  for (int i = 0; i < kNumLeaves; ++i) {
+    const ffi::AnyBuffer& operand = operands_[first + i];
+    if (!matches(operand, type_of(leaves[i].element).type, leaves[i].dims, experts)) {
+      return wrong(leaf_name(leaves[i], first).c_str(), operand, wanted_text(leaves[i]));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+ffi::AnyBuffer MoeCall::more(int index) const {
+  return operands_[kNumOperands + (has_shared_ ? kNumLeaves : 0) + index];
+}
+
+ExpertWeights MoeCall::weights_at(size_t first) const {
+  std::array<const void*, kNumLeaves> leaves;
+  for (int i = 0; i < kNumLeaves; ++i) leaves[i] = operands_[first + i].untyped_data();
+  return ExpertWeights::at(leaves);
+}
 
 void* MoeCall::workspace() const { return results_[kWorkspace].untyped_data(); }
 
@@ -157,16 +195,15 @@ ffi::Error MoeCall::fill(const ffi::Dictionary& attributes, size_t workspace_byt
   if (!matches(y, y_is_f32 ? ffi::F32 : ffi::BF16, {problem_.num_tokens, problem_.hidden_size})) {
     return wrong("y", y, "bf16 or f32[T, H]");
   }
-  if (!matches(load, ffi::S32, {problem_.num_local_experts})) return wrong("load", load, "s32[E]");
+  if (!matches(load, ffi::S32, {problem_.num_local_experts})) return wrong("load", load, "s32[E], shared experts first");
   if (workspace.size_bytes() < workspace_bytes) {
     return moe_failure("the workspace has " + std::to_string(workspace.size_bytes()) + " bytes; wanted " +
                        std::to_string(workspace_bytes) + ".");
   }
   arguments->problem = problem_;
   arguments->num_layers = num_layers_;
-  std::array<const void*, kNumLeaves> leaves;
-  for (int i = 0; i < kNumLeaves; ++i) leaves[i] = operands_[kFirstLeaf + i].untyped_data();
-  arguments->weights = ExpertWeights::at(leaves);
+  arguments->weights = weights_at(kFirstLeaf);
+  if (has_shared_) arguments->shared_weights = weights_at(kFirstSharedLeaf);
   arguments->x = static_cast<const uint16_t*>(operands_[kX].untyped_data());
   arguments->topk_ids = static_cast<const int32_t*>(operands_[kTopkIds].untyped_data());
   arguments->topk_weights = static_cast<const float*>(operands_[kTopkWeights].untyped_data());

@@ -15,7 +15,7 @@ namespace ffi = xla::ffi;
 class MoeCall {
  public:
   // A handler binds `.RemainingArgs().RemainingRets()`. `num_ranks`: of the group that has the experts. `num_more`:
-  // operands of the handler's own, after the layer's. An error where any operand has not the shape and type that go
+  // operands of the handler's own, after the others. An error where any operand has not the shape and type that go
   // with the others', so that no launch can read out of bounds.
   static ffi::ErrorOr<MoeCall> parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
                                      int num_more = 0);
@@ -30,8 +30,14 @@ class MoeCall {
 
  private:
   ffi::Error check(int num_ranks);
+  // Of the weights whose leaves begin at operand `first`: whether they have several layers.
+  ffi::Error find_stack(size_t first, WeightFormat format, bool* stacked) const;
+  // Whether they are of so many experts, those of all layers together.
+  ffi::Error check_leaves(size_t first, int64_t experts) const;
+  ExpertWeights weights_at(size_t first) const;
 
   std::vector<ffi::AnyBuffer> operands_, results_;
+  bool has_shared_ = false;
   Problem problem_ = {};
   int num_layers_ = 1;
 };

@@ -30,16 +30,17 @@ struct MoeArguments {
   Problem problem;
   int num_layers;  // 1 unless the weights of several layers are stacked
 
-  const uint16_t* x;          // [T, H] bf16
-  ExpertWeights weights;      // [L, E, ...]
-  const int32_t* topk_ids;    // [T, k] of the group's experts; others: unused
-  const float* topk_weights;  // [T, k]
-  const int32_t* layer;       // scalar in device memory, clamped to [0, L)
-  float activation_clamp;     // +inf: none
+  const uint16_t* x;             // [T, H] bf16
+  ExpertWeights weights;         // [L, E, ...], E without the shared experts
+  ExpertWeights shared_weights;  // [L, S, ...], where there are any
+  const int32_t* topk_ids;       // [T, k] of the group's experts; others: unused
+  const float* topk_weights;     // [T, k]
+  const int32_t* layer;          // scalar in device memory, clamped to [0, L)
+  float activation_clamp;        // +inf: none
   float routed_scaling_factor;
 
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`
-  int32_t* load;  // [E] routes per expert
+  int32_t* load;  // routes per expert, shared ones first
   bool y_is_f32;
   bool adds_to_load;  // a launch for some of the tokens, after others
 

@@ -13,6 +13,22 @@ __device__ __forceinline__ int clamped_layer(const MoeArguments& args) {
   return args.num_layers == 1 ? 0 : min(max(__ldg(args.layer), 0), args.num_layers - 1);
 }
 
+// In which arrays an expert of this rank has its weights, and as which one there.
+class ExpertNumbers {
+ public:
+  __device__ explicit ExpertNumbers(const MoeArguments& args) : problem_(args.problem), layer_(clamped_layer(args)) {}
+
+  __device__ __forceinline__ bool is_shared(int expert) const { return expert < problem_.num_shared_experts; }
+  __device__ __forceinline__ size_t in_array(int expert) const {
+    const int shared = problem_.num_shared_experts;
+    return is_shared(expert) ? layer_ * shared + expert : layer_ * problem_.num_routed_experts() + expert - shared;
+  }
+
+ private:
+  const Problem& problem_;
+  int layer_;
+};
+
 template <typename Format>
 __device__ __forceinline__ size_t gate_up_bytes(const Problem& p) {
   return weight_bytes<Format>(2 * static_cast<size_t>(p.intermediate_size), p.hidden_size);
@@ -22,9 +38,9 @@ __device__ __forceinline__ size_t gate_up_bytes(const Problem& p) {
 template <typename Format>
 __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& args, int expert) {
   const Problem& p = args.problem;
-  const size_t expert_bytes = gate_up_bytes<Format>(p);
-  return args.weights.gate_up +
-         (static_cast<size_t>(clamped_layer(args)) * p.num_local_experts + expert) * expert_bytes;
+  const ExpertNumbers numbers(args);
+  const uint8_t* const all = numbers.is_shared(expert) ? args.shared_weights.gate_up : args.weights.gate_up;
+  return all + numbers.in_array(expert) * gate_up_bytes<Format>(p);
 }
 
 // Until the other ranks' ids are here, nobody knows the units. But the experts of this rank that its own tokens name

@@ -27,7 +27,7 @@ template <typename Orientation>
 class WeightProducer {
  public:
   __device__ WeightProducer(const MoeArguments& args, const SharedMap<Orientation>& map)
-      : args_(args), map_(map), cluster_(args), first_expert_(clamped_layer(args) * args.problem.num_local_experts) {}
+      : args_(args), map_(map), cluster_(args), experts_(args) {}
 
   // One thread.
   __device__ __forceinline__ void run(const UnitSchedule<Orientation>& schedule) {
@@ -129,23 +129,26 @@ class WeightProducer {
     s.tile_bytes = static_cast<size_t>(s.k_blocks) * Orientation::kBlockWeightBytes;
 
     // Where the expert's tile, or its two tiles, begin.
-    const size_t expert = first_expert_ + u.expert;
+    const size_t expert = experts_.in_array(u.expert);
+    const bool is_shared = experts_.is_shared(u.expert);
+    const ExpertWeights &own = args_.weights, &shared = args_.shared_weights;
     if (u.down) {
       const int tile_pairs = p.hidden_size / kDownUnitColumns;
       const int vectors = ceil_div(s.k_blocks, 2);
       const size_t tile_pair = expert * tile_pairs + u.tile * Orientation::kUnitTiles;
-      s.weights = args_.weights.down + tile_pair * s.tile_bytes;
-      s.scales = args_.weights.down_scale +
+      s.weights = (is_shared ? shared.down : own.down) + tile_pair * s.tile_bytes;
+      s.scales = (is_shared ? shared.down_scale : own.down_scale) +
                  (kRowScales ? tile_pair * kTileRows : 2 * tile_pair * vectors * kScaleVectorFloats);
       s.scale_distance = kRowScales ? kTileRows : 2 * vectors * kScaleVectorFloats;
       // An odd last one comes twice: its copy is multiplied and dropped.
       if ((u.tile + 1) * Orientation::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
       const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * Orientation::kUnitTiles;
-      s.weights = args_.weights.gate_up + tile * s.tile_bytes;
+      s.weights = (is_shared ? shared.gate_up : own.gate_up) + tile * s.tile_bytes;
       if constexpr (kRowScales) s.scale_distance = kTileRows;
       // Those of blocks the tiles of a unit share.
-      s.scales = args_.weights.gate_up_scale + (kRowScales ? tile * kTileRows : tile * s.k_blocks * kScaleVectorFloats);
+      s.scales = (is_shared ? shared.gate_up_scale : own.gate_up_scale) +
+                 (kRowScales ? tile * kTileRows : tile * s.k_blocks * kScaleVectorFloats);
     }
     return s;
   }
@@ -289,7 +292,7 @@ class WeightProducer {
   const MoeArguments& args_;
   const SharedMap<Orientation>& map_;
   Cluster<Orientation> cluster_;
-  int first_expert_;
+  ExpertNumbers experts_;
   int most_in_flight_ = 1;
   StageCursor cursor_;
   StageCursor oldest_;  // of the stages whose copies are in flight

@@ -11,7 +11,7 @@ namespace megamoe {
 // and for the launches of one call, which all take the first one's side.
 enum class OperandOrder : int16_t { kByRule, kSwapped, kNormal };
 
-// `num_tokens` and `num_local_experts` are what this device holds.
+// `num_tokens` and `num_local_experts` are what this device holds; its shared experts are the first of these.
 struct Problem {
   int num_tokens;
   int top_k;
@@ -21,6 +21,7 @@ struct Problem {
   int num_ranks = 1;  // of the expert group; each has as many tokens and experts
   OperandOrder order = OperandOrder::kByRule;
   WeightFormat format = WeightFormat::kFp8Block;
+  int num_shared_experts = 0;  // with weights of their own, the same on all ranks
 
   // By routes per expert, of which one rank has as many as several that share the experts. Scratch memory follows from
   // it: it is asked where a program is lowered, too, and never of a device.
@@ -41,6 +42,8 @@ struct Problem {
     if (swap_operands()) return kSwapTokenTile;
     return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
   }
+  // Those whose weights differ from rank to rank.
+  __host__ __device__ int num_routed_experts() const { return num_local_experts - num_shared_experts; }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
   __host__ __device__ int group_routes() const { return num_ranks * num_routes(); }
   __host__ __device__ int group_experts() const { return num_ranks * num_local_experts; }

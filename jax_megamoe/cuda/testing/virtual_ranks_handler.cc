@@ -56,6 +56,7 @@ struct Options {
 
 // The problem of each rank, from that of all.
 ffi::Error share_of_rank(int num_ranks, Problem* p) {
+  if (p->num_shared_experts != 0) return moe_failure("virtual ranks have no shared experts.");
   if (p->num_tokens % num_ranks != 0 || p->num_local_experts % num_ranks != 0) {
     return moe_failure("the ranks don't divide the tokens and the experts.");
   }
