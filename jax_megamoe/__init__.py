@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from jax_megamoe import errors, expert_parallel, reference
+from jax_megamoe.activations import SiTU, SwiGLU
 from jax_megamoe.api import moe
 from jax_megamoe.checkpoints import load_experts, read_checkpoint
 from jax_megamoe.export import DISABLE_JAX_EXPORT_CHECKS
@@ -20,6 +21,8 @@ except importlib.metadata.PackageNotFoundError:  # A checkout that is not instal
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
     "ExpertWeights",
+    "SiTU",
+    "SwiGLU",
     "errors",
     "expert_parallel",
     "load_experts",

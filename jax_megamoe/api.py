@@ -6,6 +6,7 @@ from typing import get_args
 import jax
 
 from jax_megamoe import arguments, shared_experts
+from jax_megamoe.activations import SiTU, SwiGLU
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
@@ -23,6 +24,7 @@ def moe(
     topk_ids: jax.Array,
     topk_weights: jax.Array,
     *,
+    activation: SwiGLU | SiTU | None = None,
     activation_clamp: float | None = None,
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
@@ -47,6 +49,7 @@ def moe(
       topk_ids: int32[..., k], the experts of each token, 1 <= k <= 32. Ids count the experts of all devices. -1, or any
         id outside [0, E), marks an unused slot; an id that a token has twice counts twice.
       topk_weights: f32[..., k], routing weights, applied here; those of unused slots are ignored.
+      activation: `SwiGLU(alpha, up_offset)` or `SiTU(beta, linear_beta)`; None is silu(gate) * up.
       activation_clamp: c > 0 limits gate to at most c, and up to [-c, c].
       routed_scaling_factor: multiplies topk_weights.
       return_expert_load: also returns how many (token, slot) pairs each expert received from all tokens of the mesh.
@@ -92,11 +95,12 @@ def moe(
         not run on. All are MegaMoEError, and that is a ValueError.
       NotImplementedError: for derivatives, and for `jax.vmap` over weights or layer.
     """
-    x, weights, topk_ids, topk_weights, layer, num_valid, clamp, factor = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, num_valid, numbers, factor = arguments.check(
         x,
         weights,
         topk_ids,
         topk_weights,
+        activation=activation,
         activation_clamp=activation_clamp,
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
@@ -125,7 +129,7 @@ def moe(
     operands = Operands.of(tell_devices(operands.row))
     y, load = shared_experts.call_with_shared(
         functools.partial(
-            primitive.moe, mesh=mesh, with_load=with_load, activation_clamp=clamp, implementation=implementation
+            primitive.moe, mesh=mesh, with_load=with_load, activation=numbers, implementation=implementation
         ),
         operands,
         shared_part,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_megamoe.activations import Activation, as_numbers
 from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.weights import ExpertWeights
@@ -27,7 +28,7 @@ class Arguments(NamedTuple):
     topk_weights: jax.Array
     layer: jax.Array  # int32[]; may be outside of [0, L), which the kernel and the reference clamp
     num_valid_tokens: jax.Array | None  # int32[]; may be outside of [0, T]
-    activation_clamp: float  # infinite for none
+    activation: Activation
     routed_scaling_factor: float
 
 
@@ -37,6 +38,7 @@ def check(
     topk_ids: Any,
     topk_weights: Any,
     *,
+    activation: object,
     activation_clamp: object,
     routed_scaling_factor: object,
     layer: Any,
@@ -83,6 +85,7 @@ def check(
             f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
             "pass a number of Python or NumPy, or leave it out for no clamp."
         )
+    numbers = as_numbers(activation, clamp)
     factor = _as_float(routed_scaling_factor)
     if not abs(factor) <= _MAX_FLOAT32:
         raise ArgumentError(
@@ -95,7 +98,7 @@ def check(
     num_valid = _check_num_valid_tokens(num_valid_tokens, math.prod(x.shape[:-1]))
     if isinstance(num_valid, int):
         num_valid = place_number(num_valid, x, weights.gate_up)
-    return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, clamp, factor)
+    return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, numbers, factor)
 
 
 def _as_float(value: object) -> float:

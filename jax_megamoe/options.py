@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
 import jax
 
+from jax_megamoe.activations import SiTU, SwiGLU
 from jax_megamoe.placement import AxisNames
 from jax_megamoe.weights import ExpertWeights
 
@@ -14,6 +15,7 @@ Implementation = Literal["cuda", "collective", "reference"]
 class Options(TypedDict, total=False):
     """All keywords but `return_expert_load`, on which the type of the result depends."""
 
+    activation: SwiGLU | SiTU | None
     activation_clamp: float | None
     routed_scaling_factor: float
     layer: int | jax.Array | None

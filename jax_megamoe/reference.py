@@ -1,7 +1,6 @@
 """The numerics of docs/numerics.md in jax.numpy: what runs on a CPU, and what the kernel is compared with."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from jax_megamoe import arguments, collectives, mxfp4, quantization, shared_experts, weight_layout
+from jax_megamoe.activations import SILU, Activation, SiTU, SwiGLU
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
@@ -34,6 +34,7 @@ def moe(
     topk_ids: jax.Array,
     topk_weights: jax.Array,
     *,
+    activation: SwiGLU | SiTU | None = None,
     activation_clamp: float | None = None,
     routed_scaling_factor: float = 1.0,
     return_expert_load: bool = False,
@@ -57,11 +58,12 @@ def moe(
         raise ArgumentError(
             f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
-    x, weights, topk_ids, topk_weights, layer, num_valid, clamp, factor = arguments.check(
+    x, weights, topk_ids, topk_weights, layer, num_valid, numbers, factor = arguments.check(
         x,
         weights,
         topk_ids,
         topk_weights,
+        activation=activation,
         activation_clamp=activation_clamp,
         routed_scaling_factor=routed_scaling_factor,
         layer=layer,
@@ -87,7 +89,7 @@ def moe(
             token_axes=axes.tokens,
             axis_sizes=tuple(manual_sizes.items()),
             with_load=bool(return_expert_load),
-            activation_clamp=clamp,
+            activation=numbers,
             **params,
         )
         if _specs.axes_of_type(mesh, AxisType.Explicit):
@@ -118,7 +120,7 @@ def moe(
         "token_axes",
         "axis_sizes",
         "with_load",
-        "activation_clamp",
+        "activation",
         "routed_scaling_factor",
     ),
 )
@@ -138,7 +140,7 @@ def _per_device(
 def moe_local(
     operands: Operands,
     *,
-    activation_clamp: float = math.inf,
+    activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = jnp.bfloat16,
 ) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +153,7 @@ def moe_local(
       operands: x bf16[T, H]; packed leaves that lead with E_local, or with L, E_local; topk_ids int32[T, k], local
         ids, of which anything outside [0, E_local) is an unused slot; topk_weights f32[T, k]; layer int32[], which
         layer of stacked leaves, clamped to [0, L); leaves of shared experts, which are the first of E_local.
-      activation_clamp: bound of gate and up; infinity for none.
+      activation: of gate and up.
       routed_scaling_factor: multiplies topk_weights.
       out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
 
@@ -199,7 +201,7 @@ def moe_local(
             routing[pairs],
             *(leaf[layer, expert] for leaf in leaves),
             format=format,
-            activation_clamp=activation_clamp,
+            activation=activation,
         )
         # Rows beyond the expert's last pair are those of later experts, whose tiles come later and overwrite them.
         return jax.lax.dynamic_update_slice_in_dim(results, result, first, 0)
@@ -234,7 +236,7 @@ def _expert(
     down_scale: jax.Array,
     *,
     format: Format,
-    activation_clamp: float,
+    activation: Activation,
 ) -> jax.Array:
     """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R].
 
@@ -256,9 +258,8 @@ def _expert(
         gate_up_values, down_values = weight_layout.unpack_gate_up(gate_up), weight_layout.unpack_down(down)
 
     both = matmul(tokens, token_scales, gate_up_values, gate_up_scale)
-    gate = jnp.minimum(both[:, :intermediate_size], activation_clamp)
-    up = jnp.clip(both[:, intermediate_size:], -activation_clamp, activation_clamp)
-    activations = gate / (1.0 + jnp.exp(-gate)) * up * routing[:, None]
+    gate, up = both[:, :intermediate_size], both[:, intermediate_size:]
+    activations = activation.apply(gate, up) * routing[:, None]
 
     quantized, scales = quantization.quantize_activations(activations)
     return matmul(quantized, scales, down_values, down_scale).astype(jnp.bfloat16)

@@ -28,6 +28,7 @@ ONE_GPU = (
     "tests/gpu/test_formats.py",
     "tests/gpu/test_checkpoints.py",
     "tests/gpu/test_shared_experts.py",
+    "tests/gpu/test_activations.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",

@@ -63,11 +63,7 @@ def test_a_cache_is_read_like_the_checkpoint(name, tmp_path):
         if wanted is not None:
             np.testing.assert_array_equal(found, wanted)
     assert cached.router(layer).options == stock.router(layer).options
-    if name == "kimi-k3":
-        with pytest.raises(CheckpointError, match="hidden_act = 'situ'"):
-            cached.moe_options(layer)
-    else:
-        assert cached.moe_options(layer) == stock.moe_options(layer)
+    assert cached.moe_options(layer) == stock.moe_options(layer)
 
 
 def test_devices_get_their_experts_from_a_cache(made):
@@ -440,6 +436,9 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     ("moe_options", "moe", {"nonsense": 1}, r"has options of moe, \{'nonsense': 1\}, that it lacks"),
     ("moe_options", "moe", {"activation_clamp": -1.0}, "has options of moe"),
     ("moe_options", "moe", {"routed_scaling_factor": "2"}, "has options of moe"),
+    ("moe_options", "moe", {"activation": {"beta": 4.0}}, "has options of moe"),
+    ("moe_options", "moe", {"activation": {"beta": 4.0, "linear_beta": 0.0}}, "has options of moe"),
+    ("moe_options", "moe", {"activation": 4.0}, "has options of moe"),
 ])  # fmt: skip
 def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
     out, path, content, held = made_once

@@ -183,7 +183,7 @@ struct Call {
     args.topk_weights = upload(weights);
     args.layer = upload(std::vector<int>{0});
     args.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
-    args.activation_clamp = 10.0f;
+    args.activation.clamp = 10.0f;
     args.routed_scaling_factor = 1.5f;
     args.y = device_array<uint16_t>(y_count);
     args.load = device_array<int>(p.num_local_experts);
@@ -230,7 +230,7 @@ struct Call {
     probe::quantize<<<(blocks + 127) / 128, 128>>>(s, reinterpret_cast<const __nv_bfloat16*>(args.x), values, scales);
     probe::gate_up<<<dim3(pairs, (s.inter + 127) / 128), 128>>>(
         s, values, scales, args.weights.gate_up, args.weights.gate_up_scale, args.topk_ids, args.topk_weights,
-        args.activation_clamp, args.routed_scaling_factor, h);
+        args.activation.clamp, args.routed_scaling_factor, h);
     const int groups = pairs * (s.inter / 64);
     probe::requantize<<<(groups + 127) / 128, 128>>>(s, h, h_scales);
     probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.weights.down,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import weight_layout
+from jax_megamoe.activations import SiTU
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
@@ -56,6 +57,11 @@ _ROUTE: Mapping[str, Callable[[object], bool]] = {
     "renormalize": lambda value: isinstance(value, bool),
 }
 _MOE: Mapping[str, Callable[[object], bool]] = {
+    "activation": lambda value: (
+        isinstance(value, dict)
+        and set(value) == {"beta", "linear_beta"}
+        and all(type(number) is float and 0 < number < 1e31 for number in value.values())
+    ),
     "activation_clamp": lambda value: type(value) is float and value > 0,
     "routed_scaling_factor": lambda value: type(value) is float,
 }
@@ -190,7 +196,8 @@ class LayerFile:
             return None
         if not all(name in _MOE and _MOE[name](value) for name, value in options.items()):
             self._fail_options("moe", options)
-        return dict(options)
+        situ = options.get("activation")
+        return dict(options) if situ is None else {**options, "activation": SiTU(**situ)}
 
     def _fail_options(self, function: str, options: object) -> NoReturn:
         raise CheckpointError(

@@ -4,6 +4,7 @@ A checkpoint is known again by samples of its files' bytes, and by when they wer
 was killed is gone on with for the same files alone.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -154,6 +155,8 @@ def _write_layer(
     shared_format: Format = "fp8_block" if shared is None else shared.format or "fp8_block"
     try:
         options: dict[str, Any] | None = model.moe_options(number)
+        if options and "activation" in options:
+            options = {**options, "activation": dataclasses.asdict(options["activation"])}
     except CheckpointError:
         options = None  # It is raised again for whoever asks, as by the checkpoint itself.
     router = model.router(number)

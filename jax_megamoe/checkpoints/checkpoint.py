@@ -127,7 +127,7 @@ class Checkpoint:
         return self._model.router(number)
 
     def moe_options(self, layer: int) -> dict[str, Any]:
-        """Keywords of `moe` for a layer: `activation_clamp` and `routed_scaling_factor`, where the model has them.
+        """Keywords of `moe` for a layer: `activation`, `activation_clamp`, `routed_scaling_factor`, as the model has.
 
         Raises `CheckpointError` where the model has an activation that `moe` does not compute.
         """

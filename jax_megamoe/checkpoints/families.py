@@ -150,6 +150,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "num_shared_experts": ("n_shared_experts", "num_shared_experts"),
     "has_bias": ("use_routing_bias", "moe_router_enable_expert_bias"),
     "activation": ("hidden_act",),
+    "situ_beta": ("activation_situ_beta",),
+    "situ_linear_beta": ("activation_situ_linear_beta",),
 }
 
 

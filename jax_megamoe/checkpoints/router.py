@@ -6,6 +6,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from jax_megamoe.activations import SiTU
 from jax_megamoe.arrays import clamp_to_int32
 from jax_megamoe.checkpoints.families import Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
@@ -13,8 +14,9 @@ from jax_megamoe.checkpoints.safetensors import Array, Tensor
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.routing import Scoring, route
 
-# Activations of configurations that `moe` computes.
+# Activations of configurations that `moe` computes; None is its default.
 _ACTIVATIONS = ("silu", "swish")
+_SITU = "situ"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +102,20 @@ def read_router(tensors: Tensors, stem: str, family: Family, config: Config, lay
 def moe_options(config: Config) -> dict[str, Any]:
     """Keywords of `moe`. Raises `CheckpointError` for an activation that it does not compute."""
     activation = config.get("activation", str) or _ACTIVATIONS[0]
-    if activation not in _ACTIVATIONS:
+    if activation not in (*_ACTIVATIONS, _SITU):
         raise config.error(
-            f"has hidden_act = {activation!r}, wanted {_ACTIVATIONS[0]!r}: moe of this version computes no other."
+            f"has hidden_act = {activation!r}, wanted {_ACTIVATIONS[0]!r} or {_SITU!r}: moe of this version computes "
+            "no other."
         )
     options: dict[str, Any] = {}
+    if activation == _SITU:
+        beta, linear_beta = _number(config, "situ_beta"), _number(config, "situ_linear_beta")
+        if beta is None or linear_beta is None or not 0 < min(beta, linear_beta) <= max(beta, linear_beta) <= 1e30:
+            raise config.error(
+                f"has bounds {beta} and {linear_beta} of its activation, wanted two positive numbers, "
+                "activation_situ_beta and activation_situ_linear_beta: take them from its source."
+            )
+        options["activation"] = SiTU(beta, linear_beta)
     if (clamp := _number(config, "clamp")) is not None:
         if not clamp >= 0:
             raise config.error(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import weight_layout
+from jax_megamoe.activations import Activation
 from jax_megamoe.operands import Operands, Sizes
 
 
@@ -24,7 +25,7 @@ def call_kernel(
     *more: jax.Array,
     workspace_bytes: int,
     out_dtype: Any,
-    activation_clamp: float,
+    activation: Activation,
     routed_scaling_factor: float,
     **attributes: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -44,7 +45,11 @@ def call_kernel(
     y, load, _ = jax.ffi.ffi_call(target, results)(
         *operands.row,
         *more,
-        activation_clamp=np.float32(activation_clamp),
+        activation_clamp=np.float32(activation.clamp),
+        activation_alpha=np.float32(activation.alpha),
+        activation_up_offset=np.float32(activation.up_offset),
+        situ_beta=np.float32(activation.beta),
+        situ_linear_beta=np.float32(activation.linear_beta),
         routed_scaling_factor=np.float32(routed_scaling_factor),
         **attributes,
     )

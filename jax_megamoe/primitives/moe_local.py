@@ -1,6 +1,5 @@
 """The primitive `moe_local`: the experts of one device, as the fused kernel on a GPU and as array code on a CPU."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, reference
+from jax_megamoe.activations import SILU, Activation
 from jax_megamoe.errors import PlatformError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _library
@@ -23,7 +23,7 @@ moe_local_p.multiple_results = True
 def moe_local(
     operands: Operands,
     *,
-    activation_clamp: float = math.inf,
+    activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
@@ -35,7 +35,7 @@ def moe_local(
     """
     y, load = moe_local_p.bind(
         *_compat.align_varying(operands.row),
-        activation_clamp=float(activation_clamp),
+        activation=activation,
         routed_scaling_factor=float(routed_scaling_factor),
         out_dtype=jnp.dtype(out_dtype),
         implementation=implementation,

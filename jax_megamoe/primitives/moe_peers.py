@@ -22,6 +22,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, collectives
+from jax_megamoe.activations import SILU, Activation
 from jax_megamoe.errors import ArgumentError, GroupError, MegaMoEError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, _library, _reachability
@@ -73,7 +74,7 @@ def moe_peers(
     gathered_axes: tuple[str, ...],
     timeout_microseconds: int,
     setup_timeout_microseconds: int,
-    activation_clamp: float = math.inf,
+    activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +91,7 @@ def moe_peers(
         gathered_axes=gathered_axes,
         timeout_microseconds=timeout_microseconds,
         setup_timeout_microseconds=setup_timeout_microseconds,
-        activation_clamp=float(activation_clamp),
+        activation=activation,
         routed_scaling_factor=float(routed_scaling_factor),
         implementation=implementation,
     )

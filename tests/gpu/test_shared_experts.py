@@ -1,5 +1,6 @@
 """The fused kernel with shared experts, against the reference and against calls of its own parts, on a Hopper GPU."""
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
@@ -85,15 +86,11 @@ def test_as_experts_that_every_token_names(tokens):
     """The same bits as from one array of weights with the shared experts in it."""
     x, weights, ids, topk_weights = make_problem(tokens, ODD, "masked")
     shared, scale = shared_of(ODD, 2), scale_of(tokens, 2)
-    joined = mm.ExpertWeights(
-        *(jnp.concatenate(both) for both in zip(weights.leaves, shared.leaves, strict=True)),
-        num_experts=ODD.num_experts + 2,
-        hidden_size=ODD.hidden,
-        intermediate_size=ODD.inter,
-    )
+    both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), weights.leaves, shared.leaves)
+    joined = dataclasses.replace(weights, **both._asdict(), num_experts=ODD.num_experts + 2)
     used = np.where(np.asarray(ids) < ODD.num_experts, ids, -1)
     all_ids = np.concatenate([used, np.tile(ODD.num_experts + np.arange(2, dtype=np.int32), (tokens, 1))], 1)
-    wanted = mm.moe(x, joined, all_ids, jnp.concatenate([topk_weights, scale], 1))
+    wanted = mm.moe(x, joined, jnp.asarray(all_ids), jnp.concatenate([topk_weights, scale], 1))
     y = mm.moe(x, weights, ids, topk_weights, shared=shared, shared_weights=scale)
     np.testing.assert_array_equal(bits(y), bits(wanted))
 

@@ -102,7 +102,7 @@ std::string outcome(const std::vector<Array>& arrays) {
     text << " shared " << p.num_shared_experts << " at";
     for (const void* leaf : a.shared_weights.leaves()) text << ' ' << number(leaf);
   }
-  text << (a.y_is_f32 ? " f32" : " bf16") << ' ' << a.activation_clamp << ' ' << a.routed_scaling_factor;
+  text << (a.y_is_f32 ? " f32" : " bf16") << ' ' << a.activation.clamp << ' ' << a.routed_scaling_factor;
   return text.str();
 }
 

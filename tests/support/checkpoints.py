@@ -164,7 +164,7 @@ class Stock:
     shared: dict[int, tuple[Stored, Stored, Stored]]
     router: dict[int, Named]  # weight, bias and others, as f32
     route: dict[str, Any]
-    moe: dict[str, float]
+    moe: dict[str, Any]
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def natural(self, layer: int) -> Experts:
@@ -210,7 +210,7 @@ class Plan:
     moe_layers: tuple[int, ...] = (1, 2)
     num_layers: int = 3
     route: dict[str, Any] = dataclasses.field(default_factory=dict)
-    moe: dict[str, float] = dataclasses.field(default_factory=dict)
+    moe: dict[str, Any] = dataclasses.field(default_factory=dict)
     fused: str | None = None  # "out_in" or "in_out": all experts in two tensors
     text_config: bool = False
     has_mtp: bool = False  # a layer of experts after the last

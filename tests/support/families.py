@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax_megamoe as mm
 from tests.support.checkpoints import (
     E,
     H,
@@ -145,6 +146,8 @@ _K3 = {
     "routed_scaling_factor": 2.5,
     "routed_expert_hidden_size": H,
     "hidden_act": "situ",
+    "activation_situ_beta": 4.0,
+    "activation_situ_linear_beta": 25.0,
 }
 
 PLANS: dict[str, Plan] = {
@@ -247,6 +250,7 @@ PLANS: dict[str, Plan] = {
         num_shared=2,
         model_size=2 * H,
         route=_SIGMOID,
+        moe={"routed_scaling_factor": 2.5, "activation": mm.SiTU(4.0, 25.0)},
     ),
     "minimax-m2": Plan(
         "minimax_m2",

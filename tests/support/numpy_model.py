@@ -3,6 +3,7 @@
 Shares no code with `jax_megamoe`, so that one misreading of the numerics does not pass as agreement.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -100,11 +101,12 @@ def moe(
     *,
     activation_clamp: float | None = None,
     routed_scaling_factor: float = 1.0,
+    activate: Callable[[Array, Array], Array] = lambda gate, up: gate / (1 + np.exp(-gate)) * up,
     quantized: bool = True,
 ) -> tuple[Array, Array]:
     """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
 
-    Not `quantized`: the dequantised weights, with nothing rounded anywhere.
+    `activate`: of gate and up, after the clamp. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
     """
     gate_up = dequantize_matrices(experts.gate_up, experts.gate_up_scale)
     down = dequantize_matrices(experts.down, experts.down_scale)
@@ -125,7 +127,7 @@ def moe(
             gate, up = both[:intermediate_size], both[intermediate_size:]
             if activation_clamp is not None:
                 gate, up = np.minimum(gate, activation_clamp), np.clip(up, -activation_clamp, activation_clamp)
-            activation = gate / (1 + np.exp(-gate)) * up * (np.float32(weight) * np.float32(routed_scaling_factor))
+            activation = activate(gate, up) * (np.float32(weight) * np.float32(routed_scaling_factor))
             if quantized:
                 values, scales = quantize_rows(activation[None], 64, 1e-30, power_of_two=True)
                 activation = (values.astype(np.float64) * scales.repeat(64, -1))[0]

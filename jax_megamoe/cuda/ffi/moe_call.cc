@@ -208,7 +208,17 @@ ffi::Error MoeCall::fill(const ffi::Dictionary& attributes, size_t workspace_byt
   arguments->topk_ids = static_cast<const int32_t*>(operands_[kTopkIds].untyped_data());
   arguments->topk_weights = static_cast<const float*>(operands_[kTopkWeights].untyped_data());
   arguments->layer = static_cast<const int32_t*>(operands_[kLayer].untyped_data());
-  arguments->activation_clamp = clamp.value();
+  // A program that was exported before there was another activation says the clamp alone.
+  const auto number = [&](const char* name, float otherwise) {
+    const auto found = attributes.get<float>(name);
+    return found.has_error() ? otherwise : found.value();
+  };
+  Activation& activation = arguments->activation;
+  activation.clamp = clamp.value();
+  activation.alpha = number("activation_alpha", 1.0f);
+  activation.up_offset = number("activation_up_offset", 0.0f);
+  activation.beta = number("situ_beta", 0.0f);
+  activation.linear_beta = number("situ_linear_beta", 0.0f);
   arguments->routed_scaling_factor = factor.value();
   arguments->y = y.untyped_data();
   arguments->y_is_f32 = y_is_f32;

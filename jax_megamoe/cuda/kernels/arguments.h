@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/divisor.h"
+#include "layout/activation.h"
 #include "layout/peer_buffer.h"
 #include "layout/weights.h"
 #include "layout/workspace.h"
@@ -36,7 +37,7 @@ struct MoeArguments {
   const int32_t* topk_ids;       // [T, k] of the group's experts; others: unused
   const float* topk_weights;     // [T, k]
   const int32_t* layer;          // scalar in device memory, clamped to [0, L)
-  float activation_clamp;        // +inf: none
+  Activation activation;
   float routed_scaling_factor;
 
   void* y;        // [T, H] bf16, or f32 when `y_is_f32`

@@ -21,7 +21,7 @@
 #include "kernels/row_gather.cuh"
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
-#include "kernels/swiglu.cuh"
+#include "kernels/activate.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -180,26 +180,31 @@ class NormalConsumer {
     }
   }
 
-  // SwiGLU, routing weight, power-of-two scale over the unit's 128 columns, E4M3, into the chunk's activation image.
+  // Activation, routing weight, power-of-two scale over the unit's 128 columns, E4M3, into the chunk's activation image.
   template <int kTiles>
   __device__ __forceinline__ void finish_gate_up(Sums<kTiles>& acc) {
     const Problem& p = args_.problem;
     const int padded = note_.padded_rows();
     float amax[2] = {0.0f, 0.0f};
+    with_activation(args_.activation, [&](const auto& activate) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int q = 0; q < 8; ++q) {
+          for (int q = 0; q < 8; ++q) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& value = acc[t][8 * q + 2 * half + c];
-            value = swiglu(value, acc[t][8 * q + 4 + 2 * half + c], args_.activation_clamp) * source_[half].weight;
-            amax[half] = fmaxf(amax[half], fabsf(value));
+            for (int c = 0; c < 2; ++c) {
+              float& value = acc[t][8 * q + 2 * half + c];
+              value = activate(value, acc[t][8 * q + 4 + 2 * half + c]) * source_[half].weight;
+              amax[half] = fmaxf(amax[half], fabsf(value));
+            }
           }
         }
       }
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 1));
       amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 2));
     }

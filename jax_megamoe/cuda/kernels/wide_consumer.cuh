@@ -22,7 +22,7 @@
 #include "kernels/ring.cuh"
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
-#include "kernels/swiglu.cuh"
+#include "kernels/activate.cuh"
 #include "kernels/trace.cuh"
 
 namespace megamoe {
@@ -171,21 +171,23 @@ class WideConsumer {
     }
   }
 
-  // SwiGLU, routing weight, power-of-two scale over the cluster's 128 columns, E4M3, into the chunk's activation image.
+  // Activation, routing weight, power-of-two scale over the cluster's 128 columns, E4M3, into the chunk's activation image.
   __device__ __forceinline__ void finish_gate_up(Sums& sums) {
     const MaximaExchange<Wide> exchange(map_);
     const float2 row_scale = map_.wide_row_scale();
     ptx::wait_copies<0>();  // the sources
-    for_parts([&](int part) {
-      for_loops(sums[part], part * kN, [&](Part& acc, int first_token) {
-        float amax[kLoopSums / 2];
+    with_activation(args_.activation, [&](const auto& activate) {
+      for_parts([&](int part) {
+        for_loops(sums[part], part * kN, [&](Part& acc, int first_token) {
+          float amax[kLoopSums / 2];
 #pragma unroll
-        for (int i = 0; i < kLoopSums / 2; ++i) {
-          float& value = acc[4 * (i / 2) + i % 2];
-          value = swiglu(value * row_scale.x, acc[4 * (i / 2) + 2 + i % 2] * row_scale.y, args_.activation_clamp);
-          amax[i] = fabsf(value);
-        }
-        map_.wide_amax(threadIdx.x / 32)[first_token + token_of(quad_row())] = largest_of_columns(amax);
+          for (int i = 0; i < kLoopSums / 2; ++i) {
+            float& value = acc[4 * (i / 2) + i % 2];
+            value = activate(value * row_scale.x, acc[4 * (i / 2) + 2 + i % 2] * row_scale.y);
+            amax[i] = fabsf(value);
+          }
+          map_.wide_amax(threadIdx.x / 32)[first_token + token_of(quad_row())] = largest_of_columns(amax);
+        });
       });
     });
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
