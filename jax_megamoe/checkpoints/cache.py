@@ -32,7 +32,7 @@ from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import File, Tensor
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from jax_megamoe.operands import Leaves
-from jax_megamoe.routing import GroupScoring, Scoring
+from jax_megamoe.routing_arrays import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
 MANIFEST = "jax_megamoe.json"

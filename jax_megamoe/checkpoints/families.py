@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_megamoe.errors import CheckpointError
-from jax_megamoe.routing import Scoring
+from jax_megamoe.routing_arrays import Scoring
 
 Projections = tuple[str, str, str]  # the names of gate, up and down
 

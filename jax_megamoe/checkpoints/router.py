@@ -12,7 +12,8 @@ from jax_megamoe.checkpoints.families import Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
 from jax_megamoe.errors import ArgumentError
-from jax_megamoe.routing import Scoring, route
+from jax_megamoe.routing import route
+from jax_megamoe.routing_arrays import Scoring
 
 # Activations of configurations that `moe` computes; None is its default.
 _ACTIVATIONS = ("silu", "swish")

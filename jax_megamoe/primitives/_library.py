@@ -14,6 +14,7 @@ from jax_megamoe.operands import Sizes
 
 MOE_TARGET = "jax_megamoe.moe.v1"
 MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v3"
+ROUTE_TARGET = "jax_megamoe.route.v1"
 WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
 

@@ -186,6 +186,15 @@ def call_with_types(
     return tuple(function(*arrays.values()))
 
 
+def is_on_one_device() -> bool:
+    """Whether what is traced here runs on one device, as far as its mesh tells: all axes are manual, or there are none.
+
+    What runs on several without a mesh in the context is found out where it is lowered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(axis in mesh.manual_axes or mesh.shape[axis] == 1 for axis in mesh.axis_names)
+
+
 def restrict(spec: P, axes: frozenset[str], ndim: int) -> P:
     """The spec with only these axes in it, and an entry for every dimension."""
     kept = (tuple(axis for axis in dim if axis in axes) for dim in axes_of_dims(spec, ndim))

@@ -87,6 +87,7 @@ py::dict ffi_registrations() {
 #ifdef MEGAMOE_CUDA
   add(megamoe::moe_target(), types, targets);
   add(megamoe::moe_peers_target(), types, targets);
+  add(megamoe::route_target(), types, targets);
   add(megamoe::wire_test_target(), types, targets);
 #endif
 #ifdef MEGAMOE_TESTING

@@ -9,6 +9,7 @@ namespace megamoe {
 
 Target moe_target();
 Target moe_peers_target();
+Target route_target();
 Target wire_test_target();
 
 // How often the execute handler of one device ran in this process: a replayed command buffer does not call it.
