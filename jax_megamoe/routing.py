@@ -1,7 +1,7 @@
 """Router scores -> the experts of each token and their weights. A convenience: `moe` takes any router's results."""
 
 import functools
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
-from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
 from jax_megamoe.primitives import _specs
-from jax_megamoe.primitives.route import RouteParams, route_by_platform, serves
+from jax_megamoe.primitives.route import RouteParams, check_served, route_by_kernel
 from jax_megamoe.routing_arrays import GroupScoring, Scoring, route_arrays
+
+RouteImplementation = Literal["cuda", "reference"]
 
 
 def route(
@@ -30,6 +32,7 @@ def route(
     hash_table: jax.Array | np.ndarray | None = None,
     image_bias: jax.Array | np.ndarray | None = None,
     is_image: jax.Array | np.ndarray | None = None,
+    implementation: RouteImplementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Selects `top_k` experts per token: logits float [..., E] -> ids int32[..., k], weights f32[..., k].
 
@@ -61,6 +64,8 @@ def route(
       image_bias: f32[E], what is added for the selection instead of `bias` for the tokens of images; with a hash table
         they are selected by their biased scores, like in other layers.
       is_image: bool [...], which tokens these are.
+      implementation: None and "reference" are array code; "cuda" is one kernel, or an error: on one Hopper GPU, or in
+        `jax.shard_map`, without hash tables and images, for up to 1024 experts and a top_k of 32.
 
     Raises:
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
@@ -82,6 +87,8 @@ def route(
         raise ShapeError(f"logits has shape {logits.shape}, wanted [..., E] with E > 0: pass one score per expert.")
     _check_choice("scoring", scoring, get_args(Scoring))
     _check_choice("group_scoring", group_scoring, get_args(GroupScoring))
+    if implementation is not None:
+        _check_choice("implementation", implementation, get_args(RouteImplementation))
     _check_int("num_groups", num_groups)
     if num_groups < 1 or num_experts % num_groups:
         raise ShapeError(f"num_groups is {num_groups}, wanted a divisor of {num_experts} experts: choose another.")
@@ -124,7 +131,10 @@ def route(
         if array is not None:
             require_device_memory(name, array)
     params = RouteParams(int(top_k), scoring, int(num_groups), int(top_groups), group_scoring, bool(renormalize))
-    selected = functools.partial(_route, params=params, on_one_device=_specs.is_on_one_device())
+    by_kernel = implementation == "cuda"
+    if by_kernel:
+        _check_kernel(logits, params, token_ids=token_ids, image_bias=image_bias)
+    selected = functools.partial(_route, params=params, by_kernel=by_kernel)
     # Tokens stay split as they are; experts that are split are gathered.
     spec = P(*jax.typeof(logits).sharding.spec[:-1], None)
     ids, weights = _specs.call_with_types(selected, arrays, (spec, spec))
@@ -132,7 +142,7 @@ def route(
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device.
-@functools.partial(jax.jit, static_argnames=("params", "on_one_device"))
+@functools.partial(jax.jit, static_argnames=("params", "by_kernel"))
 def _route(
     logits: jax.Array,
     bias: jax.Array | None,
@@ -142,11 +152,26 @@ def _route(
     is_image: jax.Array | None,
     *,
     params: RouteParams,
-    on_one_device: bool,
+    by_kernel: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    if on_one_device and token_ids is None and image_bias is None and serves(logits, params):
-        return route_by_platform(logits, bias, params)
+    if by_kernel:
+        return route_by_kernel(logits, bias, params)
     return route_arrays(logits, bias, token_ids, hash_table, image_bias, is_image, **params._asdict())
+
+
+def _check_kernel(logits: jax.Array | np.ndarray, params: RouteParams, **arrays: object) -> None:
+    """Raises where the kernel was asked for and cannot be had, as far as that is known while tracing."""
+    for name, array in arrays.items():
+        if array is not None:
+            raise ArgumentError(
+                f"{name} is given and implementation is 'cuda', which has no {name}: leave implementation out."
+            )
+    check_served(logits, params)
+    if not _specs.is_on_one_device():
+        raise ShardingError(
+            f"implementation of route is 'cuda' on the mesh ({jax.sharding.get_abstract_mesh()}), wanted all of its "
+            "axes manual: call it in jax.shard_map over all axes, or leave implementation out."
+        )
 
 
 def _as_bias(name: str, bias: object, num_experts: int) -> jax.Array | np.ndarray:

@@ -1,4 +1,4 @@
-"""The primitive `route`: a router's selection as one kernel on a GPU, and as array code everywhere else."""
+"""The primitive `route`: a router's selection as one kernel, on one Hopper GPU or on each in `shard_map`."""
 
 import functools
 import math
@@ -13,12 +13,13 @@ from jax.interpreters import batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat
-from jax_megamoe.errors import PlatformError
+from jax_megamoe.arrays import Array
+from jax_megamoe.errors import PlatformError, ShapeError, ShardingError
 from jax_megamoe.primitives import _library
 from jax_megamoe.routing_arrays import GroupScoring, Scoring, route_arrays
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32  # of the kernel
-_SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "sqrtsoftplus")  # in the kernel's order
+SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "sqrtsoftplus")  # in the kernel's order
 
 route_p = Primitive("jax_megamoe.route")
 route_p.multiple_results = True
@@ -35,17 +36,26 @@ class RouteParams(NamedTuple):
     renormalize: bool
 
 
-def serves(logits: jax.Array, params: RouteParams) -> bool:
-    """Whether the kernel computes a selection of these sizes."""
-    is_known = not any(export.is_symbolic_dim(size) for size in logits.shape)
-    return is_known and logits.shape[-1] <= MAX_EXPERTS and params.top_k <= MAX_TOP_K
+def check_served(logits: Array, params: RouteParams) -> None:
+    """Raises `ShapeError` for sizes that the kernel does not compute."""
+    num_experts = logits.shape[-1]
+    if any(export.is_symbolic_dim(size) for size in logits.shape) or num_experts > MAX_EXPERTS:
+        raise ShapeError(
+            f"logits has shape {logits.shape} and implementation is 'cuda', wanted known sizes and at most "
+            f"{MAX_EXPERTS} experts: leave implementation out."
+        )
+    if params.top_k > MAX_TOP_K:
+        raise ShapeError(
+            f"top_k is {params.top_k} and implementation is 'cuda', wanted at most {MAX_TOP_K}: "
+            "leave implementation out."
+        )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def route_by_platform(logits: jax.Array, bias: jax.Array | None, params: RouteParams) -> tuple[jax.Array, jax.Array]:
+def route_by_kernel(logits: jax.Array, bias: jax.Array | None, params: RouteParams) -> tuple[jax.Array, jax.Array]:
     """Logits float [..., E], bias [E] -> ids int32[..., k], weights f32[..., k], as `route_arrays`.
 
-    By a kernel where the program is lowered for one Hopper GPU, or in `shard_map`; derivatives are those of array code.
+    Derivatives are those of array code.
     """
     none = jnp.zeros(0, jnp.float32)
     row = logits.astype(jnp.float32), none if bias is None else bias.astype(jnp.float32)
@@ -53,14 +63,12 @@ def route_by_platform(logits: jax.Array, bias: jax.Array | None, params: RoutePa
     return ids, weights
 
 
-@route_by_platform.defjvp
+@route_by_kernel.defjvp
 def _(params: RouteParams, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(functools.partial(_arrays, params=params), primals, tangents)
+    def arrays(logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return route_arrays(logits, bias, None, None, None, None, **params._asdict())
 
-
-def _arrays(logits: jax.Array, bias: jax.Array | None, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
-    bias = None if bias is None or bias.size == 0 else bias
-    return route_arrays(logits, bias, None, None, None, None, **params._asdict())
+    return jax.jvp(arrays, primals, tangents)
 
 
 def _kernel(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
@@ -70,7 +78,7 @@ def _kernel(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple
     ids, weights = jax.ffi.ffi_call(_library.ROUTE_TARGET, results)(
         logits.reshape(shape[0], num_experts),
         bias,
-        scoring=np.int64(_SCORINGS.index(params.scoring)),
+        scoring=np.int64(SCORINGS.index(params.scoring)),
         num_groups=np.int64(params.num_groups),
         top_groups=np.int64(params.top_groups),
         sums_two=np.int64(params.group_scoring == "sum_of_two"),
@@ -89,27 +97,32 @@ def _abstract_eval(logits: Any, bias: Any, *, params: RouteParams) -> tuple[Any,
 def _batch(row: tuple[Any, Any], dims: tuple[Any, Any], *, params: RouteParams) -> tuple[Any, tuple[int, int]]:
     (logits, bias), (dim, dim_of_bias) = row, dims
     if dim_of_bias is not None:
-        return jax.vmap(functools.partial(_arrays, params=params), in_axes=dims)(logits, bias), (0, 0)
+        raise NotImplementedError(
+            "bias is mapped by jax.vmap, and route with implementation='cuda' maps over tokens only: "
+            "leave implementation out."
+        )
     return route_p.bind(jnp.moveaxis(logits, dim, 0), bias, params=params), (0, 0)
 
 
 def _lower_cuda(ctx: Any, *row: Any, params: RouteParams) -> Any:
-    # XLA cannot split the kernel: a program of several devices keeps array code, which it does split.
-    is_split = _compat.num_devices_of_program(ctx) not in (None, 1)
-    function = _arrays if is_split or not _has_kernel() else _kernel
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *row, params=params)
+    _library.check_kernel_available()
+    if (num_devices := _compat.num_devices_of_program(ctx)) not in (None, 1):
+        raise ShardingError(
+            f"implementation of route is 'cuda' in a program of {num_devices} devices, which XLA would have to split, "
+            "wanted one device or jax.shard_map: call it there, or leave implementation out."
+        )
+    return mlir.lower_fun(_kernel, multiple_results=True)(ctx, *row, params=params)
 
 
-def _has_kernel() -> bool:
-    try:
-        _library.check_kernel_available()
-    except PlatformError:
-        return False
-    return True
+def _lower_elsewhere(ctx: Any, *row: Any, params: RouteParams) -> Any:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    raise PlatformError(
+        f"implementation of route is 'cuda' on {', '.join(platforms)}, wanted a Hopper GPU: leave implementation out."
+    )
 
 
 route_p.def_impl(lambda *row, **params: xla.apply_primitive(route_p, *row, **params))
 route_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[route_p] = _batch
-mlir.register_lowering(route_p, mlir.lower_fun(_arrays, multiple_results=True))
+mlir.register_lowering(route_p, _lower_elsewhere)
 mlir.register_lowering(route_p, _lower_cuda, platform="cuda")
