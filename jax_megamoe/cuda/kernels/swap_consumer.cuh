@@ -241,21 +241,19 @@ class SwapConsumer {
     const int consumer_warp = threadIdx.x / 32;
     const int padded = note_.padded_rows();
     ptx::wait_copies<0>();  // the sources
-    with_activation(args_.activation, [&](const auto& activate) {
 #pragma unroll 1
-      for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
+    for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
-          acc[c] = activate(acc[c], acc[2 + c]);
-          float amax = fabsf(acc[c]);
-          amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
-          amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 8));
-          amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 16));
-          if (quad_row() == 0) map_.row_amax()[consumer_warp * kN + 8 * j + quad_token() + c] = amax;
-        }
+      for (int c = 0; c < 2; ++c) {
+        if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
+        acc[c] = activate(acc[c], acc[2 + c], args_.activation);
+        float amax = fabsf(acc[c]);
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 8));
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 16));
+        if (quad_row() == 0) map_.row_amax()[consumer_warp * kN + 8 * j + quad_token() + c] = amax;
       }
-    });
+    }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
     const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
