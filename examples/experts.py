@@ -1,0 +1,104 @@
+"""The expert layer as the decoders call it: `jax_megamoe.moe`, or float experts by `jax.lax.ragged_dot` to compare.
+
+Shapes: B tokens, H hidden_size, I intermediate_size, E experts, k experts of a token, S shared experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jax_megamoe as mm
+from examples.meshes import EXPERT_AXIS, TOKEN_AXES
+
+
+class FloatExperts(NamedTuple):
+    """The experts of one layer in floating point, as `ragged_dot` wants them."""
+
+    gate_up: jax.Array  # [E, H, 2I], gate's columns first
+    down: jax.Array  # [E, I, H]
+
+
+# Quantised experts of all layers are stacked, and `moe` reads a layer in place. Of float experts a program would copy
+# a layer out of a stack, so they are a tuple of layers, and the loop over them is unrolled.
+Experts = mm.ExpertWeights | tuple[FloatExperts, ...]
+
+
+def dequantize(weights: mm.ExpertWeights, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[FloatExperts, ...]:
+    """The exact values of stacked `fp8_block` weights."""
+    gate_up, gate_up_scale, down, down_scale = weights.unpack()
+
+    def values(matrix: jax.Array, scale: jax.Array) -> jax.Array:
+        scale = jnp.repeat(jnp.repeat(scale, 128, axis=-2), 128, axis=-1)
+        return jnp.swapaxes(matrix.astype(jnp.float32) * scale, -1, -2).astype(dtype)
+
+    layers = zip(values(gate_up, gate_up_scale), values(down, down_scale), strict=True)
+    return tuple(FloatExperts(*layer) for layer in layers)
+
+
+def apply_experts(
+    experts: mm.ExpertWeights | FloatExperts,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: jax.Array | int,
+    *,
+    routed_scaling_factor: float = 1.0,
+    activation_clamp: float | None = None,
+) -> jax.Array:
+    """[B, H]: the weighted sum of each token's experts, for x[B, H], ids int32[B, k] and weights f32[B, k].
+
+    Slots with the id -1 are unused. `experts` are those of all layers stacked, or float ones of this layer.
+    """
+    if isinstance(experts, FloatExperts):
+        return _ragged(experts, x, topk_ids, topk_weights * routed_scaling_factor, activation_clamp)
+    y = mm.moe(
+        x.astype(jnp.bfloat16),
+        experts,
+        topk_ids,
+        topk_weights,
+        layer=layer,
+        routed_scaling_factor=routed_scaling_factor,
+        activation_clamp=activation_clamp,
+        expert_axis=EXPERT_AXIS,
+        token_axes=TOKEN_AXES,
+    )
+    return y.astype(x.dtype)
+
+
+def apply_shared_experts(
+    shared: mm.ExpertWeights | FloatExperts, x: jax.Array, is_used: jax.Array, layer: jax.Array | int
+) -> jax.Array:
+    """[B, H]: the sum of the S experts that every token goes to, for x[B, H]; zeros where not is_used[B].
+
+    A call of its own, with weights of 1 and no scaling factor. Each device has all shared experts.
+    """
+    num_shared = shared.down.shape[0] if isinstance(shared, FloatExperts) else shared.num_experts
+    ids = jnp.where(is_used[:, None], jnp.arange(num_shared, dtype=jnp.int32), -1)
+    ones = jnp.ones(ids.shape, jnp.float32)
+    if isinstance(shared, FloatExperts):
+        return _ragged(shared, x, ids, ones, None)
+    y = mm.moe(x.astype(jnp.bfloat16), shared, ids, ones, layer=layer, expert_axis=None, token_axes=TOKEN_AXES)
+    return y.astype(x.dtype)
+
+
+def _ragged(
+    experts: FloatExperts, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, clamp: float | None
+) -> jax.Array:
+    """The same in floating point: rows of (token, slot) pairs, sorted by expert, through two ragged products."""
+    num_experts, intermediate_size, _ = experts.down.shape
+    is_used = topk_ids >= 0
+    # Unused slots go behind those of the last expert, where no group reaches.
+    flat_ids = jnp.where(is_used, topk_ids, num_experts).reshape(-1)
+    order = jnp.argsort(flat_ids)
+    group_sizes = jnp.bincount(flat_ids, length=num_experts).astype(jnp.int32)
+    rows = x[order // topk_ids.shape[1]]
+    gate_up = jax.lax.ragged_dot(rows, experts.gate_up, group_sizes)
+    gate, up = gate_up[:, :intermediate_size], gate_up[:, intermediate_size:]
+    if clamp is not None:
+        gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
+    results = jax.lax.ragged_dot(jax.nn.silu(gate) * up, experts.down, group_sizes)
+    results = jnp.zeros_like(results).at[order].set(results).reshape(*topk_ids.shape, -1)
+    # `where` as well as the weight: rows that no group reaches may hold anything.
+    weighted = jnp.where(is_used[..., None], results * topk_weights[..., None], 0)
+    return jnp.sum(weighted, axis=1).astype(x.dtype)
