@@ -23,10 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
-from examples.experts import Experts, FloatExperts, apply_experts, apply_shared_experts
+from examples.experts import Experts, FloatExperts, apply_experts, apply_shared_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
-from examples.transformer import angles, masked_softmax, rms_norm, rope_parameters, rotary_frequencies, rotate
-from examples.transformer import visible_positions, write_cache, yarn_scale
+from examples.transformer import (
+    angles,
+    masked_softmax,
+    rms_norm,
+    rope_parameters,
+    rotary_frequencies,
+    rotate,
+    visible_positions,
+    write_cache,
+    yarn_scale,
+)
 
 LATENT_EPSILON = 1e-6  # of the norms of latents, whatever rms_norm_eps is
 
@@ -192,7 +201,9 @@ def _attention(config: Config, dense: DenseWeights, layers: Sequence[int], mesh:
         norm=stack("norm", "input_layernorm"),
         query_down=None if q is None else stack("query_down", "self_attn.q_a_proj"),
         query_norm=None if q is None else stack("query_norm", "self_attn.q_a_layernorm"),
-        query_up=stack("query_up", f"self_attn.{'q_proj' if q is None else 'q_b_proj'}", n, a + r, h if q is None else q),
+        query_up=stack(
+            "query_up", f"self_attn.{'q_proj' if q is None else 'q_b_proj'}", n, a + r, h if q is None else q
+        ),
         latent_down=stack("latent_down", "self_attn.kv_a_proj_with_mqa"),
         latent_norm=stack("latent_norm", "self_attn.kv_a_layernorm"),
         key_up=place(up[:, :, :a], mesh, *SPLITS["key_up"]),
@@ -268,33 +279,10 @@ def decode_step(
         return x, split(rms_norm(x, layer.mlp_norm, config.epsilon), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
-    for number in range(config.num_dense_layers):
-        layer = jax.tree.map(lambda leaf, number=number: leaf[number], parameters.dense)
-        x, cache = add_dense_layer(x, cache, jnp.int32(number), layer)
-    x, cache = _run_sparse_layers(add_sparse_layer, x, cache, parameters, experts)
+    x, cache = run_layers(add_dense_layer, x, cache, parameters.dense)
+    x, cache = run_layers(add_sparse_layer, x, cache, parameters.sparse, experts, parameters.shared)
     x = rms_norm(x, parameters.norm, config.epsilon)
     return jnp.einsum("bh,vh->bv", x, parameters.unembedding, preferred_element_type=jnp.float32), cache
-
-
-def _run_sparse_layers(
-    add_layer: Any, x: jax.Array, cache: Cache, parameters: Parameters, experts: Experts
-) -> tuple[jax.Array, Cache]:
-    """A scan that carries the cache, to update it in place; for float experts a loop that is unrolled."""
-    sparse, shared = parameters.sparse, parameters.shared
-    num_layers = len(sparse[1].weight)
-    if not isinstance(experts, mm.ExpertWeights):
-        for i in range(num_layers):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], sparse)
-            of_layer = shared if isinstance(shared, mm.ExpertWeights) else shared[i]
-            x, cache = add_layer(x, cache, jnp.int32(i), layer, experts[i], of_layer)
-        return x, cache
-
-    def body(carry: tuple[jax.Array, Cache], scanned: Any) -> tuple[tuple[jax.Array, Cache], None]:
-        layer, i = scanned
-        return add_layer(*carry, i, layer, experts, shared), None
-
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (sparse, jnp.arange(num_layers, dtype=jnp.int32)))
-    return x, cache
 
 
 def latent_attention(

@@ -3,7 +3,8 @@
 Shapes: B tokens, H hidden_size, I intermediate_size, E experts, k experts of a token, S shared experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,30 @@ def apply_shared_experts(
         return _ragged(shared, x, ids, ones, None)
     y = mm.moe(x.astype(jnp.bfloat16), shared, ids, ones, layer=layer, expert_axis=None, token_axes=TOKEN_AXES)
     return y.astype(x.dtype)
+
+
+def run_layers(
+    add_layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, cache: Any, layers: Any, *experts: Experts
+) -> tuple[jax.Array, Any]:
+    """Takes x and the cache through equal layers: `add_layer(x, cache, i, layer, *experts)` gives the next x and cache.
+
+    `layers` is a pytree of arrays with a leading L. A scan, which carries the cache and so updates it in place. It does
+    not slice quantised experts: all layers' are passed on with i. With float experts the loop is unrolled.
+    """
+    num_layers = len(jax.tree.leaves(layers)[0])
+    if all(isinstance(each, mm.ExpertWeights) for each in experts):
+
+        def body(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+            layer, i = scanned
+            return add_layer(*carry, i, layer, *experts), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(num_layers, dtype=jnp.int32)))
+        return x, cache
+    for i in range(num_layers):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+        of_layer = [each if isinstance(each, mm.ExpertWeights) else each[i] for each in experts]
+        x, cache = add_layer(x, cache, jnp.int32(i), layer, *of_layer)
+    return x, cache
 
 
 def _ragged(

@@ -19,10 +19,17 @@ from jax.sharding import Mesh
 import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
-from examples.experts import Experts, FloatExperts, apply_experts
+from examples.experts import Experts, FloatExperts, apply_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
-from examples.transformer import angles, masked_softmax, rms_norm, rotary_frequencies, rotate
-from examples.transformer import visible_positions, write_cache
+from examples.transformer import (
+    angles,
+    masked_softmax,
+    rms_norm,
+    rotary_frequencies,
+    rotate,
+    visible_positions,
+    write_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ def decode_step(
         return jnp.einsum("bnd,hnd->bh", mixed, layer.attention_out), cache
 
     def add_layer(
-        x: jax.Array, cache: Cache, layer: Layers, i: jax.Array, experts: mm.ExpertWeights | FloatExperts
+        x: jax.Array, cache: Cache, i: jax.Array, layer: Layers, experts: mm.ExpertWeights | FloatExperts
     ) -> tuple[jax.Array, Cache]:
         added, cache = attend(x, layer, i, cache)
         x = split(x + added, DATA)
@@ -196,30 +203,9 @@ def decode_step(
         return split(x + apply_experts(experts, normalized, ids, weights, i), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
-    x, cache = run_layers(add_layer, x, cache, parameters.layers, experts, config.num_layers)
+    x, cache = run_layers(add_layer, x, cache, parameters.layers, experts)
     x = rms_norm(x, parameters.norm, config.epsilon)
     return jnp.einsum("bh,vh->bv", x, parameters.unembedding, preferred_element_type=jnp.float32), cache
-
-
-def run_layers(
-    add_layer: Any, x: jax.Array, cache: Any, layers: Any, experts: Experts, num_layers: int
-) -> tuple[jax.Array, Any]:
-    """Takes x and the cache through all layers: a scan, or, for float experts, a loop that is unrolled.
-
-    The cache is carried, so that the scan updates it in place.
-    """
-    if not isinstance(experts, mm.ExpertWeights):
-        for i, layer_experts in enumerate(experts):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-            x, cache = add_layer(x, cache, layer, jnp.int32(i), layer_experts)
-        return x, cache
-
-    def body(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
-        layer, i = scanned
-        return add_layer(*carry, layer, i, experts), None
-
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(num_layers, dtype=jnp.int32)))
-    return x, cache
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
 
 
 def visible_positions(positions: jax.Array, length: int) -> jax.Array:
-    """bool[B, S]: up to a slot's own position. Empty slots, at -1, see the first one, so that no softmax is of nothing."""
+    """bool[B, S]: up to a slot's own position. Empty slots, at -1, see the first one: no softmax is of nothing."""
     return jnp.arange(length) <= jnp.maximum(positions, 0)[:, None]
 
 

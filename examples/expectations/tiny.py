@@ -133,8 +133,6 @@ class Tensors:
         self.add_matrix(f"{name}.down_proj", hidden, intermediate, is_fp8=True, gain=DOWN_GAIN / factor)
 
 
-
-
 def qwen3_moe(config: Mapping[str, Any], tensors: Tensors) -> None:
     """All tensors of a Qwen3-MoE checkpoint."""
     h, d, n, k = (config[key] for key in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads"))
