@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
-from examples.experts import Experts, FloatExperts, apply_experts, apply_shared_experts, run_layers
+from examples.experts import Experts, LayerExperts, apply_experts, apply_shared_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
 from examples.transformer import (
     angles,
@@ -125,7 +125,7 @@ class Parameters(NamedTuple):
     embedding: jax.Array  # [V, H]
     dense: tuple[Attention, DenseMlp]  # of the first layers
     sparse: tuple[Attention, Router]  # of the layers with experts
-    shared: mm.ExpertWeights | tuple[FloatExperts, ...]  # of the same layers, stacked
+    shared: Experts  # of the same layers, stacked
     norm: jax.Array  # [H]
     unembedding: jax.Array  # [V, H]
 
@@ -257,8 +257,8 @@ def decode_step(
         cache: Cache,
         i: jax.Array,
         layer: tuple[Attention, Router],
-        experts: mm.ExpertWeights | FloatExperts,
-        shared: mm.ExpertWeights | FloatExperts,
+        experts: LayerExperts,
+        shared: LayerExperts,
     ) -> Any:
         attention, router = layer
         x, normalized, cache = attend(x, attention, config.num_dense_layers + i, cache)

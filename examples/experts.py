@@ -21,8 +21,10 @@ class FloatExperts(NamedTuple):
 
 
 # Quantised experts of all layers are stacked, and `moe` reads a layer in place. Of float experts a program would copy
-# a layer out of a stack, so they are a tuple of layers, and the loop over them is unrolled.
-Experts = mm.ExpertWeights | tuple[FloatExperts, ...]
+# a layer out of a stack, so they are a tuple of layers, and the loop over them is unrolled. None, or a tuple of None,
+# leaves them out, to time the rest.
+Experts = mm.ExpertWeights | tuple[FloatExperts | None, ...] | None
+LayerExperts = mm.ExpertWeights | FloatExperts | None
 
 
 def dequantize(weights: mm.ExpertWeights, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[FloatExperts, ...]:
@@ -38,7 +40,7 @@ def dequantize(weights: mm.ExpertWeights, dtype: jax.typing.DTypeLike = jnp.floa
 
 
 def apply_experts(
-    experts: mm.ExpertWeights | FloatExperts,
+    experts: LayerExperts,
     x: jax.Array,
     topk_ids: jax.Array,
     topk_weights: jax.Array,
@@ -51,6 +53,8 @@ def apply_experts(
 
     Slots with the id -1 are unused. `experts` are those of all layers stacked, or float ones of this layer.
     """
+    if experts is None:  # Something of the router's results, which are not to be optimised away.
+        return x * (jnp.sum(topk_weights, axis=1) + topk_ids[:, 0])[:, None].astype(x.dtype)
     if isinstance(experts, FloatExperts):
         return _ragged(experts, x, topk_ids, topk_weights * routed_scaling_factor, activation_clamp)
     y = mm.moe(
@@ -67,13 +71,13 @@ def apply_experts(
     return y.astype(x.dtype)
 
 
-def apply_shared_experts(
-    shared: mm.ExpertWeights | FloatExperts, x: jax.Array, is_used: jax.Array, layer: jax.Array | int
-) -> jax.Array:
+def apply_shared_experts(shared: LayerExperts, x: jax.Array, is_used: jax.Array, layer: jax.Array | int) -> jax.Array:
     """[B, H]: the sum of the S experts that every token goes to, for x[B, H]; zeros where not is_used[B].
 
     A call of its own, with weights of 1 and no scaling factor. Each device has all shared experts.
     """
+    if shared is None:
+        return jnp.zeros_like(x)
     num_shared = shared.down.shape[0] if isinstance(shared, FloatExperts) else shared.num_experts
     ids = jnp.where(is_used[:, None], jnp.arange(num_shared, dtype=jnp.int32), -1)
     ones = jnp.ones(ids.shape, jnp.float32)
@@ -92,7 +96,7 @@ def run_layers(
     not slice quantised experts: all layers' are passed on with i. With float experts the loop is unrolled.
     """
     num_layers = len(jax.tree.leaves(layers)[0])
-    if all(isinstance(each, mm.ExpertWeights) for each in experts):
+    if not any(isinstance(each, tuple) for each in experts):
 
         def body(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
             layer, i = scanned
@@ -102,7 +106,7 @@ def run_layers(
         return x, cache
     for i in range(num_layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-        of_layer = [each if isinstance(each, mm.ExpertWeights) else each[i] for each in experts]
+        of_layer = [each[i] if isinstance(each, tuple) else each for each in experts]
         x, cache = add_layer(x, cache, jnp.int32(i), layer, *of_layer)
     return x, cache
 

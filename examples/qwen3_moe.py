@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
-from examples.experts import Experts, FloatExperts, apply_experts, run_layers
+from examples.experts import Experts, LayerExperts, apply_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
 from examples.transformer import (
     angles,
@@ -191,7 +191,7 @@ def decode_step(
         return jnp.einsum("bnd,hnd->bh", mixed, layer.attention_out), cache
 
     def add_layer(
-        x: jax.Array, cache: Cache, i: jax.Array, layer: Layers, experts: mm.ExpertWeights | FloatExperts
+        x: jax.Array, cache: Cache, i: jax.Array, layer: Layers, experts: LayerExperts
     ) -> tuple[jax.Array, Cache]:
         added, cache = attend(x, layer, i, cache)
         x = split(x + added, DATA)
