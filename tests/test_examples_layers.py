@@ -125,16 +125,15 @@ def test_maxtext_names_mean_what_they_mean_there(config, has_bias, is_sharded):
 @pytest.mark.parametrize("model", [pytest.param("tiny-qwen3", marks=pytest.mark.exhaustive), "tiny-deepseek"])
 def test_the_benchmark_times_both_ways_in_one_run(model, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    arguments = f"--model {model} --layers 2 --tokens 2 --length 8 --steps 2 --repeats 1 --output {output}"
+    arguments = f"--model {model} --layers 1 --tokens 2 --length 8 --steps 2 --repeats 1 --output {output}"
     bench_decode.main(arguments.split())
     assert len(capsys.readouterr().out.splitlines()) == 4
     figures = json.loads(output.read_text())
-    assert (figures["model"], figures["layers"], [row["tokens"] for row in figures["rows"]]) == (model, 2, [2])
+    assert (figures["model"], figures["layers"], [row["tokens"] for row in figures["rows"]]) == (model, 1, [2])
     for way in ("moe", "ragged_dot"):
         row = figures["rows"][0][way]
         assert row["step_us"] > 0 and row["tokens_per_second"] == pytest.approx(2e6 / row["step_us"])
-        sum_of_parts = 2 * (row["experts_us_per_layer"] + row["rest_us_per_layer"])
-        assert sum_of_parts == pytest.approx(row["step_us"])
+        assert row["experts_us_per_layer"] + row["rest_us_per_layer"] == pytest.approx(row["step_us"])
 
 
 def test_the_command_line_continues_prompts(tmp_path, monkeypatch, capsys):

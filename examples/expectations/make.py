@@ -18,7 +18,8 @@ from examples.expectations import tiny
 
 # Prompts of unequal lengths, more of them than a test has slots; and how many tokens follow each.
 PROMPTS = [[17], [5, 99, 3], [64, 2, 77, 31, 8, 120], [1, 2], [90] * 5, [33, 101, 54, 12, 7, 70, 19, 88, 41, 26]]
-NEW_TOKENS = [20, 6, 12, 24, 9, 16]
+PROMPTS += [[50, 49], [127], [21, 22, 23], [9, 115, 60, 4]]
+NEW_TOKENS = [20, 6, 12, 14, 3, 8, 10, 4, 13, 9]
 
 
 def continue_greedily(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
@@ -54,8 +55,8 @@ def expect(family: str) -> dict[str, Any]:
                 "prompt": prompt,
                 "tokens": tokens,
                 "margins": [round(float(margin), 4) for margin in best[:, 0] - best[:, 1]],
-                "first_logits": [round(float(logit), 5) for logit in logits[0]],
-                "last_logits": [round(float(logit), 5) for logit in logits[-1]],
+                "first_logits": [round(float(logit), 4) for logit in logits[0]],
+                "last_logits": [round(float(logit), 4) for logit in logits[-1]],
             }
         )
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}

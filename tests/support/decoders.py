@@ -81,9 +81,19 @@ class Decoder:
         serve(self.step, self.empty_cache(num_slots), requests, num_slots, LENGTH, keep_logits=True)
         return requests
 
-    def forced_logits(self, expected: Expected, num_slots: int) -> Array:
-        """f32[tokens of all cases, V]: the logits at each of them, where those before are the expected ones."""
-        sequences = [case["prompt"] + case["tokens"][:-1] for case in expected.cases]
+    def forced_logits(self, expected: Expected, num_slots: int) -> list[Array]:
+        """f32[tokens, V] of each case: the logits at each of them, where those before are the expected ones."""
+        found = []
+        for start in range(0, len(expected.cases), num_slots):
+            cases = expected.cases[start : start + num_slots]
+            sequences = [case["prompt"] + case["tokens"][:-1] for case in cases]
+            steps = self._logits_of(sequences, num_slots)
+            for slot, (case, sequence) in enumerate(zip(cases, sequences, strict=True)):
+                found.append(np.stack([step[slot] for step in steps[len(case["prompt"]) - 1 : len(sequence)]]))
+        return found
+
+    def _logits_of(self, sequences: list[list[int]], num_slots: int) -> list[Array]:
+        """f32[B, V] after each position, of sequences that begin together; slots behind their ends are empty."""
         cache, steps = self.empty_cache(num_slots), []
         for position in range(max(map(len, sequences))):
             tokens, positions = np.zeros(num_slots, np.int32), np.full(num_slots, -1, np.int32)
@@ -92,14 +102,7 @@ class Decoder:
                     tokens[slot], positions[slot] = sequence[position], position
             _, logits, cache = self.step(cache, jnp.array(tokens), jnp.array(positions))
             steps.append(np.asarray(logits))
-        firsts = [len(case["prompt"]) - 1 for case in expected.cases]
-        return np.stack(
-            [
-                steps[position][slot]
-                for slot, (first, sequence) in enumerate(zip(firsts, sequences, strict=True))
-                for position in range(first, len(sequence))
-            ]
-        )
+        return steps
 
 
 def buffers(tree: Any) -> list[jax.Array]:
