@@ -167,7 +167,7 @@ def decode(model_step: Callable[..., Any], parameters: Any, experts: Any, state:
     """
     cache, tokens, positions, _ = state
     logits, cache = model_step(parameters, experts, cache, tokens, positions)
-    length = jax.tree.leaves(cache)[0].shape[2]
+    length = jax.tree.leaves(cache)[0].shape[-2]
     return cache, (tokens + 7919) % logits.shape[1], (positions + 1) % length, jnp.argmax(logits, axis=-1)
 
 

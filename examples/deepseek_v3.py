@@ -245,6 +245,14 @@ def decode_step(
     A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
     """
     is_used = positions >= 0
+    cos, sin = angles(positions, *rotary_frequencies(config.rope, config.rope_size))
+    visible = visible_positions(positions, cache.latents.shape[2])
+
+    def attend(x: jax.Array, layer: Attention, i: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+        """x[B, H] with what attention adds, the same normalised for what comes next, and the cache."""
+        added, cache = latent_attention(config, x, layer, i, cache, positions, cos, sin, visible)
+        x = split(x + added, DATA)
+        return x, split(rms_norm(x, layer.mlp_norm, config.epsilon), DATA), cache
 
     def add_dense_layer(x: jax.Array, cache: Cache, i: jax.Array, layer: tuple[Attention, DenseMlp]) -> Any:
         attention, mlp = layer
@@ -268,15 +276,6 @@ def decode_step(
         ids = jnp.where(is_used[:, None], ids, -1)
         routed = apply_experts(experts, normalized, ids, weights, i, **config.moe_options)
         return split(x + routed + apply_shared_experts(shared, normalized, is_used, i), DATA), cache
-
-    cos, sin = angles(positions, *rotary_frequencies(config.rope, config.rope_size))
-    visible = visible_positions(positions, cache.latents.shape[2])
-
-    def attend(x: jax.Array, layer: Attention, i: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-        """x[B, H] with what attention adds, the same normalised for what comes next, and the cache."""
-        added, cache = latent_attention(config, x, layer, i, cache, positions, cos, sin, visible)
-        x = split(x + added, DATA)
-        return x, split(rms_norm(x, layer.mlp_norm, config.epsilon), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
     x, cache = run_layers(add_dense_layer, x, cache, parameters.dense)

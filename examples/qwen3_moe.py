@@ -89,8 +89,8 @@ class Parameters(NamedTuple):
 class Cache(NamedTuple):
     """Keys, rotated, and values of each slot's positions."""
 
-    keys: jax.Array  # [L, B, S, K, D]
-    values: jax.Array  # [L, B, S, K, D]
+    keys: jax.Array  # [L, B, K, S, D]
+    values: jax.Array  # [L, B, K, S, D]
 
 
 # How arrays are split over a mesh: what is not named is whole on each device.
@@ -100,7 +100,7 @@ SPLITS: dict[str, tuple[str | None, ...]] = {
     "value": (None, TENSOR),
     "attention_out": (None, None, TENSOR),
     "unembedding": (TENSOR,),
-    "cache": (None, DATA, None, TENSOR),
+    "cache": (None, DATA, TENSOR),
 }
 
 
@@ -155,7 +155,7 @@ def load(
 
 def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
     """A cache for `num_slots` sequences of up to `length` tokens."""
-    shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_size)
+    shape = (config.num_layers, num_slots, config.num_kv_heads, length, config.head_size)
     return Cache(*(place(jnp.zeros(shape, dtype), mesh, *SPLITS["cache"]) for _ in range(2)))
 
 
@@ -172,7 +172,7 @@ def decode_step(
     A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
     """
     cos, sin = angles(positions, *rotary_frequencies(config.rope, config.head_size))
-    visible = visible_positions(positions, cache.keys.shape[2])
+    visible = visible_positions(positions, cache.keys.shape[3])
 
     def attend(x: jax.Array, layer: Layers, i: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """What attention adds to x[B, H]."""
@@ -184,9 +184,9 @@ def decode_step(
         cache = Cache(write_cache(cache.keys, i, positions, key), write_cache(cache.values, i, positions, value))
         # Heads g of a group share the keys of head k.
         query = query.reshape(len(x), config.num_kv_heads, -1, config.head_size)
-        scores = jnp.einsum("bkgd,bskd->bkgs", query, cache.keys[i], preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgd,bksd->bkgs", query, cache.keys[i], preferred_element_type=jnp.float32)
         weights = masked_softmax(scores * config.head_size**-0.5, visible[:, None, None])
-        mixed = jnp.einsum("bkgs,bskd->bkgd", weights.astype(x.dtype), cache.values[i])
+        mixed = jnp.einsum("bkgs,bksd->bkgd", weights.astype(x.dtype), cache.values[i])
         mixed = mixed.reshape(len(x), config.num_heads, config.head_size)
         return jnp.einsum("bnd,hnd->bh", mixed, layer.attention_out), cache
 

@@ -84,13 +84,13 @@ def visible_positions(positions: jax.Array, length: int) -> jax.Array:
 
 
 def write_cache(cache: jax.Array, layer: jax.Array, positions: jax.Array, values: jax.Array) -> jax.Array:
-    """Writes values [B, ...] to cache [L, B, S, ...] at each slot's position; those of empty slots are dropped.
+    """Writes values [B, ..., D] to cache [L, B, ..., S, D] at each slot's position; those of empty slots are dropped.
 
     One scatter into a buffer that the scan carries and the caller donates: nothing else of the cache moves.
     """
-    slots = jnp.arange(values.shape[0])
-    places = jnp.where(positions < 0, cache.shape[2], positions)  # Past the end: -1 would be the last position.
-    return cache.at[layer, slots, places].set(values.astype(cache.dtype), mode="drop")
+    slots = jnp.arange(len(values))
+    places = jnp.where(positions < 0, cache.shape[-2], positions)  # Past the end: -1 would be the last position.
+    return cache.at[layer, slots, ..., places, :].set(values.astype(cache.dtype), mode="drop")
 
 
 def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
