@@ -5,11 +5,13 @@
 
 One device. DeepSeek-V3 is what one of eight ranks has of it: 32 of 256 experts, 16 of 128 heads, an eighth of the
 vocabulary; with 8 experts for each of its own tokens, as many pairs as reach a rank on average; exchanges are left out.
-BF16 but for `moe`'s experts; `ragged_dot` multiplies the experts before they are quantised, layers unrolled so that it
-need not copy them. "rest" is the same step without experts, router included, with embedding and logits shared out.
+BF16 but for the experts of `moe`; `ragged_dot` multiplies the experts before they are quantised. Layers are unrolled,
+so that neither copies weights: `ragged_dot` has no other way, and `moe` has the decoders' scan with `--scan`. "rest" is
+the same step without experts but with the router; embedding and logits are shared out among the layers.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -208,11 +210,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", default="1,8,32,128", help="batch sizes")
     parser.add_argument("--length", type=int, default=1024, help="positions of the cache, all of which are read")
+    parser.add_argument("--scan", action="store_true", help="the layers of `moe` in a scan; unrolled without")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     model = Model(MODELS[options.model], options.layers, jax.random.key(0))
+    model.config = dataclasses.replace(model.config, is_unrolled=not options.scan)
     device = jax.devices()[0]
     where = f"{device.device_kind}, jax {jax.__version__}"
     print(f"{options.model}, {options.layers} layers, cache of {options.length}, {where}")
@@ -225,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
             step, rate, of_experts, rest, share = row[name].values()
             print(f"{num_tokens:6} {name:11}{step:10.1f}{rate:10.0f}{of_experts:19.1f}{rest:15.1f}{share:18.0%}")
     if options.output:
-        settings = {"model": options.model, "layers": options.layers, "length": options.length}
+        settings = {"model": options.model, "layers": options.layers, "length": options.length, "scan": options.scan}
         settings |= {"device": device.device_kind, "jax": jax.__version__}
         options.output.write_text(json.dumps(settings | {"rows": rows}, indent=2))
 

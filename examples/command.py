@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -29,12 +30,14 @@ def main(
     parser.add_argument("--slots", type=int, default=8, help="sequences that are decoded together")
     parser.add_argument("--length", type=int, default=256, help="positions of a slot")
     parser.add_argument("--mesh", type=_sizes, help="data x tensor, as 2x4; one device without")
+    parser.add_argument("--unroll", action="store_true", help="layers not in a scan: slower to compile, faster to run")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
 
     mesh = make_mesh(*arguments.mesh) if arguments.mesh else None
     dtype = jnp.dtype(arguments.dtype)
     config, parameters, experts = load(arguments.folder, experts_folder=arguments.experts, mesh=mesh, dtype=dtype)
+    config = dataclasses.replace(config, is_unrolled=arguments.unroll)
     cache = empty_cache(config, arguments.slots, arguments.length, dtype, mesh)
     requests = [Request(prompt, arguments.new_tokens) for prompt in arguments.prompt]
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():

@@ -24,9 +24,11 @@ import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
 from examples.experts import Experts, LayerExperts, apply_experts, apply_shared_experts, run_layers
-from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
+from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
 from examples.transformer import (
+    CacheLeaf,
     angles,
+    empty_leaf,
     masked_softmax,
     rms_norm,
     rope_parameters,
@@ -58,6 +60,7 @@ class Config:
     rope: Mapping[str, Any]
     route_options: Mapping[str, Any]  # keywords of `mm.route`
     moe_options: Mapping[str, Any]  # keywords of `mm.moe`
+    is_unrolled: bool = False  # no scan, and a cache for each layer: see `run_layers`
 
     @staticmethod
     def of(fields: Mapping[str, Any], route_options: Mapping[str, Any], moe_options: Mapping[str, Any]) -> "Config":
@@ -133,8 +136,8 @@ class Parameters(NamedTuple):
 class Cache(NamedTuple):
     """What all heads share of each slot's positions."""
 
-    latents: jax.Array  # [L, B, S, C], normalised
-    rotary: jax.Array  # [L, B, S, R], rotated
+    latents: CacheLeaf  # normalised, [L, B, S, C], or L of [B, S, C]
+    rotary: CacheLeaf  # rotated, [L, B, S, R], or L of [B, S, R]
 
 
 # How arrays are split over a mesh: what is not named is whole on each device.
@@ -147,7 +150,7 @@ SPLITS: dict[str, tuple[str | None, ...]] = {
     "up": (None, TENSOR),
     "down": (None, None, TENSOR),
     "unembedding": (TENSOR,),
-    "cache": (None, DATA),
+    "cache": (DATA,),  # of one layer
 }
 
 
@@ -227,9 +230,9 @@ def _shared_experts(checkpoint: Any, mesh: Mesh | None) -> mm.ExpertWeights:
 
 def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
     """A cache for `num_slots` sequences of up to `length` tokens; not split by heads, as they share it."""
-    sizes = (config.latent_size, config.rope_size)
-    shapes = ((config.num_layers, num_slots, length, size) for size in sizes)
-    return Cache(*(place(jnp.zeros(shape, dtype), mesh, *SPLITS["cache"]) for shape in shapes))
+    shapes = ((num_slots, length, size) for size in (config.latent_size, config.rope_size))
+    leaves = (empty_leaf(config.num_layers, shape, dtype, not config.is_unrolled) for shape in shapes)
+    return Cache(*(place_cache(leaf, mesh, *SPLITS["cache"]) for leaf in leaves))
 
 
 def decode_step(
@@ -246,15 +249,15 @@ def decode_step(
     """
     is_used = positions >= 0
     cos, sin = angles(positions, *rotary_frequencies(config.rope, config.rope_size))
-    visible = visible_positions(positions, cache.latents.shape[2])
+    visible = visible_positions(positions, jax.tree.leaves(cache)[0].shape[-2])
 
-    def attend(x: jax.Array, layer: Attention, i: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+    def attend(x: jax.Array, layer: Attention, i: int | jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
         """x[B, H] with what attention adds, the same normalised for what comes next, and the cache."""
         added, cache = latent_attention(config, x, layer, i, cache, positions, cos, sin, visible)
         x = split(x + added, DATA)
         return x, split(rms_norm(x, layer.mlp_norm, config.epsilon), DATA), cache
 
-    def add_dense_layer(x: jax.Array, cache: Cache, i: jax.Array, layer: tuple[Attention, DenseMlp]) -> Any:
+    def add_dense_layer(x: jax.Array, cache: Cache, i: int | jax.Array, layer: tuple[Attention, DenseMlp]) -> Any:
         attention, mlp = layer
         x, normalized, cache = attend(x, attention, i, cache)
         gate, up = (jnp.einsum("bh,fh->bf", normalized, matrix) for matrix in (mlp.gate, mlp.up))
@@ -263,7 +266,7 @@ def decode_step(
     def add_sparse_layer(
         x: jax.Array,
         cache: Cache,
-        i: jax.Array,
+        i: int | jax.Array,
         layer: tuple[Attention, Router],
         experts: LayerExperts,
         shared: LayerExperts,
@@ -278,8 +281,9 @@ def decode_step(
         return split(x + routed + apply_shared_experts(shared, normalized, is_used, i), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
-    x, cache = run_layers(add_dense_layer, x, cache, parameters.dense)
-    x, cache = run_layers(add_sparse_layer, x, cache, parameters.sparse, experts, parameters.shared)
+    x, cache = run_layers(add_dense_layer, x, cache, parameters.dense, is_unrolled=config.is_unrolled)
+    stacks = (parameters.sparse, experts, parameters.shared)
+    x, cache = run_layers(add_sparse_layer, x, cache, *stacks, is_unrolled=config.is_unrolled)
     x = rms_norm(x, parameters.norm, config.epsilon)
     return jnp.einsum("bh,vh->bv", x, parameters.unembedding, preferred_element_type=jnp.float32), cache
 
@@ -288,7 +292,7 @@ def latent_attention(
     config: Config,
     x: jax.Array,
     layer: Attention,
-    i: jax.Array,
+    i: int | jax.Array,
     cache: Cache,
     positions: jax.Array,
     cos: jax.Array,

@@ -88,15 +88,23 @@ def apply_shared_experts(shared: LayerExperts, x: jax.Array, is_used: jax.Array,
 
 
 def run_layers(
-    add_layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, cache: Any, layers: Any, *experts: Experts
+    add_layer: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    cache: Any,
+    layers: Any,
+    *experts: Experts,
+    is_unrolled: bool,
 ) -> tuple[jax.Array, Any]:
     """Takes x and the cache through equal layers: `add_layer(x, cache, i, layer, *experts)` gives the next x and cache.
 
-    `layers` is a pytree of arrays with a leading L. A scan, which carries the cache and so updates it in place. It does
-    not slice quantised experts: all layers' are passed on with i. With float experts the loop is unrolled.
+    `layers` is a pytree of arrays with a leading L. Quantised experts are never sliced: all layers' are passed on with
+    i. What else is different, `is_unrolled` decides, which float experts ask for:
+      - a scan is compiled in the time of one layer. It carries the cache, and so updates it in place; but XLA for GPUs
+        copies the weights of `layers`, and of the cache what a layer reads, out of the stacks, in every step.
+      - unrolled, weights are read where they are. So is a cache of one array for each layer.
     """
     num_layers = len(jax.tree.leaves(layers)[0])
-    if not any(isinstance(each, tuple) for each in experts):
+    if not is_unrolled and not any(isinstance(each, tuple) for each in experts):
 
         def body(carry: tuple[jax.Array, Any], scanned: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
             layer, i = scanned
@@ -107,7 +115,7 @@ def run_layers(
     for i in range(num_layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
         of_layer = [each[i] if isinstance(each, tuple) else each for each in experts]
-        x, cache = add_layer(x, cache, jnp.int32(i), layer, *of_layer)
+        x, cache = add_layer(x, cache, i, layer, *of_layer)
     return x, cache
 
 

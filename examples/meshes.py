@@ -5,6 +5,8 @@ devices, both axes together, because a model has many more experts than key/valu
 key/value heads want a mesh of 2 x 4, and each device has an eighth of the experts.
 """
 
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,3 +33,10 @@ def split[Tree](tree: Tree, *spec: str | tuple[str, ...] | None) -> Tree:
 def place(array: jax.typing.ArrayLike, mesh: Mesh | None, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """An array on the devices of the mesh, split so; on the default device without a mesh."""
     return jax.device_put(array, None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def place_cache(leaf: Any, mesh: Mesh | None, *spec: str | None) -> Any:
+    """An array of a cache with all layers stacked, or one for each layer; the spec is that of one layer."""
+    if isinstance(leaf, tuple):
+        return tuple(place(array, mesh, *spec) for array in leaf)
+    return place(leaf, mesh, None, *spec)

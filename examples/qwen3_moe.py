@@ -20,9 +20,11 @@ import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
 from examples.experts import Experts, LayerExperts, apply_experts, run_layers
-from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
+from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
 from examples.transformer import (
+    CacheLeaf,
     angles,
+    empty_leaf,
     masked_softmax,
     rms_norm,
     rotary_frequencies,
@@ -45,6 +47,7 @@ class Config:
     is_tied: bool  # the embedding is the unembedding
     rope: Mapping[str, Any]
     route_options: Mapping[str, Any]  # keywords of `mm.route`
+    is_unrolled: bool = False  # no scan, and a cache for each layer: see `run_layers`
 
     @staticmethod
     def of(fields: Mapping[str, Any], route_options: Mapping[str, Any]) -> "Config":
@@ -89,8 +92,8 @@ class Parameters(NamedTuple):
 class Cache(NamedTuple):
     """Keys, rotated, and values of each slot's positions."""
 
-    keys: jax.Array  # [L, B, K, S, D]
-    values: jax.Array  # [L, B, K, S, D]
+    keys: CacheLeaf  # [L, B, K, S, D], or L of [B, K, S, D]
+    values: CacheLeaf  # likewise
 
 
 # How arrays are split over a mesh: what is not named is whole on each device.
@@ -100,7 +103,7 @@ SPLITS: dict[str, tuple[str | None, ...]] = {
     "value": (None, TENSOR),
     "attention_out": (None, None, TENSOR),
     "unembedding": (TENSOR,),
-    "cache": (None, DATA, TENSOR),
+    "cache": (DATA, TENSOR),  # of one layer
 }
 
 
@@ -155,8 +158,9 @@ def load(
 
 def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
     """A cache for `num_slots` sequences of up to `length` tokens."""
-    shape = (config.num_layers, num_slots, config.num_kv_heads, length, config.head_size)
-    return Cache(*(place(jnp.zeros(shape, dtype), mesh, *SPLITS["cache"]) for _ in range(2)))
+    shape = (num_slots, config.num_kv_heads, length, config.head_size)
+    leaves = (empty_leaf(config.num_layers, shape, dtype, not config.is_unrolled) for _ in range(2))
+    return Cache(*(place_cache(leaf, mesh, *SPLITS["cache"]) for leaf in leaves))
 
 
 def decode_step(
@@ -172,9 +176,9 @@ def decode_step(
     A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
     """
     cos, sin = angles(positions, *rotary_frequencies(config.rope, config.head_size))
-    visible = visible_positions(positions, cache.keys.shape[3])
+    visible = visible_positions(positions, jax.tree.leaves(cache)[0].shape[-2])
 
-    def attend(x: jax.Array, layer: Layers, i: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def attend(x: jax.Array, layer: Layers, i: int | jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """What attention adds to x[B, H]."""
         normalized = rms_norm(x, layer.attention_norm, config.epsilon)
         query = rms_norm(jnp.einsum("bh,ndh->bnd", normalized, layer.query), layer.query_norm, config.epsilon)
@@ -191,7 +195,7 @@ def decode_step(
         return jnp.einsum("bnd,hnd->bh", mixed, layer.attention_out), cache
 
     def add_layer(
-        x: jax.Array, cache: Cache, i: jax.Array, layer: Layers, experts: LayerExperts
+        x: jax.Array, cache: Cache, i: int | jax.Array, layer: Layers, experts: LayerExperts
     ) -> tuple[jax.Array, Cache]:
         added, cache = attend(x, layer, i, cache)
         x = split(x + added, DATA)
@@ -203,7 +207,7 @@ def decode_step(
         return split(x + apply_experts(experts, normalized, ids, weights, i), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
-    x, cache = run_layers(add_layer, x, cache, parameters.layers, experts)
+    x, cache = run_layers(add_layer, x, cache, parameters.layers, experts, is_unrolled=config.is_unrolled)
     x = rms_norm(x, parameters.norm, config.epsilon)
     return jnp.einsum("bh,vh->bv", x, parameters.unembedding, preferred_element_type=jnp.float32), cache
 

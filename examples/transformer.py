@@ -83,11 +83,26 @@ def visible_positions(positions: jax.Array, length: int) -> jax.Array:
     return jnp.arange(length) <= jnp.maximum(positions, 0)[:, None]
 
 
-def write_cache(cache: jax.Array, layer: jax.Array, positions: jax.Array, values: jax.Array) -> jax.Array:
-    """Writes values [B, ..., D] to cache [L, B, ..., S, D] at each slot's position; those of empty slots are dropped.
+# What all layers have of a cache: stacked, [L, B, ..., S, D], or an array [B, ..., S, D] for each.
+CacheLeaf = jax.Array | tuple[jax.Array, ...]
 
-    One scatter into a buffer that the scan carries and the caller donates: nothing else of the cache moves.
+
+def empty_leaf(num_layers: int, shape: tuple[int, ...], dtype: Any, is_stacked: bool) -> CacheLeaf:
+    """Zeros, of shape [B, ..., S, D] in each layer."""
+    if is_stacked:
+        return jnp.zeros((num_layers, *shape), dtype)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
+
+
+def write_cache(cache: CacheLeaf, layer: int | jax.Array, positions: jax.Array, values: jax.Array) -> CacheLeaf:
+    """Writes values [B, ..., D] to a layer of the cache at each slot's position; those of empty slots are dropped.
+
+    One scatter into a buffer that the caller donates: nothing else of the cache moves.
     """
+    if isinstance(cache, tuple):
+        assert isinstance(layer, int), "layers in a scan have a stacked cache"
+        written = write_cache(cache[layer][None], 0, positions, values)[0]
+        return (*cache[:layer], written, *cache[layer + 1 :])
     slots = jnp.arange(len(values))
     places = jnp.where(positions < 0, cache.shape[-2], positions)  # Past the end: -1 would be the last position.
     return cache.at[layer, slots, ..., places, :].set(values.astype(cache.dtype), mode="drop")

@@ -117,6 +117,13 @@ def test_a_mesh_of_eight_devices_gives_the_same_tokens(family, folder, expected,
     assert root_mean_square(all_logits(requests) - all_logits(served)) < ORDER_BOUND
 
 
+@pytest.mark.exhaustive
+def test_unrolled_layers_give_the_same_tokens(quantized, expected, served):
+    requests = quantized.unrolled().serve(expected.requests(), NUM_SLOTS)
+    assert [request.generated for request in requests] == [request.generated for request in served]
+    assert root_mean_square(all_logits(requests) - all_logits(served)) < ORDER_BOUND
+
+
 def test_a_converted_checkpoint_gives_the_same_experts(family, folder, quantized, tmp_path):
     checkpoints.convert(folder, tmp_path / "packed")
     converted = Decoder.load(family, folder, experts_folder=tmp_path / "packed")

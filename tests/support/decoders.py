@@ -1,9 +1,9 @@
 """The decoders of `examples` on tiny checkpoints, and what `transformers` computes of these."""
 
+import dataclasses
 import functools
 import importlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ LENGTH = 40  # positions of a slot: more than the longest case has
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Expected:
     """The cases of a family's committed file."""
 
@@ -45,7 +45,7 @@ class Expected:
         return [Request(case["prompt"], len(case["tokens"])) for case in self.cases]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Decoder:
     """A loaded model of a family, with experts that are quantised or not."""
 
@@ -63,13 +63,19 @@ class Decoder:
         decode = functools.partial(module.decode_step, config)
         return Decoder(module, config, parameters, experts, decode, options.get("mesh"))
 
+    def unrolled(self) -> "Decoder":
+        """Without a scan, and with a cache for each layer."""
+        config = dataclasses.replace(self.config, is_unrolled=True)
+        decode = functools.partial(self.module.decode_step, config)
+        return dataclasses.replace(self, config=config, decode=decode)
+
     def in_float(self) -> "Decoder":
-        """The same weights, and nothing rounded to FP8 or BF16 on its way through the experts."""
+        """The same weights, and nothing rounded to FP8 or BF16 on its way through the experts; unrolled, as these are."""
         parameters = self.parameters
         if hasattr(parameters, "shared"):
             parameters = parameters._replace(shared=expert_layer.dequantize(parameters.shared))
         experts = expert_layer.dequantize(self.experts)
-        return Decoder(self.module, self.config, parameters, experts, self.decode)
+        return dataclasses.replace(self.unrolled(), parameters=parameters, experts=experts)
 
     def empty_cache(self, num_slots: int) -> Any:
         return self.module.empty_cache(self.config, num_slots, LENGTH, jnp.float32, self.mesh)
