@@ -133,7 +133,7 @@ class Model:
         e = fields["num_experts"]
         router = deepseek_v3.Router(random_array(next(keys), (count, e, h), jnp.float32), jnp.zeros((count, e)))
         # The first layers, which have no experts, are left out.
-        no_mlp = deepseek_v3.DenseMlp(*(jnp.zeros((0, *shape), jnp.bfloat16) for shape in ((1, h), (1, h), (h, 1))))
+        no_mlp = deepseek_v3.DenseMlp(*(jnp.zeros((0, *shape), jnp.bfloat16) for shape in ((8, h), (8, h), (h, 8))))
         no_layers = (jax.tree.map(lambda leaf: leaf[:0], attention), no_mlp)
         ends = self._ends(keys)
         options = {"top_k": fields["num_experts_per_tok"], "scoring": "sigmoid", "num_groups": 8, "top_groups": 4}

@@ -247,6 +247,7 @@ def decode_step(
 
     A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
     """
+    tokens, positions = split((tokens, positions), DATA)
     is_used = positions >= 0
     cos, sin = angles(positions, *rotary_frequencies(config.rope, config.rope_size))
     visible = visible_positions(positions, jax.tree.leaves(cache)[0].shape[-2])

@@ -175,6 +175,8 @@ def decode_step(
 
     A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
     """
+    tokens, positions = split((tokens, positions), DATA)
+    is_used = positions >= 0
     cos, sin = angles(positions, *rotary_frequencies(config.rope, config.head_size))
     visible = visible_positions(positions, jax.tree.leaves(cache)[0].shape[-2])
 
@@ -203,7 +205,7 @@ def decode_step(
         logits = jnp.matmul(normalized.astype(jnp.float32), layer.router.T, precision="highest")
         ids, weights = mm.route(logits, **config.route_options)
         # Empty slots may be anywhere. If they were the last ones, `num_valid_tokens` of `moe` would do.
-        ids = jnp.where(positions[:, None] < 0, -1, ids)
+        ids = jnp.where(is_used[:, None], ids, -1)
         return split(x + apply_experts(experts, normalized, ids, weights, i), DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)

@@ -104,8 +104,9 @@ def write_cache(cache: CacheLeaf, layer: int | jax.Array, positions: jax.Array, 
         written = write_cache(cache[layer][None], 0, positions, values)[0]
         return (*cache[:layer], written, *cache[layer + 1 :])
     slots = jnp.arange(len(values))
-    places = jnp.where(positions < 0, cache.shape[-2], positions)  # Past the end: -1 would be the last position.
-    return cache.at[layer, slots, ..., places, :].set(values.astype(cache.dtype), mode="drop")
+    # -1 is no place, and not the last one.
+    at = cache.at[layer, slots, ..., positions, :]
+    return at.set(values.astype(cache.dtype), mode="drop", wrap_negative_indices=False)
 
 
 def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
