@@ -21,7 +21,7 @@ FLOAT_BOUND = 2e-4
 # out 1.1 (root of the mean square).
 ROOT_MEAN_SQUARE_BOUND, LOGIT_BOUND, MARGIN = 0.1, 1.2, 0.5
 # Sums in another order differ by 1e-6, by which a value next to a tie is rounded the other way, to BF16 and then to FP8.
-# That moves all that comes after it: by up to 0.008 (root of the mean square).
+# That moves all that comes after it: by up to 0.008 (root of the mean square) in batches of three instead of eight.
 ORDER_BOUND = 0.02
 NUM_SLOTS = 8
 
