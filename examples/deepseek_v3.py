@@ -185,7 +185,7 @@ def load(
         embedding=place(dense.read("model.embed_tokens.weight"), mesh),
         dense=(_attention(config, dense, dense_layers, mesh), _dense_mlp(dense, dense_layers, mesh)),
         sparse=(_attention(config, dense, checkpoint.moe_layers, mesh), router),
-        shared=_shared_experts(checkpoint, mesh),
+        shared=stack_shared_experts(checkpoint, mesh),
         norm=place(dense.read("model.norm.weight"), mesh),
         unembedding=place(dense.read("lm_head.weight"), mesh, *SPLITS["unembedding"]),
     )
@@ -221,7 +221,7 @@ def _dense_mlp(dense: DenseWeights, layers: Sequence[int], mesh: Mesh | None) ->
     return DenseMlp(*(place(dense.stack(layers, f"mlp.{name}.weight"), mesh, *SPLITS[field]) for field, name in names))
 
 
-def _shared_experts(checkpoint: Any, mesh: Mesh | None) -> mm.ExpertWeights:
+def stack_shared_experts(checkpoint: Any, mesh: Mesh | None) -> mm.ExpertWeights:
     """Stacked, on every device."""
     each = (checkpoint.shared_experts(layer) for layer in checkpoint.moe_layers)
     stacked = mm.stack_experts(each, num_layers=len(checkpoint.moe_layers))

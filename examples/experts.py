@@ -71,7 +71,14 @@ def apply_experts(
     return y.astype(x.dtype)
 
 
-def apply_shared_experts(shared: LayerExperts, x: jax.Array, is_used: jax.Array, layer: jax.Array | int) -> jax.Array:
+def apply_shared_experts(
+    shared: LayerExperts,
+    x: jax.Array,
+    is_used: jax.Array,
+    layer: jax.Array | int,
+    *,
+    activation_clamp: float | None = None,
+) -> jax.Array:
     """[B, H]: the sum of the S experts that every token goes to, for x[B, H]; zeros where not is_used[B].
 
     A call of its own, with weights of 1 and no scaling factor. Each device has all shared experts.
@@ -82,8 +89,9 @@ def apply_shared_experts(shared: LayerExperts, x: jax.Array, is_used: jax.Array,
     ids = jnp.where(is_used[:, None], jnp.arange(num_shared, dtype=jnp.int32), -1)
     ones = jnp.ones(ids.shape, jnp.float32)
     if isinstance(shared, FloatExperts):
-        return _ragged(shared, x, ids, ones, None)
-    y = mm.moe(x.astype(jnp.bfloat16), shared, ids, ones, layer=layer, expert_axis=None, token_axes=TOKEN_AXES)
+        return _ragged(shared, x, ids, ones, activation_clamp)
+    options = {"activation_clamp": activation_clamp, "expert_axis": None, "token_axes": TOKEN_AXES}
+    y = mm.moe(x.astype(jnp.bfloat16), shared, ids, ones, layer=layer, **options)
     return y.astype(x.dtype)
 
 

@@ -19,6 +19,7 @@ Array = np.ndarray[Any, Any]
 
 # Routers are decisive, so that few tokens are about to have another expert, but sigmoids are not to saturate. What an
 # expert adds is smaller than what it is added to, as in trained models, where FP8's rounding disturbs little too.
+STREAM_FACTOR = 2.0  # With streams, experts weigh more.
 SOFTMAX_GAIN, SIGMOID_GAIN, DOWN_GAIN, UNEMBEDDING_GAIN = 3.0, 1.5, 0.2, 4.0
 
 QWEN3_MOE: dict[str, Any] = {
@@ -83,14 +84,60 @@ DEEPSEEK_V3: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "tie_word_embeddings": False,
 }
+DEEPSEEK_V4: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 96,
+    "o_groups": 4,
+    "o_lora_rank": 32,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", *["compressed_sparse_attention", "heavily_compressed_attention"] * 2][:4],
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 6},
+    "compress_rope_theta": 160000.0,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "index_topk": 4,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "num_hash_layers": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 3.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 32,
+    },
+    "max_position_embeddings": 128,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+}
 
 
 class Tensors:
     """Collects the tensors of a checkpoint; random numbers come from the bits of PCG64, which NumPy keeps the same."""
 
-    def __init__(self, seed: int, *, is_float: bool) -> None:
+    def __init__(self, seed: int, *, is_float: bool, scale: str = "weight_scale_inv") -> None:
         self.bits = np.random.PCG64(seed)
-        self.is_float = is_float
+        self.is_float, self.scale = is_float, scale
         self.tensors: dict[str, Array] = {}
 
     def uniform(self, *shape: int, deviation: float = 1.0, mean: float = 0.0) -> Array:
@@ -120,17 +167,25 @@ class Tensors:
             self.tensors[f"{name}.weight"] = quantized.astype(np.float32) * wide
         else:
             self.tensors[f"{name}.weight"] = quantized
-            self.tensors[f"{name}.weight_scale_inv"] = scale
+            self.tensors[f"{name}.{self.scale}"] = scale
 
     def add_norm(self, name: str, size: int) -> None:
         """`{name}.weight` [size], around 1."""
         self.add(f"{name}.weight", self.uniform(size, deviation=0.1, mean=1.0))
 
-    def add_mlp(self, name: str, hidden: int, intermediate: int, factor: float = 1.0) -> None:
+    def add_mlp(
+        self,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        factor: float = 1.0,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
         """Gate, up and down projections, of an expert whose results are going to be multiplied by a factor."""
-        self.add_matrix(f"{name}.gate_proj", intermediate, hidden, is_fp8=True, gain=1.5)
-        self.add_matrix(f"{name}.up_proj", intermediate, hidden, is_fp8=True, gain=1.5)
-        self.add_matrix(f"{name}.down_proj", hidden, intermediate, is_fp8=True, gain=DOWN_GAIN / factor)
+        gate, up, down = names
+        self.add_matrix(f"{name}.{gate}", intermediate, hidden, is_fp8=True, gain=1.5)
+        self.add_matrix(f"{name}.{up}", intermediate, hidden, is_fp8=True, gain=1.5)
+        self.add_matrix(f"{name}.{down}", hidden, intermediate, is_fp8=True, gain=DOWN_GAIN / factor)
 
 
 def qwen3_moe(config: Mapping[str, Any], tensors: Tensors) -> None:
@@ -180,21 +235,86 @@ def deepseek_v3(config: Mapping[str, Any], tensors: Tensors) -> None:
         tensors.add_mlp(f"{stem}.mlp.shared_experts", h, i * config["n_shared_experts"])
 
 
-def _add_ends(config: Mapping[str, Any], tensors: Tensors) -> None:
+def deepseek_v4(config: Mapping[str, Any], tensors: Tensors) -> None:
+    """All tensors of a DeepSeek-V4 checkpoint, whose names are its own."""
+    h, n, d, q = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "q_lora_rank"))
+    groups, rank, streams = (config[key] for key in ("o_groups", "o_lora_rank", "hc_mult"))
+    w = ("w1", "w3", "w2")
+
+    def add_streams(stem: str, count: int, num_scales: int) -> None:
+        tensors.add(f"{stem}_fn", tensors.uniform(count, streams * h, deviation=(streams * h) ** -0.5), np.float32)
+        tensors.add(f"{stem}_base", tensors.uniform(count, deviation=0.5), np.float32)
+        tensors.add(f"{stem}_scale", tensors.uniform(num_scales, deviation=0.1, mean=1.0), np.float32)
+
+    def add_compressor(stem: str, rate: int, size: int, series: int) -> None:
+        for name in ("wkv", "wgate"):
+            tensors.add_matrix(f"{stem}.{name}", series * size, h, is_fp8=False)
+        tensors.add(f"{stem}.ape", tensors.uniform(rate, series * size, deviation=0.5), np.float32)
+        tensors.add_norm(f"{stem}.norm", size)
+
+    _add_ends(config, tensors, names=("embed", "norm", "head"))
+    add_streams("hc_head", streams, 1)
+    for layer in range(config["num_hidden_layers"]):
+        stem, attention = f"layers.{layer}", f"layers.{layer}.attn"
+        for block in ("attn", "ffn"):
+            tensors.add_norm(f"{stem}.{block}_norm", h)
+            add_streams(f"{stem}.hc_{block}", (2 + streams) * streams, 3)
+        tensors.add_matrix(f"{attention}.wq_a", q, h, is_fp8=True)
+        tensors.add_norm(f"{attention}.q_norm", q)
+        tensors.add_matrix(f"{attention}.wq_b", n * d, q, is_fp8=True)
+        tensors.add_matrix(f"{attention}.wkv", d, h, is_fp8=True)
+        tensors.add_norm(f"{attention}.kv_norm", d)
+        tensors.add_matrix(f"{attention}.wo_a", groups * rank, n * d // groups, is_fp8=True)
+        tensors.add_matrix(f"{attention}.wo_b", h, groups * rank, is_fp8=True)
+        tensors.add(f"{attention}.attn_sink", tensors.uniform(n), np.float32)
+        kind = config["layer_types"][layer]
+        rate = config["compress_rates"].get(kind)
+        is_sparse = kind == "compressed_sparse_attention"
+        if rate:
+            add_compressor(f"{attention}.compressor", rate, d, 2 if is_sparse else 1)
+        if is_sparse:
+            heads, size = config["index_n_heads"], config["index_head_dim"]
+            add_compressor(f"{attention}.indexer.compressor", rate, size, 2)
+            tensors.add_matrix(f"{attention}.indexer.wq_b", heads * size, q, is_fp8=True)
+            tensors.add_matrix(f"{attention}.indexer.weights_proj", heads, h, is_fp8=False)
+        num_experts, i, k = (
+            config[f"{key}"] for key in ("n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
+        )
+        tensors.add_matrix(f"{stem}.ffn.gate", num_experts, h, is_fp8=False, gain=SIGMOID_GAIN)
+        if layer < config["num_hash_layers"]:
+            # k different ones of each token: a start of its own, and steps that no sum of brings back to it.
+            start = (tensors.uniform(config["vocab_size"]) * 1000).astype(np.int64)[:, None]
+            tensors.tensors[f"{stem}.ffn.gate.tid2eid"] = (start + 3 * np.arange(k)) % num_experts
+        else:
+            tensors.add(f"{stem}.ffn.gate.bias", tensors.uniform(num_experts, deviation=0.1), np.float32)
+        for expert in range(num_experts):
+            tensors.add_mlp(f"{stem}.ffn.experts.{expert}", h, i, STREAM_FACTOR * config["routed_scaling_factor"], w)
+        tensors.add_mlp(f"{stem}.ffn.shared_experts", h, i, STREAM_FACTOR, w)
+
+
+def _add_ends(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    names: tuple[str, str, str] = ("model.embed_tokens", "model.norm", "lm_head"),
+) -> None:
     size = (config["vocab_size"], config["hidden_size"])
-    tensors.add("model.embed_tokens.weight", tensors.uniform(*size))
-    tensors.add_norm("model.norm", config["hidden_size"])
-    tensors.add_matrix("lm_head", *size, is_fp8=False, gain=UNEMBEDDING_GAIN)
+    tensors.add(f"{names[0]}.weight", tensors.uniform(*size))
+    tensors.add_norm(names[1], config["hidden_size"])
+    tensors.add_matrix(names[2], *size, is_fp8=False, gain=UNEMBEDDING_GAIN)
 
 
-MODELS = {"qwen3_moe": (QWEN3_MOE, qwen3_moe), "deepseek_v3": (DEEPSEEK_V3, deepseek_v3)}
+MODELS = {
+    "qwen3_moe": (QWEN3_MOE, qwen3_moe),
+    "deepseek_v3": (DEEPSEEK_V3, deepseek_v3),
+    "deepseek_v4": (DEEPSEEK_V4, deepseek_v4),
+}
 SEED = 4
 
 
 def write(family: str, folder: Path, *, is_float: bool = False) -> str:
     """Writes the family's checkpoint to a folder, which is made; returns the SHA-256 of the file of its tensors."""
     config, fill = MODELS[family]
-    tensors = Tensors(SEED, is_float=is_float)
+    tensors = Tensors(SEED, is_float=is_float, scale="scale" if family == "deepseek_v4" else "weight_scale_inv")
     fill(config, tensors)
     folder.mkdir(parents=True)
     fields = dict(config) if is_float else {**config, "quantization_config": {"quant_method": "fp8"}}
@@ -204,7 +324,7 @@ def write(family: str, folder: Path, *, is_float: bool = False) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_DTYPES = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32"}
+_DTYPES = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32", "int64": "I64"}
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> bytes:
