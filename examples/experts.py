@@ -90,8 +90,16 @@ def apply_shared_experts(
     ones = jnp.ones(ids.shape, jnp.float32)
     if isinstance(shared, FloatExperts):
         return _ragged(shared, x, ids, ones, activation_clamp)
-    options = {"activation_clamp": activation_clamp, "expert_axis": None, "token_axes": TOKEN_AXES}
-    y = mm.moe(x.astype(jnp.bfloat16), shared, ids, ones, layer=layer, **options)
+    y = mm.moe(
+        x.astype(jnp.bfloat16),
+        shared,
+        ids,
+        ones,
+        layer=layer,
+        activation_clamp=activation_clamp,
+        expert_axis=None,
+        token_axes=TOKEN_AXES,
+    )
     return y.astype(x.dtype)
 
 

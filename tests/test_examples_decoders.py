@@ -78,8 +78,10 @@ def test_float_experts_give_the_tokens_of_transformers_and_their_logits(served_i
     """All but the expert layer's rounding: attention, norms, positions, router."""
     for request, case in zip(served_in_float, expected.cases, strict=True):
         assert request.generated == case["tokens"]
-        for logits, wanted in ((request.logits[0], case["first_logits"]), (request.logits[-1], case["last_logits"])):
-            np.testing.assert_allclose(logits, wanted, rtol=0, atol=FLOAT_BOUND)
+        for logits, name in ((request.logits[0], "first_logits"), (request.logits[-1], "last_logits")):
+            if name in case:
+                np.testing.assert_allclose(logits, case[name], rtol=0, atol=FLOAT_BOUND)
+    assert sum("first_logits" in case for case in expected.cases) >= 5
 
 
 def test_moe_gives_the_tokens_of_transformers_but_where_two_are_close(forced, served_in_float, expected):
@@ -119,6 +121,8 @@ def test_a_mesh_of_eight_devices_gives_the_same_tokens(family, folder, expected,
 
 @pytest.mark.exhaustive
 def test_unrolled_layers_give_the_same_tokens(quantized, expected, served):
+    if quantized.config.is_unrolled:
+        pytest.skip("DeepSeek-V4's layers are never in a scan")
     requests = quantized.unrolled().serve(expected.requests(), NUM_SLOTS)
     assert [request.generated for request in requests] == [request.generated for request in served]
     assert root_mean_square(all_logits(requests) - all_logits(served)) < ORDER_BOUND
@@ -139,6 +143,17 @@ def test_a_step_takes_the_old_cache_and_leaves_empty_slots_alone(quantized):
     _, logits, after = quantized.step(cache, tokens, positions)
     assert all(leaf.is_deleted() for leaf in buffers(cache))
     assert np.isfinite(logits).all()
+    slot_axis = 0 if quantized.config.is_unrolled else 1
+    for leaf in buffers(after):
+        is_changed = np.asarray(leaf != 1)
+        slots = is_changed.any(axis=tuple(axis for axis in range(leaf.ndim) if axis != slot_axis)).nonzero()[0]
+        assert set(slots.tolist()) <= {0, 2, 3, 6}
+    if quantized.config.is_unrolled:  # DeepSeek-V4's: windows, in which there is a place for each used slot.
+        for layer in after:
+            slots, places = np.asarray((layer.window != 1).any(axis=-1)).nonzero()
+            size = layer.window.shape[1]
+            assert list(zip(slots.tolist(), places.tolist(), strict=True)) == [(0, 3), (2, 0), (3, 39 % size), (6, 7)]
+        return
     for leaf in buffers(after):
         is_changed = np.asarray((leaf != 1).any(axis=(*range(2, leaf.ndim - 2), leaf.ndim - 1)))
         layers, slots, places = is_changed.nonzero()

@@ -38,7 +38,7 @@ def continue_greedily(model: Any, prompt: list[int], num_tokens: int) -> tuple[l
 
 @torch.no_grad()
 def expect(family: str) -> dict[str, Any]:
-    """Tokens of all prompts, by how much their logits won, and for some prompts all logits of the first and last one."""
+    """Tokens of all prompts, by how much their logits won; for some prompts all logits of the first and last one."""
     with tempfile.TemporaryDirectory() as folder:
         digest = tiny.write(family, Path(folder) / "quantized")
         tiny.write(family, Path(folder) / "float", is_float=True)
@@ -47,7 +47,7 @@ def expect(family: str) -> dict[str, Any]:
         )
     wrong = {what: names for what, names in loading.items() if names}
     assert not wrong, f"transformers did not find all of the checkpoint: {wrong}"
-    cases = []
+    cases: list[dict[str, Any]] = []
     for prompt, num_tokens in zip(PROMPTS, NEW_TOKENS, strict=True):
         tokens, logits = continue_greedily(model, prompt, num_tokens)
         best = logits.topk(2, dim=-1).values

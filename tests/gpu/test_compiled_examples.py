@@ -37,7 +37,7 @@ def compiled_text(decoder: Decoder, data: int, tensor: int) -> str:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=config, topology=f"1x1x{data * tensor}"
     )
-    devices = np.array(topology.devices).reshape(data, tensor)
+    devices: Any = np.array(topology.devices).reshape(data, tensor)
     mesh = Mesh(devices, (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2)
     splits = decoder.module.SPLITS
 
