@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.meshes import DATA, split
 from examples.transformer import angles, rms_norm, rotary_frequencies
 
 SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
@@ -157,7 +158,7 @@ def attend(
         seen = jnp.arange(compressed.entries.shape[1]) < num_entries
         if layer.indexer is not None and indexed is not None:
             indexed = compress(config, x, layer.indexer.compressor, rate, indexed, positions, frequencies)
-            scores = index_scores(config, x, latent, layer.indexer, indexed.entries, cos, sin)
+            scores = split(index_scores(config, x, latent, layer.indexer, indexed.entries, cos, sin), DATA)
             seen &= _is_chosen(jnp.where(seen, scores, -jnp.inf), config.num_chosen)
         keys = jnp.concatenate([keys, compressed.entries], axis=1)
         visible = jnp.concatenate([visible, seen], axis=1)
@@ -233,7 +234,8 @@ def index_scores(
     sin: jax.Array,
 ) -> jax.Array:
     """f32[B, T]: how much each token wants each entry."""
-    query = rotate_last(jnp.einsum("bq,jcq->bjc", latent, indexer.query_up), cos, sin)
+    # Every device has all heads of the indexer, so that none has to wait for the others' before it chooses.
+    query = split(rotate_last(jnp.einsum("bq,jcq->bjc", latent, indexer.query_up), cos, sin), DATA)
     scores = jnp.einsum("bjc,btc->bjt", query, entries, preferred_element_type=jnp.float32)
     scores = jax.nn.relu(scores) * config.index_size**-0.5
     weights = jnp.einsum("bh,jh->bj", x, indexer.weights).astype(jnp.float32) * config.num_index_heads**-0.5
@@ -241,9 +243,16 @@ def index_scores(
 
 
 def _is_chosen(scores: jax.Array, count: int) -> jax.Array:
-    """bool[B, T]: the `count` best of scores [B, T]."""
-    _, chosen = jax.lax.top_k(scores, min(count, scores.shape[1]))
-    return jnp.zeros(scores.shape, bool).at[jnp.arange(len(scores))[:, None], chosen].set(True)
+    """bool[B, T]: the `count` best of scores [B, T], of equal ones the first.
+
+    By a sort, since XLA gathers all slots for a `top_k`.
+    """
+    if count >= scores.shape[1]:
+        return jnp.ones(scores.shape, bool)
+    least = jnp.sort(scores, axis=-1)[:, -count, None]
+    is_equal = scores == least
+    num_left = count - jnp.sum(scores > least, axis=-1, keepdims=True)
+    return (scores > least) | (is_equal & (jnp.cumsum(is_equal, axis=-1) <= num_left))
 
 
 def _place(positions: jax.Array, size: int) -> jax.Array:

@@ -16,7 +16,7 @@ from tests.support.decoders import FAMILIES, Array, Decoder, Expected, buffers
 # With float experts both compute in FP32 and differ in the order of sums alone: 2e-5 of logits up to 15 were measured.
 FLOAT_BOUND = 2e-4
 # FP8 rounds the tokens on their way into both products of an expert, by up to 1/16 of each value. Logits, which deviate
-# by 4, then differ by 0.07 (root of the mean square) and by up to 0.3; by 0.8 where another expert, or group of experts,
+# by 4, then differ by 0.07 (root of the mean square) and by up to 0.3; by 0.9 where another expert, group, or entry of attention
 # wins so closely that what came before decides it. Two experts interchanged make it 0.18, DeepSeek's shared expert left
 # out 1.1 (root of the mean square).
 ROOT_MEAN_SQUARE_BOUND, LOGIT_BOUND, MARGIN = 0.1, 1.2, 0.5
@@ -88,7 +88,7 @@ def test_moe_gives_the_tokens_of_transformers_but_where_two_are_close(forced, se
     """Its logits at all tokens are those of float experts, as the test before has shown."""
     logits = np.concatenate(forced)
     is_clear = expected.margins > MARGIN
-    assert is_clear.mean() > 0.7
+    assert is_clear.mean() > 0.6
     np.testing.assert_array_equal(logits.argmax(axis=-1)[is_clear], expected.tokens[is_clear])
     differences = logits - all_logits(served_in_float)
     assert root_mean_square(differences) < ROOT_MEAN_SQUARE_BOUND
@@ -102,7 +102,7 @@ def test_sequences_do_not_see_what_else_is_in_the_batch(served, forced, expected
         is_same = np.cumprod(np.array([-1, *request.generated[:-1]]) == np.array([-1, *case["tokens"][:-1]]))
         count = int(is_same.sum())
         differences.append(np.array(request.logits[:count]) - logits[:count])
-    assert sum(map(len, differences)) > 0.7 * len(expected.tokens)
+    assert sum(map(len, differences)) > 0.6 * len(expected.tokens)
     assert root_mean_square(np.concatenate(differences)) < ORDER_BOUND
 
 

@@ -303,18 +303,19 @@ def _add_ends(
     tensors.add_matrix(names[2], *size, is_fp8=False, gain=UNEMBEDDING_GAIN)
 
 
+# Configuration, what fills it, and a seed: of several one with which few choices, of experts, groups or entries, are so
+# close that FP8 decides them.
 MODELS = {
-    "qwen3_moe": (QWEN3_MOE, qwen3_moe),
-    "deepseek_v3": (DEEPSEEK_V3, deepseek_v3),
-    "deepseek_v4": (DEEPSEEK_V4, deepseek_v4),
+    "qwen3_moe": (QWEN3_MOE, qwen3_moe, 4),
+    "deepseek_v3": (DEEPSEEK_V3, deepseek_v3, 4),
+    "deepseek_v4": (DEEPSEEK_V4, deepseek_v4, 6),
 }
-SEED = 4
 
 
 def write(family: str, folder: Path, *, is_float: bool = False) -> str:
     """Writes the family's checkpoint to a folder, which is made; returns the SHA-256 of the file of its tensors."""
-    config, fill = MODELS[family]
-    tensors = Tensors(SEED, is_float=is_float, scale="scale" if family == "deepseek_v4" else "weight_scale_inv")
+    config, fill, seed = MODELS[family]
+    tensors = Tensors(seed, is_float=is_float, scale="scale" if family == "deepseek_v4" else "weight_scale_inv")
     fill(config, tensors)
     folder.mkdir(parents=True)
     fields = dict(config) if is_float else {**config, "quantization_config": {"quant_method": "fp8"}}
