@@ -28,11 +28,18 @@ LayerExperts = mm.ExpertWeights | FloatExperts | None
 
 
 def dequantize(weights: mm.ExpertWeights, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[FloatExperts, ...]:
-    """The exact values of stacked `fp8_block` weights."""
+    """The exact values of stacked `fp8_block` or `mxfp4` weights."""
     gate_up, gate_up_scale, down, down_scale = weights.unpack()
 
     def values(matrix: jax.Array, scale: jax.Array) -> jax.Array:
-        scale = jnp.repeat(jnp.repeat(scale, 128, axis=-2), 128, axis=-1)
+        if weights.format == "mxfp4":
+            # Two values in a byte, the lower column in the lower half; a scale for 32 columns of a row.
+            codes = jnp.stack([matrix & 15, matrix >> 4], axis=-1).reshape(*matrix.shape[:-1], -1)
+            magnitudes = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+            matrix = jnp.where(codes & 8, -magnitudes, magnitudes)
+            scale = jnp.repeat(scale.astype(jnp.float32), 32, axis=-1)
+        else:
+            scale = jnp.repeat(jnp.repeat(scale, 128, axis=-2), 128, axis=-1)
         return jnp.swapaxes(matrix.astype(jnp.float32) * scale, -1, -2).astype(dtype)
 
     layers = zip(values(gate_up, gate_up_scale), values(down, down_scale), strict=True)

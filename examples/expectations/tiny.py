@@ -1,8 +1,8 @@
 """Tiny random checkpoints of the families, the same bytes wherever they are made: NumPy alone, no torch.
 
-Names and types of tensors are those of published checkpoints: experts, and with DeepSeek-V3 all big matrices, FP8 with
-a scale per 128x128 block, the rest BF16. `write(..., is_float=True)` writes the same values in FP32 instead, for
-implementations that do not read FP8.
+Names and types of tensors are those of published checkpoints: big matrices FP8 with a scale per 128x128 block, the
+routed experts of DeepSeek-V4 MXFP4, the rest BF16 or FP32. `write(..., is_float=True)` writes the same values in FP32
+instead, for implementations that do not read these.
 """
 
 import hashlib
@@ -169,6 +169,20 @@ class Tensors:
             self.tensors[f"{name}.weight"] = quantized
             self.tensors[f"{name}.{self.scale}"] = scale
 
+    def add_mxfp4(self, name: str, rows: int, columns: int, gain: float) -> None:
+        """`{name}.weight` [rows, columns / 2], two E2M1 in a byte, and a power of two for 32 columns of a row."""
+        values = self.uniform(rows, columns, deviation=gain / math.sqrt(columns)).reshape(rows, -1, 32)
+        # So that the largest one of 32 is at most 6, the largest E2M1.
+        exponents = np.frexp(np.abs(values).max(axis=-1, keepdims=True) / np.float32(6))[1]
+        scale = np.ldexp(np.float32(1), exponents)
+        quantized = (values / scale).astype(ml_dtypes.float4_e2m1fn)
+        if self.is_float:
+            self.tensors[f"{name}.weight"] = (quantized.astype(np.float32) * scale).reshape(rows, columns)
+            return
+        codes = quantized.view(np.uint8).reshape(rows, -1) & 15
+        self.tensors[f"{name}.weight"] = (codes[:, ::2] | codes[:, 1::2] << 4).view(np.int8)
+        self.tensors[f"{name}.scale"] = (exponents[..., 0] + 127).astype(np.uint8).view(ml_dtypes.float8_e8m0fnu)
+
     def add_norm(self, name: str, size: int) -> None:
         """`{name}.weight` [size], around 1."""
         self.add(f"{name}.weight", self.uniform(size, deviation=0.1, mean=1.0))
@@ -180,12 +194,15 @@ class Tensors:
         intermediate: int,
         factor: float = 1.0,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        is_mxfp4: bool = False,
     ) -> None:
         """Gate, up and down projections, of an expert whose results are going to be multiplied by a factor."""
-        gate, up, down = names
-        self.add_matrix(f"{name}.{gate}", intermediate, hidden, is_fp8=True, gain=1.5)
-        self.add_matrix(f"{name}.{up}", intermediate, hidden, is_fp8=True, gain=1.5)
-        self.add_matrix(f"{name}.{down}", hidden, intermediate, is_fp8=True, gain=DOWN_GAIN / factor)
+        sizes = ((intermediate, hidden, 1.5), (intermediate, hidden, 1.5), (hidden, intermediate, DOWN_GAIN / factor))
+        for projection, (rows, columns, gain) in zip(names, sizes, strict=True):
+            if is_mxfp4:
+                self.add_mxfp4(f"{name}.{projection}", rows, columns, gain)
+            else:
+                self.add_matrix(f"{name}.{projection}", rows, columns, is_fp8=True, gain=gain)
 
 
 def qwen3_moe(config: Mapping[str, Any], tensors: Tensors) -> None:
@@ -288,7 +305,9 @@ def deepseek_v4(config: Mapping[str, Any], tensors: Tensors) -> None:
         else:
             tensors.add(f"{stem}.ffn.gate.bias", tensors.uniform(num_experts, deviation=0.1), np.float32)
         for expert in range(num_experts):
-            tensors.add_mlp(f"{stem}.ffn.experts.{expert}", h, i, STREAM_FACTOR * config["routed_scaling_factor"], w)
+            tensors.add_mlp(
+                f"{stem}.ffn.experts.{expert}", h, i, STREAM_FACTOR * config["routed_scaling_factor"], w, is_mxfp4=True
+            )
         tensors.add_mlp(f"{stem}.ffn.shared_experts", h, i, STREAM_FACTOR, w)
 
 
@@ -325,7 +344,14 @@ def write(family: str, folder: Path, *, is_float: bool = False) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_DTYPES = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32", "int64": "I64"}
+_DTYPES = {
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "int64": "I64",
+    "int8": "I8",
+}
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> bytes:
