@@ -24,6 +24,7 @@ ONE_GPU = (
     "tests/gpu/test_residency.py",
     "tests/gpu/test_group_of_one.py",
     "tests/gpu/test_compiled_programs.py",
+    "tests/gpu/test_compiled_examples.py",
     "tests/gpu/test_edges.py",
     "tests/gpu/test_formats.py",
     "tests/gpu/test_checkpoints.py",

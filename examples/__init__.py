@@ -1,0 +1,1 @@
+"""Programs that show `jax_megamoe` at work: whole decoders of two families, and the layer in frameworks' classes."""

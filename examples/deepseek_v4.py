@@ -1,0 +1,266 @@
+"""DeepSeek-V4 in pure JAX: attention over a window and compressed positions, streams for a residual, hash layers.
+
+    python -m examples.deepseek_v4 DeepSeek-V4-Flash --prompt 0,671,6102 --mesh 1x8
+
+A layer attends to the last positions, and, most of them, to entries that each stand for `rate` positions before. With
+a rate of 4 ("sparse") an entry is made of two windows, and an indexer chooses which entries a token sees; with 128
+("heavy") of one, and all are seen. Keys are values, one head for all queries. Layers differ, so they are not scanned.
+
+Shapes: B slots, H hidden_size, M streams, E experts, k experts of a token, V vocabulary; and those of
+`deepseek_v4_attention.py`.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import jax_megamoe as mm
+from examples import command
+from examples.deepseek_v3 import stack_shared_experts
+from examples.deepseek_v4_attention import (
+    Attention,
+    Compressed,
+    Compressor,
+    Config,
+    Indexer,
+    LayerCache,
+    attend,
+    num_series,
+    unit_norm,
+)
+from examples.dense import DenseWeights
+from examples.experts import Experts, apply_experts, apply_shared_experts
+from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
+from examples.transformer import rms_norm
+
+
+class Streams(NamedTuple):
+    """How M streams become the input of a block, and take in its output; of the head: how they become one."""
+
+    function: jax.Array  # f32[(2 + M) M, M H], the head's [M, M H]
+    base: jax.Array  # f32[(2 + M) M], [M]
+    scale: jax.Array  # f32[3], [1]
+
+
+class Layer(NamedTuple):
+    """A layer without its experts."""
+
+    attention_streams: Streams
+    attention_norm: jax.Array  # [H]
+    attention: Attention
+    mlp_streams: Streams
+    mlp_norm: jax.Array  # [H]
+    router: jax.Array  # f32[E, H]
+    router_bias: jax.Array | None  # f32[E]
+    hash_table: jax.Array | None  # int32[V, k]
+
+
+class Parameters(NamedTuple):
+    """The model without its routed experts."""
+
+    embedding: jax.Array  # [V, H]
+    layers: tuple[Layer, ...]
+    shared: Experts  # stacked
+    head: Streams
+    norm: jax.Array  # [H]
+    unembedding: jax.Array  # [V, H]
+
+
+Cache = tuple[LayerCache, ...]
+
+# How arrays are split over a mesh: what is not named is whole on each device.
+SPLITS: dict[str, tuple[str | None, ...]] = {
+    "query_up": (TENSOR,),
+    "sinks": (TENSOR,),
+    "out_down": (TENSOR,),
+    "out_up": (None, TENSOR),
+    "unembedding": (TENSOR,),
+    "cache": (DATA,),
+}
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    experts_folder: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> tuple[Config, Parameters, mm.ExpertWeights]:
+    """Reads a checkpoint onto the devices, as `deepseek_v3.load`."""
+    checkpoint = mm.read_checkpoint(experts_folder or folder)
+    if checkpoint.family != "deepseek_v4":
+        raise ValueError(f"{folder} holds {checkpoint.family}, wanted deepseek_v4: use the example of its family.")
+    last = checkpoint.moe_layers[-1]
+    config = Config.of(checkpoint.config, checkpoint.router(last).options, checkpoint.moe_options(last))
+    dense = DenseWeights(folder, dtype)
+
+    def read(name: str, *shape: int, field: str = "", dtype: Any = None) -> jax.Array:
+        return place(dense.read(name, *shape, dtype=dtype), mesh, *SPLITS.get(field, ()))
+
+    def streams(stem: str) -> Streams:
+        return Streams(*(read(f"{stem}_{name}", dtype=np.float32) for name in ("fn", "base", "scale")))
+
+    def compressor(stem: str) -> Compressor:
+        bias = read(f"{stem}.ape", dtype=np.float32)
+        return Compressor(read(f"{stem}.wkv.weight"), read(f"{stem}.wgate.weight"), bias, read(f"{stem}.norm.weight"))
+
+    def attention_of(number: int) -> Attention:
+        stem, rate = f"layers.{number}.attn", config.rates[number]
+        indexer = None
+        if num_series(rate, config) == 2:
+            query_up = read(f"{stem}.indexer.wq_b.weight", config.num_index_heads, config.index_size, -1)
+            weights = read(f"{stem}.indexer.weights_proj.weight")
+            indexer = Indexer(compressor(f"{stem}.indexer.compressor"), query_up, weights)
+        heads, groups = (config.num_heads, config.head_size), config.num_groups
+        group_size = config.num_heads * config.head_size // groups
+        return Attention(
+            query_down=read(f"{stem}.wq_a.weight"),
+            query_norm=read(f"{stem}.q_norm.weight"),
+            query_up=read(f"{stem}.wq_b.weight", *heads, -1, field="query_up"),
+            kv=read(f"{stem}.wkv.weight"),
+            kv_norm=read(f"{stem}.kv_norm.weight"),
+            sinks=read(f"{stem}.attn_sink", field="sinks", dtype=np.float32),
+            compressor=compressor(f"{stem}.compressor") if rate else None,
+            indexer=indexer,
+            out_down=read(f"{stem}.wo_a.weight", groups, -1, group_size, field="out_down"),
+            out_up=read(f"{stem}.wo_b.weight", config.hidden_size, groups, -1, field="out_up"),
+        )
+
+    def layer(number: int) -> Layer:
+        stem, router = f"layers.{number}", checkpoint.router(number)
+        return Layer(
+            attention_streams=streams(f"{stem}.hc_attn"),
+            attention_norm=read(f"{stem}.attn_norm.weight"),
+            attention=attention_of(number),
+            mlp_streams=streams(f"{stem}.hc_ffn"),
+            mlp_norm=read(f"{stem}.ffn_norm.weight"),
+            router=place(router.weight, mesh),
+            router_bias=None if router.bias is None else place(router.bias, mesh),
+            hash_table=None if router.hash_table is None else place(router.hash_table, mesh),
+        )
+
+    parameters = Parameters(
+        embedding=read("embed.weight"),
+        layers=tuple(layer(number) for number in range(config.num_layers)),
+        shared=stack_shared_experts(checkpoint, mesh),
+        head=streams("hc_head"),
+        norm=read("norm.weight"),
+        unembedding=read("head.weight", field="unembedding"),
+    )
+    return config, parameters, checkpoint.experts(mesh=mesh, expert_axis=EXPERT_AXIS)
+
+
+def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
+    """A cache for `num_slots` sequences of up to `length` tokens."""
+
+    def zeros(*shape: int, dtype: Any = dtype) -> jax.Array:
+        return place(jnp.zeros((num_slots, *shape), dtype), mesh, *SPLITS["cache"])
+
+    def compressed(rate: int, size: int) -> Compressed:
+        series = num_series(rate, config)
+        ring = (series * rate, series * size)
+        return Compressed(zeros(*ring), zeros(*ring, dtype=jnp.float32), zeros(length // rate, size))
+
+    return tuple(
+        LayerCache(
+            window=zeros(config.window, config.head_size),
+            compressed=compressed(rate, config.head_size) if rate else None,
+            indexed=compressed(rate, config.index_size) if num_series(rate, config) == 2 else None,
+        )
+        for rate in config.rates
+    )
+
+
+def decode_step(
+    config: Config,
+    parameters: Parameters,
+    experts: Experts,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits f32[B, V] of what follows tokens int32[B] at positions int32[B], and the cache with them in it.
+
+    A position of -1 marks an empty slot: its experts are none, it writes nothing, and its logits mean nothing.
+    """
+    tokens, positions = split((tokens, positions), DATA)
+    is_used = positions >= 0
+    embedded = split(parameters.embedding[tokens], DATA)
+    x = jnp.repeat(embedded[:, None], config.num_streams, axis=1)
+    written = []
+    for i, (layer, layer_cache) in enumerate(zip(parameters.layers, cache, strict=True)):
+        collapsed, mix = collapse(config, layer.attention_streams, x)
+        normalized = rms_norm(collapsed, layer.attention_norm, config.epsilon)
+        added, layer_cache = attend(config, normalized, layer.attention, config.rates[i], layer_cache, positions)
+        written.append(layer_cache)
+        x = mix(split(added, DATA))
+
+        collapsed, mix = collapse(config, layer.mlp_streams, x)
+        normalized = split(rms_norm(collapsed, layer.mlp_norm, config.epsilon), DATA)
+        logits = jnp.matmul(normalized.astype(jnp.float32), layer.router.T, precision="highest")
+        hashed: dict[str, Any] = (
+            {} if layer.hash_table is None else {"token_ids": tokens, "hash_table": layer.hash_table}
+        )
+        ids, weights = mm.route(logits, bias=layer.router_bias, **hashed, **config.route_options)
+        ids = jnp.where(is_used[:, None], ids, -1)
+        of_layer = experts[i] if isinstance(experts, tuple) else experts
+        shared = parameters.shared[i] if isinstance(parameters.shared, tuple) else parameters.shared
+        clamp = config.moe_options.get("activation_clamp")
+        routed = apply_experts(of_layer, normalized, ids, weights, i, **config.moe_options)
+        x = mix(split(routed + apply_shared_experts(shared, normalized, is_used, i, activation_clamp=clamp), DATA))
+    gates = _stream_gates(config, parameters.head, x)
+    weights = jax.nn.sigmoid(gates * parameters.head.scale + parameters.head.base) + config.stream_epsilon
+    last = rms_norm(_weigh(weights, x), parameters.norm, config.epsilon)
+    logits = jnp.einsum("bh,vh->bv", last, parameters.unembedding, preferred_element_type=jnp.float32)
+    return logits, tuple(written)
+
+
+def _stream_gates(config: Config, streams: Streams, x: jax.Array) -> jax.Array:
+    """f32[B, ...] of streams x[B, M, H]."""
+    flat = unit_norm(x.reshape(len(x), -1).astype(jnp.float32), config.epsilon)
+    return jnp.matmul(flat, streams.function.T, precision="highest")
+
+
+def _weigh(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """[B, H]: the sum of streams x[B, M, H] with weights f32[B, M]."""
+    return jnp.sum(weights[..., None] * x, axis=1).astype(x.dtype)
+
+
+def collapse(config: Config, streams: Streams, x: jax.Array) -> tuple[jax.Array, Any]:
+    """The input [B, H] of a block, and the function that gives the next streams for its output [B, H].
+
+    Output goes to each stream with a weight, and streams are mixed by a matrix whose rows and columns sum to 1, made
+    so by Sinkhorn and Knopp's steps, lest they grow from layer to layer.
+    """
+    m, epsilon = config.num_streams, config.stream_epsilon
+    gates = _stream_gates(config, streams, x)
+    scale = jnp.repeat(streams.scale, np.array([m, m, m * m]), total_repeat_length=(2 + m) * m)
+    before, after, between = jnp.split(gates * scale + streams.base, [m, 2 * m], axis=-1)
+    matrix = jax.nn.softmax(between.reshape(-1, m, m), axis=-1) + epsilon
+    matrix /= matrix.sum(axis=-2, keepdims=True) + epsilon
+
+    def balance(_: int, matrix: jax.Array) -> jax.Array:
+        matrix /= matrix.sum(axis=-1, keepdims=True) + epsilon
+        return matrix / (matrix.sum(axis=-2, keepdims=True) + epsilon)
+
+    matrix = jax.lax.fori_loop(0, config.sinkhorn_steps - 1, balance, matrix)
+
+    def mix(output: jax.Array) -> jax.Array:
+        """[B, M, H]"""
+        spread = (2 * jax.nn.sigmoid(after)).astype(x.dtype)[..., None] * output[:, None]
+        return split(spread + jnp.einsum("bjk,bjh->bkh", matrix.astype(x.dtype), x), DATA)
+
+    return _weigh(jax.nn.sigmoid(before) + epsilon, x), mix
+
+
+def main() -> None:
+    """Continues prompts of token ids."""
+    command.main(__doc__, load, empty_cache, decode_step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `transformers` computes of tiny checkpoints, and the scripts that make both."""

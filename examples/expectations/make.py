@@ -1,0 +1,77 @@
+"""Makes the JSON files beside this one: what `transformers` computes of the tiny checkpoints.
+
+    pip install torch transformers
+    python -m examples.expectations.make
+
+Needs neither a GPU nor this package's kernel. CI does not run it: it compares with the files.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from examples.expectations import tiny
+
+# Prompts of unequal lengths, more of them than a test has slots; and how many tokens follow each.
+PROMPTS = [[17], [5, 99, 3], [64, 2, 77, 31, 8, 120], [1, 2], [90] * 5, [33, 101, 54, 12, 7, 70, 19, 88, 41, 26]]
+PROMPTS += [[50, 49], [127], [21, 22, 23], [9, 115, 60, 4]]
+NUM_WITH_LOGITS = 6  # of the prompts, to keep the files small
+NEW_TOKENS = [20, 6, 12, 14, 3, 8, 10, 4, 13, 9]
+
+
+def continue_greedily(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """The likeliest tokens after a prompt, one after the other, and the logits f32[num_tokens, V] they come from."""
+    tokens, logits, cache = torch.tensor([prompt]), [], None
+    generated: list[int] = []
+    for _ in range(num_tokens):
+        result = model(tokens, cache=cache, use_cache=True)
+        cache = result.cache
+        logits.append(result.logits[0, -1].float())
+        generated.append(int(logits[-1].argmax()))
+        tokens = torch.tensor([generated[-1:]])
+    return generated, torch.stack(logits)
+
+
+@torch.no_grad()
+def expect(family: str) -> dict[str, Any]:
+    """Tokens of all prompts, by how much their logits won; for some prompts all logits of the first and last one."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = tiny.write(family, Path(folder) / "quantized")
+        tiny.write(family, Path(folder) / "float", is_float=True)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "float", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    wrong = {what: names for what, names in loading.items() if names}
+    assert not wrong, f"transformers did not find all of the checkpoint: {wrong}"
+    cases: list[dict[str, Any]] = []
+    for prompt, num_tokens in zip(PROMPTS, NEW_TOKENS, strict=True):
+        tokens, logits = continue_greedily(model, prompt, num_tokens)
+        best = logits.topk(2, dim=-1).values
+        case: dict[str, Any] = {"prompt": prompt, "tokens": tokens}
+        case["margins"] = [round(float(margin), 4) for margin in best[:, 0] - best[:, 1]]
+        if len(cases) < NUM_WITH_LOGITS:
+            case["first_logits"] = [round(float(logit), 4) for logit in logits[0]]
+            case["last_logits"] = [round(float(logit), 4) for logit in logits[-1]]
+        cases.append(case)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+    return {"made_with": versions, "checkpoint_sha256": digest, "cases": cases}
+
+
+def main() -> None:
+    """Writes a file for each family."""
+    torch.set_num_threads(1)  # The order of sums, and so the last digits, would depend on the machine.
+    for family in tiny.MODELS:
+        expected = expect(family)
+        lowest = min(min(case["margins"]) for case in expected["cases"])
+        cases = ",\n".join(json.dumps(case, separators=(",", ":")) for case in expected.pop("cases"))
+        text = json.dumps(expected)[:-1] + f', "cases": [\n{cases}\n]}}\n'
+        (Path(__file__).parent / f"{family}.json").write_text(text)
+        print(f"{family}: the smallest margin is {lowest}, {len(text)} bytes")
+
+
+if __name__ == "__main__":
+    main()
