@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_megamoe as mm
 from examples import command
 from examples.dense import DenseWeights
-from examples.experts import Experts, LayerExperts, apply_experts, apply_shared_experts, run_layers
+from examples.experts import Experts, LayerExperts, apply_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
 from examples.transformer import (
     CacheLeaf,
@@ -278,8 +278,8 @@ def decode_step(
         ids, weights = mm.route(logits, bias=router.bias, **config.route_options)
         # Empty slots may be anywhere. If they were the last ones, `num_valid_tokens` of `moe` would do.
         ids = jnp.where(is_used[:, None], ids, -1)
-        routed = apply_experts(experts, normalized, ids, weights, i, **config.moe_options)
-        return split(x + routed + apply_shared_experts(shared, normalized, is_used, i), DATA), cache
+        results = apply_experts(experts, normalized, ids, weights, i, shared=shared, **config.moe_options)
+        return split(x + results, DATA), cache
 
     x = split(parameters.embedding[tokens], DATA)
     x, cache = run_layers(add_dense_layer, x, cache, parameters.dense, is_unrolled=config.is_unrolled)

@@ -33,7 +33,7 @@ from examples.deepseek_v4_attention import (
     unit_norm,
 )
 from examples.dense import DenseWeights
-from examples.experts import Experts, apply_experts, apply_shared_experts
+from examples.experts import Experts, apply_experts
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
 from examples.transformer import rms_norm
 
@@ -209,9 +209,7 @@ def decode_step(
         ids = jnp.where(is_used[:, None], ids, -1)
         of_layer = experts[i] if isinstance(experts, tuple) else experts
         shared = parameters.shared[i] if isinstance(parameters.shared, tuple) else parameters.shared
-        clamp = config.moe_options.get("activation_clamp")
-        routed = apply_experts(of_layer, normalized, ids, weights, i, **config.moe_options)
-        x = mix(split(routed + apply_shared_experts(shared, normalized, is_used, i, activation_clamp=clamp), DATA))
+        x = mix(split(apply_experts(of_layer, normalized, ids, weights, i, shared=shared, **config.moe_options), DATA))
     gates = _stream_gates(config, parameters.head, x)
     weights = jax.nn.sigmoid(gates * parameters.head.scale + parameters.head.base) + config.stream_epsilon
     last = rms_norm(_weigh(weights, x), parameters.norm, config.epsilon)

@@ -53,58 +53,41 @@ def apply_experts(
     topk_weights: jax.Array,
     layer: jax.Array | int,
     *,
+    shared: LayerExperts = None,
     routed_scaling_factor: float = 1.0,
     activation_clamp: float | None = None,
 ) -> jax.Array:
     """[B, H]: the weighted sum of each token's experts, for x[B, H], ids int32[B, k] and weights f32[B, k].
 
-    Slots with the id -1 are unused. `experts` are those of all layers stacked, or float ones of this layer.
+    Slots with the id -1 are unused, and tokens without used slots are of no request. `experts` are those of all layers
+    stacked, or float ones of this layer; so are the S `shared` ones, through which every token goes. Each device has
+    all of these.
     """
+    num_shared = (
+        0 if shared is None else shared.down.shape[-3] if isinstance(shared, FloatExperts) else shared.num_experts
+    )
+    is_used = jnp.any(topk_ids >= 0, axis=1, keepdims=True)
+    shared_weights = jnp.broadcast_to(is_used, (len(x), num_shared)).astype(jnp.float32)
     if experts is None:  # Something of the router's results, which are not to be optimised away.
         return x * (jnp.sum(topk_weights, axis=1) + topk_ids[:, 0])[:, None].astype(x.dtype)
     if isinstance(experts, FloatExperts):
-        return _ragged(experts, x, topk_ids, topk_weights * routed_scaling_factor, activation_clamp)
+        y = _ragged(experts, x, topk_ids, topk_weights * routed_scaling_factor, activation_clamp)
+        if not isinstance(shared, FloatExperts):
+            return y
+        ids = jnp.where(is_used, jnp.arange(num_shared, dtype=jnp.int32), -1)
+        return y + _ragged(shared, x, ids, shared_weights, activation_clamp)
+    assert not isinstance(shared, FloatExperts), "shared experts are quantised where the others are"
     y = mm.moe(
         x.astype(jnp.bfloat16),
         experts,
         topk_ids,
         topk_weights,
         layer=layer,
+        shared=shared,
+        shared_weights=None if shared is None else shared_weights,
         routed_scaling_factor=routed_scaling_factor,
         activation_clamp=activation_clamp,
         expert_axis=EXPERT_AXIS,
-        token_axes=TOKEN_AXES,
-    )
-    return y.astype(x.dtype)
-
-
-def apply_shared_experts(
-    shared: LayerExperts,
-    x: jax.Array,
-    is_used: jax.Array,
-    layer: jax.Array | int,
-    *,
-    activation_clamp: float | None = None,
-) -> jax.Array:
-    """[B, H]: the sum of the S experts that every token goes to, for x[B, H]; zeros where not is_used[B].
-
-    A call of its own, with weights of 1 and no scaling factor. Each device has all shared experts.
-    """
-    if shared is None:
-        return jnp.zeros_like(x)
-    num_shared = shared.down.shape[0] if isinstance(shared, FloatExperts) else shared.num_experts
-    ids = jnp.where(is_used[:, None], jnp.arange(num_shared, dtype=jnp.int32), -1)
-    ones = jnp.ones(ids.shape, jnp.float32)
-    if isinstance(shared, FloatExperts):
-        return _ragged(shared, x, ids, ones, activation_clamp)
-    y = mm.moe(
-        x.astype(jnp.bfloat16),
-        shared,
-        ids,
-        ones,
-        layer=layer,
-        activation_clamp=activation_clamp,
-        expert_axis=None,
         token_axes=TOKEN_AXES,
     )
     return y.astype(x.dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_megamoe.arrays import as_float
 from jax_megamoe.errors import ArgumentError
 
 
@@ -54,6 +55,8 @@ class Activation(NamedTuple):
 
 
 SILU = Activation()
+# Beyond them, FP32 quotients overflow or vanish.
+MIN_BETA, MAX_BETA = 1e-30, 1e30
 
 
 def as_numbers(activation: object, clamp: float) -> Activation:
@@ -65,8 +68,11 @@ def as_numbers(activation: object, clamp: float) -> Activation:
             return Activation(clamp, *_finite(alpha=alpha, up_offset=up_offset))
         case SiTU(beta, linear_beta):
             numbers = _finite(beta=beta, linear_beta=linear_beta)
-            if min(numbers) <= 0:
-                raise ArgumentError(f"activation is {activation}, wanted positive numbers: pass those of the model.")
+            if not MIN_BETA <= min(numbers) <= max(numbers) <= MAX_BETA:
+                raise ArgumentError(
+                    f"activation is {activation}, wanted numbers from {MIN_BETA:g} to {MAX_BETA:g}: "
+                    "pass those of the model."
+                )
             if clamp != math.inf:
                 raise ArgumentError(
                     f"activation_clamp is {clamp} beside SiTU, which has bounds of its own, wanted None: leave it out."
@@ -76,9 +82,11 @@ def as_numbers(activation: object, clamp: float) -> Activation:
 
 
 def _finite(**numbers: object) -> tuple[float, ...]:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 3e38:
+    values = {name: as_float(value) for name, value in numbers.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise ArgumentError(
-                f"{name} of the activation is {value!r}, wanted a finite FP32 number known while tracing: pass one."
+                f"{name} of the activation is {numbers[name]!r}, wanted a finite FP32 number known while tracing: "
+                "pass a number of Python or NumPy."
             )
-    return tuple(float(value) for value in numbers.values())  # type: ignore[arg-type]
+    return tuple(values.values())

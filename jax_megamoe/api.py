@@ -82,11 +82,11 @@ def moe(
         ranks first meet, JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS, 120. Both are read while tracing.
 
     Returns:
-      y bf16[..., H]; a token without used slots gets zeros. Over explicit axes it is sharded as x's type says. Over
-      automatic axes it comes split over `token_axes` along the first dimension (whole where these don't divide it),
-      however x is: like x where x is split so; else y, fed back into the same jitted function, compiles it once more.
-      With `return_expert_load` also int32[E], sharded like the experts (in `jax.shard_map`: the part that belongs to
-      this device's experts).
+      y bf16[..., H]; a token without used slots, shared experts' among them, gets zeros. Over explicit axes it is
+      sharded as x's type says. Over automatic axes it comes split over `token_axes` along the first dimension (whole
+      where these don't divide it), however x is: like x where x is split so; else y, fed back into the same jitted
+      function, compiles it once more. With `return_expert_load` also int32[E], sharded like the experts (in
+      `jax.shard_map`: the part that belongs to this device's experts).
 
     Raises:
       ShapeError, DTypeError, LayoutError, ShardingError: while tracing, for an array that cannot be served.

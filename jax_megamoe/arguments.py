@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe.activations import Activation, as_numbers
-from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_known_sizes, type_of, unwrap
+from jax_megamoe.arrays import (
+    MAX_FLOAT32,
+    Array,
+    as_array,
+    as_float,
+    clamp_to_int32,
+    require_known_sizes,
+    type_of,
+    unwrap,
+)
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.weights import ExpertWeights
 
 MAX_TOP_K = 32
 MAX_HIDDEN_SIZE = 65536
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class Arguments(NamedTuple):
@@ -79,15 +86,15 @@ def check(
         raise ShapeError(
             f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids: reshape it."
         )
-    clamp = math.inf if activation_clamp is None else _as_float(activation_clamp)
+    clamp = math.inf if activation_clamp is None else as_float(activation_clamp)
     if not np.float32(clamp) > 0:
         raise ArgumentError(
             f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
             "pass a number of Python or NumPy, or leave it out for no clamp."
         )
     numbers = as_numbers(activation, clamp)
-    factor = _as_float(routed_scaling_factor)
-    if not abs(factor) <= _MAX_FLOAT32:
+    factor = as_float(routed_scaling_factor)
+    if not abs(factor) <= MAX_FLOAT32:
         raise ArgumentError(
             f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
@@ -101,28 +108,15 @@ def check(
     return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, numbers, factor)
 
 
-def _as_float(value: object) -> float:
-    """A number, of Python or NumPy, infinite beyond FP32; NaN for what is none, bools and jax arrays among it."""
-    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:  # an int, or a fraction, beyond all floats
-        return math.nan
-    return math.copysign(math.inf, number) if abs(number) > _MAX_FLOAT32 else number
-
-
-def check_weights(weights: object) -> ExpertWeights:
-    """The weights with their leaves out of boxes, if they have any."""
+def check_weights(weights: object, name: str = "weights") -> ExpertWeights:
+    """The weights with their leaves out of boxes, if they have any. `name`: of the argument."""
     if not isinstance(weights, ExpertWeights):
         layers = [unwrap(element) for element in weights] if isinstance(weights, list | tuple) else []
         if layers and all(isinstance(element, ExpertWeights) for element in layers):
             remedy = "pass one, or all of them through stack_experts and which one as layer."
         else:
             remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
-        raise LayoutError(f"weights is {type_of(weights)}, wanted ExpertWeights: {remedy}")
+        raise LayoutError(f"{name} is {type_of(weights)}, wanted ExpertWeights: {remedy}")
     if weights.hidden_size > MAX_HIDDEN_SIZE:
         raise ShapeError(
             f"weights have a hidden size of {weights.hidden_size}, wanted at most {MAX_HIDDEN_SIZE}: "

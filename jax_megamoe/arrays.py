@@ -1,5 +1,6 @@
 """What counts as an array, and as weights, in the arguments of every public function."""
 
+import math
 import numbers
 
 import jax
@@ -10,6 +11,7 @@ from jax import export
 from jax_megamoe.errors import ArgumentError, DTypeError, ShardingError
 
 Array = jax.Array | np.ndarray
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def unwrap(value: object) -> object:
@@ -123,3 +125,16 @@ def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:
         clipped: np.ndarray = np.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(np.int32)
         return clipped
     return jnp.clip(values, jnp.asarray(low, values.dtype), jnp.asarray(high, values.dtype)).astype(jnp.int32)
+
+
+def as_float(value: object) -> float:
+    """A number, of Python or NumPy, infinite beyond FP32; NaN for what is none, bools and jax arrays among it."""
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:  # an int, or a fraction, beyond all floats
+        return math.nan
+    return math.copysign(math.inf, number) if abs(number) > MAX_FLOAT32 else number

@@ -55,7 +55,7 @@ def find_placement(
         axes_in_mesh("expert_axis", expert_axis, mesh),
         axes_in_mesh("token_axes", token_axes, mesh),
     )
-    _check_replicated(shared)
+    _check_replicated(shared, mesh, axes.experts)
     if mesh.manual_axes:
         _check_tokens_in_shard_map(mesh, axes, token_axes)
     else:
@@ -80,11 +80,18 @@ def find_placement_of_weights(
     return mesh, axes_in_mesh("expert_axis", expert_axis, mesh)
 
 
-def _check_replicated(shared: Mapping[str, Any]) -> None:
-    """Raises `ShardingError` where the types of explicit axes say that shared experts are split."""
+def _check_replicated(shared: Mapping[str, Any], mesh: AbstractMesh, expert_axes: tuple[str, ...]) -> None:
+    """Raises `ShardingError` where types, or arrays that are not traced, say that devices have other shared experts."""
     for name, leaf in shared.items():
-        axes = [axis for dim in _specs.axes_of_dims(jax.typeof(leaf).sharding.spec, leaf.ndim) for axis in dim]
-        if axes and name != "shared_weights":
+        if name == "shared_weights":
+            continue
+        is_known = not isinstance(leaf, jax.core.Tracer) and isinstance(getattr(leaf, "sharding", None), NamedSharding)
+        spec = leaf.sharding.spec if is_known else jax.typeof(leaf).sharding.spec
+        axes = [axis for dim in _specs.axes_of_dims(spec, leaf.ndim) for axis in dim]
+        if mesh.manual_axes and _compat.tracks_varying():
+            varying = _compat.varying_axes(leaf)
+            axes += [axis for axis in expert_axes if axis in varying and mesh.shape[axis] > 1]
+        if axes:
             raise ShardingError(
                 f"{name} is split over {axes_text(axes)}, wanted all shared experts on each device: "
                 "replicate them once, when they are loaded."

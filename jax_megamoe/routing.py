@@ -71,6 +71,8 @@ def route(
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
       ArgumentError: for an unknown `scoring` or `group_scoring`, numbers that are no ints known while tracing, and
         one of `token_ids` and `hash_table`, or of `image_bias` and `is_image`, without the other.
+      PlatformError, ShardingError, NotImplementedError: where "cuda" is wanted and cannot be had: elsewhere than on a
+        Hopper GPU, in a program that XLA would have to split, and under `jax.vmap` over `bias`.
     """
     logits = as_array("logits", logits)
     if logits.ndim == 0:

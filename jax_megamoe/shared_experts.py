@@ -6,16 +6,18 @@ large part that is begun last is waited for. In the slots of a call, numbers bel
 begin at S; on a device of a group these become the numbers of that device's own (`collectives.ids_in_group`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import arguments, weight_layout
 from jax_megamoe.arrays import Array, as_array, require_known_sizes, unwrap
-from jax_megamoe.errors import ArgumentError, DTypeError, MegaMoEError, ShapeError
+from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes
@@ -43,17 +45,18 @@ def check(shared: Any, shared_weights: Any, x: jax.Array, weights: ExpertWeights
                 "shared_weights is given and shared is None, wanted both or neither: pass the shared experts' weights."
             )
         return None
-    try:
-        checked = arguments.check_weights(unwrap(shared))
-    except MegaMoEError as error:
-        raise type(error)(f"shared: {error}") from None
+    checked = arguments.check_weights(unwrap(shared), "shared")
     sizes, wanted = ((w.hidden_size, w.intermediate_size) for w in (checked, weights))
     if sizes != wanted:
         raise ShapeError(
-            f"shared has hidden and intermediate size {sizes}, wanted {wanted} like weights: split or join the shared "
-            "experts along their intermediate size, or compute them beside the layer."
+            f"shared has hidden and intermediate size {sizes}, wanted {wanted} like weights: compute them beside the "
+            "layer, or, where only the latter differs, split or join them along it."
         )
     held, said = checked.gate_up.shape[-4], checked.num_experts
+    if not 1 <= said <= arguments.MAX_TOP_K:
+        raise ShapeError(
+            f"shared has {said} experts, wanted 1 to {arguments.MAX_TOP_K}: leave it out where there are none."
+        )
     if held != said:
         raise ShapeError(
             f"shared holds {held} of {said} experts, wanted all of them on each device: replicate them over the mesh."
@@ -61,8 +64,8 @@ def check(shared: Any, shared_weights: Any, x: jax.Array, weights: ExpertWeights
     layers, wanted_layers = (w.gate_up.shape[0] if w.is_stacked else None for w in (checked, weights))
     if layers != wanted_layers:
         raise ShapeError(
-            f"shared stacks {layers} layers, wanted {wanted_layers} like weights: "
-            "pass the shared experts of the same layers, stacked alike."
+            f"shared is {_layers_text(layers)} and weights {_layers_text(wanted_layers)}, wanted both alike: "
+            "pass the shared experts of the same layers."
         )
     if shared_weights is None:
         return SharedExperts(checked, None)
@@ -76,6 +79,10 @@ def check(shared: Any, shared_weights: Any, x: jax.Array, weights: ExpertWeights
             f"{held} shared experts: reshape it."
         )
     return SharedExperts(checked, scale)
+
+
+def _layers_text(layers: int | None) -> str:
+    return "of one layer, not stacked" if layers is None else f"a stack of {layers}"
 
 
 def arrays_by_name(shared: SharedExperts | None) -> dict[str, Any]:
@@ -104,63 +111,75 @@ def call_with_shared(
     if shared is None:
         ids = ids_of_valid_tokens(operands.topk_ids, num_valid_tokens)
         return call(operands._replace(topk_ids=ids), **routed)
-    num_shared, top_k = shared.weights.num_experts, operands.topk_ids.shape[-1]
-    if weight_layout.format_of(operands.leaves) == shared.weights.format and top_k + num_shared <= arguments.MAX_TOP_K:
-        ids, weights = _with_shared_slots(operands, shared, num_experts, routed_scaling_factor)
-        joined = operands._replace(
-            topk_ids=ids_of_valid_tokens(ids, num_valid_tokens), topk_weights=weights, shared=shared.weights.leaves
-        )
+    slots = functools.partial(_slots_of, operands, shared, num_valid_tokens)
+    leaves, is_one_call = shared.weights.leaves, serves_both(operands, shared)
+    if is_one_call:
+        ids, weights = slots(num_experts=num_experts, factor=routed_scaling_factor)
+        joined = operands._replace(topk_ids=ids, topk_weights=weights, shared=leaves)
         return call(joined, **{**routed, "routed_scaling_factor": 1.0})
-    y, load = call(
-        operands._replace(topk_ids=ids_of_valid_tokens(operands.topk_ids, num_valid_tokens)),
-        **routed,
-    )
-    ids, weights = _with_shared_slots(operands, shared, 0, 1.0)
+    ids = ids_of_valid_tokens(operands.topk_ids, num_valid_tokens)
+    y, load = call(operands._replace(topk_ids=ids), **routed)
+    ids, weights = slots(num_experts=None)
     own, _ = call(
-        operands._replace(
-            leaves=shared.weights.leaves,
-            topk_ids=ids_of_valid_tokens(ids[..., top_k:], num_valid_tokens),
-            topk_weights=weights[..., top_k:],
-        ),
+        operands._replace(leaves=leaves, topk_ids=ids, topk_weights=weights),
         axes=Axes((), axes.tokens),
-        num_experts=num_shared,
+        num_experts=shared.weights.num_experts,
         routed_scaling_factor=1.0,
     )
     return _specs.call_with_types(_add, {"y": y, "shared": own}, (P(*jax.typeof(y).sharding.spec),))[0], load
 
 
-def _with_shared_slots(
-    operands: Operands, shared: SharedExperts, num_experts: int, routed_scaling_factor: float
+def serves_both(operands: Operands, shared: SharedExperts) -> bool:
+    """Whether one kernel computes routed and shared experts."""
+    num_slots = operands.topk_ids.shape[-1] + shared.weights.num_experts
+    same_format = weight_layout.format_of(operands.leaves) == shared.weights.format
+    return same_format and num_slots <= arguments.MAX_TOP_K
+
+
+def _slots_of(
+    operands: Operands, shared: SharedExperts, num_valid_tokens: jax.Array | None, **params: Any
 ) -> tuple[jax.Array, ...]:
-    """Ids int32[..., k + S], those of shared experts last, and weights f32[..., k + S], the factor in the others'."""
-    arrays = {"topk_ids": operands.topk_ids, "topk_weights": operands.topk_weights, "shared_weights": shared.scale}
+    """`_slots` of arrays that may have explicit axes."""
+    arrays = {
+        "topk_ids": operands.topk_ids,
+        "topk_weights": operands.topk_weights,
+        "shared_weights": shared.scale,
+        "num_valid_tokens": num_valid_tokens,
+    }
     sharding = jax.typeof(operands.topk_ids).sharding
-
-    def join(ids: jax.Array, weights: jax.Array, scale: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        return _join_slots(
-            ids,
-            weights,
-            scale,
-            num_experts=num_experts,
-            num_shared=shared.weights.num_experts,
-            factor=routed_scaling_factor,
-        )
-
     spec = P(*sharding.spec, *(None,) * (operands.topk_ids.ndim - len(sharding.spec)))
-    given = {name: array for name, array in arrays.items() if array is not None}
-    return _specs.call_with_types(join, given, (spec, spec))
+    slots = functools.partial(_slots, num_shared=shared.weights.num_experts, **params)
+    return _specs.call_with_types(slots, arrays, (spec, spec))
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device.
-@jax.jit(static_argnames=("num_experts", "num_shared", "factor"))
-def _join_slots(
-    ids: jax.Array, weights: jax.Array, scale: jax.Array | None, *, num_experts: int, num_shared: int, factor: float
+@jax.jit(static_argnames=("num_shared", "num_experts", "factor"))
+def _slots(
+    ids: jax.Array,
+    weights: jax.Array,
+    scale: jax.Array | None,
+    num_valid_tokens: jax.Array | None,
+    *,
+    num_shared: int,
+    num_experts: int | None,
+    factor: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
+    """Ids int32[..., S] and weights f32[..., S] of the shared experts; before them those of `num_experts` others.
+
+    The others' ids begin at S, and `factor` is in their weights. Weights of unused slots, NaN among them, are zeros.
+    """
     lead = (*ids.shape[:-1], num_shared)
-    ids = jnp.where((ids >= 0) & (ids < num_experts), ids + num_shared, -1)
-    numbers = jnp.broadcast_to(jnp.arange(num_shared, dtype=jnp.int32), lead)
-    ones = jnp.ones(lead, jnp.float32) if scale is None else scale
-    return jnp.concatenate([ids, numbers], -1), jnp.concatenate([weights * jnp.float32(factor), ones], -1)
+    of_shared = jnp.broadcast_to(jnp.arange(num_shared, dtype=jnp.int32), lead)
+    scale = jnp.ones(lead, jnp.float32) if scale is None else scale
+    if num_experts is None:
+        ids, weights = of_shared, scale
+    else:
+        ids = jnp.where((ids >= 0) & (ids < num_experts), ids + num_shared, -1)
+        ids, weights = jnp.concatenate([ids, of_shared], -1), jnp.concatenate([weights, scale], -1)
+        factors = np.concatenate([np.full(weights.shape[-1] - num_shared, factor), np.ones(num_shared)])
+        weights = jnp.where(ids >= 0, weights, 0.0) * factors.astype(np.float32)
+    ids = ids_of_valid_tokens(ids, num_valid_tokens)
+    return ids, jnp.where(ids >= 0, weights, 0.0)
 
 
 @jax.jit

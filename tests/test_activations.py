@@ -69,7 +69,8 @@ def test_on_a_mesh(each_platform, options, formula):
 
 def test_the_default_is_silu():
     layer = make_layer()
-    for activation in (None, mm.SwiGLU(), mm.SwiGLU(alpha=1, up_offset=0)):
+    numbers: Any = (np.float32(1), np.array(0))
+    for activation in (None, mm.SwiGLU(), mm.SwiGLU(alpha=1, up_offset=0), mm.SwiGLU(*numbers)):
         assert_matches_model(mm.moe(*layer[:4], activation=activation), layer)
 
 
@@ -99,7 +100,8 @@ def test_what_the_kernel_is_told(built):
         ({"activation": mm.SwiGLU(alpha=math.nan)}, "alpha of the activation is nan, wanted a finite FP32 number"),
         ({"activation": mm.SwiGLU(up_offset=True)}, "up_offset of the activation is True"),
         ({"activation": mm.SwiGLU(alpha=1e39)}, "alpha of the activation is 1e"),
-        ({"activation": mm.SiTU(0.0, 1.0)}, "activation is SiTU.*, wanted positive numbers"),
+        ({"activation": mm.SiTU(0.0, 1.0)}, "activation is SiTU.*, wanted numbers from 1e-30 to 1e"),
+        ({"activation": mm.SiTU(4.0, 1e38)}, "activation is SiTU.*, wanted numbers from 1e-30 to 1e"),
         ({"activation": mm.SiTU(1.0, jnp.float32(1))}, "linear_beta of the activation is"),
         ({"activation": mm.SiTU(4.0, 25.0), "activation_clamp": 7.0}, "activation_clamp is 7.0 beside SiTU"),
     ],

@@ -262,7 +262,7 @@ def test_a_hash_layer_without_its_table(fields, tmp_path):
 FOLDERS: dict[str, tuple[Change, str]] = {
     "unknown family": (with_config(model_type="mixtral"), "has model_type 'mixtral', wanted one of deepseek_v3, "),
     "no family": (lambda config, _: config.pop("model_type"), "has model_type None"),
-    "gpt-oss": (with_config(model_type="gpt_oss"), "'gpt_oss', which adds biases, and its activation is another"),
+    "gpt-oss": (with_config(model_type="gpt_oss"), "'gpt_oss', which adds biases to the projections of its experts"),
     "Llama-4": (with_config(model_type="llama4_text"), "'llama4_text', which weighs the input of an expert"),
     "no number of experts": (lambda config, _: config.pop("n_routed_experts"), "n_routed_experts = None"),
     "more experts": (with_config(n_routed_experts=4), "has 4 experts, and layer 1 of the files has number 7"),

@@ -1,5 +1,6 @@
 """`shared` and `shared_weights`: experts that every token goes through, in the same call, however it is split."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeErro
 from tests.support import numpy_model
 from tests.support.compare import bits, difference
 from tests.support.cuda_lowering import cuda_text
-from tests.support.expert_layer import E, H, I, Layer, assert_matches_model, make_layer, natural_weights
+from tests.support.expert_layer import E, H, I, Layer, assert_matches_model, make_layer, natural_weights, packed_weights
 from tests.support.meshes import AUTO, EXPLICIT, MESHES, assert_both_match_model, make_mesh, place, place_all
 
 FACTOR = 2.5
@@ -52,7 +53,7 @@ def with_shared(layer: Layer, scale: np.ndarray, valid: Any = True, factor: floa
 
 @pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_every_token_goes_through_them(function, jit, count):
     layer, scale = make_layer(), scale_of(16, count)
     run: Any = functools.partial(function, return_expert_load=True, routed_scaling_factor=FACTOR)
@@ -124,7 +125,7 @@ def test_vmap_over_tokens():
     wanted = with_shared(layer, scale)
     assert_matches_model(y, wanted)
     np.testing.assert_array_equal(load.sum(0), wanted.load)
-    with pytest.raises(NotImplementedError, match="weights are mapped"):
+    with pytest.raises(NotImplementedError, match="shared is mapped by jax.vmap"):
         jax.vmap(lambda s: mm.moe(*layer[:4], shared=s))(jax.tree.map(lambda leaf: leaf[None], shared_packed()))
 
 
@@ -209,7 +210,7 @@ def test_one_kernel_where_it_serves_both(built):
         "explicit-reference",
     ],
 )
-@pytest.mark.parametrize("sizes", ["data x expert", "expert"])
+@pytest.mark.parametrize("sizes", ["data x expert", pytest.param("expert", marks=pytest.mark.exhaustive)])
 def test_global_view(each_platform, kind, jit, function, sizes):
     if isinstance(kind, tuple) and sizes == "expert":
         pytest.skip("two kinds of axes want two axes")
@@ -237,7 +238,7 @@ def test_tokens_that_the_axes_do_not_divide(each_platform, num_tokens):
 
 
 @pytest.mark.parametrize("tokens", [(), ("data",), ("expert",), ("data", "expert")], ids=str)
-@pytest.mark.parametrize("implementation", [None, "collective"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("collective", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("experts", ["expert", ("data", "expert")], ids=str)
 def test_tokens_split_over_some_axes(each_platform, tokens, implementation, experts):
     """Each token's shared part is computed once, also where several ranks have the token."""
@@ -277,6 +278,45 @@ def test_another_format_on_a_mesh(each_platform, kind):
     np.testing.assert_array_equal(load, layer.load)
 
 
+def test_nan_that_is_not_used_is_not_found():
+    """jax_debug_nans looks at what comes out of each compiled part."""
+    layer, apart = make_layer(), formats_apart()[1]
+    scale = jnp.asarray(scale_of(16)).at[5:].set(jnp.nan)
+    first = scale[:, :1]
+    with jax.debug_nans(True):
+        y = mm.moe(*layer[:4], shared=shared_packed(), shared_weights=scale, num_valid_tokens=5)
+        mm.moe(*layer[:4], shared=apart, shared_weights=first, num_valid_tokens=5)
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    y = mm.moe(*layer[:4], shared=shared_packed(), shared_weights=scale)
+    assert np.isnan(np.asarray(y, np.float32)[5:]).all()
+
+
+def test_a_transfer_guard_where_there_are_two_calls():
+    arguments, shared = jax.device_put(make_layer()[:4]), jax.device_put(formats_apart()[1])
+    count = jax.device_put(jnp.int32(3))
+    with jax.transfer_guard("disallow"):
+        mm.moe(*arguments, shared=shared, num_valid_tokens=count)
+        mm.reference.moe(*arguments, shared=shared)
+
+
+def test_shared_experts_that_differ_from_device_to_device_are_refused():
+    mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer()
+    split = P("expert")
+
+    def own(x: Any, weights: Any, ids: Any, topk_weights: Any, shared: Any) -> Any:
+        return mm.moe(x, weights, ids, topk_weights, shared=dataclasses.replace(shared, num_experts=1))
+
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=(split, split, split, split, split), out_specs=split)
+    with pytest.raises(ShardingError, match="shared.gate_up is split over 'expert', wanted all shared experts on each"):
+        mapped(*layer[:4], packed_weights())
+
+
+def test_arrays_that_are_split_over_an_automatic_axis_are_refused():
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    with pytest.raises(ShardingError, match="shared.gate_up is split over 'data', wanted all shared experts on each"):
+        mm.moe(*place_all(mesh, layer), shared=place(mesh, shared_packed(), "data"))
+
+
 def test_split_shared_experts_are_refused():
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT), make_layer()
     with pytest.raises(ShardingError, match="shared.gate_up is split over 'data', wanted all shared experts on each"):
@@ -290,7 +330,7 @@ def test_split_shared_experts_are_refused():
     ("options", "error", "message"),
     [
         ({"shared_weights": jnp.ones((16, 2))}, ArgumentError, "shared_weights is given and shared is None"),
-        ({"shared": natural_weights()}, LayoutError, "shared: weights is a"),
+        ({"shared": natural_weights()}, LayoutError, "shared is a"),
         (
             {"shared": shared_packed(), "shared_weights": jnp.ones((16, 1))},
             ShapeError,
@@ -305,12 +345,17 @@ def test_split_shared_experts_are_refused():
         (
             {"shared": mm.stack_experts([shared_packed()])},
             ShapeError,
-            "shared stacks 1 layers, wanted None like weights",
+            "shared is a stack of 1 and weights of one layer, not stacked, wanted both alike",
         ),
         (
             {"shared": mm.quantize_experts(*(jnp.ones(s) for s in ((1, 256, H), (1, 256, H), (1, H, 256))))},
             ShapeError,
             r"shared has hidden and intermediate size \(256, 256\), wanted \(256, 128\) like weights",
+        ),
+        (
+            {"shared": dataclasses.replace(jax.tree.map(lambda leaf: leaf[:0], shared_packed()), num_experts=0)},
+            ShapeError,
+            "shared has 0 experts, wanted 1 to 32: leave it out",
         ),
         (
             {"shared": jax.tree.map(lambda leaf: leaf[:1], shared_packed())},

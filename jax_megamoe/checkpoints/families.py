@@ -121,7 +121,7 @@ FAMILIES = (
     Family(
         "gpt_oss",
         ("gpt_oss",),
-        refusal="adds biases, and its activation is another one (clamped, alpha 1.702, up + 1)",
+        refusal="adds biases to the projections of its experts",
     ),
     Family(
         "llama4",

@@ -117,6 +117,8 @@ def moe_options(config: Config) -> dict[str, Any]:
                 "activation_situ_beta and activation_situ_linear_beta: take them from its source."
             )
         options["activation"] = SiTU(beta, linear_beta)
+        if config.get("clamp", (int, float)):
+            raise config.error("has a swiglu_limit beside hidden_act = 'situ': look which of them the model has.")
     if (clamp := _number(config, "clamp")) is not None:
         if not clamp >= 0:
             raise config.error(

@@ -195,7 +195,8 @@ ffi::Error MoeCall::fill(const ffi::Dictionary& attributes, size_t workspace_byt
   if (!matches(y, y_is_f32 ? ffi::F32 : ffi::BF16, {problem_.num_tokens, problem_.hidden_size})) {
     return wrong("y", y, "bf16 or f32[T, H]");
   }
-  if (!matches(load, ffi::S32, {problem_.num_local_experts})) return wrong("load", load, "s32[E], shared experts first");
+  if (!matches(load, ffi::S32, {problem_.num_local_experts}))
+    return wrong("load", load, "s32[E], shared experts first");
   if (workspace.size_bytes() < workspace_bytes) {
     return moe_failure("the workspace has " + std::to_string(workspace.size_bytes()) + " bytes; wanted " +
                        std::to_string(workspace_bytes) + ".");
