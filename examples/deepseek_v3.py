@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import jax_megamoe as mm
 from examples import command
@@ -185,7 +185,7 @@ def load(
         embedding=place(dense.read("model.embed_tokens.weight"), mesh),
         dense=(_attention(config, dense, dense_layers, mesh), _dense_mlp(dense, dense_layers, mesh)),
         sparse=(_attention(config, dense, checkpoint.moe_layers, mesh), router),
-        shared=stack_shared_experts(checkpoint, mesh),
+        shared=checkpoint.shared_experts(mesh=mesh),
         norm=place(dense.read("model.norm.weight"), mesh),
         unembedding=place(dense.read("lm_head.weight"), mesh, *SPLITS["unembedding"]),
     )
@@ -219,13 +219,6 @@ def _attention(config: Config, dense: DenseWeights, layers: Sequence[int], mesh:
 def _dense_mlp(dense: DenseWeights, layers: Sequence[int], mesh: Mesh | None) -> DenseMlp:
     names = zip(DenseMlp._fields, ("gate_proj", "up_proj", "down_proj"), strict=True)
     return DenseMlp(*(place(dense.stack(layers, f"mlp.{name}.weight"), mesh, *SPLITS[field]) for field, name in names))
-
-
-def stack_shared_experts(checkpoint: Any, mesh: Mesh | None) -> mm.ExpertWeights:
-    """Stacked, on every device."""
-    each = (checkpoint.shared_experts(layer) for layer in checkpoint.moe_layers)
-    stacked = mm.stack_experts(each, num_layers=len(checkpoint.moe_layers))
-    return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
 
 
 def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:

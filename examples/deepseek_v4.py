@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 import jax_megamoe as mm
 from examples import command
-from examples.deepseek_v3 import stack_shared_experts
 from examples.deepseek_v4_attention import (
     Attention,
     Compressed,
@@ -146,7 +145,7 @@ def load(
     parameters = Parameters(
         embedding=read("embed.weight"),
         layers=tuple(layer(number) for number in range(config.num_layers)),
-        shared=stack_shared_experts(checkpoint, mesh),
+        shared=checkpoint.shared_experts(mesh=mesh),
         head=streams("hc_head"),
         norm=read("norm.weight"),
         unembedding=read("head.weight", field="unembedding"),

@@ -174,6 +174,16 @@ def test_numbers_of_layers_may_be_numpys(made):
     assert checkpoint.experts(layers=np.array([2, 1])).leaves.down.shape[0] == 2
 
 
+def test_a_router_is_a_pytree(made):
+    router = mm.read_checkpoint(made("deepseek-v3")[0]).router(1)
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, E)), jnp.float32)
+    wanted, found = router.route(logits), jax.jit(lambda router, logits: router.route(logits))(router, logits)
+    np.testing.assert_array_equal(found[0], wanted[0])
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, router)
+    assert doubled.options == router.options and doubled.hash_table is None
+    np.testing.assert_array_equal(doubled.bias, 2 * np.asarray(router.bias))
+
+
 def test_images_are_routed_by_a_bias_of_their_own(made):
     router = mm.read_checkpoint(made("deepseek-v4.1")[0]).router(1)
     biases: dict[str, Any] = {"bias": router.bias, "image_bias": router.image_bias}
@@ -280,6 +290,24 @@ def test_a_shared_experts_mesh_has_all_of_it_everywhere(made):
     assert len(shared.leaves.down.sharding.device_set) == 8
 
 
+def test_shared_experts_of_several_layers_are_stacked(made, tmp_path):
+    folder, stock = made("deepseek-v3")
+    checkpoint = mm.read_checkpoint(folder)
+    stacked, some = checkpoint.shared_experts(), checkpoint.shared_experts(layers=[2, 1])
+    assert stacked is not None and stacked.num_layers == 2 and some is not None
+    for i, layer in enumerate(checkpoint.moe_layers):
+        one = checkpoint.shared_experts(layer)
+        assert one is not None
+        for leaf, of_stack, reversed_stack in zip(one.leaves, stacked.leaves, some.leaves, strict=True):
+            np.testing.assert_array_equal(octets(of_stack[i]), octets(leaf))
+            np.testing.assert_array_equal(octets(reversed_stack[1 - i]), octets(leaf))
+    x = jnp.ones((3, H), jnp.bfloat16)
+    ids, weights = checkpoint.router(2).route(jnp.zeros((3, E)))
+    arguments = {"layer": 1, "shared": stacked, **checkpoint.moe_options(2)}
+    y = mm.moe(x, checkpoint.experts(), ids, weights, **arguments)
+    np.testing.assert_array_equal(y, mm.reference.moe(x, checkpoint.experts(), ids, weights, **arguments))
+
+
 def test_families_without_shared_experts_say_none(made):
     assert mm.read_checkpoint(made("qwen3-fp8")[0]).shared_experts(1) is None
     assert mm.read_checkpoint(made("mimo-v2-flash")[0]).shared_experts(2) is None
@@ -340,7 +368,7 @@ def test_without_an_index_all_files_are_read(tmp_path):
     (lambda c: c.experts(True), ArgumentError, "layer is True, wanted a number"),
     (lambda c: c.experts(np.array([1, 2])), ArgumentError, r"layer is array\(\[1, 2\]\), wanted a number"),
     (lambda c: c.router(None), ArgumentError, "layer is None, wanted a number"),
-    (lambda c: c.shared_experts(None), ArgumentError, "layer is None, wanted a number"),
+    (lambda c: c.shared_experts("1"), ArgumentError, "layer is '1', wanted a number"),
     (lambda c: c.moe_options(None), ArgumentError, "layer is None, wanted a number"),
     (lambda c: c.experts(layers=1), ArgumentError, r"layers is 1, wanted a list of numbers .* pass \[layer\] for one"),
     (lambda c: c.experts(layers="12"), ArgumentError, "layers is '12', wanted a list"),

@@ -23,9 +23,9 @@ from tests.support.skips import why_no_cuda_build
 
 CUDA_SOURCES = Path(__file__).parent.parent / "jax_megamoe" / "cuda"
 # What CMakeLists.txt takes CUDA sources from; with MEGAMOE_TESTING, what only tests and benchmarks call too.
-COMPILED = ("instantiations/moe_*.cu", "transport/*.cu", "diagnostics/*.cu")
+COMPILED = ("instantiations/moe_*.cu", "router/*.cu", "transport/*.cu", "diagnostics/*.cu")
 COMPILED_FOR_TESTING = ("instantiations/virtual_ranks_*.cu", "testing/*.cu")
-TARGETS = {"jax_megamoe.moe.v1", "jax_megamoe.moe_peers.v3", "jax_megamoe.wire_test.v1"}
+TARGETS = {"jax_megamoe.moe.v1", "jax_megamoe.moe_peers.v3", "jax_megamoe.route.v1", "jax_megamoe.wire_test.v1"}
 TARGETS_FOR_TESTING = {"jax_megamoe.virtual_ranks.v1", "jax_megamoe.read_ceiling.v1"}
 
 

@@ -39,6 +39,7 @@ def test_every_file_of_gpu_tests_is_run():
     marked = {f"tests/gpu/{path.name}" for path in (folder / "gpu").glob("test_*.py")} | {
         "tests/test_sharding.py",
         "tests/test_manual_sharding.py",
+        "tests/test_shared_experts.py",
     }
     assert {*script.ONE_GPU, *script.ALL_GPUS} == marked
 

@@ -107,19 +107,34 @@ class Checkpoint:
         return weights
 
     def shared_experts(
-        self, layer: int, *, mesh: Mesh | None = None, format: Format | None = None
+        self,
+        layer: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        mesh: Mesh | None = None,
+        format: Format | None = None,
     ) -> ExpertWeights | None:
-        """The shared experts of a layer, each of the routed ones' size where that divides theirs; None if it has none.
+        """The shared experts of a layer, or of several or all of them stacked, as of `experts`; None if there are none.
 
-        With a mesh they are on each of its devices. `format` as of `experts`: they may be held in another one than the
-        routed experts.
+        Each is of the routed ones' size where that divides theirs. With a mesh they are on each of its devices.
+        `format` as of `experts`: they may be held in another one than the routed experts. Raises as `experts`, also
+        where some of the layers have shared experts and others have none.
         """
-        number = self._number("layer is", layer)
+        numbers = self._numbers(layer, layers)
         if format is not None:
             weight_checks.check_format(format)
         _check_mesh(mesh)
-        shared = self._model.shared(number)
-        return None if shared is None else load_layers([shared], stacked=False, format=format, mesh=mesh)
+        shared = {number: self._model.shared(number) for number in numbers}
+        found = [each for number in numbers if (each := shared[number]) is not None]
+        without = [number for number in numbers if shared[number] is None]
+        if not found:
+            return None
+        if without:
+            raise self._model.config.error(
+                f"is of a model that has shared experts in some of the layers {numbers} and none in {without}: "
+                "load those that have them."
+            )
+        return load_layers(found, stacked=layer is None, format=format, mesh=mesh)
 
     def router(self, layer: int) -> Router:
         """The router of a layer, whose `options` are keywords of `route`."""

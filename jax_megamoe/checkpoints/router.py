@@ -26,7 +26,7 @@ class Router:
 
     That is `jax_megamoe.route(logits, bias=bias, **options)`, in hash layers with `hash_table` and `token_ids`, and of
     models that see with `image_bias` and `is_image`. `shared_gate` is a linear layer whose sigmoid weighs the shared
-    expert.
+    expert. A pytree of its arrays.
     """
 
     weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
@@ -68,6 +68,16 @@ class Router:
 
 
 ARRAYS = ("weight", "bias", "hash_table", "image_bias", "shared_gate")
+
+
+def _flatten(router: Router) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """Its arrays, and its options, which programs are compiled for."""
+    return tuple(getattr(router, name) for name in ARRAYS), tuple(sorted(router.options.items()))
+
+
+jax.tree_util.register_pytree_node(
+    Router, _flatten, lambda options, arrays: Router(**dict(zip(ARRAYS, arrays, strict=True)), options=dict(options))
+)
 
 
 def read_router(tensors: Tensors, stem: str, family: Family, config: Config, layer: int) -> Router:
