@@ -52,7 +52,11 @@ def with_formula(layer: Layer, options: dict[str, Any], formula: Any) -> Layer:
 
 
 @all_activations
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize(
+    "function",
+    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
+    ids=["moe", "reference"],
+)
 def test_is_the_models(function, options, formula):
     layer = make_layer()
     y = jax.jit(functools.partial(function, **options))(*layer[:4])

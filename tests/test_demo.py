@@ -267,7 +267,9 @@ def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
 
 
 @needs_devices
-@pytest.mark.parametrize(("num_devices", "num_prompts"), [(8, 3), (8, 16), (2, 1)])
+@pytest.mark.parametrize(
+    ("num_devices", "num_prompts"), [pytest.param(8, 3, marks=pytest.mark.exhaustive), (8, 16), (2, 1)]
+)
 def test_text_on_a_mesh_is_that_of_one_device(num_devices: int, num_prompts: int) -> None:
     compiled = assert_mesh_decodes_as_one_device(num_devices, num_prompts, jax.devices("cpu"))
     # Each device's part of the cache, with its heads of every sequence.
@@ -302,6 +304,7 @@ def test_meshes_that_the_model_does_not_fit_are_refused() -> None:
 
 
 @needs_devices
+@pytest.mark.exhaustive
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests/gpu/test_demo.py has the same for GPUs")
 def test_command_line_on_eight_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], short_corpus: text.Corpus

@@ -91,6 +91,7 @@ def test_float_experts_give_the_tokens_of_transformers_and_their_logits(served_i
     assert sum("first_logits" in case for case in expected.cases) >= 5
 
 
+@OFTEN
 def test_moe_gives_the_tokens_of_transformers_but_where_two_are_close(forced, served_in_float, expected):
     """Its logits at all tokens are those of float experts, as the test before has shown."""
     logits = np.concatenate(forced)

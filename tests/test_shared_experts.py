@@ -51,7 +51,11 @@ def with_shared(layer: Layer, scale: np.ndarray, valid: Any = True, factor: floa
     return layer._replace(y=y, load=load[:E])
 
 
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize(
+    "function",
+    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
+    ids=["moe", "reference"],
+)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_every_token_goes_through_them(function, jit, count):
@@ -241,7 +245,11 @@ def test_tokens_that_the_axes_do_not_divide(each_platform, num_tokens):
     assert_both_match_model(result, with_shared(layer, scale))
 
 
-@pytest.mark.parametrize("tokens", [(), ("data",), ("expert",), ("data", "expert")], ids=str)
+@pytest.mark.parametrize(
+    "tokens",
+    [(), pytest.param(("data",), marks=pytest.mark.exhaustive), ("expert",), ("data", "expert")],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", [None, pytest.param("collective", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("experts", ["expert", ("data", "expert")], ids=str)
 def test_tokens_split_over_some_axes(each_platform, tokens, implementation, experts):
