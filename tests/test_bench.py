@@ -189,6 +189,7 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     assert out.count("x1.000 (within the spread)") == 2
 
 
+@pytest.mark.exhaustive
 def test_rows_of_several_formats(tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--shapes", "tiny", "--tokens", "3", "--weights", "fp8_channel,mxfp4,fp8_block", "--output", str(path)]

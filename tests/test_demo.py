@@ -268,7 +268,8 @@ def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
 
 @needs_devices
 @pytest.mark.parametrize(
-    ("num_devices", "num_prompts"), [pytest.param(8, 3, marks=pytest.mark.exhaustive), (8, 16), (2, 1)]
+    ("num_devices", "num_prompts"),
+    [*(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((8, 3), (2, 1))), (8, 16)],
 )
 def test_text_on_a_mesh_is_that_of_one_device(num_devices: int, num_prompts: int) -> None:
     compiled = assert_mesh_decodes_as_one_device(num_devices, num_prompts, jax.devices("cpu"))

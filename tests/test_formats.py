@@ -162,7 +162,7 @@ def test_layers_of_different_formats_are_not_stacked(num_layers):
     ("format", "kind"),
     [
         ("mxfp4", AxisType.Auto),
-        ("mxfp4", AxisType.Explicit),
+        pytest.param("mxfp4", AxisType.Explicit, marks=pytest.mark.exhaustive),
         pytest.param("fp8_channel", AxisType.Explicit, marks=pytest.mark.exhaustive),
     ],
     ids=["mxfp4-auto", "mxfp4-explicit", "fp8_channel-explicit"],

@@ -36,7 +36,11 @@ pytestmark = pytest.mark.usefixtures("each_platform")
 
 
 @pytest.mark.parametrize("kind", [EXPLICIT, (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["both", "expert", "data"])
-@pytest.mark.parametrize("with_context", [False, True], ids=["mesh of arguments", "mesh of context"])
+@pytest.mark.parametrize(
+    "with_context",
+    [False, pytest.param(True, marks=pytest.mark.exhaustive)],
+    ids=["mesh of arguments", "mesh of context"],
+)
 def test_reference_on_explicit_axes(kind, with_context):
     mesh, layer = make_mesh({"data": 2, "expert": 4}, kind), make_layer()
     x, *others = place_all(mesh, layer)

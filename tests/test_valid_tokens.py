@@ -37,7 +37,17 @@ def first(count: int, num_tokens: int = 16) -> np.ndarray:
 
 @pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("count", [0, 5, 16, np.int64(5), np.uint8(16), jnp.uint32(5), jnp.int8(0)], ids=repr)
+@pytest.mark.parametrize(
+    "count",
+    [
+        0,
+        5,
+        np.int64(5),
+        jnp.uint32(5),
+        *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (16, np.uint8(16), jnp.int8(0))),
+    ],
+    ids=repr,
+)
 def test_tokens_behind_are_zeros_and_not_counted(function, jit, count):
     layer = limit(make_layer(), valid=first(int(count)))
     run: Any = functools.partial(function, return_expert_load=True)
@@ -168,8 +178,8 @@ def test_host_memory_is_refused():
         (AUTO, True, mm.moe),
         (AUTO, False, mm.moe),
         (EXPLICIT, True, mm.moe),
-        ((AUTO, EXPLICIT), True, mm.moe),
-        (AUTO, True, mm.reference.moe),
+        pytest.param((AUTO, EXPLICIT), True, mm.moe, marks=pytest.mark.exhaustive),
+        pytest.param(AUTO, True, mm.reference.moe, marks=pytest.mark.exhaustive),
         (EXPLICIT, False, mm.reference.moe),
     ],
     ids=["auto-jit", "auto-eager", "explicit-jit", "mixed-jit", "auto-jit-reference", "explicit-eager-reference"],
