@@ -63,20 +63,20 @@ def apply_experts(
     stacked, or float ones of this layer; so are the S `shared` ones, through which every token goes. Each device has
     all of these.
     """
-    num_shared = (
-        0 if shared is None else shared.down.shape[-3] if isinstance(shared, FloatExperts) else shared.num_experts
-    )
     is_used = jnp.any(topk_ids >= 0, axis=1, keepdims=True)
-    shared_weights = jnp.broadcast_to(is_used, (len(x), num_shared)).astype(jnp.float32)
     if experts is None:  # Something of the router's results, which are not to be optimised away.
         return x * (jnp.sum(topk_weights, axis=1) + topk_ids[:, 0])[:, None].astype(x.dtype)
     if isinstance(experts, FloatExperts):
         y = _ragged(experts, x, topk_ids, topk_weights * routed_scaling_factor, activation_clamp)
-        if not isinstance(shared, FloatExperts):
+        if shared is None:
             return y
-        ids = jnp.where(is_used, jnp.arange(num_shared, dtype=jnp.int32), -1)
-        return y + _ragged(shared, x, ids, shared_weights, activation_clamp)
+        assert isinstance(shared, FloatExperts), "shared experts are quantised where the others are"
+        ids = jnp.where(is_used, jnp.arange(len(shared.down), dtype=jnp.int32), -1)
+        return y + _ragged(shared, x, ids, jnp.ones(ids.shape, jnp.float32), activation_clamp)
     assert not isinstance(shared, FloatExperts), "shared experts are quantised where the others are"
+    shared_weights = None
+    if shared is not None:
+        shared_weights = jnp.broadcast_to(is_used, (len(x), shared.num_experts)).astype(jnp.float32)
     y = mm.moe(
         x.astype(jnp.bfloat16),
         experts,
@@ -84,7 +84,7 @@ def apply_experts(
         topk_weights,
         layer=layer,
         shared=shared,
-        shared_weights=None if shared is None else shared_weights,
+        shared_weights=shared_weights,
         routed_scaling_factor=routed_scaling_factor,
         activation_clamp=activation_clamp,
         expert_axis=EXPERT_AXIS,

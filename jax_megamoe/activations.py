@@ -56,7 +56,12 @@ class Activation(NamedTuple):
 
 SILU = Activation()
 # Beyond them, FP32 quotients overflow or vanish.
-MIN_BETA, MAX_BETA = 1e-30, 1e30
+_MIN_BETA, _MAX_BETA = 1e-30, 1e30
+
+
+def can_bound(*betas: float) -> bool:
+    """Whether SiTU can be computed with these."""
+    return all(_MIN_BETA <= beta <= _MAX_BETA for beta in betas)
 
 
 def as_numbers(activation: object, clamp: float) -> Activation:
@@ -68,9 +73,9 @@ def as_numbers(activation: object, clamp: float) -> Activation:
             return Activation(clamp, *_finite(alpha=alpha, up_offset=up_offset))
         case SiTU(beta, linear_beta):
             numbers = _finite(beta=beta, linear_beta=linear_beta)
-            if not MIN_BETA <= min(numbers) <= max(numbers) <= MAX_BETA:
+            if not can_bound(*numbers):
                 raise ArgumentError(
-                    f"activation is {activation}, wanted numbers from {MIN_BETA:g} to {MAX_BETA:g}: "
+                    f"activation is {activation}, wanted numbers from {_MIN_BETA:g} to {_MAX_BETA:g}: "
                     "pass those of the model."
                 )
             if clamp != math.inf:

@@ -70,7 +70,7 @@ def moe_per_device(
         if num_ranks == 1 and same:
             # This changes nothing but the mark: the result varies like the tokens, not like the weights.
             y = jax.lax.psum(y, same)
-    load = load[-num_local_experts:]  # without the shared experts'
+    load = load[operands.num_shared_experts :]  # theirs come first
     counted = tuple(axis for axis in axis_sizes if axis in split_axes and not (is_split and axis in expert_axes))
     if not with_load:
         load = no_load

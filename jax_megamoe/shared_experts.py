@@ -112,8 +112,8 @@ def call_with_shared(
         ids = ids_of_valid_tokens(operands.topk_ids, num_valid_tokens)
         return call(operands._replace(topk_ids=ids), **routed)
     slots = functools.partial(_slots_of, operands, shared, num_valid_tokens)
-    leaves, is_one_call = shared.weights.leaves, serves_both(operands, shared)
-    if is_one_call:
+    leaves = shared.weights.leaves
+    if _is_one_call(operands, shared):
         ids, weights = slots(num_experts=num_experts, factor=routed_scaling_factor)
         joined = operands._replace(topk_ids=ids, topk_weights=weights, shared=leaves)
         return call(joined, **{**routed, "routed_scaling_factor": 1.0})
@@ -129,7 +129,7 @@ def call_with_shared(
     return _specs.call_with_types(_add, {"y": y, "shared": own}, (P(*jax.typeof(y).sharding.spec),))[0], load
 
 
-def serves_both(operands: Operands, shared: SharedExperts) -> bool:
+def _is_one_call(operands: Operands, shared: SharedExperts) -> bool:
     """Whether one kernel computes routed and shared experts."""
     num_slots = operands.topk_ids.shape[-1] + shared.weights.num_experts
     same_format = weight_layout.format_of(operands.leaves) == shared.weights.format

@@ -13,6 +13,8 @@ from tests.support.native_program import CUDA, compile_program, cuda_include
 
 # T 3, k 2, H 256, I 384, E 4, in the order of primitives/_kernel_call.py.
 RIGHT = "T 3 k 2 H 256 I 384 E 4 fp8_block L 1 at 0 1 2 3 4 5 6 7 8 9 10 bf16 7 2.5"
+# Five layers of the routed experts.
+STACKED = "1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,7 @@ def test_operands_and_results_get_where_they_belong(call):
 
 
 def test_layers_are_stacked(call):
-    leaves = "1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4"
-    assert call(leaves) == RIGHT.replace("L 1", "L 5")
+    assert call(STACKED) == RIGHT.replace("L 1", "L 5")
 
 
 SHARED = "T 3 k 2 H 256 I 384 E 6 fp8_block L 1 at 0 1 2 3 4 5 6 7 12 13 14 shared 2 at 8 9 10 11 bf16 7 2.5"
@@ -46,9 +47,8 @@ SHARED = "T 3 k 2 H 256 I 384 E 6 fp8_block L 1 at 0 1 2 3 4 5 6 7 12 13 14 shar
 
 def test_shared_experts_come_behind_the_layer(call):
     assert call("shared") == SHARED
-    leaves = "1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4"
     shared = "8 f8e4m3fn 5 2 6 2 16384;9 f32 5 2 6 2 4;10 f8e4m3fn 5 2 4 3 8192;11 f32 5 2 4 2 4"
-    assert call(f"shared;{leaves};{shared}") == SHARED.replace("L 1", "L 5")
+    assert call(f"shared;{STACKED};{shared}") == SHARED.replace("L 1", "L 5")
 
 
 MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 64 2;3 u8 4 4 3 4352;4 f32 4 4 32 2"
@@ -111,7 +111,7 @@ WRONG = {
         "shared.gate_up is u8[2, 6, 2, 8704]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
     ),
     "shared of fewer layers": (
-        "shared;1 f8e4m3fn 5 4 6 2 16384;2 f32 5 4 6 2 4;3 f8e4m3fn 5 4 4 3 8192;4 f32 5 4 4 2 4",
+        f"shared;{STACKED}",
         "shared.gate_up is f8e4m3fn[2, 6, 2, 16384]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
     ),
     "shared of another size": ("shared;10 f8e4m3fn 2 4 2 8192", "shared.down is f8e4m3fn[2, 4, 2, 8192]; wanted"),

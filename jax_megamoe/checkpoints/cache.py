@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import weight_layout
-from jax_megamoe.activations import SiTU
+from jax_megamoe.activations import SiTU, can_bound
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
@@ -60,7 +60,7 @@ _MOE: Mapping[str, Callable[[object], bool]] = {
     "activation": lambda value: (
         isinstance(value, dict)
         and set(value) == {"beta", "linear_beta"}
-        and all(type(number) is float and 0 < number < 1e31 for number in value.values())
+        and all(type(number) is float and can_bound(number) for number in value.values())
     ),
     "activation_clamp": lambda value: type(value) is float and value > 0,
     "routed_scaling_factor": lambda value: type(value) is float,

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from jax_megamoe.activations import SiTU
+from jax_megamoe.activations import SiTU, can_bound
 from jax_megamoe.arrays import clamp_to_int32
 from jax_megamoe.checkpoints.families import Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
@@ -121,7 +121,7 @@ def moe_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if activation == _SITU:
         beta, linear_beta = _number(config, "situ_beta"), _number(config, "situ_linear_beta")
-        if beta is None or linear_beta is None or not 0 < min(beta, linear_beta) <= max(beta, linear_beta) <= 1e30:
+        if beta is None or linear_beta is None or not can_bound(beta, linear_beta):
             raise config.error(
                 f"has bounds {beta} and {linear_beta} of its activation, wanted two positive numbers, "
                 "activation_situ_beta and activation_situ_linear_beta: take them from its source."

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax_megamoe.primitives import _library
 from jax_megamoe.routing_arrays import GroupScoring, Scoring, route_arrays
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32  # of the kernel
-SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "sqrtsoftplus")  # in the kernel's order
+SCORINGS: tuple[Scoring, ...] = get_args(Scoring)  # in the order of `Scoring` in cuda/router/route.h
 
 route_p = Primitive("jax_megamoe.route")
 route_p.multiple_results = True
