@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     share = f"{0.8 / options.processes_per_gpu:.3f}"
     rounds = [
         [(f"GPU {gpus[i % len(gpus)]}", gpus[i % len(gpus)], share, shard) for i, shard in enumerate(shards) if shard],
-        [("all GPUs", ",".join(gpus), "0.8", list(ALL_GPUS))],
+        # Half of the memory: the tests of failures start up to twelve processes beside this one.
+        [("all GPUs", ",".join(gpus), "0.5", list(ALL_GPUS))],
     ]
     statuses = [status for jobs in rounds for status in run(jobs, pytest_options, options.limit)]
     return max(statuses, default=0)

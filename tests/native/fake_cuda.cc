@@ -113,6 +113,14 @@ cudaError_t cudaMalloc(void** result, size_t bytes) {
   return cudaSuccess;
 }
 
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  std::lock_guard<std::mutex> lock(driver().mutex);
+  const auto limit = driver().limits.find(fakes::current_device);
+  *total = size_t{1} << 40;
+  *free = limit != driver().limits.end() ? limit->second : *total;
+  return cudaSuccess;
+}
+
 cudaError_t cudaFree(void* buffer) {
   if (buffer == nullptr) return cudaSuccess;
   std::lock_guard<std::mutex> lock(driver().mutex);

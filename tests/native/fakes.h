@@ -20,6 +20,7 @@ struct Clique {
   std::mutex mutex;
   std::map<int, std::map<int, std::string>> contributions;  // by step, then rank
   int num_ranks = 0;
+  bool has_memory = true;  // for what NCCL sets up in the first collective
 };
 
 struct Comm {

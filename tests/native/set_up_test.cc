@@ -139,6 +139,24 @@ void test_windows_where_there_is_no_peer_access() {
   fakes::driver().unreachable.clear();
 }
 
+void test_no_memory_for_nccl() {
+  for (const int num_processes : {1, 2}) {
+    World world(2, num_processes);
+    world.clique->has_memory = false;
+    for (const int device : {0, 1}) fakes::driver().limits[device] = kMiB;
+    world.run(8 * kMiB);
+    for (const Result& result : world.results) {
+      EXPECT(result.state == State::kNotSetUp);
+      EXPECT_CONTAINS(result.text, "ncclAllGather failed: a fake error (what NCCL said last); the device has 1 MiB");
+      EXPECT_CONTAINS(result.text, "XLA_PYTHON_CLIENT_MEM_FRACTION");
+    }
+    fakes::driver().limits.clear();
+    world.clique->has_memory = true;
+    world.run(8 * kMiB);
+    EXPECT(world.is_whole(8 * kMiB));
+  }
+}
+
 void test_no_memory() {
   for (const int num_processes : {1, 2}) {
     const int before = buffers();
@@ -209,5 +227,6 @@ void test_set_up() {
   test_ranks_that_disagree();
   test_windows_where_there_is_no_peer_access();
   test_no_memory();
+  test_no_memory_for_nccl();
   test_another_communicator_at_the_same_address();
 }

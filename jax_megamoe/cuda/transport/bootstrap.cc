@@ -98,7 +98,7 @@ std::string Bootstrap::enqueue(const char* phase, const char* record) {
   const int enqueued =
       nccl_->all_gather(staging_, staging_ + kRecordBytes, kRecordBytes, NcclApi::kUint8, communicator_, stream_);
   if (enqueued == NcclApi::kSuccess || enqueued == NcclApi::kInProgress) return {};
-  return where(phase) + ": ncclAllGather failed: " + nccl_->error_string(enqueued);
+  return nccl_->failure(where(phase) + ": ncclAllGather", enqueued);
 }
 
 std::string Bootstrap::await() {
@@ -127,7 +127,7 @@ std::string Bootstrap::has_ended(bool* ended) {
   int state = NcclApi::kSuccess;
   if (const int asked = nccl_->async_error(communicator_, &state); asked != NcclApi::kSuccess) state = asked;
   if (state == NcclApi::kInProgress) return {};
-  if (state != NcclApi::kSuccess) return where(pending_) + ": ncclAllGather failed: " + nccl_->error_string(state);
+  if (state != NcclApi::kSuccess) return nccl_->failure(where(pending_) + ": ncclAllGather", state);
   cudaError_t error = query(stream_);
   if (error == cudaErrorNotReady) return {};
   if (error == cudaSuccess) {

@@ -9,6 +9,9 @@ namespace megamoe::transport {
 
 namespace {
 
+// What NCCL takes of a device when a communicator is first used, generously.
+constexpr size_t kSetUpBytes = size_t{1} << 30;
+
 template <typename Function>
 bool find(void* library, const char* name, Function** function) {
   *function = reinterpret_cast<Function*>(dlsym(library, name));
@@ -35,6 +38,7 @@ struct Loaded {
       reason = "libnccl.so.2 lacks a function that every version since 2.14 has";
       return;
     }
+    find(library, "ncclGetLastError", &api.last_error);
     find(library, "ncclMemAlloc", &api.allocate);
     find(library, "ncclMemFree", &api.release);
     find(library, "ncclCommWindowRegister", &api.register_window);
@@ -60,9 +64,21 @@ std::string place_of(Communicator communicator, Place* place) {
   int result = nccl->rank(communicator, &place->rank);
   if (result == NcclApi::kSuccess) result = nccl->num_ranks(communicator, &place->num_ranks);
   if (result == NcclApi::kSuccess) result = nccl->device(communicator, &place->device);
-  return result == NcclApi::kSuccess
-             ? std::string()
-             : std::string("asking XLA's communicator for its ranks failed: ") + nccl->error_string(result);
+  return result == NcclApi::kSuccess ? std::string() : nccl->failure("asking XLA's communicator for its ranks", result);
+}
+
+std::string NcclApi::failure(const std::string& what, int result) const {
+  std::string text = what + " failed: " + error_string(result);
+  const char* last = last_error != nullptr ? last_error(nullptr) : nullptr;
+  if (last != nullptr && *last != '\0') text += std::string(" (") + last + ")";
+  // NCCL sets a communicator up in its first collective, and says no more than this where there is no room for it.
+  size_t free = 0, total = 0;
+  if (result == kUnhandledCudaError && cudaMemGetInfo(&free, &total) == cudaSuccess && free < kSetUpBytes) {
+    text +=
+        "; the device has " + std::to_string(free >> 20) +
+        " MiB of memory left: leave room for NCCL beside JAX's own pool with a smaller XLA_PYTHON_CLIENT_MEM_FRACTION";
+  }
+  return text;
 }
 
 std::string NcclApi::settle(Communicator communicator, int result, const char* what, double seconds) const {
@@ -74,7 +90,7 @@ std::string NcclApi::settle(Communicator communicator, int result, const char* w
     const int asked = async_error(communicator, &state);
     result = asked != kSuccess ? asked : state;
   }
-  return result == kSuccess ? std::string() : std::string(what) + " failed: " + error_string(result);
+  return result == kSuccess ? std::string() : failure(what, result);
 }
 
 }  // namespace megamoe::transport

@@ -18,6 +18,7 @@ struct NcclTeam {
 
 struct NcclApi {
   static constexpr int kSuccess = 0;
+  static constexpr int kUnhandledCudaError = 1;
   static constexpr int kInProgress = 7;
   static constexpr int kUint8 = 1;
   static constexpr int kCollectiveSymmetricWindow = 1;
@@ -30,12 +31,16 @@ struct NcclApi {
   int (*async_error)(Communicator, int*);
   int (*all_gather)(const void*, void*, size_t, int, Communicator, cudaStream_t);
   // The rest is null in a library that is too old for it.
+  const char* (*last_error)(Communicator);  // of any communicator
   int (*allocate)(void**, size_t);
   int (*release)(void*);
   int (*register_window)(Communicator, void*, size_t, Window*, int);
   int (*deregister_window)(Communicator, Window);
   NcclTeam (*team_of_shared_memory)(Communicator);                      // from 2.28
   int (*peer_pointer)(Window, size_t offset, int peer, void** result);  // ncclGetLsaDevicePointer, after 2.28
+
+  // The sentence of a call that failed: what NCCL says of it, and what to do where the current device has no memory left.
+  std::string failure(const std::string& what, int result) const;
 
   // Waits until the last call on the communicator has been carried out, which in NCCL's non-blocking mode may be later
   // than it returned. Returns what is wrong, or nothing.

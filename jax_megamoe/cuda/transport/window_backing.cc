@@ -58,7 +58,7 @@ class WindowBacking : public Backing {
     for (int peer = 0; peer < num_ranks; ++peer) {
       const int result = nccl_->peer_pointer(window_, 0, peer, &(*mapped)[peer]);
       if (result != NcclApi::kSuccess) {
-        return std::string("ncclGetLsaDevicePointer failed: ") + nccl_->error_string(result);
+        return nccl_->failure("ncclGetLsaDevicePointer", result);
       }
     }
     return {};
