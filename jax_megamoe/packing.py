@@ -13,6 +13,7 @@ from jax_megamoe import mxfp4, quantization, weight_checks, weight_layout
 from jax_megamoe.arrays import (
     Array,
     as_array,
+    check_flag,
     require_device_memory,
     require_known_sizes,
     require_same_split,
@@ -22,8 +23,9 @@ from jax_megamoe.arrays import (
 )
 from jax_megamoe.errors import ArgumentError, LayoutError, ShapeError, ShardingError
 from jax_megamoe.operands import Leaves
+from jax_megamoe.padding import pad_halves, pad_rows
 from jax_megamoe.quantized_packing import as_bytes, quantize_and_pack
-from jax_megamoe.weight_checks import Order
+from jax_megamoe.weight_checks import Biases, Order
 from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
@@ -37,6 +39,9 @@ def quantize_experts(
     *,
     order: Order = "out_in",
     format: Format = "fp8_block",
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    pad: bool = False,
     num_experts: int | None = None,
     progress: Progress | None = None,
 ) -> ExpertWeights:
@@ -54,52 +59,71 @@ def quantize_experts(
     `jax.jit` too; NumPy arrays are taken to the device one expert at a time.
 
     Args:
-      gate, up: bf16, f16, f32 or f64 [E, I, H], H and I multiples of 128; with order="in_out" [E, H, I].
+      gate, up: bf16, f16, f32 or f64 [E, I, H], H and I multiples of 128 if not `pad`; with order="in_out" [E, H, I].
       down: the same types, [E, H, I]; with order="in_out" [E, I, H].
       order: "out_in" as PyTorch and checkpoints hold matrices, "in_out" as Flax and MaxText do. Where all three are in
         the other order they are those of a layer with H and I exchanged, and if H = I nothing can tell: say the order.
       format: one of the table. With mxfp4 the exponents of a row may spread over 26 binades: where the values can be
         looked at (not traced, and on this host), weights beyond that are an error, else such a row is NaN.
+      gate_up_bias: the same types, [E, 2I], gate's and then up's, added before the activation; None for zeros, and
+        with fp8_block, which holds no biases.
+      down_bias: [E, H], added to an expert's result, which the routing weight multiplies; None likewise.
+      pad: takes H and I that are no multiples of 128 (with mxfp4 of 32), as gpt-oss' 2880. The arrays are those of the
+        next multiples, with zeros behind; `moe` pads x and cuts its result.
       num_experts: how many experts there are on all devices together, where the arrays hold a part of them, as inside
         `jax.shard_map`; None for those that the arrays hold. Copies of an expert count as experts of their own.
       progress: called with (experts done, E): after each expert of NumPy arrays, at the end for those of JAX.
 
     Raises:
       ShapeError, DTypeError: while tracing, for arguments that cannot be served.
-      LayoutError: for weights that are packed already, an unknown order or format.
+      LayoutError: for weights that are packed already, an unknown order or format, biases with fp8_block.
       ArgumentError: for weights whose rows spread too far for mxfp4.
     """
     _check_progress(progress)
     gate, up, down = (_array(name, value) for name, value in (("gate", gate), ("up", up), ("down", down)))
     weight_checks.check_order(order)
     weight_checks.check_format(format)
-    weight_checks.check_floats(gate, up, down, order)
-    _check_split(gate=gate, up=up, down=down)
-    num_held = gate.shape[0]
+    check_flag("pad", pad)
+    weight_checks.check_floats(gate, up, down, order, format, bool(pad))
+    num_held, *rest = gate.shape
+    intermediate_size, hidden_size = rest if order == "out_in" else rest[::-1]
+    biases = _biases(gate_up_bias, down_bias)
+    weight_checks.check_biases(biases, num_held, hidden_size, intermediate_size, format)
+    _check_split(gate=gate, up=up, down=down, **_named(biases))
     num_experts = weight_checks.count_experts(num_held, num_experts)
 
-    def quantize(first: int, *arrays: Array) -> ExpertWeights:
+    def quantize(first: int, *arrays: Array | None) -> ExpertWeights:
         leaves = quantize_and_pack(*arrays, order=order, format=format)
         if format == "mxfp4":
-            weight_checks.check_spreads(leaves, are_floats=True, first_expert=first)
-        return _weights_of(leaves, format)
+            weight_checks.check_spreads(leaves, intermediate_size, are_floats=True, first_expert=first)
+        return _weights_of(leaves, format, hidden_size, intermediate_size)
 
+    arrays = (gate, up, down, *biases)
     if num_held > 1 and all(isinstance(array, np.ndarray) for array in (gate, up, down)):
         parts = (
-            quantize(expert, *(array[expert : expert + 1] for array in (gate, up, down))) for expert in range(num_held)
+            quantize(expert, *(None if array is None else array[expert : expert + 1] for array in arrays))
+            for expert in range(num_held)
         )
         weights = _fill(parts, num_held, "experts", progress)
     else:
-        weights = quantize(0, gate, up, down)
+        weights = quantize(0, *arrays)
         if progress is not None:
             progress(num_held, num_held)
     return dataclasses.replace(weights, num_experts=num_experts)
 
 
 def pack_experts(
-    gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array, *, num_experts: int | None = None
+    gate_up: Array,
+    gate_up_scale: Array,
+    down: Array,
+    down_scale: Array,
+    *,
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    pad: bool = False,
+    num_experts: int | None = None,
 ) -> ExpertWeights:
-    """Packs quantised weights as checkpoints hold them; nothing is rounded. H and I are multiples of 128.
+    """Packs quantised weights as checkpoints hold them; nothing is rounded. H and I are multiples of 128 if not `pad`.
 
     The format follows from dtypes and shapes; both matrices have the same.
 
@@ -118,32 +142,51 @@ def pack_experts(
     binades; where the values cannot be looked at, traced or on other hosts, such a row is NaN.
 
     Args:
-      gate_up, gate_up_scale, down, down_scale: as in the table.
-      num_experts: as in `quantize_experts`.
+      gate_up, gate_up_scale, down, down_scale: as in the table. Blocks at the end of sizes that are no multiples of 128
+        are smaller; gate's are not shared with up.
+      gate_up_bias, down_bias, pad, num_experts: as in `quantize_experts`.
 
     Raises:
       ShapeError, DTypeError: for arguments that cannot be served, while tracing; also for floats on this host that are
         E8M0 exponents after a cast: whole numbers of at least 64, not all powers of two.
       ArgumentError: for exponents of mxfp4 that cannot be served.
-      LayoutError: for weights that are packed already.
+      LayoutError: for weights that are packed already, and biases with fp8_block.
     """
+    check_flag("pad", pad)
     arrays = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down, "down_scale": down_scale}
     quantized = Leaves(*(_array(name, value) for name, value in arrays.items()))
-    format = weight_checks.find_format(quantized)
-    _check_split(**quantized._asdict())
-    num_experts = weight_checks.count_experts(quantized.down.shape[0], num_experts)
-    leaves = pack_leaves(quantized, format=format)
+    format = weight_checks.find_format(quantized, bool(pad))
+    num_held, hidden_size, _ = quantized.down.shape
+    intermediate_size = quantized.gate_up.shape[1] // 2
+    biases = _biases(gate_up_bias, down_bias)
+    weight_checks.check_biases(biases, num_held, hidden_size, intermediate_size, format)
+    _check_split(**quantized._asdict(), **_named(biases))
+    num_experts = weight_checks.count_experts(num_held, num_experts)
+    leaves = pack_leaves(quantized, *biases, format=format)
     if format == "mxfp4":
-        weight_checks.check_spreads(leaves)
-    return dataclasses.replace(_weights_of(leaves, format), num_experts=num_experts)
+        weight_checks.check_spreads(leaves, intermediate_size)
+    weights = _weights_of(leaves, format, hidden_size, intermediate_size)
+    return dataclasses.replace(weights, num_experts=num_experts)
 
 
-def _weights_of(leaves: Leaves, format: Format) -> ExpertWeights:
+def _biases(gate_up_bias: object, down_bias: object) -> Biases:
+    gate_up, down = (
+        None if value is None else _array(name, value)
+        for name, value in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias))
+    )
+    return gate_up, down
+
+
+def _named(biases: Biases) -> dict[str, Array]:
+    return {name: bias for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=True) if bias is not None}
+
+
+def _weights_of(leaves: Leaves, format: Format, hidden_size: int, intermediate_size: int) -> ExpertWeights:
     return ExpertWeights(
         *leaves,
         num_experts=leaves.down.shape[0],
-        hidden_size=leaves.down.shape[1] * weight_layout.PLANE_ROWS,
-        intermediate_size=leaves.gate_up.shape[1] * weight_layout.PLANE_ROWS,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         layout=weight_layout.LAYOUT_TAGS[format],
     )
 
@@ -175,28 +218,47 @@ def stack_experts(
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def pack_leaves(arrays: Leaves, *, format: Format) -> Leaves:
+def pack_leaves(
+    arrays: Leaves, gate_up_bias: jax.Array | None = None, down_bias: jax.Array | None = None, *, format: Format
+) -> Leaves:
     """Packed leaves of arrays as checkpoints hold them."""
-    num_experts, hidden_size, _ = arrays.down.shape
+    hidden_size, intermediate_size = arrays.down.shape[1], arrays.gate_up.shape[1] // 2
+    rows, hidden = 2 * weight_layout.padded_size(intermediate_size), weight_layout.padded_size(hidden_size)
+
+    def gate_up_tiles(array: jax.Array, per_column: int = 1) -> jax.Array:
+        return pad_rows(pad_halves(array, 1, rows), 2, hidden // per_column)
+
+    def down_tiles(array: jax.Array, per_column: int = 1) -> jax.Array:
+        return pad_rows(pad_rows(array, 1, hidden), 2, rows // 2 // per_column)
+
+    gate_up_bias = None if gate_up_bias is None else pad_halves(gate_up_bias.astype(jnp.float32), 1, rows)
+    down_bias = None if down_bias is None else pad_rows(down_bias.astype(jnp.float32), 1, hidden)
     if format == "mxfp4":
-        gate_up, down = (_codes(array) for array in (arrays.gate_up, arrays.down))
-        gate_up_d, gate_up_scale = _stored_exponents(gate_up, arrays.gate_up_scale)
-        down_d, down_scale = _stored_exponents(down, arrays.down_scale)
+        gate_up, down = gate_up_tiles(_codes(arrays.gate_up), 2), down_tiles(_codes(arrays.down), 2)
+        gate_up_e = gate_up_tiles(as_bytes(arrays.gate_up_scale), mxfp4.GROUP)
+        down_e = down_tiles(as_bytes(arrays.down_scale), mxfp4.GROUP)
+        gate_up_d, gate_up_scale = _stored_exponents(gate_up, gate_up_e)
+        down_d, down_scale = _stored_exponents(down, down_e)
         return Leaves(
             mxfp4.pack_gate_up(gate_up, gate_up_d),
-            weight_layout.pack_gate_up_row_scale(gate_up_scale),
+            weight_layout.pack_gate_up_row_scale(gate_up_scale, gate_up_bias),
             mxfp4.pack_down(down, down_d),
-            weight_layout.pack_down_row_scale(down_scale),
+            weight_layout.pack_down_row_scale(down_scale, down_bias),
         )
     gate_up_scale, down_scale = (quantization.widen_scale(scale) for scale in (arrays.gate_up_scale, arrays.down_scale))
     if format == "fp8_channel":
-        gate_up_scale = weight_layout.pack_gate_up_row_scale(_repeat_for_rows(gate_up_scale, arrays.gate_up.shape[1]))
-        down_scale = weight_layout.pack_down_row_scale(_repeat_for_rows(down_scale, hidden_size))
+        gate_up_scale = pad_halves(_repeat_for_rows(gate_up_scale, 2 * intermediate_size), 1, rows)
+        down_scale = pad_rows(_repeat_for_rows(down_scale, hidden_size), 1, hidden)
+        gate_up_scale = weight_layout.pack_gate_up_row_scale(gate_up_scale, gate_up_bias)
+        down_scale = weight_layout.pack_down_row_scale(down_scale, down_bias)
     else:
         gate_up_scale = weight_layout.pack_gate_up_scale(gate_up_scale)
         down_scale = weight_layout.pack_down_scale(down_scale)
     return Leaves(
-        weight_layout.pack_gate_up(arrays.gate_up), gate_up_scale, weight_layout.pack_down(arrays.down), down_scale
+        weight_layout.pack_gate_up(gate_up_tiles(as_bytes(arrays.gate_up))),
+        gate_up_scale,
+        weight_layout.pack_down(down_tiles(as_bytes(arrays.down))),
+        down_scale,
     )
 
 
@@ -208,7 +270,6 @@ def _codes(values: jax.Array) -> jax.Array:
 
 def _stored_exponents(codes: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The exponents relative to their row's base, and the rows' scales."""
-    exponents = jax.lax.bitcast_convert_type(exponents, jnp.uint8)
     base, scale = mxfp4.row_scales(exponents, mxfp4.are_zero_groups(codes))
     return exponents - base[..., None], scale
 

@@ -8,19 +8,44 @@ import jax.numpy as jnp
 
 from jax_megamoe import mxfp4, quantization, weight_layout
 from jax_megamoe.operands import Leaves
+from jax_megamoe.padding import pad_halves, pad_rows
 from jax_megamoe.weight_checks import Order
 from jax_megamoe.weight_layout import Format
 
 # Tiles of a part of the weights: of parts of them [E, 128, columns], and of parts of what belongs to their rows.
 MakeTiles = Callable[..., tuple[jax.Array, ...]]
+# Of a format with scales of rows: gate_up and down, packed, and the scales f32[E, 2I] and f32[E, H].
+Packed = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames=("order", "format"))
-def quantize_and_pack(gate: jax.Array, up: jax.Array, down: jax.Array, *, order: Order, format: Format) -> Leaves:
-    """The packed leaves of float weights that are checked."""
+def quantize_and_pack(
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate_up_bias: jax.Array | None = None,
+    down_bias: jax.Array | None = None,
+    *,
+    order: Order,
+    format: Format,
+) -> Leaves:
+    """The packed leaves of float weights that are checked, with zeros behind sizes that are no multiples of 128."""
     row_axis = 1 if order == "out_in" else 2
-    make = {"fp8_block": _of_blocks, "fp8_channel": _of_channels, "mxfp4": _of_mxfp4}[format]
-    return make(gate, up, down, row_axis)
+    hidden, intermediate = (weight_layout.padded_size(down.shape[axis]) for axis in (row_axis, 3 - row_axis))
+    gate, up = (pad_rows(pad_rows(weight, row_axis, intermediate), 3 - row_axis, hidden) for weight in (gate, up))
+    down = pad_rows(pad_rows(down, row_axis, hidden), 3 - row_axis, intermediate)
+    gate_up_bias = None if gate_up_bias is None else pad_halves(gate_up_bias.astype(jnp.float32), 1, 2 * intermediate)
+    down_bias = None if down_bias is None else pad_rows(down_bias.astype(jnp.float32), 1, hidden)
+    if format == "fp8_block":
+        return _of_blocks(gate, up, down, row_axis)
+    make = _of_channels if format == "fp8_channel" else _of_mxfp4
+    gate_up, packed_down, gate_up_scale, down_scale = make(gate, up, down, row_axis)
+    return Leaves(
+        gate_up,
+        weight_layout.pack_gate_up_row_scale(gate_up_scale, gate_up_bias),
+        packed_down,
+        weight_layout.pack_down_row_scale(down_scale, down_bias),
+    )
 
 
 def _of_blocks(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Leaves:
@@ -40,7 +65,7 @@ def _of_blocks(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -
     )
 
 
-def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Leaves:
+def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Packed:
     # Of whole rows, and therefore before the parts, which are cut along the columns too.
     gate_scale, up_scale, down_scale = (_row_scales(weight, row_axis) for weight in (gate, up, down))
 
@@ -53,12 +78,7 @@ def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int)
 
     (gate_up,) = _map_parts(gate_up_tiles, [gate, up], [gate_scale, up_scale], row_axis=row_axis)
     (packed_down,) = _map_parts(down_tiles, [down], [down_scale], row_axis=row_axis)
-    return Leaves(
-        gate_up,
-        weight_layout.pack_gate_up_row_scale(jnp.concatenate([gate_scale, up_scale], axis=1)),
-        packed_down,
-        weight_layout.pack_down_row_scale(down_scale),
-    )
+    return gate_up, packed_down, jnp.concatenate([gate_scale, up_scale], axis=1), down_scale
 
 
 def _row_scales(weight: jax.Array, row_axis: int) -> jax.Array:
@@ -76,7 +96,7 @@ def _row_scales(weight: jax.Array, row_axis: int) -> jax.Array:
     return jax.lax.fori_loop(0, _SCALE_PARTS, put, start)
 
 
-def _of_mxfp4(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Leaves:
+def _of_mxfp4(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) -> Packed:
     def rows(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The exponents [E, N, K/32], and those that are stored, and the scales [E, N] of the rows."""
         magnitudes = mxfp4.group_magnitudes(weight, 3 - row_axis)
@@ -94,12 +114,7 @@ def _of_mxfp4(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) ->
     (gate_e, gate_d, gate_scale), (up_e, up_d, up_scale), (down_e, down_d, down_scale) = map(rows, (gate, up, down))
     (gate_up,) = _map_parts(gate_up_tiles, [gate, up], [gate_e, up_e, gate_d, up_d], row_axis=row_axis)
     (packed_down,) = _map_parts(down_tiles, [down], [down_e, down_d], row_axis=row_axis)
-    return Leaves(
-        gate_up,
-        weight_layout.pack_gate_up_row_scale(jnp.concatenate([gate_scale, up_scale], axis=1)),
-        packed_down,
-        weight_layout.pack_down_row_scale(down_scale),
-    )
+    return gate_up, packed_down, jnp.concatenate([gate_scale, up_scale], axis=1), down_scale
 
 
 def _materialize[T](value: T) -> T:

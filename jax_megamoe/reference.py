@@ -243,11 +243,14 @@ def _expert(
     The leaves are those of one expert; FP8 may be bytes, since the format is said.
     """
     intermediate_size = gate_up.shape[0] * weight_layout.PLANE_ROWS
+    gate_up_bias, down_bias = None, None
     if format == "fp8_block":
         gate_up_scale = weight_layout.unpack_gate_up_scale(gate_up_scale)
         down_scale = weight_layout.unpack_down_scale(down_scale, intermediate_size)
         matmul: Callable[..., jax.Array] = _scaled_matmul
     else:
+        gate_up_bias = weight_layout.unpack_gate_up_bias(gate_up_scale)
+        down_bias = weight_layout.unpack_down_bias(down_scale)
         gate_up_scale = weight_layout.unpack_gate_up_row_scale(gate_up_scale)
         down_scale = weight_layout.unpack_down_row_scale(down_scale)
         matmul = _row_scaled_matmul
@@ -258,11 +261,16 @@ def _expert(
         gate_up_values, down_values = weight_layout.unpack_gate_up(gate_up), weight_layout.unpack_down(down)
 
     both = matmul(tokens, token_scales, gate_up_values, gate_up_scale)
+    if gate_up_bias is not None:
+        both += gate_up_bias[None, :]
     gate, up = both[:, :intermediate_size], both[:, intermediate_size:]
     activations = activation.apply(gate, up) * routing[:, None]
 
     quantized, scales = quantization.quantize_activations(activations)
-    return matmul(quantized, scales, down_values, down_scale).astype(jnp.bfloat16)
+    result = matmul(quantized, scales, down_values, down_scale)
+    if down_bias is not None:
+        result += routing[:, None] * down_bias[None, :]
+    return result.astype(jnp.bfloat16)
 
 
 def _row_scaled_matmul(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ begin at S; on a device of a group these become the numbers of that device's own
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,11 @@ from jax_megamoe import arguments, weight_layout
 from jax_megamoe.arrays import Array, as_array, require_known_sizes, unwrap
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.operands import Operands
+from jax_megamoe.padding import Call, with_padded_hidden
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes
 from jax_megamoe.valid_tokens import ids_of_valid_tokens
 from jax_megamoe.weights import ExpertWeights
-
-Call = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class SharedExperts(NamedTuple):
@@ -107,6 +105,7 @@ def call_with_shared(
 
     In the same call where one kernel serves both; else in one more, whose result is added and rounded once more.
     """
+    call = with_padded_hidden(call)
     routed = {"axes": axes, "num_experts": num_experts, "routed_scaling_factor": routed_scaling_factor}
     if shared is None:
         ids = ids_of_valid_tokens(operands.topk_ids, num_valid_tokens)

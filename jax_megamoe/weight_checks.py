@@ -14,6 +14,7 @@ from jax_megamoe.operands import Leaves
 from jax_megamoe.weight_layout import Format
 
 Order = Literal["out_in", "in_out"]
+Biases = tuple[Array | None, Array | None]  # of gate and up, and of down
 
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _E8M0 = np.dtype(jnp.float8_e8m0fnu)
@@ -36,20 +37,20 @@ def check_format(format: str) -> None:
         raise LayoutError(f"format is {format!r}, wanted one of {get_args(Format)}: choose one.")
 
 
-def check_floats(gate: Array, up: Array, down: Array, order: Order) -> None:
+def check_floats(gate: Array, up: Array, down: Array, order: Order, format: Format, pad: bool) -> None:
     """Raises for arguments of `quantize_experts` that it cannot take."""
     for name, array in (("gate", gate), ("up", up), ("down", down)):
         _check_float_dtype(name, array)
     of_gate, of_down = _LAYOUTS[order]
     num_experts, rows, columns = _require_rank("gate", gate.shape, of_gate)
     intermediate_size, hidden_size = (rows, columns) if order == "out_in" else (columns, rows)
-    _require_multiples(hidden_size, intermediate_size)
+    _require_multiples(hidden_size, intermediate_size, pad, format == "mxfp4")
     layout = f"with order={order!r} gate and up are {of_gate} and down is {of_down}"
     _require_shape("up", up.shape, (num_experts, rows, columns), f"{of_gate} like gate", layout)
     _require_shape("down", down.shape, (num_experts, columns, rows), of_down, layout)
 
 
-def find_format(arrays: Leaves) -> Format:
+def find_format(arrays: Leaves, pad: bool) -> Format:
     """The format of the arguments of `pack_experts`. Raises for those that it cannot take."""
     e, h, down_columns = _require_rank("down", arrays.down.shape, "[E, H, I], or [E, H, I/2] of packed mxfp4")
     is_mxfp4 = [_is_mxfp4(name, arrays) for name in ("gate_up", "down")]
@@ -60,7 +61,7 @@ def find_format(arrays: Leaves) -> Format:
         )
     per_element = [2 if array.dtype in _BYTES else 1 for array in (arrays.gate_up, arrays.down)]
     i = down_columns * per_element[1]
-    _require_multiples(h, i)
+    _require_multiples(h, i, pad, is_mxfp4[0])
     of_gate_up = "[E, 2I, H/2]" if per_element[0] == 2 else "[E, 2I, H]"
     of_down = "[E, H, I/2]" if per_element[1] == 2 else "[E, H, I]"
     layout = f"gate_up is {of_gate_up}, gate rows first, and down is {of_down}"
@@ -80,7 +81,22 @@ def find_format(arrays: Leaves) -> Format:
     return formats["down_scale"]
 
 
-def check_spreads(packed: Leaves, *, are_floats: bool = False, first_expert: int = 0) -> None:
+def check_biases(biases: Biases, num_experts: int, hidden_size: int, intermediate_size: int, format: Format) -> None:
+    """Raises for biases of `quantize_experts` and `pack_experts` that they cannot take; None is none."""
+    wanted = {"gate_up_bias": (num_experts, 2 * intermediate_size), "down_bias": (num_experts, hidden_size)}
+    for (name, shape), bias in zip(wanted.items(), biases, strict=True):
+        if bias is None:
+            continue
+        if format == "fp8_block":
+            raise LayoutError(f"{name} is given, wanted None: fp8_block holds no biases, choose fp8_channel or mxfp4.")
+        if not jnp.issubdtype(bias.dtype, jnp.floating) or jnp.dtype(bias.dtype).itemsize < 2:
+            raise DTypeError(f"{name} has dtype {bias.dtype}, wanted bfloat16, float16, float32 or float64: cast it.")
+        if tuple(bias.shape) != shape:
+            meaning = "[E, 2I], those of gate first" if name == "gate_up_bias" else "[E, H]"
+            raise ShapeError(f"{name} has shape {tuple(bias.shape)}, wanted {shape}, that is {meaning}: reshape it.")
+
+
+def check_spreads(packed: Leaves, intermediate_size: int, *, are_floats: bool = False, first_expert: int = 0) -> None:
     """Raises `ArgumentError` for exponents that mxfp4 cannot serve, as far as the packed leaves can be looked at.
 
     Packing makes NaN of the scales of such rows; only what they are made of is read here. `are_floats`: of weights that
@@ -95,7 +111,7 @@ def check_spreads(packed: Leaves, *, are_floats: bool = False, first_expert: int
                 is_zero = np.asarray(mxfp4.are_zero_groups(codes))
             for row in np.flatnonzero(np.isnan(row_scale)):
                 exponents = np.asarray(e)[row]
-                where = _row_text(name, first_expert + expert, int(row), len(row_scale), are_floats)
+                where = _row_text(name, first_expert + expert, int(row), intermediate_size, are_floats)
                 if (exponents == mxfp4.NAN_EXPONENT).any():
                     if are_floats:
                         continue
@@ -111,9 +127,14 @@ def check_spreads(packed: Leaves, *, are_floats: bool = False, first_expert: int
                 )
 
 
-def _row_text(name: str, expert: int, row: int, num_rows: int, are_floats: bool) -> str:
-    if are_floats and name == "gate_up":
-        name, row = ("gate", row) if row < num_rows // 2 else ("up", row - num_rows // 2)
+def _row_text(name: str, expert: int, row: int, intermediate_size: int, are_floats: bool) -> str:
+    if name == "gate_up":
+        # In the leaf, up begins behind gate's padding.
+        is_up, row = divmod(row, weight_layout.padded_size(intermediate_size))
+        if are_floats:
+            name = "up" if is_up else "gate"
+        elif is_up:
+            row += intermediate_size
     return f"row {row} of expert {expert} of {name}"
 
 
@@ -207,7 +228,9 @@ def _check_exponents(name: str, scale: Array, matrix: tuple[int, int, int]) -> N
 def _scale_format(name: str, scale: Array, matrix: tuple[int, int, int]) -> Format:
     """The format that the scale of a matrix of FP8 belongs to. Raises for one of neither."""
     experts, rows, columns = matrix
-    of_blocks = (experts, rows // weight_layout.BLOCK, columns // weight_layout.BLOCK)
+    # Of gate and up, a block has rows of one of them only.
+    parts = 2 if name == "gate_up_scale" else 1
+    of_blocks = (experts, parts * _count_blocks(rows // parts), _count_blocks(columns))
     of_rows = [(experts, rows), (experts, rows, 1), (experts,)]
     if name == "gate_up_scale":
         of_rows.append((experts, 2))
@@ -280,13 +303,17 @@ def _require_rank(name: str, shape: tuple[int, ...], wanted: str) -> tuple[int, 
     return shape[0], shape[1], shape[2]
 
 
-def _require_multiples(hidden_size: int, intermediate_size: int) -> None:
-    for name, size, what in (
-        ("hidden size H", hidden_size, "the weights and the hidden states with zeros, and cut the result"),
-        ("intermediate size I", intermediate_size, "the weights with zeros"),
-    ):
-        if size <= 0 or size % weight_layout.BLOCK:
-            raise ShapeError(f"{name} is {size}, wanted a positive multiple of {weight_layout.BLOCK}: pad {what}.")
+def _count_blocks(size: int) -> int:
+    return weight_layout.padded_size(size) // weight_layout.BLOCK
+
+
+def _require_multiples(hidden_size: int, intermediate_size: int, pad: bool, is_mxfp4: bool) -> None:
+    unit, remedy = weight_layout.BLOCK, "pass pad=True, which pads with zeros"
+    if pad:
+        unit, remedy = (mxfp4.GROUP, "pad the weights with zeros") if is_mxfp4 else (1, "pass the weights of a layer")
+    for name, size in (("hidden size H", hidden_size), ("intermediate size I", intermediate_size)):
+        if size <= 0 or size % unit:
+            raise ShapeError(f"{name} is {size}, wanted a positive multiple of {unit}: {remedy}.")
 
 
 def _require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], meaning: str, layout: str) -> None:

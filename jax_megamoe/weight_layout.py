@@ -3,8 +3,8 @@
 | format      | tag                 | a weight is                                       | bits a weight |
 |-------------|---------------------|---------------------------------------------------|---------------|
 | fp8_block   | sm90_v1             | E4M3 * f32 scale of its block of 128x128          | 8             |
-| fp8_channel | sm90_fp8_channel_v1 | E4M3 * f32 scale of its row                       | 8             |
-| mxfp4       | sm90_mxfp4_v1       | E2M1 * 2^(E8M0 - 127) of its 32 columns of a row  | 4.25          |
+| fp8_channel | sm90_fp8_channel_v2 | E4M3 * f32 scale of its row                       | 8             |
+| mxfp4       | sm90_mxfp4_v2       | E2M1 * 2^(E8M0 - 127) of its 32 columns of a row  | 4.25          |
 
 The kernel streams *planes*: 64 rows of 128 consecutive K. Of FP8 they are 8192 bytes, stored as the image that shared
 memory holds under the 128-byte swizzle: in row r the 16-byte chunk c lies at chunk position c ^ (r % 8), so a plane is
@@ -16,18 +16,20 @@ threads hold them in registers (`mxfp4` has the bits).
 | gate_up       | FP8               | [E, I/64, H/128, 16384]   | planes p of 64 columns t; row 16g + q: column      |
 |               | mxfp4             | [E, I/64, H/128, 8704]    | 64t + 32p + 8g + q%8 of gate if q < 8, else of up  |
 | gate_up_scale | fp8_block         | [E, I/64, H/128, 4]       | (gate, up, 0, 0)                                   |
-|               | fp8_channel,mxfp4 | [E, I/64, 64, 2]          | (gate, up) of column 64t + j                       |
+|               | fp8_channel,mxfp4 | [E, I/64, 128, 2]         | (gate, up) of a plane's 32 columns, then biases    |
 | down          | FP8               | [E, H/64, I/128, 8192]    | row 16g + q: hidden row 64t + 16g + 2(q%8) + q//8  |
 |               | mxfp4             | [E, H/64, I/128, 4352]    |                                                    |
 | down_scale    | fp8_block         | [E, H/64, ceil(I/256), 4] | (I block 2j, 2j + 1 or 0 past the end, 0, 0)       |
-|               | fp8_channel,mxfp4 | [E, H/64, 32, 2]          | hidden rows 64t + 2j and 64t + 2j + 1              |
+|               | fp8_channel,mxfp4 | [E, H/64, 64, 2]          | pairs of hidden rows of a plane, then biases       |
 
 Rows q and q + 8 of an accumulator belong to one WGMMA thread: it holds a column's gate beside its up, and two
-neighbouring hidden columns of the result. All functions take any leading dimensions (experts, or layers and experts),
-move bytes only, and are exact inverses of each other. They use no gather, so they run on operands sharded over the
-leading dimensions. FP8 arrays may come as their bytes.
+neighbouring hidden columns of the result. Biases are added to a row's sum over K, after its scale. H and I are
+multiples of 128 here: leaves of other sizes are those of the next multiples, with zeros behind. All functions take any
+leading dimensions (experts, or layers and experts), move bytes only, and are exact inverses of each other. They use no
+gather, so they run on operands sharded over the leading dimensions. FP8 arrays may come as their bytes.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -41,8 +43,8 @@ Format = Literal["fp8_block", "fp8_channel", "mxfp4"]
 
 LAYOUT_TAGS: dict[Format, str] = {
     "fp8_block": "sm90_v1",
-    "fp8_channel": "sm90_fp8_channel_v1",
-    "mxfp4": "sm90_mxfp4_v1",
+    "fp8_channel": "sm90_fp8_channel_v2",
+    "mxfp4": "sm90_mxfp4_v2",
 }
 LEAF_DTYPES: dict[Format, Leaves] = {
     "fp8_block": Leaves(jnp.float8_e4m3fn, jnp.float32, jnp.float8_e4m3fn, jnp.float32),
@@ -58,19 +60,24 @@ MXFP4_PLANE_BYTES = PLANE_BYTES // 2 + PLANE_BYTES // 32  # two values a byte, o
 SCALES_PER_ROW = 4
 
 
+def padded_size(size: int) -> int:
+    """The next multiple of 128: what a hidden or an intermediate size is in the leaves."""
+    return -(-size // BLOCK) * BLOCK
+
+
 def leaf_shapes(format: Format, num_experts: int, hidden_size: int, intermediate_size: int) -> Leaves:
-    """The shapes of the packed leaves of `num_experts` experts (E, or E_local on one device)."""
-    e, h, i = num_experts, hidden_size, intermediate_size
+    """The shapes of the packed leaves of `num_experts` experts (E, or E_local on one device), of any H and I."""
+    e, h, i = num_experts, padded_size(hidden_size), padded_size(intermediate_size)
     plane = MXFP4_PLANE_BYTES if format == "mxfp4" else PLANE_BYTES
     is_block = format == "fp8_block"
     return Leaves(
         gate_up=(e, i // PLANE_ROWS, h // BLOCK, 2 * plane),
-        gate_up_scale=(e, i // PLANE_ROWS, *((h // BLOCK, SCALES_PER_ROW) if is_block else (PLANE_ROWS, 2))),
+        gate_up_scale=(e, i // PLANE_ROWS, *((h // BLOCK, SCALES_PER_ROW) if is_block else (2 * PLANE_ROWS, 2))),
         down=(e, h // PLANE_ROWS, i // BLOCK, plane),
         down_scale=(
             e,
             h // PLANE_ROWS,
-            *((-(-i // (2 * BLOCK)), SCALES_PER_ROW) if is_block else (PLANE_ROWS // 2, 2)),
+            *((-(-i // (2 * BLOCK)), SCALES_PER_ROW) if is_block else (PLANE_ROWS, 2)),
         ),
     )
 
@@ -214,28 +221,71 @@ def unpack_down_scale(packed: jax.Array, intermediate_size: int) -> jax.Array:
     return x[..., : intermediate_size // BLOCK]
 
 
-def pack_gate_up_row_scale(scale: jax.Array) -> jax.Array:
-    """f32[..., 2I], gate rows first -> f32[..., I/64, 64, 2]."""
-    lead = scale.ndim - 1
-    x = reshape_trailing(scale, lead, 2, scale.shape[-1] // (2 * PLANE_ROWS), PLANE_ROWS)
-    return permute_trailing(x, (1, 2, 0))
+def pack_gate_up_row_scale(scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """f32[..., 2I] of rows' scales and biases (None: zeros), gate rows first -> f32[..., I/64, 128, 2]."""
+    return _join_rows(_gate_up_pairs, scale, bias)
 
 
 def unpack_gate_up_row_scale(packed: jax.Array) -> jax.Array:
-    """The inverse of `pack_gate_up_row_scale`: f32[..., I/64, 64, 2] -> f32[..., 2I]."""
-    lead = packed.ndim - 3
-    return reshape_trailing(permute_trailing(packed, (2, 0, 1)), lead, 2 * packed.shape[lead] * PLANE_ROWS)
+    """The scales of `pack_gate_up_row_scale`: f32[..., I/64, 128, 2] -> f32[..., 2I]."""
+    return _gate_up_rows(_split_rows(packed, 0))
 
 
-def pack_down_row_scale(scale: jax.Array) -> jax.Array:
-    """f32[..., H] -> f32[..., H/64, 32, 2]."""
-    return reshape_trailing(scale, scale.ndim - 1, scale.shape[-1] // PLANE_ROWS, PLANE_ROWS // 2, 2)
+def unpack_gate_up_bias(packed: jax.Array) -> jax.Array:
+    """The biases of `pack_gate_up_row_scale`: f32[..., I/64, 128, 2] -> f32[..., 2I]."""
+    return _gate_up_rows(_split_rows(packed, 1))
+
+
+def pack_down_row_scale(scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """f32[..., H] of rows' scales and biases (None: zeros) -> f32[..., H/64, 64, 2]."""
+    return _join_rows(_down_pairs, scale, bias)
 
 
 def unpack_down_row_scale(packed: jax.Array) -> jax.Array:
-    """The inverse of `pack_down_row_scale`: f32[..., H/64, 32, 2] -> f32[..., H]."""
-    lead = packed.ndim - 3
-    return reshape_trailing(packed, lead, packed.shape[lead] * PLANE_ROWS)
+    """The scales of `pack_down_row_scale`: f32[..., H/64, 64, 2] -> f32[..., H]."""
+    return _down_rows(_split_rows(packed, 0))
+
+
+def unpack_down_bias(packed: jax.Array) -> jax.Array:
+    """The biases of `pack_down_row_scale`: f32[..., H/64, 64, 2] -> f32[..., H]."""
+    return _down_rows(_split_rows(packed, 1))
+
+
+def _join_rows(pairs: Callable[[jax.Array], jax.Array], scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """What `pairs` makes of both, [..., tiles, planes, 32, 2], plane by plane -> [..., tiles, planes * 64, 2]."""
+    # Zeros by the scale's own type, which says how it is split over devices.
+    bias = jnp.zeros_like(scale) if bias is None else bias
+    joined = jnp.concatenate([pairs(scale), pairs(bias)], axis=-2)
+    return reshape_trailing(joined, joined.ndim - 3, joined.shape[-3] * PLANE_ROWS, 2)
+
+
+def _split_rows(packed: jax.Array, which: int) -> jax.Array:
+    """The inverse of `_join_rows`: of [..., tiles, planes * 64, 2] the scales (0) or biases (1)."""
+    planes = reshape_trailing(packed, packed.ndim - 2, packed.shape[-2] // PLANE_ROWS, 2, PLANE_ROWS // 2, 2)
+    return jax.lax.index_in_dim(planes, which, planes.ndim - 3, keepdims=False)
+
+
+def _gate_up_pairs(rows: jax.Array) -> jax.Array:
+    """[..., 2I], gate rows first -> [..., I/64, 2, 32, 2]."""
+    tiles = rows.shape[-1] // (2 * PLANE_ROWS)
+    return permute_trailing(reshape_trailing(rows, rows.ndim - 1, 2, tiles, 2, PLANE_ROWS // 2), (1, 2, 3, 0))
+
+
+def _gate_up_rows(pairs: jax.Array) -> jax.Array:
+    """The inverse of `_gate_up_pairs`."""
+    lead = pairs.ndim - 4
+    return reshape_trailing(permute_trailing(pairs, (3, 0, 1, 2)), lead, 2 * pairs.shape[lead] * PLANE_ROWS)
+
+
+def _down_pairs(rows: jax.Array) -> jax.Array:
+    """[..., H] -> [..., H/64, 1, 32, 2]."""
+    return reshape_trailing(rows, rows.ndim - 1, rows.shape[-1] // PLANE_ROWS, 1, PLANE_ROWS // 2, 2)
+
+
+def _down_rows(pairs: jax.Array) -> jax.Array:
+    """The inverse of `_down_pairs`."""
+    lead = pairs.ndim - 4
+    return reshape_trailing(pairs, lead, pairs.shape[lead] * PLANE_ROWS)
 
 
 def _twice(x: jax.Array, axis: int) -> jax.Array:

@@ -24,6 +24,7 @@ from jax_megamoe.arrays import (
 )
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.operands import Leaves
+from jax_megamoe.padding import cut_halves, cut_rows
 from jax_megamoe.weight_layout import Format
 
 DATA_FIELDS = Leaves._fields
@@ -39,8 +40,9 @@ class ExpertWeights:
     while `num_experts` still counts those of all devices. The weights of L layers stacked (`stack_experts`, or
     `jnp.stack` over the leaves) lead with L.
 
-    `layout` names the memory layout and its version, from which the format follows; weights of another version are a
-    `LayoutError`, also from a pickle.
+    `hidden_size` and `intermediate_size` are the layer's own; arrays of sizes that are no multiples of 128
+    (`pad=True`) are those of the next multiples. `layout` names the memory layout and its version, from which the
+    format follows; weights of another version are a `LayoutError`, also from a pickle.
     Frameworks may put each array into a Param, Variable or box of theirs, as with `jax.tree.map(nnx.Param, weights)`:
     everything here and in every function that takes weights reads through them.
     """
@@ -209,20 +211,68 @@ class ExpertWeights:
         | fp8_block   | f8e4m3fn[E, 2I, H]        | f32[E, 2I/128, H/128]          | [E, H, I], likewise |
         | fp8_channel | f8e4m3fn[E, 2I, H]        | f32[E, 2I]                     | [E, H, I], likewise |
         | mxfp4       | uint8[E, 2I, H/2]         | f8e8m0fnu[E, 2I, H/32]         | [E, H, I/2], alike  |
+
+        Padding (`pad=True`) is cut; biases are those of `unpack_biases`.
         """
+        gate_up, gate_up_scale, down, down_scale = _unpack(
+            self._movable_leaves(),
+            format=self.format,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+        )
+        return gate_up, gate_up_scale, down, down_scale
+
+    def unpack_biases(self) -> tuple[jax.Array, jax.Array]:
+        """gate_up_bias f32[E, 2I], gate's first, and down_bias f32[E, H]: zeros where there are none."""
+        leaves = self._movable_leaves()
+        if self.format != "fp8_block":
+            gate_up, down = _unpack_biases(
+                leaves, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
+            )
+        else:
+            sizes = 2 * self.intermediate_size, self.hidden_size
+            gate_up, down = (_zeros_for(leaves.down_scale, size=size) for size in sizes)
+        return gate_up, down
+
+    def _movable_leaves(self) -> Leaves:
         leaves = self.checked().leaves
         for name, leaf in leaves._asdict().items():
             require_device_memory(f"weights.{name}", leaf, "weights")
             require_split_of_leading(f"weights.{name}", leaf, leaf.ndim - 3)
-        gate_up, gate_up_scale, down, down_scale = _unpack(
-            leaves, format=self.format, intermediate_size=self.intermediate_size
-        )
-        return gate_up, gate_up_scale, down, down_scale
+        return leaves
 
 
 # Compiled: the constants of eager operations would be transfers to the device.
-@functools.partial(jax.jit, static_argnames=("format", "intermediate_size"))
-def _unpack(leaves: Leaves, *, format: Format, intermediate_size: int) -> Leaves:
+@functools.partial(jax.jit, static_argnames=("format", "hidden_size", "intermediate_size"))
+def _unpack(leaves: Leaves, *, format: Format, hidden_size: int, intermediate_size: int) -> Leaves:
+    padded = _unpack_tiles(leaves, format, weight_layout.padded_size(intermediate_size))
+    rows, lead = 2 * intermediate_size, leaves.gate_up.ndim - 3
+    per_column = 2 if format == "mxfp4" else 1
+    gate_up = cut_rows(cut_halves(padded.gate_up, lead, rows), lead + 1, hidden_size // per_column)
+    down = cut_rows(cut_rows(padded.down, lead, hidden_size), lead + 1, intermediate_size // per_column)
+    gate_up_scale, down_scale = padded.gate_up_scale, padded.down_scale
+    if format != "fp8_block":
+        gate_up_scale, down_scale = cut_halves(gate_up_scale, lead, rows), cut_rows(down_scale, lead, hidden_size)
+    if format == "mxfp4":
+        gate_up_scale = cut_rows(gate_up_scale, lead + 1, hidden_size // mxfp4.GROUP)
+        down_scale = cut_rows(down_scale, lead + 1, intermediate_size // mxfp4.GROUP)
+    return Leaves(gate_up, gate_up_scale, down, down_scale)
+
+
+@functools.partial(jax.jit, static_argnames=("hidden_size", "intermediate_size"))
+def _unpack_biases(leaves: Leaves, *, hidden_size: int, intermediate_size: int) -> tuple[jax.Array, jax.Array]:
+    gate_up = weight_layout.unpack_gate_up_bias(leaves.gate_up_scale)
+    down = weight_layout.unpack_down_bias(leaves.down_scale)
+    return cut_halves(gate_up, -1, 2 * intermediate_size), cut_rows(down, -1, hidden_size)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _zeros_for(scale: jax.Array, *, size: int) -> jax.Array:
+    """f32[..., size] of zeros, split over devices like a leaf [..., H/64, ceil(I/256), 4]."""
+    return jnp.broadcast_to(jnp.zeros_like(scale[..., :1, 0, 0]), (*scale.shape[:-3], size))
+
+
+def _unpack_tiles(leaves: Leaves, format: Format, intermediate_size: int) -> Leaves:
     if format == "mxfp4":
         gate_up_row_scale = weight_layout.unpack_gate_up_row_scale(leaves.gate_up_scale)
         down_row_scale = weight_layout.unpack_down_row_scale(leaves.down_scale)

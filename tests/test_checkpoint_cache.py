@@ -112,12 +112,12 @@ def test_another_layout_in_a_layers_file_is_refused(made, monkeypatch):
     """As if a later version had made the cache, and somebody had edited the first file."""
     out = convert(*made)
     monkeypatch.setitem(weight_layout.LAYOUT_TAGS, "mxfp4", "sm90_mxfp4_v2")
-    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: has layout 'sm90_mxfp4_v1'"):
+    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: has layout 'sm90_mxfp4_v2'"):
         mm.read_checkpoint(out)
     edit(out / cache.MANIFEST, layout="sm90_mxfp4_v2")
-    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: has layout 'sm90_mxfp4_v1'"):
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: has layout 'sm90_mxfp4_v2'"):
         mm.read_checkpoint(out).experts(1)
-    with pytest.raises(CheckpointError, match=r"layer-00000\.safetensors: has layout 'sm90_mxfp4_v1'"):
+    with pytest.raises(CheckpointError, match=r"layer-00000\.safetensors: has layout 'sm90_mxfp4_v2'"):
         convert(*made)
 
 

@@ -53,7 +53,7 @@ FORMS = {
 def test_scales_of_rows_and_of_matrices(form, convert):
     experts = make_experts(*FORMS[form])
     weights = mm.pack_experts(*jax.tree.map(convert, experts))
-    assert (weights.format, weights.layout) == ("fp8_channel", "sm90_fp8_channel_v1")
+    assert (weights.format, weights.layout) == ("fp8_channel", "sm90_fp8_channel_v2")
     gate_up, gate_up_scale, down, down_scale = map(np.asarray, weights.unpack())
     np.testing.assert_array_equal(as_bytes(gate_up), as_bytes(experts.gate_up))
     np.testing.assert_array_equal(as_bytes(down), as_bytes(experts.down))

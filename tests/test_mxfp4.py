@@ -133,7 +133,7 @@ def test_the_low_nibble_is_the_lower_column():
 def test_all_forms_of_the_arrays_give_the_same_weights(convert):
     experts = random_experts(3)
     weights = mm.pack_experts(*experts)
-    assert (weights.format, weights.layout) == ("mxfp4", "sm90_mxfp4_v1")
+    assert (weights.format, weights.layout) == ("mxfp4", "sm90_mxfp4_v2")
     assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
     assert weights.nbytes == E * (3 * I * H * 17 // 32 + 4 * (2 * I + H))
 

@@ -234,7 +234,8 @@ struct Call {
     const int groups = pairs * (s.inter / 64);
     probe::requantize<<<(groups + 127) / 128, 128>>>(s, h, h_scales);
     probe::down<<<dim3(pairs, (s.hidden + 127) / 128), 128>>>(s, h, h_scales, args.weights.down,
-                                                              args.weights.down_scale, args.topk_ids, out);
+                                                              args.weights.down_scale, args.topk_ids, args.topk_weights,
+                                                              args.routed_scaling_factor, out);
     probe::combine<<<dim3(s.tokens, (s.hidden + 127) / 128), 128>>>(s, out, args.topk_ids, y);
     CHECK(cudaGetLastError());
     CHECK(cudaDeviceSynchronize());

@@ -81,9 +81,10 @@ __global__ void gate_up(Sizes s, const float* values, const float* scales, const
     up += u * (scale * (s.has_row_scales() ? 1.0f : weight_scales[block * 4 + 1]));
   }
   if (s.has_row_scales()) {
-    const float* row_scales = weight_scales + ((static_cast<size_t>(expert) * (s.inter / 64) + tile) * 64 + within) * 2;
-    gate *= row_scales[0];
-    up *= row_scales[1];
+    const float* terms =
+        weight_scales + ((static_cast<size_t>(expert) * (s.inter / 64) + tile) * 128 + plane * 64 + within % 32) * 2;
+    gate = gate * terms[0] + terms[64];
+    up = up * terms[1] + terms[65];
   }
   gate = fminf(gate, clamp);
   up = fminf(fmaxf(up, -clamp), clamp);
@@ -102,7 +103,7 @@ __global__ void requantize(Sizes s, float* h, float* scales) {
 }
 
 __global__ void down(Sizes s, const float* h, const float* scales, const uint8_t* weights, const float* weight_scales,
-                     const int* ids, float* out) {
+                     const int* ids, const float* routing, float factor, float* out) {
   const int column = blockIdx.y * blockDim.x + threadIdx.x;
   const int pair = blockIdx.x;
   const int expert = ids[pair];
@@ -122,7 +123,10 @@ __global__ void down(Sizes s, const float* h, const float* scales, const uint8_t
       sum += partial * (scales[static_cast<size_t>(pair) * (s.inter / 64) + kb * 2 + half] * ws);
     }
   }
-  if (s.has_row_scales()) sum *= weight_scales[static_cast<size_t>(expert) * s.hidden + column];
+  if (s.has_row_scales()) {
+    const float* terms = weight_scales + (static_cast<size_t>(expert) * (s.hidden / 64) + tile) * 128 + within;
+    sum = sum * terms[0] + routing[pair] * factor * terms[64];
+  }
   out[static_cast<size_t>(pair) * s.hidden + column] = __bfloat162float(__float2bfloat16(sum));
 }
 

@@ -29,13 +29,16 @@ def round_e4m3(values: Array) -> Array:
 
 
 def quantize_rows(values: Array, block: int, floor: float, power_of_two: bool) -> tuple[Array, Array]:
-    """f32[T, N] -> f8[T, N], f32[T, N/block]."""
-    blocks = values.astype(np.float32).reshape(values.shape[0], -1, block)
+    """f32[T, N] -> f8[T, N], f32[T, N/block], up."""
+    num_rows, width = values.shape
+    padded = np.zeros((num_rows, -(-width // block) * block), np.float32)
+    padded[:, :width] = values
+    blocks = padded.reshape(num_rows, -1, block)
     scale = np.maximum(np.abs(blocks).max(-1), np.float32(floor)) / np.float32(448)
     if power_of_two:
         mantissa, exponent = np.frexp(scale)
         scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
-    return round_e4m3(blocks / scale[..., None]).reshape(values.shape), scale
+    return round_e4m3(blocks / scale[..., None]).reshape(padded.shape)[:, :width], scale
 
 
 def quantize_experts(gate: Array, up: Array, down: Array) -> Experts:
@@ -61,8 +64,9 @@ def quantize_experts(gate: Array, up: Array, down: Array) -> Experts:
 
 
 def dequantize(values: Array, scales: Array) -> Array:
-    """FP8 blocks -> float64, exactly."""
-    return values.astype(np.float64) * scales.astype(np.float64).repeat(128, -1).repeat(128, -2)
+    """FP8 blocks, of which the last of rows and columns may be smaller -> float64, exactly."""
+    repeated = scales.astype(np.float64).repeat(128, -1).repeat(128, -2)
+    return values.astype(np.float64) * repeated[..., : values.shape[-2], : values.shape[-1]]
 
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -93,6 +97,15 @@ def dequantize_matrices(values: Array, scales: Array) -> Array:
     return values.astype(np.float64) * of_parts.repeat(num_rows // of_parts.shape[1], 1)[..., None]
 
 
+def dequantize_gate_up(values: Array, scales: Array) -> Array:
+    """Gate rows, then up rows, whose blocks are their own -> float64, exactly."""
+    rows = values.shape[1] // 2
+    if values.dtype != FP8 or scales.shape[1:] != (2 * -(-rows // 128), -(-values.shape[2] // 128)):
+        return dequantize_matrices(values, scales)
+    halves = zip(np.split(values, 2, 1), np.split(scales, 2, 1), strict=True)
+    return np.concatenate([dequantize(*half) for half in halves], 1)
+
+
 def moe(
     x: Array,
     experts: Experts,
@@ -102,13 +115,15 @@ def moe(
     activation_clamp: float | None = None,
     routed_scaling_factor: float = 1.0,
     activate: Callable[[Array, Array], Array] = lambda gate, up: gate / (1 + np.exp(-gate)) * up,
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
     quantized: bool = True,
 ) -> tuple[Array, Array]:
     """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
 
-    `activate`: of gate and up, after the clamp. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
+    `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
     """
-    gate_up = dequantize_matrices(experts.gate_up, experts.gate_up_scale)
+    gate_up = dequantize_gate_up(experts.gate_up, experts.gate_up_scale)
     down = dequantize_matrices(experts.down, experts.down_scale)
     num_experts, hidden_size, intermediate_size = down.shape
     load = np.zeros(num_experts, np.int64)
@@ -117,20 +132,23 @@ def moe(
     rows = x.astype(np.float64)
     if quantized:
         values, scales = quantize_rows(x.astype(np.float32), 128, 1e-4, power_of_two=False)
-        rows = values.astype(np.float64) * scales.repeat(128, -1)
+        rows = values.astype(np.float64) * scales.repeat(128, -1)[:, :hidden_size]
     for token, row in enumerate(rows):
         for expert, weight in zip(topk_ids[token], topk_weights[token], strict=True):
             if not 0 <= expert < num_experts:
                 continue
             load[expert] += 1
-            both = gate_up[expert] @ row
+            both = gate_up[expert] @ row + (0 if gate_up_bias is None else gate_up_bias[expert].astype(np.float64))
             gate, up = both[:intermediate_size], both[intermediate_size:]
             if activation_clamp is not None:
                 gate, up = np.minimum(gate, activation_clamp), np.clip(up, -activation_clamp, activation_clamp)
-            activation = activate(gate, up) * (np.float32(weight) * np.float32(routed_scaling_factor))
+            factor = np.float32(weight) * np.float32(routed_scaling_factor)
+            activation = activate(gate, up) * factor
             if quantized:
                 values, scales = quantize_rows(activation[None], 64, 1e-30, power_of_two=True)
-                activation = (values.astype(np.float64) * scales.repeat(64, -1))[0]
+                activation = (values.astype(np.float64) * scales.repeat(64, -1)[:, :intermediate_size])[0]
             result = down[expert] @ activation
+            if down_bias is not None:
+                result = result + factor * down_bias[expert].astype(np.float64)
             y[token] += result.astype(BF16).astype(np.float32) if quantized else result
     return (y.astype(BF16) if quantized else y), load

@@ -81,14 +81,14 @@ class NormalConsumer {
     if (note_.down()) {
       accumulate<true, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
-      if constexpr (kRowScales) scale_rows<true, kTiles>(acc);
+      if constexpr (kRowScales) apply_row_terms<true, kTiles>(acc);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
       announce(map_.counters(args_).down_done(note_.tile));
     } else {
       accumulate<false, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
-      if constexpr (kRowScales) scale_rows<false, kTiles>(acc);
+      if constexpr (kRowScales) apply_row_terms<false, kTiles>(acc);
       finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
       announce(map_.counters(args_).gate_up_done(note_.chunk));
@@ -102,31 +102,38 @@ class NormalConsumer {
     if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
   }
 
-  // Scales of the unit's rows, out of its first stage, for this warpgroup's epilogue.
-  __device__ __forceinline__ void keep_row_scales(int stage) const {
+  // Scales and biases of the unit's rows, out of its first stage, for this warpgroup's epilogue.
+  __device__ __forceinline__ void keep_row_terms(int stage) const {
     const int i = threadIdx.x % kWarpgroupThreads;
-    reinterpret_cast<float2*>(map_.kept_row_scales(warpgroup()))[i] =
-        reinterpret_cast<const float2*>(map_.row_scales(stage))[i];
+    static_assert(!kRowScales || Normal::kRowTermBytes == kWarpgroupThreads * sizeof(float4));
+    reinterpret_cast<float4*>(map_.kept_row_terms(warpgroup()))[i] =
+        reinterpret_cast<const float4*>(map_.row_terms(stage))[i];
   }
 
-  // Sums times the scales of their rows. In memory, gate's and up's of a column, or those of two neighbouring hidden
-  // columns, are side by side: those of rows 8b + q and 8(b + 1) + q for even b.
+  // Sums times the scales of their rows, plus their biases, which for down the routing weight multiplies. In memory,
+  // gate's and up's of a column, or those of two neighbouring hidden columns, are side by side: those of rows 8b + q and
+  // 8(b + 1) + q for even b.
   template <bool kDown, int kTiles>
-  __device__ __forceinline__ void scale_rows(Sums<kTiles>& acc) const {
+  __device__ __forceinline__ void apply_row_terms(Sums<kTiles>& acc) const {
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
-    const float2* scales =
-        reinterpret_cast<const float2*>(map_.kept_row_scales(warpgroup())) + first_tile_ * kPlaneRows;
+    constexpr int kPlanePairs = kPlaneRows / 2, kTilePairs = kPlaneRowTerms;  // 2 planes of scales and biases
+    const float2* terms = reinterpret_cast<const float2*>(map_.kept_row_terms(warpgroup())) + first_tile_ * kTilePairs;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int b = 0; b < kN / 8; b += 2) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float2 scale = scales[t * kPlaneRows + 4 * b + 2 * quad_lane() + c];
+          const int plane = b / 8;
+          const float2* pair = terms + t * kTilePairs + (b + plane * 8) * 4 + 2 * quad_lane() + c;
+          const RowTerms row = {pair[0], pair[kPlanePairs]};
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            acc[t][4 * b + 2 * half + c] *= scale.x;
-            acc[t][4 * (b + 1) + 2 * half + c] *= scale.y;
+            const float factor = kDown ? source_[half].weight : 1.0f;
+            float& low = acc[t][4 * b + 2 * half + c];
+            float& high = acc[t][4 * (b + 1) + 2 * half + c];
+            low = row.low(low, factor);
+            high = row.high(high, factor);
           }
         }
       }
@@ -157,7 +164,7 @@ class NormalConsumer {
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
       wait_stage(map_.header(), cursor);
       if constexpr (kRowScales) {
-        if (block == 0) keep_row_scales(stage);
+        if (block == 0) keep_row_terms(stage);
       }
       if (!kDown && gathers_rows<Normal, Group>(args_)) ptx::fence_proxy_async_shared();  // by copies of threads
       const float token_scale[2] = {token_scales[0], token_scales[8]};

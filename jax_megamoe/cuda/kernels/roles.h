@@ -65,9 +65,9 @@ struct OrientationConstants {
   // One tile's weights for 128 columns of K: two planes.
   static constexpr int kBlockWeightBytes = 2 * Format::kPlaneBytes;
   static constexpr int kStageWeightBytes = kStageBlocks * kUnitTiles * kBlockWeightBytes;
-  // Scales of a unit's rows, which come with its first stage, behind the weights.
-  static constexpr int kRowScaleBytes = Format::kRowScales ? kUnitTiles * 2 * kPlaneRows * 4 : 0;
-  static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowScaleBytes, 1024);
+  // Scales and biases of a unit's rows, which come with its first stage, behind the weights.
+  static constexpr int kRowTermBytes = Format::kRowScales ? kUnitTiles * 2 * kPlaneRowTerms * 4 : 0;
+  static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowTermBytes, 1024);
   static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwapsOperands || kWide ? 1 : kConsumerWarpgroups;

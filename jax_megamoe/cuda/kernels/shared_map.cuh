@@ -15,6 +15,18 @@ namespace megamoe {
 constexpr int kDownTileRowBytes = kDownTileColumns * 2;  // bf16
 static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this length");
 
+// Of two rows of weights: what the sum over K is multiplied by, and what is added to it.
+struct alignas(16) RowTerms {
+  float2 scale, bias;
+
+  __device__ __forceinline__ float low(float sum, float factor = 1.0f) const {
+    return fmaf(sum, scale.x, factor * bias.x);
+  }
+  __device__ __forceinline__ float high(float sum, float factor = 1.0f) const {
+    return fmaf(sum, scale.y, factor * bias.y);
+  }
+};
+
 constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory per CTA on SM90
 
 // Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage
@@ -51,16 +63,16 @@ class SharedMap {
   using Target = RouteTarget<Orientation::kTokenTile>;
   __device__ Target* route_targets() const { return reinterpret_cast<Target*>(scratch()); }
   // swapAB: [8 warps][max_rows]; normal: [warpgroups][64]
-  __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch()); }
+  __device__ float* row_amax() const { return reinterpret_cast<float*>(scratch() + kSwapTermBytes); }
   // normal: [128], behind the maxima: where the tokens of a unit lie (RowGather)
   __device__ uint32_t* row_offsets() const {
     static_assert((kConsumerWarpgroups * kWarpgroupTokens + kNormalTokenTile) * sizeof(float) <=
                   kRouteBatch * sizeof(Target));
     return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
   }
-  // normal, where rows have scales: [warpgroups][tiles][2 * kPlaneRows], behind all else
-  __device__ float* kept_row_scales(int warpgroup) const {
-    return reinterpret_cast<float*>(scratch() + kScratchBytes + warpgroup * Orientation::kRowScaleBytes);
+  // normal, where rows have scales: [warpgroups], behind all else, as `row_terms`
+  __device__ float* kept_row_terms(int warpgroup) const {
+    return reinterpret_cast<float*>(scratch() + kScratchBytes + warpgroup * Orientation::kRowTermBytes);
   }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
@@ -70,9 +82,12 @@ class SharedMap {
            warpgroup * max_rows * kDownTileRowBytes;
   }
 
-  // wide: of a warp, and of this thread, while a unit is multiplied
+  // Weights on M, where rows have scales: of this quad of lanes, which have the same two rows; until the unit's epilogue.
+  __device__ RowTerms& quad_row_terms() const {
+    return (Orientation::kWide ? wide_fixed().row_terms : reinterpret_cast<RowTerms*>(scratch()))[threadIdx.x / 4];
+  }
+  // wide: of a warp, while a unit is multiplied
   __device__ UnitNote& wide_note(int warp) const { return wide_fixed().note[warp]; }
-  __device__ float2& wide_row_scale() const { return wide_fixed().row_scale[threadIdx.x]; }
   // wide, behind the tokens' targets: by warp, [max_rows]
   __device__ float* wide_amax(int warp) const { return reinterpret_cast<float*>(wide_scratch()) + warp * max_rows; }
   // wide: what the cluster's other CTA sends, by turn, [max_rows]
@@ -93,8 +108,8 @@ class SharedMap {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
   }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightRoom; }
-  // Of a unit's first stage: [tiles][2 * kPlaneRows]
-  __device__ const float* row_scales(int stage) const {
+  // Of a unit's first stage: [planes][scales, then biases][kPlaneRows]
+  __device__ const float* row_terms(int stage) const {
     return reinterpret_cast<const float*>(weights(stage) + Orientation::kStageWeightBytes);
   }
   __device__ float* token_scales(int stage) const {
@@ -105,6 +120,11 @@ class SharedMap {
   // Of the tokens' targets, and whatever else there is one after the other.
   static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(Target));
 
+  // swapAB: `quad_row_terms`, in front of the maxima.
+  static constexpr int kSwapTermBytes = Orientation::kSwapsOperands && Orientation::Format::kRowScales
+                                            ? kConsumerThreads / 4 * static_cast<int>(sizeof(RowTerms))
+                                            : 0;
+
   // Of a row of the wide orientation's chunks, beside its tile.
   static constexpr int kWideRowBytes = (kConsumerWarps + 2) * static_cast<int>(sizeof(float)) + sizeof(float2) +
                                        kConsumerWarpgroups * static_cast<int>(sizeof(RowSource));
@@ -113,7 +133,7 @@ class SharedMap {
   // What does not depend on the rows.
   struct WideFixed {
     UnitNote note[kConsumerWarps];
-    float2 row_scale[kConsumerThreads];
+    RowTerms row_terms[kConsumerThreads / 4];
   };
   __device__ WideFixed& wide_fixed() const { return *reinterpret_cast<WideFixed*>(scratch() + kScratchBytes); }
   __device__ uint8_t* wide_scratch() const { return scratch() + kScratchBytes + sizeof(WideFixed); }
@@ -125,13 +145,13 @@ class SharedMap {
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
     constexpr int targets =
-        kScratchBytes + (Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowScaleBytes);
+        kScratchBytes + (Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowTermBytes);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     if constexpr (Orientation::kWide) {
       return round_up(plan.end() + kScratchBytes + sizeof(WideFixed) + rows * kWideRowBytes + kWideTileBytes, 1024);
     }
-    const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes : 0;
+    const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes + kSwapTermBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }
   __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
@@ -144,12 +164,18 @@ class SharedMap {
   int ring_offset_;
 };
 
-// swapAB: the scales of a thread's low and high rows in an accumulator fragment; `stage` is the unit's first one.
+// Weights on M: takes the terms of a warp's rows from `stage`, the unit's first one, to where its epilogue finds them. In
+// registers they would be in the way of the multiply.
 template <typename Orientation>
-__device__ __forceinline__ float2 load_row_scale(const SharedMap<Orientation>& map, int stage) {
-  // Eight pairs of rows for each warp.
-  const int pair = threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
-  return reinterpret_cast<const float2*>(map.row_scales(stage))[pair];
+__device__ __forceinline__ void keep_row_terms(const SharedMap<Orientation>& map, int stage) {
+  if (threadIdx.x % 4 == 0) {
+    // A plane for each warpgroup, and of it a pair of rows for each quad: the low and the high row of a fragment.
+    const float2* plane =
+        reinterpret_cast<const float2*>(map.row_terms(stage) + threadIdx.x / kWarpgroupThreads * kPlaneRowTerms);
+    const int pair = threadIdx.x % kWarpgroupThreads / 4;
+    map.quad_row_terms() = {plane[pair], plane[kPlaneRows / 2 + pair]};
+  }
+  __syncwarp();
 }
 
 }  // namespace megamoe

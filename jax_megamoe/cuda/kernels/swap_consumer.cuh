@@ -179,7 +179,7 @@ class SwapConsumer {
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) {
     if constexpr (Format::kDecodes) {
-      DecodedProduct<kN, Orientation, kDown>(args_, map_, note_).run(cursor, acc, row_scale_);
+      DecodedProduct<kN, Orientation, kDown>(args_, map_, note_).run(cursor, acc);
       return;
     }
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
@@ -198,7 +198,7 @@ class SwapConsumer {
     };
     Stage stage(map_, cursor.stage, first_plane);
     wait_stage(map_.header(), cursor);
-    if constexpr (Format::kRowScales) row_scale_ = load_row_scale(map_, cursor.stage);
+    if constexpr (Format::kRowScales) keep_row_terms(map_, cursor.stage);
     issue(stage, 0);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
@@ -245,7 +245,11 @@ class SwapConsumer {
     for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
+        if constexpr (Format::kRowScales) {
+          const RowTerms& row = map_.quad_row_terms();
+          acc[c] = row.low(acc[c]);
+          acc[2 + c] = row.high(acc[2 + c]);
+        }
         acc[c] = activate(acc[c], acc[2 + c], args_.activation);
         float amax = fabsf(acc[c]);
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
@@ -318,7 +322,13 @@ class SwapConsumer {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
-        if constexpr (Format::kRowScales) acc[c] *= row_scale_.x, acc[2 + c] *= row_scale_.y;
+        if constexpr (Format::kRowScales) {
+          // What padding tokens have here is dropped.
+          const RowTerms& row = map_.quad_row_terms();
+          const float weight = sources()[token].weight;
+          acc[c] = row.low(acc[c], weight);
+          acc[2 + c] = row.high(acc[2 + c], weight);
+        }
         *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
             __floats2bfloat162_rn(acc[c], acc[2 + c]);
       }
@@ -344,7 +354,6 @@ class SwapConsumer {
   UnitNote note_;
   Signaller& signaller_;
   Tracer& tracer_;
-  float2 row_scale_;  // of the thread's low and high rows, where rows have scales
 };
 
 }  // namespace megamoe

@@ -74,7 +74,7 @@ class WeightProducer {
   using Format = typename Orientation::Format;
   static constexpr int kPlaneBytes = Format::kPlaneBytes;
   static constexpr bool kRowScales = Format::kRowScales;
-  static constexpr int kTileRows = 2 * kPlaneRows;
+  static constexpr int kTileRowTerms = 2 * kPlaneRowTerms;  // floats
 
   // Where a unit's weights are: those of each tile follow each other, K block after K block. Worked out once for each
   // unit: the thread that issues the copies is on the critical path of every stage.
@@ -138,17 +138,17 @@ class WeightProducer {
       const size_t tile_pair = expert * tile_pairs + u.tile * Orientation::kUnitTiles;
       s.weights = (is_shared ? shared.down : own.down) + tile_pair * s.tile_bytes;
       s.scales = (is_shared ? shared.down_scale : own.down_scale) +
-                 (kRowScales ? tile_pair * kTileRows : 2 * tile_pair * vectors * kScaleVectorFloats);
-      s.scale_distance = kRowScales ? kTileRows : 2 * vectors * kScaleVectorFloats;
+                 (kRowScales ? tile_pair * kTileRowTerms : 2 * tile_pair * vectors * kScaleVectorFloats);
+      s.scale_distance = kRowScales ? kTileRowTerms : 2 * vectors * kScaleVectorFloats;
       // An odd last one comes twice: its copy is multiplied and dropped.
       if ((u.tile + 1) * Orientation::kUnitTiles > tile_pairs) s.tile_bytes = s.scale_distance = 0;
     } else {
       const size_t tile = (expert * args_.constants.gate_up_units.value() + u.tile) * Orientation::kUnitTiles;
       s.weights = (is_shared ? shared.gate_up : own.gate_up) + tile * s.tile_bytes;
-      if constexpr (kRowScales) s.scale_distance = kTileRows;
+      if constexpr (kRowScales) s.scale_distance = kTileRowTerms;
       // Those of blocks the tiles of a unit share.
       s.scales = (is_shared ? shared.gate_up_scale : own.gate_up_scale) +
-                 (kRowScales ? tile * kTileRows : tile * s.k_blocks * kScaleVectorFloats);
+                 (kRowScales ? tile * kTileRowTerms : tile * s.k_blocks * kScaleVectorFloats);
     }
     return s;
   }
@@ -230,9 +230,9 @@ class WeightProducer {
     }
   }
 
-  // The scales of the unit's rows, behind the weights of its first stage.
-  __device__ __forceinline__ void load_row_scales(const Stream& s, uint8_t* stage, uint64_t* full) {
-    constexpr int kTileBytes = kTileRows * sizeof(float);
+  // The scales and biases of the unit's rows, behind the weights of its first stage.
+  __device__ __forceinline__ void load_row_terms(const Stream& s, uint8_t* stage, uint64_t* full) {
+    constexpr int kTileBytes = kTileRowTerms * sizeof(float);
 #pragma unroll
     for (int t = 0; t < Orientation::kUnitTiles; ++t) {
       ptx::bulk_copy_global_to_shared(stage + Orientation::kStageWeightBytes + t * kTileBytes,
@@ -248,13 +248,13 @@ class WeightProducer {
     uint8_t* stage = map_.weights(cursor_.stage);
     float* scales = map_.header().weight_scale[cursor_.stage];
     // Those that come with each stage, or for all rows with the first one.
-    const int row_scale_bytes = kRowScales && block == 0 ? Orientation::kRowScaleBytes : 0;
+    const int row_term_bytes = kRowScales && block == 0 ? Orientation::kRowTermBytes : 0;
 
     if (s.down) {
       // Down: for each tile its two planes, each with all K blocks of the stage, and scales for two K blocks.
-      ptx::mbarrier_arrive_expect_tx(full,
-                                     Orientation::kStageWeightBytes +
-                                         (kRowScales ? row_scale_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
+      ptx::mbarrier_arrive_expect_tx(
+          full,
+          Orientation::kStageWeightBytes + (kRowScales ? row_term_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
 #pragma unroll
@@ -272,7 +272,7 @@ class WeightProducer {
       s.weights += Orientation::kStageBlocks * kPlaneBytes;
     } else {
       // Gate/up: for each tile K block after K block, of two planes each, and scales that the tiles share.
-      const int scale_bytes = kRowScales ? row_scale_bytes : whole * kScaleVectorBytes;
+      const int scale_bytes = kRowScales ? row_term_bytes : whole * kScaleVectorBytes;
       ptx::mbarrier_arrive_expect_tx(full, Orientation::kStageWeightBytes + scale_bytes);
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
@@ -286,7 +286,7 @@ class WeightProducer {
       }
       s.weights += Orientation::kStageBlocks * Orientation::kBlockWeightBytes;
     }
-    if (kRowScales && block == 0) load_row_scales(s, stage, full);
+    if (kRowScales && block == 0) load_row_terms(s, stage, full);
   }
 
   const MoeArguments& args_;

@@ -104,7 +104,7 @@ class WideConsumer {
 #pragma unroll
       for (float& value : part) value = 0.0f;
     }
-    map_.wide_row_scale() = load_row_scale(map_, cursor.stage);
+    keep_row_terms(map_, cursor.stage);
     E2m1Words words = load(cursor.stage);
 #pragma unroll 1
     for (int block = 0; block < k_blocks; ++block) {
@@ -174,7 +174,7 @@ class WideConsumer {
   // Activation, routing weight, power-of-two scale over the cluster's 128 columns, E4M3, into the chunk's activation image.
   __device__ __forceinline__ void finish_gate_up(Sums& sums) {
     const MaximaExchange<Wide> exchange(map_);
-    const float2 row_scale = map_.wide_row_scale();
+    const RowTerms& row_terms = map_.quad_row_terms();
     ptx::wait_copies<0>();  // the sources
     with_activation(args_.activation, [&](const auto& activate) {
       for_parts([&](int part) {
@@ -183,7 +183,7 @@ class WideConsumer {
 #pragma unroll
           for (int i = 0; i < kLoopSums / 2; ++i) {
             float& value = acc[4 * (i / 2) + i % 2];
-            value = activate(value * row_scale.x, acc[4 * (i / 2) + 2 + i % 2] * row_scale.y);
+            value = activate(row_terms.low(value), row_terms.high(acc[4 * (i / 2) + 2 + i % 2]));
             amax[i] = fabsf(value);
           }
           map_.wide_amax(threadIdx.x / 32)[first_token + token_of(quad_row())] = largest_of_columns(amax);
@@ -297,7 +297,7 @@ class WideConsumer {
   __device__ __forceinline__ void finish_down(Sums& sums) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     uint8_t* tile = map_.wide_tile(warpgroup());
-    const float2 row_scale = map_.wide_row_scale();
+    const RowTerms& row_terms = map_.quad_row_terms();
     ptx::wait_copies<0>();  // the sources
     const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
     constexpr int kLanesPerRow = kDownTileRowBytes / sizeof(uint4);
@@ -308,8 +308,10 @@ class WideConsumer {
 #pragma unroll
         for (int i = 0; i < kLoopSums / 2; ++i) {
           const float* value = acc + 4 * (i / 2) + i % 2;
-          *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(first_token + token_of(i), tile_column)) =
-              __floats2bfloat162_rn(value[0] * row_scale.x, value[2] * row_scale.y);
+          const int token = first_token + token_of(i);
+          const float weight = sources()[part * kN + token].weight;
+          *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
+              __floats2bfloat162_rn(row_terms.low(value[0], weight), row_terms.high(value[2], weight));
         }
       });
       ptx::named_barrier_sync(barrier, kWarpgroupThreads);

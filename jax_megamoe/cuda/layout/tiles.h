@@ -15,6 +15,8 @@ namespace megamoe {
 // A plane is 64 rows of weights x 128 columns of K, in the order in which a WGMMA operand wants them.
 constexpr int kPlaneRows = 64;
 constexpr int kBlockK = 128;
+// Floats for the rows of a plane, where rows have scales: 64 scales, then 64 biases.
+constexpr int kPlaneRowTerms = 2 * kPlaneRows;
 // Scales of blocks are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two K blocks.
 constexpr int kScaleVectorFloats = 4;
 constexpr int kScaleVectorBytes = kScaleVectorFloats * 4;

@@ -17,7 +17,7 @@ struct Fp8Block {
   static constexpr int kPlaneBytes = kPlaneRows * kBlockK;
   // Whether the multiply reads weights from registers, where they have been decoded, instead of from shared memory.
   static constexpr bool kDecodes = false;
-  // Whether a row's sum is scaled once, when it is complete, instead of block by block.
+  // Whether a row's sum is scaled once, when it is complete, instead of block by block, and a bias added.
   static constexpr bool kRowScales = false;
 };
 

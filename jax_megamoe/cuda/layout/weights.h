@@ -22,8 +22,8 @@ struct WeightFormatNames {
 
 constexpr WeightFormatNames kWeightFormats[] = {
     {WeightFormat::kFp8Block, "fp8_block", "sm90_v1"},
-    {WeightFormat::kFp8Channel, "fp8_channel", "sm90_fp8_channel_v1"},
-    {WeightFormat::kMxfp4, "mxfp4", "sm90_mxfp4_v1"},
+    {WeightFormat::kFp8Channel, "fp8_channel", "sm90_fp8_channel_v2"},
+    {WeightFormat::kMxfp4, "mxfp4", "sm90_mxfp4_v2"},
 };
 
 // Null if no format has that name.
@@ -75,8 +75,8 @@ inline WeightLeaves weight_leaves(WeightFormat format, int64_t hidden_size, int6
     leaves[2] = {"down", Element::kU8, {down_tiles, down_blocks, Mxfp4::kPlaneBytes}, "[(L,) E, H/64, I/128, 4352]"};
   }
   if (format != WeightFormat::kFp8Block) {
-    leaves[1] = {"gate_up_scale", Element::kF32, {gate_up_tiles, kGateUpTileColumns, 2}, "[(L,) E, I/64, 64, 2]"};
-    leaves[3] = {"down_scale", Element::kF32, {down_tiles, kDownTileColumns / 2, 2}, "[(L,) E, H/64, 32, 2]"};
+    leaves[1] = {"gate_up_scale", Element::kF32, {gate_up_tiles, 2 * kPlaneRows, 2}, "[(L,) E, I/64, 128, 2]"};
+    leaves[3] = {"down_scale", Element::kF32, {down_tiles, kPlaneRows, 2}, "[(L,) E, H/64, 64, 2]"};
   }
   return leaves;
 }
