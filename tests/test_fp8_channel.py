@@ -71,15 +71,20 @@ def test_scales_of_rows_and_of_matrices(form, convert):
         assert difference(y, wanted) < TOLERANCE
 
 
-def test_scales_lie_where_the_definition_puts_them():
+def test_scales_and_biases_lie_where_the_definition_puts_them():
     experts = make_experts((2 * I,), (H,))
-    weights = mm.pack_experts(*experts)
-    assert weights.gate_up_scale.shape == (E, I // 64, 64, 2) and weights.down_scale.shape == (E, H // 64, 32, 2)
-    for expert, tile, column, part in np.ndindex(E, I // 64, 64, 2):
-        wanted = experts.gate_up_scale[expert, part * I + 64 * tile + column]
-        assert weights.gate_up_scale[expert, tile, column, part] == wanted
+    gate_up_bias, down_bias = np.arange(E * 2 * I, dtype=np.float32), np.arange(E * H, dtype=np.float32)
+    gate_up_bias, down_bias = gate_up_bias.reshape(E, 2 * I), down_bias.reshape(E, H)
+    weights = mm.pack_experts(*experts, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    assert weights.gate_up_scale.shape == (E, I // 64, 128, 2) and weights.down_scale.shape == (E, H // 64, 64, 2)
+    for expert, tile, plane, column, part in np.ndindex(E, I // 64, 2, 32, 2):
+        row = part * I + 64 * tile + 32 * plane + column
+        found = np.asarray(weights.gate_up_scale)[expert, tile, 64 * plane + np.array([column, 32 + column]), part]
+        assert (found == [experts.gate_up_scale[expert, row], gate_up_bias[expert, row]]).all()
     for expert, tile, pair, part in np.ndindex(E, H // 64, 32, 2):
-        assert weights.down_scale[expert, tile, pair, part] == experts.down_scale[expert, 64 * tile + 2 * pair + part]
+        row = 64 * tile + 2 * pair + part
+        found = np.asarray(weights.down_scale)[expert, tile, np.array([pair, 32 + pair]), part]
+        assert (found == [experts.down_scale[expert, row], down_bias[expert, row]]).all()
     of_blocks = mm.pack_experts(
         experts.gate_up, np.ones((E, 2, 2), np.float32), experts.down, np.ones((E, 2, 1), np.float32)
     )

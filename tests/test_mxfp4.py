@@ -69,13 +69,14 @@ def pack_naively(codes: np.ndarray, exponents: np.ndarray, *, is_gate_up: bool) 
     planes = 2 if is_gate_up else 1
     tiles = num_rows // (64 * planes)
     packed = np.zeros((tiles, columns // 128, planes * 4352), np.uint8)
-    row_scales = np.zeros((tiles, 64, 2) if is_gate_up else (tiles, 32, 2), np.float32)
+    # Of each plane 32 pairs of scales, and then of biases, which are zeros here.
+    row_scales = np.zeros((tiles, 64 * planes, 2), np.float32)
     for tile, plane, r, block in np.ndindex(tiles, planes, 64, columns // 128):
         g, q = r // 16, r % 16
         if is_gate_up:
             column = 32 * plane + 8 * g + q % 8
             row = 64 * tile + column + (num_rows // 2 if q >= 8 else 0)
-            row_scales[tile, column, q // 8] = scales[row]
+            row_scales[tile, 64 * plane + column % 32, q // 8] = scales[row]
         else:
             column = 16 * g + 2 * (q % 8) + q // 8
             row = 64 * tile + column
@@ -135,7 +136,7 @@ def test_all_forms_of_the_arrays_give_the_same_weights(convert):
     weights = mm.pack_experts(*experts)
     assert (weights.format, weights.layout) == ("mxfp4", "sm90_mxfp4_v2")
     assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
-    assert weights.nbytes == E * (3 * I * H * 17 // 32 + 4 * (2 * I + H))
+    assert weights.nbytes == E * (3 * I * H * 17 // 32 + 2 * 4 * (2 * I + H))
 
     def float4(codes: np.ndarray) -> np.ndarray:
         nibbles = np.stack([codes % 16, codes // 16], axis=-1)

@@ -51,8 +51,8 @@ def test_shared_experts_come_behind_the_layer(call):
     assert call(f"shared;{STACKED};{shared}") == SHARED.replace("L 1", "L 5")
 
 
-MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 64 2;3 u8 4 4 3 4352;4 f32 4 4 32 2"
-FP8_CHANNEL = "2 f32 4 6 64 2;4 f32 4 4 32 2"
+MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 128 2;3 u8 4 4 3 4352;4 f32 4 4 64 2"
+FP8_CHANNEL = "2 f32 4 6 128 2;4 f32 4 4 64 2"
 
 
 @pytest.mark.parametrize(("leaves", "name"), [("none", "fp8_block"), (FP8_CHANNEL, "fp8_channel"), (MXFP4, "mxfp4")])
@@ -80,13 +80,13 @@ WRONG = {
         "gate_up is u8[4, 6, 2, 16384]; wanted u8[(L,) E, I/64, H/128, 8704]",
     ),
     "gate_up_scale": ("2 f32 4 6 2 3", "gate_up_scale is f32[4, 6, 2, 3]; wanted f32[(L,) E, I/64, H/128, 4]"),
-    "gate_up_scale of rows": ("2 f32 4 6 2 2", "gate_up_scale is f32[4, 6, 2, 2]; wanted f32[(L,) E, I/64, 64, 2]"),
+    "gate_up_scale of rows": ("2 f32 4 6 2 2", "gate_up_scale is f32[4, 6, 2, 2]; wanted f32[(L,) E, I/64, 128, 2]"),
     "down_scale of blocks": (
-        "2 f32 4 6 64 2",
-        "down_scale is f32[4, 4, 2, 4]; wanted f32[(L,) E, H/64, 32, 2]",
+        "2 f32 4 6 128 2",
+        "down_scale is f32[4, 4, 2, 4]; wanted f32[(L,) E, H/64, 64, 2]",
     ),
     "down of another format": (
-        "1 u8 4 6 2 8704;2 f32 4 6 64 2",
+        "1 u8 4 6 2 8704;2 f32 4 6 128 2",
         "down is f8e4m3fn[4, 4, 3, 8192]; wanted u8[(L,) E, H/64, I/128, 4352]",
     ),
     "down": (
@@ -107,7 +107,7 @@ WRONG = {
     "what the kernel does not serve": ("5 s32 3 33", "top_k is 33; it has to be 1 to 32"),
     "fewer": ("fewer", "the call has 7 operands and 3 results; wanted 8, or with shared experts 12, and 3: trace the"),
     "shared of another format": (
-        "shared;8 u8 2 6 2 8704;9 f32 2 6 64 2",
+        "shared;8 u8 2 6 2 8704;9 f32 2 6 128 2",
         "shared.gate_up is u8[2, 6, 2, 8704]; wanted f8e4m3fn[(L,) E, I/64, H/128, 16384]",
     ),
     "shared of fewer layers": (
