@@ -5,6 +5,7 @@ from typing import NamedTuple
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.operands import Sizes
 from jax_megamoe.primitives import _library
+from jax_megamoe.weight_layout import padded_size
 
 
 class BufferBytes(NamedTuple):
@@ -41,6 +42,7 @@ def buffer_bytes(
         raise ShapeError(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )
+    hidden_size, intermediate_size = map(padded_size, (hidden_size, intermediate_size))
     sizes = Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, format)
     return BufferBytes(_library.peer_buffer_bytes(sizes, num_ranks), _library.peer_workspace_bytes(sizes, num_ranks))
 

@@ -73,8 +73,8 @@ def test_scales_of_rows_and_of_matrices(form, convert):
 
 def test_scales_and_biases_lie_where_the_definition_puts_them():
     experts = make_experts((2 * I,), (H,))
-    gate_up_bias, down_bias = np.arange(E * 2 * I, dtype=np.float32), np.arange(E * H, dtype=np.float32)
-    gate_up_bias, down_bias = gate_up_bias.reshape(E, 2 * I), down_bias.reshape(E, H)
+    gate_up_bias = np.arange(E * 2 * I, dtype=np.float32).reshape(E, 2 * I)
+    down_bias = np.arange(E * H, dtype=np.float32).reshape(E, H)
     weights = mm.pack_experts(*experts, gate_up_bias=gate_up_bias, down_bias=down_bias)
     assert weights.gate_up_scale.shape == (E, I // 64, 128, 2) and weights.down_scale.shape == (E, H // 64, 64, 2)
     for expert, tile, plane, column, part in np.ndindex(E, I // 64, 2, 32, 2):

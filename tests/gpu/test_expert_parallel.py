@@ -84,6 +84,17 @@ def test_all_tokens_to_one_rank(num_ranks):
 
 
 @all_ranks
+@pytest.mark.parametrize("weight_format", ["fp8_block", *OTHER_FORMATS])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_odd_sizes(num_ranks, tokens, weight_format):
+    mesh, sizes = gpu_mesh(expert=num_ranks), SHARED._replace(hidden=480, inter=352)
+    problem = make_problem_of(tokens * num_ranks, sizes, "masked", weight_format=weight_format)
+    arguments = place_all(mesh, problem)
+    assert is_fused_for(moe, *arguments)
+    assert_as_on_one_gpu(moe(*arguments), problem)
+
+
+@all_ranks
 @pytest.mark.parametrize("weight_format", OTHER_FORMATS)
 @pytest.mark.parametrize("tokens", [1, 8, 40, 128, 200, 1000])
 def test_formats_of_weights(num_ranks, tokens, weight_format):

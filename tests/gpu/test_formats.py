@@ -1,11 +1,14 @@
 """The fused kernel with weights of every format, against the reference, on a Hopper GPU."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_megamoe as mm
+from jax_megamoe.weight_layout import Format
 from tests.support.cases import MODELS, ODD_ROUTINGS, OTHER_FORMATS, SHARED
 from tests.support.compare import bits, difference
 from tests.support.layer_with_options import moe, reference
@@ -37,6 +40,35 @@ def test_token_counts(tokens, weight_format):
 @pytest.mark.parametrize(("hidden", "inter"), MODELS.values(), ids=MODELS)
 def test_shapes(hidden, inter, tokens, weight_format):
     assert_is_the_references(make_problem(tokens, Sizes(hidden, inter, 8, 6), weight_format=weight_format))
+
+
+@pytest.mark.parametrize("weight_format", get_args(Format))
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+@pytest.mark.parametrize(("hidden", "inter"), [(2880, 2880), (544, 352)], ids=str)
+def test_odd_sizes(hidden, inter, tokens, weight_format):
+    problem = make_problem(tokens, Sizes(hidden, inter, 8, 4), weight_format=weight_format)
+    assert problem.weights.gate_up.shape[1:3] == (-(-inter // 128) * 2, -(-hidden // 128))
+    assert_is_the_references(problem)
+
+
+@pytest.mark.parametrize("weight_format", OTHER_FORMATS)
+def test_a_bias_is_added_to_the_last_bit(weight_format):
+    """Of weights that are zeros: activations of the biases alone, and down's times the routing weight."""
+    hidden, inter, tokens = 256, 128, 70
+    x = jnp.ones((tokens, hidden), jnp.bfloat16)
+    zeros = np.zeros((2, inter, hidden), np.float32)
+    gate_up_bias = np.concatenate([np.full((2, inter), 20.0), np.ones((2, inter))], 1)
+    down = np.zeros((2, hidden, inter), np.float32)
+    down[:, :, 5] = 0.5  # times an activation of 20, times the routing weight
+    down_bias = np.arange(2 * hidden, dtype=np.float32).reshape(2, hidden) / 4
+    weights = mm.quantize_experts(
+        zeros, zeros, down, gate_up_bias=gate_up_bias, down_bias=down_bias, format=weight_format
+    )
+    for count in (1, 9, tokens):
+        ids = jnp.asarray(np.arange(count)[:, None] % 2, jnp.int32)
+        y = np.asarray(mm.moe(x[:count], weights, ids, jnp.full((count, 1), 0.25)), np.float32)
+        wanted = (0.25 * (10 + down_bias))[np.asarray(ids)[:, 0]]
+        np.testing.assert_array_equal(y, wanted.astype(jnp.bfloat16).astype(np.float32))
 
 
 @pytest.mark.parametrize("weight_format", OTHER_FORMATS)

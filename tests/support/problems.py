@@ -31,15 +31,23 @@ class Problem(NamedTuple):
 
 @functools.cache
 def make_weights(sizes: Sizes, seed: int = 0, weight_format: Format = "fp8_block") -> mm.ExpertWeights:
+    """Biases wherever the format has them, so that all tests of it are of them too; zeros behind odd sizes."""
     num_experts, hidden, inter = sizes.num_experts, sizes.hidden, sizes.inter
-    keys = jax.random.split(jax.random.key(seed), 3)
+    keys = jax.random.split(jax.random.key(seed), 5)
     # Blocks of different sizes, so that a scale that is mixed up shows.
     factors = jnp.repeat(jnp.linspace(0.02, 0.08, num_experts), 1)[:, None, None]
     gate, up = (jax.random.normal(key, (num_experts, inter, hidden), jnp.bfloat16) * factors for key in keys[:2])
     rows = jnp.linspace(0.5, 2.0, inter)[None, :, None]
     down = jax.random.normal(keys[2], (num_experts, hidden, inter), jnp.bfloat16) * factors
     gate, up, down = ((gate * rows).astype(jnp.bfloat16), up.astype(jnp.bfloat16), down.astype(jnp.bfloat16))
-    return mm.quantize_experts(gate, up, down, format=weight_format)
+    if weight_format == "fp8_block":
+        return mm.quantize_experts(gate, up, down, format=weight_format, pad=True)
+    # Of the size of the sums that they are added to.
+    gate_up_bias = jax.random.normal(keys[3], (num_experts, 2 * inter), jnp.bfloat16)
+    down_bias = jax.random.normal(keys[4], (num_experts, hidden), jnp.bfloat16)
+    return mm.quantize_experts(
+        gate, up, down, gate_up_bias=gate_up_bias, down_bias=down_bias, format=weight_format, pad=True
+    )
 
 
 def make_inputs(tokens: int, sizes: Sizes, routing: str = "uniform", seed: int = 0) -> tuple[jax.Array, ...]:

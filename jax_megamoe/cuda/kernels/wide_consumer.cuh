@@ -174,7 +174,7 @@ class WideConsumer {
   // Activation, routing weight, power-of-two scale over the cluster's 128 columns, E4M3, into the chunk's activation image.
   __device__ __forceinline__ void finish_gate_up(Sums& sums) {
     const MaximaExchange<Wide> exchange(map_);
-    const RowTerms& row_terms = map_.quad_row_terms();
+    const RowTerms row_terms = map_.quad_row_terms();
     ptx::wait_copies<0>();  // the sources
     with_activation(args_.activation, [&](const auto& activate) {
       for_parts([&](int part) {
@@ -297,7 +297,7 @@ class WideConsumer {
   __device__ __forceinline__ void finish_down(Sums& sums) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
     uint8_t* tile = map_.wide_tile(warpgroup());
-    const RowTerms& row_terms = map_.quad_row_terms();
+    const RowTerms row_terms = map_.quad_row_terms();
     ptx::wait_copies<0>();  // the sources
     const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
     constexpr int kLanesPerRow = kDownTileRowBytes / sizeof(uint4);
