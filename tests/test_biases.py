@@ -26,6 +26,7 @@ OF_ROWS = ("fp8_channel", "mxfp4")
 
 # Some arguments are of types that they do not take.
 moe: Any = mm.moe
+reference: Any = mm.reference.moe
 pack_experts: Any = mm.pack_experts
 quantize_experts: Any = mm.quantize_experts
 
@@ -153,7 +154,7 @@ def test_other_ways_to_call_it():
     y = moe(x, weights, ids, probs)
     stacked = mm.stack_experts([weights, weights])
     np.testing.assert_array_equal(y, jax.jit(moe)(x, stacked, ids, probs, layer=1))
-    np.testing.assert_array_equal(y, mm.reference.moe(x, weights, ids, probs))
+    np.testing.assert_array_equal(y, reference(x, weights, ids, probs))
     mapped = jax.vmap(moe, in_axes=(0, None, 0, 0))(x[:, None], weights, ids[:, None], probs[:, None])
     np.testing.assert_array_equal(y, mapped[:, 0])
     one = dataclasses.replace(jax.tree.map(lambda leaf: leaf[:1], weights), num_experts=1)
