@@ -122,7 +122,7 @@ def test_quantizing_pads_like_zeros(format, convert, order):
     gate, up = (rng.normal(size=(E, intermediate, hidden)).astype(np.float32) for _ in range(2))
     down = rng.normal(size=(E, hidden, intermediate)).astype(np.float32)
     wide = [np.pad(w, [(0, 0), (0, 32), (0, 96)]) for w in (gate, up)] + [np.pad(down, [(0, 0), (0, 96), (0, 32)])]
-    biases = make_biases(hidden, intermediate) if format in OF_ROWS else (None, None)
+    biases: Any = make_biases(hidden, intermediate) if format in OF_ROWS else (None, None)
     wide_biases: tuple[Any, Any] = (None, None)
     if format in OF_ROWS:
         halves = biases[0].reshape(E, 2, intermediate)

@@ -1,20 +1,29 @@
 // The activation between the two GEMMs, in FP32.
 #pragma once
 
+#include "common/ptx/approximate.cuh"
 #include "layout/activation.h"
 
 namespace megamoe {
 
-// Comparisons, not fmin: NaN has to survive. `kIsSilu`: alpha is 1 and there is no offset, as in most models.
+// x * sigmoid(alpha * gate), where `rate` is -alpha * log2(e). The denominator is at least 1: where the power is subnormal
+// the sum is 1, and where it overflows the quotient is zero, so that neither needs a guard.
+__device__ __forceinline__ float times_sigmoid(float x, float gate, float rate) {
+  return x * ptx::reciprocal(1.0f + ptx::exp2(gate * rate));
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// `kIsSilu`: alpha is 1 and there is no offset, as in most models.
 template <bool kIsSilu>
 class SwiGlu {
  public:
   __device__ explicit SwiGlu(const Activation& a) : a_(a) {}
   __device__ __forceinline__ float operator()(float gate, float up) const {
-    gate = gate > a_.clamp ? a_.clamp : gate;
-    up = up > a_.clamp ? a_.clamp : (up < -a_.clamp ? -a_.clamp : up);
-    if constexpr (kIsSilu) return __fdividef(gate, 1.0f + __expf(-gate)) * up;
-    return __fdividef(gate, 1.0f + __expf(-a_.alpha * gate)) * (up + a_.up_offset);
+    gate = ptx::min(gate, a_.clamp);
+    up = ptx::max(ptx::min(up, a_.clamp), -a_.clamp);
+    if constexpr (kIsSilu) return times_sigmoid(gate, gate, -kLog2E) * up;
+    return times_sigmoid(gate, gate, -kLog2E * a_.alpha) * (up + a_.up_offset);
   }
 
  private:
@@ -25,14 +34,12 @@ class SiTu {
  public:
   __device__ explicit SiTu(const Activation& a) : a_(a) {}
   __device__ __forceinline__ float operator()(float gate, float up) const {
-    return __fdividef(bounded(gate, a_.beta), 1.0f + __expf(-gate)) * bounded(up, a_.linear_beta);
+    return times_sigmoid(bounded(gate, a_.beta), gate, -kLog2E) * bounded(up, a_.linear_beta);
   }
 
  private:
   __device__ __forceinline__ static float bounded(float x, float bound) {
-    float tanh;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(__fdividef(x, bound)));
-    return bound * tanh;
+    return bound * ptx::tanh(__fdividef(x, bound));
   }
   const Activation& a_;
 };
