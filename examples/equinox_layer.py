@@ -27,6 +27,7 @@ class ExpertLayer(eqx.Module):
     experts: mm.ExpertWeights
     route_options: tuple[tuple[str, Any], ...] = eqx.field(static=True)  # keywords of `mm.route`
     moe_options: tuple[tuple[str, Any], ...] = eqx.field(static=True)  # keywords of `mm.moe`
+    logit_bias: jax.Array | None = None  # f32[E], of gpt-oss: added to the logits
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike[str], layer: int) -> "ExpertLayer":
@@ -34,11 +35,14 @@ class ExpertLayer(eqx.Module):
         checkpoint = mm.read_checkpoint(folder)
         router, options = checkpoint.router(layer), checkpoint.moe_options(layer)
         arrays = (router.weight, router.bias, checkpoint.experts(layer))
-        return cls(*arrays, route_options=tuple(router.options.items()), moe_options=tuple(options.items()))
+        fixed = tuple(router.options.items()), tuple(options.items())
+        return cls(*arrays, *fixed, logit_bias=router.logit_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The layer's result for x."""
         logits = jnp.matmul(x.astype(jnp.float32), self.router.T, precision="highest")
+        if self.logit_bias is not None:
+            logits += self.logit_bias
         ids, weights = mm.route(logits, bias=self.bias, **dict(self.route_options))
         return mm.moe(x, self.experts, ids, weights, **dict(self.moe_options))
 

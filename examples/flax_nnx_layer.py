@@ -29,12 +29,14 @@ class ExpertLayer(nnx.Module):
         experts: mm.ExpertWeights,
         *,
         bias: jax.Array | None = None,
+        logit_bias: jax.Array | None = None,
         route_options: dict[str, Any],
         moe_options: dict[str, Any] | None = None,
     ) -> None:
-        """Of a router f32[E, H], its bias f32[E], experts, and keywords of `mm.route` and `mm.moe`."""
+        """Of a router f32[E, H], its biases f32[E], experts, and keywords of `mm.route` and `mm.moe`."""
         self.router = nnx.Param(router)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.logit_bias = None if logit_bias is None else nnx.Param(logit_bias)  # of gpt-oss, added to the logits
         # A pytree whose leaves are variables; `moe` reads through them. `nnx.data` says that it holds some.
         self.experts = nnx.data(jax.tree.map(PackedWeight, experts))
         # Fixed while tracing: tuples, as they are compared when a compiled program is looked for.
@@ -47,11 +49,13 @@ class ExpertLayer(nnx.Module):
         checkpoint = mm.read_checkpoint(folder)
         router, experts = checkpoint.router(layer), checkpoint.experts(layer)
         options = {"route_options": router.options, "moe_options": checkpoint.moe_options(layer)}
-        return cls(router.weight, experts, bias=router.bias, **options)
+        return cls(router.weight, experts, bias=router.bias, logit_bias=router.logit_bias, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The layer's result for x."""
         logits = jnp.matmul(x.astype(jnp.float32), self.router[...].T, precision="highest")
+        if self.logit_bias is not None:
+            logits += self.logit_bias[...]
         bias = None if self.bias is None else self.bias[...]
         ids, weights = mm.route(logits, bias=bias, **dict(self.route_options))
         return mm.moe(x, self.experts, ids, weights, **dict(self.moe_options))

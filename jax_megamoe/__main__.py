@@ -22,7 +22,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a model's folder, with config.json and safetensors files")
     parser.add_argument("out", help="a new folder, or that of a run that was killed, which is gone on with")
     parser.add_argument(
-        "--format", choices=get_args(Format), help="of the experts (default: what the files hold; fp8_block for floats)"
+        "--format", choices=get_args(Format), help="of the experts (default: what they are held in; of floats FP8)"
     )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 

@@ -16,7 +16,7 @@ class SwiGLU:
     """gate * sigmoid(alpha * gate) * (up + up_offset), after `activation_clamp` where there is one.
 
     The defaults are silu(gate) * up. `SwiGLU(alpha=1.702, up_offset=1.0)` with `activation_clamp=7.0` is what gpt-oss
-    and MiniMax-M3 compute, the former with biases, which this layer does not add (openai/gpt-oss, `gpt_oss/torch`).
+    and MiniMax-M3 compute (openai/gpt-oss, `gpt_oss/torch`), the former of gate and up with the biases of its weights.
     """
 
     alpha: float = 1.0

@@ -24,7 +24,7 @@ from tests.support.checkpoints import build, file_bytes, octets, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
 
-NAMES = ["deepseek-v4", "qwen3.5-bf16", "glm-4.5", "kimi-k3", "deepseek-v3"]
+NAMES = ["deepseek-v4", "qwen3.5-bf16", "glm-4.5", "kimi-k3", "deepseek-v3", "gpt-oss"]
 
 
 def stock_folder(folder: Path, name: str) -> Path:
@@ -57,7 +57,7 @@ def test_a_cache_is_read_like_the_checkpoint(name, tmp_path):
     layer = stock.moe_layers[0]
     assert_alike(cached.experts(layer), stock.experts(layer))
     assert_alike(cached.shared_experts(layer), stock.shared_experts(layer))
-    for field in ("weight", "bias", "hash_table", "image_bias", "shared_gate"):
+    for field in ("weight", "bias", "hash_table", "image_bias", "shared_gate", "logit_bias"):
         found, wanted = getattr(cached.router(layer), field), getattr(stock.router(layer), field)
         assert (found is None) == (wanted is None), field
         if wanted is not None:
@@ -111,13 +111,14 @@ def test_another_layout_is_refused(made, monkeypatch):
 def test_another_layout_in_a_layers_file_is_refused(made, monkeypatch):
     """As if a later version had made the cache, and somebody had edited the first file."""
     out = convert(*made)
-    monkeypatch.setitem(weight_layout.LAYOUT_TAGS, "mxfp4", "sm90_mxfp4_v2")
-    with pytest.raises(CheckpointError, match=r"jax_megamoe\.json: has layout 'sm90_mxfp4_v2'"):
+    written, later = weight_layout.LAYOUT_TAGS["mxfp4"], "sm90_mxfp4_v99"
+    monkeypatch.setitem(weight_layout.LAYOUT_TAGS, "mxfp4", later)
+    with pytest.raises(CheckpointError, match=rf"jax_megamoe\.json: has layout '{written}'"):
         mm.read_checkpoint(out)
-    edit(out / cache.MANIFEST, layout="sm90_mxfp4_v2")
-    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: has layout 'sm90_mxfp4_v2'"):
+    edit(out / cache.MANIFEST, layout=later)
+    with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: has layout '{written}'"):
         mm.read_checkpoint(out).experts(1)
-    with pytest.raises(CheckpointError, match=r"layer-00000\.safetensors: has layout 'sm90_mxfp4_v2'"):
+    with pytest.raises(CheckpointError, match=rf"layer-00000\.safetensors: has layout '{written}'"):
         convert(*made)
 
 
@@ -439,6 +440,9 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     ("moe_options", "moe", {"activation": {"beta": 4.0}}, "has options of moe"),
     ("moe_options", "moe", {"activation": {"beta": 4.0, "linear_beta": 0.0}}, "has options of moe"),
     ("moe_options", "moe", {"activation": 4.0}, "has options of moe"),
+    ("moe_options", "moe", {"activation": {"alpha": 1.0, "linear_beta": 1.0}}, "has options of moe"),
+    ("moe_options", "moe", {"activation": {"alpha": 1.0, "up_offset": float("inf")}}, "has options of moe"),
+    ("moe_options", "moe", {"activation": {"alpha": 1, "up_offset": 1.0}}, "has options of moe"),
 ])  # fmt: skip
 def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
     out, path, content, held = made_once
@@ -458,6 +462,7 @@ def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
     ("weight", np.zeros((8, 256), np.int32), r"is I32 \(8, 256\), wanted F32"),
     ("bias", np.zeros(7, np.float32), r"is F32 \(7,\), wanted F32 \(8,\)"),
     ("image_bias", np.zeros((1, 8), np.float32), r"is F32 \(1, 8\), wanted F32 \(8,\)"),
+    ("logit_bias", np.zeros(7, np.float32), r"is F32 \(7,\), wanted F32 \(8,\)"),
     ("hash_table", np.zeros((16, 3), np.int32), r"is I32 \(16, 3\), wanted I32 \(any, 2\)"),
     ("hash_table", np.full((16, 2), 8, np.int32), "names experts 8 to 8, wanted 0 to 7"),
     ("shared_gate", np.zeros((1, 255), np.float32), r"is F32 \(1, 255\), wanted F32 \(1, 256\)"),

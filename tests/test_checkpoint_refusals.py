@@ -123,7 +123,7 @@ EXPERTS: dict[str, tuple[str, Change, str]] = {
     "biases": (
         "qwen3-bf16",
         with_tensor(f"{STEM}.0.up_proj.bias", np.zeros(I, np.float32)),
-        r"up_proj\.bias' is added to the projection",
+        r"up_proj\.bias' is added to the projection, which experts of this family do without: look whether config",
     ),
     "an expert missing": (
         "kimi-k2",
@@ -145,14 +145,17 @@ EXPERTS: dict[str, tuple[str, Change, str]] = {
         r"down_proj\.weight' is of a matrix \(128, 256\), wanted \(256, 128\)",
     ),
     "a vector": ("qwen3-bf16", gate(0, FLOATS[0]), r"has shape \(256,\), wanted \[N, K\]"),
-    "sizes that are no multiples": (
-        "qwen3-bf16",
-        all_of(
-            replace("gate_proj.weight", ("gate_proj.weight", FLOATS[:96])),
-            replace("up_proj.weight", ("up_proj.weight", FLOATS[:96])),
-            replace("down_proj.weight", ("down_proj.weight", FLOATS[:96].T.copy())),
-        ),
-        "says that the intermediate size is 96, wanted a multiple of 128",
+    "fused with a scale for rows of gate and of up": (
+        "qwen3.5-bf16",
+        all_of(*(
+            with_tensor(f"model.language_model.layers.1.mlp.experts.{name}", array)
+            for p, rows, columns in (("gate_up_proj", 192, H), ("down_proj", H, 96))
+            for name, array in (
+                (p, np.zeros((E, rows, columns), ml_dtypes.float8_e4m3fn)),
+                (f"{p}_scale_inv", np.ones((E, -(-rows // 128), -(-columns // 128)), np.float32)),
+            )
+        )),
+        r"gate_up_proj' has scales that rows of gate share with rows of up",
     ),
     "two encodings": (
         "kimi-k2",
@@ -262,7 +265,6 @@ def test_a_hash_layer_without_its_table(fields, tmp_path):
 FOLDERS: dict[str, tuple[Change, str]] = {
     "unknown family": (with_config(model_type="mixtral"), "has model_type 'mixtral', wanted one of deepseek_v3, "),
     "no family": (lambda config, _: config.pop("model_type"), "has model_type None"),
-    "gpt-oss": (with_config(model_type="gpt_oss"), "'gpt_oss', which adds biases to the projections of its experts"),
     "Llama-4": (with_config(model_type="llama4_text"), "'llama4_text', which weighs the input of an expert"),
     "no number of experts": (lambda config, _: config.pop("n_routed_experts"), "n_routed_experts = None"),
     "more experts": (with_config(n_routed_experts=4), "has 4 experts, and layer 1 of the files has number 7"),

@@ -22,6 +22,7 @@ from tests.support.checkpoints import (
     I,
     Stock,
     Stored,
+    assert_same,
     build,
     fp8_block,
     fp8_channel,
@@ -49,12 +50,6 @@ def made(tmp_path_factory) -> Any:
     return make
 
 
-def assert_same(weights: mm.ExpertWeights, expected: numpy_model.Experts) -> None:
-    for name, found, wanted in zip(expected._fields, weights.unpack(), expected, strict=True):
-        assert found.shape == wanted.shape, name
-        np.testing.assert_array_equal(octets(found), octets(wanted), err_msg=name)
-
-
 def stacked(stock: Stock, layers: list[int]) -> numpy_model.Experts:
     return numpy_model.Experts(*(np.stack(parts) for parts in zip(*map(stock.natural, layers), strict=True)))
 
@@ -77,9 +72,12 @@ def test_every_family_comes_back_bit_by_bit(name, made):
     assert (checkpoint.family, checkpoint.moe_layers) == (stock.family, list(plan.moe_layers))
     assert checkpoint.config["num_hidden_layers"] == plan.num_layers
     layer = plan.moe_layers[-1]
-    assert_same(checkpoint.experts(layer), stock.natural(layer))
+    experts = checkpoint.experts(layer)
+    assert_same(experts, stock.natural(layer))
+    for bias, expected in zip(experts.unpack_biases(), stock.biases[layer], strict=True):
+        np.testing.assert_array_equal(bias, expected)
     router = checkpoint.router(layer)
-    for field in ("weight", "bias", "hash_table", "image_bias", "shared_gate"):
+    for field in ("weight", "bias", "hash_table", "image_bias", "shared_gate", "logit_bias"):
         found, wanted = getattr(router, field), stock.router[layer].get(field)
         assert (found is None) == (wanted is None), field
         if wanted is not None:
@@ -116,7 +114,8 @@ def test_the_names_of_the_test_are_all_families_of_the_table():
     assert served == {plan.family for plan in PLANS.values()}
 
 
-@pytest.mark.parametrize("name", sorted(set(PLANS) - {"kimi-k3"}))
+# gpt-oss: tests/test_checkpoint_gpt_oss.py
+@pytest.mark.parametrize("name", sorted(set(PLANS) - {"kimi-k3", "gpt-oss"}))
 def test_a_layer_computes_what_the_checkpoint_means(name, made):
     """Router, options and experts together, against a model in float64 of what was written."""
     folder, stock = made(name)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from examples.expectations import tiny
+from examples.expectations import gpt_oss_layer, tiny
 
 # Prompts of unequal lengths, more of them than a test has slots; and how many tokens follow each.
 PROMPTS = [[17], [5, 99, 3], [64, 2, 77, 31, 8, 120], [1, 2], [90] * 5, [33, 101, 54, 12, 7, 70, 19, 88, 41, 26]]
@@ -57,8 +58,37 @@ def expect(family: str) -> dict[str, Any]:
             case["first_logits"] = [round(float(logit), 4) for logit in logits[0]]
             case["last_logits"] = [round(float(logit), 4) for logit in logits[-1]]
         cases.append(case)
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    return {"made_with": versions, "checkpoint_sha256": digest, "cases": cases}
+    return {"made_with": versions(), "checkpoint_sha256": digest, "cases": cases}
+
+
+@torch.no_grad()
+def expect_layer() -> dict[str, Any]:
+    """Of gpt-oss' layer: the experts of each token, their weights, and the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = gpt_oss_layer.write(Path(folder) / "quantized")
+    layer = GptOssMLP(transformers.GptOssConfig(**gpt_oss_layer.CONFIG, experts_implementation="eager"))
+    stem = f"{gpt_oss_layer.STEM}."
+    held = gpt_oss_layer.tensors(is_float=True)
+    layer.load_state_dict({name.removeprefix(stem): torch.from_numpy(array) for name, array in held.items()})
+    x = torch.from_numpy(gpt_oss_layer.tokens().astype("float32"))
+    _, weights, ids = layer.router(x)
+    y, _ = layer(x[None])
+
+    def rounded(values: torch.Tensor) -> list[list[float]]:
+        return [[round(float(value), 5) for value in row] for row in values]
+
+    return {
+        "made_with": versions(),
+        "checkpoint_sha256": digest,
+        "ids": ids.tolist(),
+        "weights": rounded(weights),
+        "y": rounded(y[0]),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the expectations."""
+    return {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
 
 
 def main() -> None:
@@ -71,6 +101,9 @@ def main() -> None:
         text = json.dumps(expected)[:-1] + f', "cases": [\n{cases}\n]}}\n'
         (Path(__file__).parent / f"{family}.json").write_text(text)
         print(f"{family}: the smallest margin is {lowest}, {len(text)} bytes")
+    text = json.dumps(expect_layer(), separators=(",", ":")).replace("],[", "],\n[") + "\n"
+    (Path(__file__).parent / "gpt_oss_layer.json").write_text(text)
+    print(f"gpt_oss_layer: {len(text)} bytes")
 
 
 if __name__ == "__main__":

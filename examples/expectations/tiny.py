@@ -339,7 +339,7 @@ def write(family: str, folder: Path, *, is_float: bool = False) -> str:
     folder.mkdir(parents=True)
     fields = dict(config) if is_float else {**config, "quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(fields))
-    content = _safetensors(tensors.tensors)
+    content = safetensors_bytes(tensors.tensors)
     (folder / "model.safetensors").write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
@@ -351,10 +351,11 @@ _DTYPES = {
     "float32": "F32",
     "int64": "I64",
     "int8": "I8",
+    "uint8": "U8",
 }
 
 
-def _safetensors(tensors: Mapping[str, Array]) -> bytes:
+def safetensors_bytes(tensors: Mapping[str, Array]) -> bytes:
     """A file of tensors: the length of its header, the header, and the bytes of all tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

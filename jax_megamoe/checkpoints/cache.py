@@ -12,6 +12,7 @@ when all are there. What a writer leaves that was killed is never read, and the 
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import weight_layout
-from jax_megamoe.activations import SiTU, can_bound
+from jax_megamoe.activations import SiTU, SwiGLU, can_bound
 from jax_megamoe.checkpoints import router as routers
-from jax_megamoe.checkpoints.families import Config
+from jax_megamoe.checkpoints.families import Config, families_of
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
 from jax_megamoe.checkpoints.layers import Recipe
 from jax_megamoe.checkpoints.router import Router
@@ -56,11 +57,15 @@ _ROUTE: Mapping[str, Callable[[object], bool]] = {
     "group_scoring": lambda value: value in get_args(GroupScoring),
     "renormalize": lambda value: isinstance(value, bool),
 }
+_ACTIVATIONS: Mapping[frozenset[str], tuple[type[SiTU | SwiGLU], Callable[[float], bool]]] = {
+    frozenset({"beta", "linear_beta"}): (SiTU, can_bound),
+    frozenset({"alpha", "up_offset"}): (SwiGLU, math.isfinite),
+}
 _MOE: Mapping[str, Callable[[object], bool]] = {
     "activation": lambda value: (
         isinstance(value, dict)
-        and set(value) == {"beta", "linear_beta"}
-        and all(type(number) is float and can_bound(number) for number in value.values())
+        and frozenset(value) in _ACTIVATIONS
+        and all(type(number) is float and _ACTIVATIONS[frozenset(value)][1](number) for number in value.values())
     ),
     "activation_clamp": lambda value: type(value) is float and value > 0,
     "routed_scaling_factor": lambda value: type(value) is float,
@@ -117,7 +122,7 @@ class CachedModel:
     def moe_options(self, layer: int) -> dict[str, Any]:
         options = self._file(layer).moe_options()
         # What the model has that `moe` lacks is found again, and named.
-        return options if options is not None else routers.moe_options(self.config)
+        return options if options is not None else routers.moe_options(families_of(self.config)[0], self.config)
 
     def _file(self, layer: int) -> "LayerFile":
         if layer not in self._files:
@@ -174,6 +179,7 @@ class LayerFile:
             "hash_table": ("I32", (None, options["top_k"])),
             "image_bias": ("F32", (num_experts,)),
             "shared_gate": ("F32", (1, weight.shape[1])),
+            "logit_bias": ("F32", (num_experts,)),
         }
         arrays = {
             name: self._tensor(ROUTER + name, *kinds[name]).array() if ROUTER + name in self.file.tensors else None
@@ -196,8 +202,10 @@ class LayerFile:
             return None
         if not all(name in _MOE and _MOE[name](value) for name, value in options.items()):
             self._fail_options("moe", options)
-        situ = options.get("activation")
-        return dict(options) if situ is None else {**options, "activation": SiTU(**situ)}
+        numbers = options.get("activation")
+        if numbers is None:
+            return dict(options)
+        return {**options, "activation": _ACTIVATIONS[frozenset(numbers)][0](**numbers)}
 
     def _fail_options(self, function: str, options: object) -> NoReturn:
         raise CheckpointError(

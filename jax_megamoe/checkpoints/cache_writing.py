@@ -152,7 +152,7 @@ def _write_layer(
 ) -> None:
     format: Format = manifest["format"]
     shared = model.shared(number)
-    shared_format: Format = "fp8_block" if shared is None else shared.format or "fp8_block"
+    shared_format: Format = "fp8_block" if shared is None else shared.format
     try:
         options: dict[str, Any] | None = model.moe_options(number)
         if options and "activation" in options:

@@ -78,9 +78,9 @@ class Checkpoint:
           mesh: where the experts go, split over `expert_axis` and the same on all other axes; None: the default device.
             With several processes, all call this alike.
           expert_axis: as of `moe`: an axis of the mesh or several; None for all experts on each device.
-          format: what they become. None for what the checkpoint holds, and fp8_block for floats. Floats become any
-            format; mxfp4 also fp8_block, where that holds its values exactly, else it is an error. What a format holds
-            exactly is never rounded.
+          format: what they become. None for what the checkpoint holds, and for floats fp8_block, or beside biases
+            fp8_channel. Floats become any format; mxfp4 also fp8_block, where that holds its values exactly, else it is
+            an error; with biases nothing becomes fp8_block. What a format holds exactly is never rounded.
           progress: True prints how many GB are read, GB/s and the time left; a function is called after each expert
             with (bytes read, of how many), which counts what this process reads.
 

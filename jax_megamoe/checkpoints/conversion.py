@@ -11,9 +11,10 @@ from jax_megamoe.checkpoints.experts import Raw
 from jax_megamoe.checkpoints.safetensors import Array
 from jax_megamoe.operands import Leaves
 from jax_megamoe.packing import pack_leaves
+from jax_megamoe.padding import pad_rows
 from jax_megamoe.quantized_packing import quantize_and_pack
 from jax_megamoe.weight_checks import Order
-from jax_megamoe.weight_layout import BLOCK, Format, reshape_trailing
+from jax_megamoe.weight_layout import BLOCK, Format, padded_size, reshape_trailing
 
 # E2M1 * 2^s is an E4M3 value, whatever the E2M1 value, for s from -8 (0.5 * 2^-8 is the smallest subnormal) to 6 (384).
 _MIN_SHIFT, _MAX_SHIFT = -8, 6
@@ -40,23 +41,28 @@ def can_become(encoding: Encoding, format: Format) -> bool:
 
 def pack(raw: Raw, *, encoding: Encoding, order: Order, format: Format) -> tuple[Leaves, jax.Array]:
     """The packed leaves of experts [n, ...], and bool[1], whether one of them cannot be held in the format."""
+    has_biases = raw.gate_bias is not None
+    gate_up_bias = jnp.concatenate([raw.gate_bias, raw.up_bias], axis=1) if has_biases else None
+    biases = gate_up_bias, raw.down_bias
     if encoding.format is None:
         pairs = ((raw.gate, raw.gate_scale), (raw.up, raw.up_scale), (raw.down, raw.down_scale))
         gate, up, down = (weight if scale is None else _dequantize(weight, scale) for weight, scale in pairs)
-        leaves = quantize_and_pack(gate, up, down, order=order, format=format)
+        leaves = quantize_and_pack(gate, up, down, *biases, order=order, format=format)
         return leaves, _has_nan_rows(leaves) if format == "mxfp4" else _no(leaves)
+    if (encoding.format, format) == ("mxfp4", "fp8_block"):
+        matrices = (raw.gate, raw.gate_scale), (raw.up, raw.up_scale), (raw.down, raw.down_scale)
+        (gate, up, down), (gate_scale, up_scale, down_scale), are_lost = zip(
+            *(to_fp8_blocks(*_pad(*matrix)) for matrix in matrices), strict=True
+        )
+        gate_up, gate_up_scale = jnp.concatenate([gate, up], axis=1), jnp.concatenate([gate_scale, up_scale], axis=1)
+        leaves = pack_leaves(Leaves(gate_up, gate_up_scale, down, down_scale), format="fp8_block")
+        return leaves, jnp.any(jnp.concatenate(are_lost), keepdims=True)
     gate_up = jnp.concatenate([raw.gate, raw.up], axis=1)
     down = jnp.asarray(raw.down)
     if encoding.format == "mxfp4":
         gate_up_scale, down_scale = jnp.concatenate([raw.gate_scale, raw.up_scale], axis=1), jnp.asarray(raw.down_scale)
-        natural = Leaves(gate_up, gate_up_scale, down, down_scale)
-        if format == "mxfp4":
-            leaves = pack_leaves(natural, format="mxfp4")
-            return leaves, _has_nan_rows(leaves)
-        gate_up, gate_up_scale, is_lost = to_fp8_blocks(gate_up, gate_up_scale)
-        down, down_scale, is_down_lost = to_fp8_blocks(down, down_scale)
-        leaves = pack_leaves(Leaves(gate_up, gate_up_scale, down, down_scale), format="fp8_block")
-        return leaves, jnp.any(jnp.concatenate([is_lost, is_down_lost]), keepdims=True)
+        leaves = pack_leaves(Leaves(gate_up, gate_up_scale, down, down_scale), *biases, format="mxfp4")
+        return leaves, _has_nan_rows(leaves)
     gate_up, down = (jax.lax.bitcast_convert_type(octets, jnp.float8_e4m3fn) for octets in (gate_up, down))
     if format == "fp8_channel":
         gate_scale, up_scale = (_of_rows(s, raw.gate.shape[1]) for s in (raw.gate_scale, raw.up_scale))
@@ -64,8 +70,15 @@ def pack(raw: Raw, *, encoding: Encoding, order: Order, format: Format) -> tuple
     else:
         gate_scale, up_scale, down_scale = raw.gate_scale, raw.up_scale, jnp.asarray(raw.down_scale)
     gate_up_scale = jnp.concatenate([gate_scale, up_scale], axis=1)
-    leaves = pack_leaves(Leaves(gate_up, gate_up_scale, down, down_scale), format=format)
+    leaves = pack_leaves(Leaves(gate_up, gate_up_scale, down, down_scale), *biases, format=format)
     return leaves, _no(leaves)
+
+
+def _pad(codes: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A matrix of MXFP4 with zeros behind its rows and columns, up to the next multiples of 128."""
+    num_rows, num_columns = padded_size(codes.shape[1]), padded_size(2 * codes.shape[2])
+    codes = pad_rows(pad_rows(jnp.asarray(codes), 1, num_rows), 2, num_columns // 2)
+    return codes, pad_rows(pad_rows(jnp.asarray(exponents), 1, num_rows), 2, num_columns // mxfp4.GROUP)
 
 
 def to_fp8_blocks(codes: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -93,14 +106,19 @@ def to_fp8_blocks(codes: jax.Array, exponents: jax.Array) -> tuple[jax.Array, ja
     return reshape_trailing(values, 2, num_groups * mxfp4.GROUP), scale, is_lost
 
 
-def explain_exponents(codes: Array, exponents: Array | None, format: Format) -> str | None:
-    """What is wrong with a matrix of MXFP4, uint8 [N, K/2] and [N, K/32], where `pack` finds that something is."""
+def explain_exponents(codes: Array, exponents: Array | None, format: Format, of: str = "") -> str | None:
+    """What is wrong with a matrix of MXFP4, uint8 [N, K/2] and [N, K/32], where `pack` finds that something is.
+
+    `of` says whose rows they are.
+    """
     assert exponents is not None
     num_rows, num_groups = exponents.shape
     e = exponents.view(np.uint8).astype(int)
     is_zero = ~(codes.reshape(num_rows, num_groups, -1) & 0x77).any(axis=-1)
     if (nan_rows := np.flatnonzero((e == mxfp4.NAN_EXPONENT).any(axis=1))).size:
-        return f"has an exponent of 255, which is NaN, in row {nan_rows[0]}, wanted 0 to 254: take it from its source."
+        return (
+            f"has an exponent of 255, which is NaN, in row {nan_rows[0]}{of}, wanted 0 to 254: take it from its source."
+        )
     # Parts of the matrix whose exponents are held relative to one of them.
     rows, groups, limit = 1, num_groups, mxfp4.SPREAD
     if format == "fp8_block":
@@ -113,8 +131,8 @@ def explain_exponents(codes: Array, exponents: Array | None, format: Format) -> 
                 advice = 'load it with format="mxfp4"' if rows > 1 else "make zeros of the groups too small to matter"
                 where = f"rows {row} to {row + rows - 1}" if rows > 1 else f"row {row}"
                 return (
-                    f"has exponents from {used.min()} to {used.max()} in {where}, wanted at most {limit} between the "
-                    f"smallest and the largest for {format}: {advice}."
+                    f"has exponents from {used.min()} to {used.max()} in {where}{of}, wanted at most {limit} between "
+                    f"the smallest and the largest for {format}: {advice}."
                 )
     return None
 

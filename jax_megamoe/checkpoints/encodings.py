@@ -5,7 +5,7 @@ one of it to `packed.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Tensor
@@ -20,6 +20,7 @@ _FLOATS = frozenset({"BF16", "F16", "F32"})
 _SCALES = _FLOATS
 _CODES = frozenset({"U8", "I8", "F4"})
 _E8M0 = frozenset({"F8_E8M0", "U8"})
+_BLOCK_BYTES = 16  # of the 32 codes that share a scale
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ ENCODINGS = (
         "fp8_channel",
     ),
     # DeepSeek-V4: I8 and F8_E8M0; MiMo-V2.6: U8 both; Kimi-K3: `weight_packed`, the "mxfp4-pack-quantized" of
-    # compressed-tensors.
+    # compressed-tensors; gpt-oss: `_blocks` and `_scales`, both U8.
     Encoding("MXFP4", _CODES, _E8M0, (1, 32), "mxfp4"),
     # What is no expert of DeepSeek-V4.1, so also its shared ones. No format has such scales: it is dequantised, which
     # bfloat16 holds exactly, and quantised like floats.
@@ -95,13 +96,13 @@ ENCODINGS = (
 )
 
 # After the name of a projection of one expert (gate_proj), and of all (gate_up_proj).
-_WEIGHT_NAMES = (".weight", ".weight_packed", "")
-_SCALE_NAMES = (".weight_scale_inv", ".weight_scale", ".scale", "_scale_inv", "_scale")
+_BLOCKS, _SCALES_OF_BLOCKS = "_blocks", "_scales"
+WEIGHT_NAMES = (".weight", ".weight_packed", "", _BLOCKS)
+_SCALE_NAMES = (".weight_scale_inv", ".weight_scale", ".scale", "_scale_inv", "_scale", _SCALES_OF_BLOCKS)
+_BIAS_NAMES = ("_bias", ".bias")
 # Other packages' 4-bit integers, GPTQ and AWQ, and what comes with any encoding that is not served.
 _REFUSED_NAMES: Mapping[str, str] = {
     ".qweight": f"is of GPTQ or AWQ, 4-bit integers, which the kernel does not multiply: {_DEQUANTIZE}",
-    ".bias": "is added to the projection, which the layer does not serve: use a model without biases",
-    "_bias": "is added to the projection, which the layer does not serve: use a model without biases",
     ".weight_global_scale": f"is of NVFP4, whose scales fit none of the kernel's formats: {_DEQUANTIZE}",
     ".weight_scale_2": f"is of NVFP4, whose scales fit none of the kernel's formats: {_DEQUANTIZE}",
     ".weight_zero_point": f"belongs to integers, which the kernel does not multiply: {_DEQUANTIZE}",
@@ -125,15 +126,22 @@ class Matrix:
         return self.encoding.title, self.weight.dtype, self.weight.shape, scale
 
 
-def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None) -> Matrix:
+def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None, *, has_bias: bool = False) -> Matrix:
     """The matrix whose tensors' names begin with `stem`: [N, K], or [E, N, K] where `num_experts` is given.
 
-    Raises `CheckpointError` for tensors that are missing, and for encodings that cannot be loaded.
+    Raises `CheckpointError` for tensors that are missing, for encodings that cannot be loaded, and for a bias unless
+    there may be one, for `find_bias`.
     """
     for suffix, problem in _REFUSED_NAMES.items():
         if (refused := tensors.get(stem + suffix)) is not None:
             raise refused.error(f"{problem}.")
-    weight = _first(tensors, stem, _WEIGHT_NAMES) or tensors.require(stem + _WEIGHT_NAMES[0])
+    if not has_bias and (bias := _first(tensors, stem, _BIAS_NAMES)) is not None:
+        raise bias.error(
+            "is added to the projection, which experts of this family do without: look whether config.json is its own."
+        )
+    weight = _first(tensors, stem, WEIGHT_NAMES) or tensors.require(stem + _usual_name(tensors, stem, num_experts))
+    if weight.name == stem + _BLOCKS:
+        weight = _join_blocks(weight)
     scale = _first(tensors, stem, _SCALE_NAMES)
     if scale is not None and weight.dtype in _FLOATS:
         raise scale.error(
@@ -158,6 +166,35 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None) -> 
     raise _unknown(weight, scale)
 
 
+def find_bias(tensors: Tensors, stem: str, num_experts: int, num_rows: int) -> Tensor:
+    """The biases [E, N] of the matrices that `find_matrix` finds. Raises `CheckpointError` where there are none."""
+    bias = _first(tensors, stem, _BIAS_NAMES) or tensors.require(stem + _BIAS_NAMES[0])
+    if bias.dtype not in _FLOATS or bias.shape != (num_experts, num_rows):
+        raise bias.error(
+            f"is {bias.dtype} {bias.shape}, wanted floats [{num_experts}, {num_rows}], one for each row of the "
+            "projection: take it from its source."
+        )
+    return bias
+
+
+def _usual_name(tensors: Tensors, stem: str, num_experts: int | None) -> str:
+    """What is missed where there is no weight."""
+    if num_experts is None:
+        return ".weight"
+    return _BLOCKS if stem + _SCALES_OF_BLOCKS in tensors else ""
+
+
+def _join_blocks(weight: Tensor) -> Tensor:
+    """gpt-oss' [..., N, K/32, 16] bytes, in which a scale's columns have a dimension of their own, as [..., N, K/2]."""
+    if weight.dtype != "U8" or len(weight.shape) < 2 or weight.shape[-1] != _BLOCK_BYTES:
+        raise weight.error(
+            f"is {weight.dtype} {weight.shape}, wanted U8 [..., {_BLOCK_BYTES}], 32 codes of MXFP4 at the end: "
+            "take it from its source."
+        )
+    *lead, groups, octets = weight.shape
+    return replace(weight, shape=(*lead, groups * octets))
+
+
 def _first(tensors: Tensors, stem: str, suffixes: tuple[str, ...]) -> Tensor | None:
     """The one that there is. Raises `CheckpointError` where there are several."""
     found = [tensors[stem + suffix] for suffix in suffixes if stem + suffix in tensors]
@@ -175,11 +212,13 @@ def _fits(encoding: Encoding, weight: Tensor, scale: Tensor | None, block: Block
 
 
 def _block(shape: tuple[int, ...], rows: int, columns: int) -> Block | None:
-    """What shares a scale of this shape, of a matrix [rows, columns]; None where it divides neither evenly."""
+    """What shares a scale of this shape, of a matrix [rows, columns]; None for what is no known way to share."""
     if shape in ((), (1,)) or (shape == (1, 1) and (rows, columns) != (BLOCK, BLOCK)):
         return ALL, ALL
     if shape in ((rows,), (rows, 1)):
         return 1, ALL
+    if shape == (-(-rows // BLOCK), -(-columns // BLOCK)):
+        return BLOCK, BLOCK  # Those at the ends may be smaller.
     if len(shape) != 2 or 0 in shape or rows % shape[0] or columns % shape[1]:
         return None
     return rows // shape[0], columns // shape[1]

@@ -4,20 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jax_megamoe.checkpoints.encodings import Encoding, Matrix, find_matrix
-from jax_megamoe.checkpoints.families import Projections
+from jax_megamoe.checkpoints.encodings import ALL, WEIGHT_NAMES, Encoding, Matrix, find_bias, find_matrix
+from jax_megamoe.checkpoints.families import Family, Projections
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
 from jax_megamoe.errors import CheckpointError
 from jax_megamoe.weight_checks import Order
-from jax_megamoe.weight_layout import BLOCK
 
 
 class Raw(NamedTuple):
     """The matrices of one expert as the checkpoint holds them; those of several, with a dimension for them in front.
 
     Weights [I, H], [I, H], [H, I], transposed where `LayerExperts.order` is "in_out"; MXFP4 has half the columns. Types
-    of one byte are uint8. Scales as the encoding has them, None for floats.
+    of one byte are uint8. Scales as the encoding has them, None for floats. Biases [I], [I], [H], or all None.
     """
 
     gate: Any
@@ -26,51 +25,68 @@ class Raw(NamedTuple):
     up_scale: Any
     down: Any
     down_scale: Any
+    gate_bias: Any = None
+    up_bias: Any = None
+    down_bias: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A matrix, or the `place`-th of `count` equal parts along `axis`; of expert `index` where one tensor has all."""
+    """A matrix, or the `place`-th of `count` equal parts along `axis`; of expert `index` where one tensor has all.
+
+    A part has neighbouring rows, or, interleaved, every `count`-th one. `bias` is that of the whole matrix.
+    """
 
     matrix: Matrix
     index: int | None = None
     axis: int = 0
     place: int = 0
     count: int = 1
+    bias: Tensor | None = None
+    is_interleaved: bool = False
 
-    def read(self) -> tuple[Array, Array | None]:
-        """Weight and scale, views of the mapped file."""
-        scale = self.matrix.scale
-        return self._cut(self.matrix.weight), None if scale is None else self._cut(scale)
+    def read(self) -> tuple[Array, Array | None, Array | None]:
+        """Weight, scale and bias, views of the mapped file."""
+        scale, bias = self.matrix.scale, self.bias
+        return (
+            self._cut(self.matrix.weight, self.axis),
+            None if scale is None else self._cut(scale, self.axis),
+            None if bias is None else self._cut(bias, 0),
+        )
 
     def prefetch(self) -> None:
         """Has the kernel read it in advance."""
-        for tensor in (self.matrix.weight, self.matrix.scale):
-            if tensor is not None:
-                tensor.file.prefetch(*tensor.place(self.index))
+        for tensor in self.tensors:
+            tensor.file.prefetch(*tensor.place(self.index))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Where it is read from."""
+        return [tensor for tensor in (self.matrix.weight, self.matrix.scale, self.bias) if tensor is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read."""
-        weight, scale = self.matrix.weight, self.matrix.scale
-        whole = weight.nbytes + (0 if scale is None else scale.nbytes)
-        return whole // self.count // (1 if self.index is None else weight.shape[0])
+        whole = sum(tensor.nbytes for tensor in self.tensors)
+        return whole // self.count // (1 if self.index is None else self.matrix.weight.shape[0])
 
-    def _cut(self, tensor: Tensor) -> Array:
+    def _cut(self, tensor: Tensor, axis: int) -> Array:
         array = tensor.array(self.index)
         # A scale that all of the matrix shares along this axis belongs to each part.
-        if self.count == 1 or array.ndim <= self.axis or array.shape[self.axis] == 1:
+        if self.count == 1 or array.ndim <= axis or array.shape[axis] == 1:
             return array
-        size = array.shape[self.axis] // self.count
+        size = array.shape[axis] // self.count
         part = [slice(None)] * array.ndim
-        part[self.axis] = slice(self.place * size, (self.place + 1) * size)
+        part[axis] = slice(self.place * size, (self.place + 1) * size)
+        if self.is_interleaved:
+            part[axis] = slice(self.place, None, self.count)
         return array[tuple(part)]
 
 
 class LayerExperts:
     """The experts of a layer: `parts[e]` are gate, up and down of expert e.
 
-    Raises `CheckpointError` unless all are there, of one shape and encoding, with sizes that the kernel serves.
+    Raises `CheckpointError` unless all are there, of one shape and encoding.
     """
 
     def __init__(self, parts: Sequence[tuple[Part, Part, Part]], order: Order = "out_in") -> None:
@@ -92,8 +108,13 @@ class LayerExperts:
 
     def read(self, expert: int) -> Raw:
         """The matrices of one expert, views of mapped files."""
-        (gate, gate_scale), (up, up_scale), (down, down_scale) = (part.read() for part in self.parts[expert])
-        return Raw(gate, gate_scale, up, up_scale, down, down_scale)
+        weights, scales, biases = zip(*(part.read() for part in self.parts[expert]), strict=True)
+        return Raw(weights[0], scales[0], weights[1], scales[1], weights[2], scales[2], *biases)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether biases are added to the projections."""
+        return self.parts[0][0].bias is not None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -115,12 +136,6 @@ class LayerExperts:
                     f"is of a matrix {size}, wanted {wanted} beside gate's {gate}: it is damaged."
                 )
         intermediate_size, hidden_size = gate
-        for name, number in (("hidden", hidden_size), ("intermediate", intermediate_size)):
-            if number % BLOCK:
-                raise self.error(
-                    0,
-                    f"says that the {name} size is {number}, wanted a multiple of {BLOCK}: the kernel has no other.",
-                )
         return hidden_size, intermediate_size
 
 
@@ -142,21 +157,19 @@ def _text(matrix: Matrix) -> str:
     return f"{matrix.weight.dtype} {matrix.weight.shape}{scale}"
 
 
-def find_experts(
-    tensors: Tensors, stem: str, projections: Projections, num_experts: int, hidden_size: int
-) -> LayerExperts:
+def find_experts(tensors: Tensors, stem: str, family: Family, num_experts: int, hidden_size: int) -> LayerExperts:
     """The experts below `{stem}.`: a tensor for each expert's matrices, or for those of all experts."""
     fused = [f"{stem}.gate_up_proj", f"{stem}.down_proj"]
-    if any(name in tensors or f"{name}.weight" in tensors for name in fused):
+    if family.is_interleaved or any(name + suffix in tensors for name in fused for suffix in WEIGHT_NAMES):
         single = next((name for name in tensors if name.startswith(f"{stem}.0.")), None)
         if single is not None:
             raise tensors[single].error(
                 f"is of one expert beside {fused[0]!r} of all, wanted either: remove those that are not meant."
             )
-        return _find_fused(tensors, fused, num_experts, hidden_size)
+        return _find_fused(tensors, fused, family, num_experts, hidden_size)
     parts = []
     for expert in range(num_experts):
-        gate, up, down = (Part(find_matrix(tensors, f"{stem}.{expert}.{projection}")) for projection in projections)
+        gate, up, down = (Part(find_matrix(tensors, f"{stem}.{expert}.{projection}")) for projection in family.expert)
         parts.append((gate, up, down))
     _require_hidden_size(parts[0][0].matrix, parts[0][0].matrix.columns, hidden_size)
     return LayerExperts(parts)
@@ -170,6 +183,8 @@ def find_shared(tensors: Tensors, stem: str, projections: Projections, intermedi
     """
     gate, up, down = (find_matrix(tensors, f"{stem}.{projection}") for projection in projections)
     count = gate.rows // intermediate_size if gate.rows % intermediate_size == 0 else 1
+    if not all(_is_cut_evenly(matrix, axis, count) for matrix, axis in ((gate, 0), (up, 0), (down, 1))):
+        count = 1
     parts = [
         (Part(gate, None, 0, place, count), Part(up, None, 0, place, count), Part(down, None, 1, place, count))
         for place in range(count)
@@ -177,9 +192,16 @@ def find_shared(tensors: Tensors, stem: str, projections: Projections, intermedi
     return LayerExperts(parts)
 
 
-def _find_fused(tensors: Tensors, names: list[str], num_experts: int, hidden_size: int) -> LayerExperts:
-    """Experts in two tensors, [E, 2I, H] with gate rows first and [E, H, I], or both transposed."""
-    gate_up, down = (find_matrix(tensors, name, num_experts) for name in names)
+def _is_cut_evenly(matrix: Matrix, axis: int, count: int) -> bool:
+    """Whether each scale belongs to one of so many parts along an axis, or to all of them."""
+    block = ALL if matrix.encoding.block is None else matrix.encoding.block[axis]
+    size = (matrix.rows, matrix.columns)[axis] // count
+    return block == ALL or size % block == 0 or (matrix.scale is not None and matrix.scale.shape[-2:][axis] == 1)
+
+
+def _find_fused(tensors: Tensors, names: list[str], family: Family, num_experts: int, hidden_size: int) -> LayerExperts:
+    """Experts in two tensors, [E, 2I, H] and [E, H, I], or both transposed; gate rows first, or in turn with up's."""
+    gate_up, down = (find_matrix(tensors, name, num_experts, has_bias=family.has_expert_bias) for name in names)
     sizes = (gate_up.rows, gate_up.columns), (down.rows, down.columns)
     # One of the two matrices at least is not square.
     is_transposed = gate_up.rows == hidden_size == down.columns
@@ -192,10 +214,25 @@ def _find_fused(tensors: Tensors, names: list[str], num_experts: int, hidden_siz
     _require_hidden_size(gate_up, sizes[0][1 - axis], hidden_size)
     if sizes[0][axis] % 2:
         raise gate_up.weight.error(f"is of matrices {sizes[0]}, wanted gate and up of one size: it is damaged.")
+    share = family.is_interleaved and (gate_up.encoding.block or (1, 1))[0] not in (1, ALL)
+    if share or not _is_cut_evenly(gate_up, axis, 2):
+        raise gate_up.weight.error(
+            "has scales that rows of gate share with rows of up, wanted scales of their own: dequantise the checkpoint "
+            "to bfloat16."
+        )
+    gate_up_bias = down_bias = None
+    if family.has_expert_bias:
+        gate_up_bias, down_bias = (
+            find_bias(tensors, name, num_experts, size[axis]) for name, size in zip(names, sizes, strict=True)
+        )
 
     def parts_of(count: int) -> list[tuple[Part, Part, Part]]:
         return [
-            (Part(gate_up, expert, axis, 0, 2), Part(gate_up, expert, axis, 1, 2), Part(down, expert))
+            (
+                Part(gate_up, expert, axis, 0, 2, gate_up_bias, family.is_interleaved),
+                Part(gate_up, expert, axis, 1, 2, gate_up_bias, family.is_interleaved),
+                Part(down, expert, bias=down_bias),
+            )
             for expert in range(count)
         ]
 

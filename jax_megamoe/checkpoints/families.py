@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax_megamoe.activations import SwiGLU
 from jax_megamoe.errors import CheckpointError
 from jax_megamoe.routing_arrays import Scoring
 
@@ -27,7 +28,10 @@ class Family:
     model_types: tuple[str, ...]  # `model_type` of config.json, or of its text_config
     block: str = "mlp"
     expert: Projections = _PROJ
+    is_interleaved: bool = False  # whether rows of gate and up are in turn, always in tensors of all experts
+    has_expert_bias: bool = False  # whether biases are added to the projections, likewise
     router: str = "gate.weight"
+    logit_bias: str | None = None  # added to the logits
     bias: str | None = None  # added for the selection only
     image_bias: str | None = None  # takes the place of `bias` for tokens of images
     hash_table: str | None = None
@@ -36,6 +40,8 @@ class Family:
     shared_gate: str | None = None
     scoring: Scoring = "softmax"  # where the configuration does not say, and likewise
     renormalize: bool = True
+    clamp: float | None = None
+    activation: SwiGLU | None = None  # what "silu" of the configuration stands for, if not for itself
     has_groups: bool = True  # whether the configuration's groups of experts are used
     refusal: str | None = None
 
@@ -118,10 +124,16 @@ FAMILIES = (
         "hy_v3", ("hy_v3",), router="router.gate.weight", bias="expert_bias", shared="shared_mlp", scoring="sigmoid"
     ),
     Family("hy_v3", ("hy_v3",), bias="e_score_correction_bias", shared="shared_experts", scoring="sigmoid"),
+    # The numbers are those of openai/gpt-oss, `gpt_oss/torch/model.py`.
     Family(
         "gpt_oss",
         ("gpt_oss",),
-        refusal="adds biases to the projections of its experts",
+        is_interleaved=True,
+        has_expert_bias=True,
+        router="router.weight",
+        logit_bias="router.bias",
+        clamp=7.0,
+        activation=SwiGLU(alpha=1.702, up_offset=1.0),
     ),
     Family(
         "llama4",
@@ -136,7 +148,7 @@ _MAX_LAYERS = 10_000
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("n_routed_experts", "num_experts", "num_local_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
     # Kimi-K3's experts are narrower than the model.
     "hidden_size": ("routed_expert_hidden_size", "hidden_size"),
     "scoring": ("scoring_func", "moe_router_activation_func"),
@@ -145,6 +157,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "top_groups": ("topk_group",),
     "scaling_factor": ("routed_scaling_factor", "router_scaling_factor"),
     "clamp": ("swiglu_limit",),
+    "alpha": ("swiglu_alpha",),
     "num_dense_layers": ("first_k_dense_replace",),
     "num_hash_layers": ("num_hash_layers", "n_hash_layers"),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts"),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jax_megamoe import packing
+from jax_megamoe import mxfp4, packing
 from jax_megamoe.checkpoints import conversion
 from jax_megamoe.checkpoints.encodings import Encoding
 from jax_megamoe.checkpoints.experts import LayerExperts, Part, Raw
@@ -37,8 +37,8 @@ class Layer(Protocol):
         """Whether it needs no packing, and many experts may be read at once."""
 
     @property
-    def format(self) -> Format | None:
-        """What it holds; None for floats and other things that are quantised, to any format."""
+    def format(self) -> Format:
+        """What it becomes if nobody says otherwise: what it holds; for floats one of FP8."""
 
     def recipe(self, format: Format) -> Recipe:
         """How to make this format. Raises `CheckpointError` where that would round what some format holds exactly."""
@@ -57,10 +57,7 @@ class Layer(Protocol):
 
 
 def _files(parts: Iterable[Part]) -> Iterator[File]:
-    for part in parts:
-        for tensor in (part.matrix.weight, part.matrix.scale):
-            if tensor is not None:
-                yield tensor.file
+    return (tensor.file for part in parts for tensor in part.tensors)
 
 
 def sizes_of(layer: Layer) -> tuple[int, int, int]:
@@ -69,16 +66,16 @@ def sizes_of(layer: Layer) -> tuple[int, int, int]:
 
 
 def choose_format(layers: Sequence[Layer], wanted: Format | None) -> Format:
-    """What to make of layers: what is wanted, else what all of them hold; floats count as fp8_block.
+    """What to make of layers: what is wanted, else what all of them hold; floats count as what they become.
 
     Raises `ArgumentError` where they hold several: what is rounded to the format of another layer has to be asked for.
     """
     if wanted is not None:
         return wanted
-    first, *others = dict.fromkeys(layer.format or "fp8_block" for layer in layers)
+    first, *others = dict.fromkeys(layer.format for layer in layers)
     if others:
         raise ArgumentError(
-            f"format is None and the layers hold {' and '.join([first, *others])} (or floats, which become fp8_block), "
+            f"format is None and the layers hold {' and '.join([first, *others])} (or floats, which become FP8), "
             "wanted one format for all: pass format=, or load them apart."
         )
     return first
@@ -109,17 +106,30 @@ class StockLayer:
         return False
 
     @property
-    def format(self) -> Format | None:
-        return self.experts.encoding.format
+    def format(self) -> Format:
+        return self.experts.encoding.format or ("fp8_channel" if self.experts.has_biases else "fp8_block")
 
     def recipe(self, format: Format) -> PackRecipe:
         encoding = self.experts.encoding
+        bias = self.experts.parts[0][0].bias
+        if bias is not None and format == "fp8_block":
+            raise bias.error(
+                f"is a bias, which {format} has no place for, wanted mxfp4 or fp8_channel: load it with "
+                f"format={self.format!r}."
+            )
         if not conversion.can_become(encoding, format):
             raise self.experts.error(
                 0,
                 f"is of {encoding.title}, wanted what {format} holds without rounding: load it with "
                 f"format={encoding.format!r}.",
             )
+        for name, size in (("hidden", self.hidden_size), ("intermediate", self.intermediate_size)):
+            if format == "mxfp4" and size % mxfp4.GROUP:
+                raise self.experts.error(
+                    0,
+                    f"says that the {name} size is {size}, wanted a multiple of {mxfp4.GROUP} for mxfp4: load it with "
+                    f"format={self.format!r}.",
+                )
         return PackRecipe(encoding, self.experts.order, format)
 
     def read(self, first: int, count: int) -> Raw:
@@ -139,9 +149,10 @@ class StockLayer:
 
     def explain(self, expert: int, format: Format) -> None:
         if self.experts.encoding.format == "mxfp4":
-            for part in self.experts.parts[expert]:
-                codes, exponents = part.read()
-                if (problem := conversion.explain_exponents(codes.view(np.uint8), exponents, format)) is not None:
+            for name, part in zip(("gate", "up", "down"), self.experts.parts[expert], strict=True):
+                codes, exponents, _ = part.read()
+                of = "" if part.index is None else f" of expert {part.index}'s {name}"
+                if (problem := conversion.explain_exponents(codes.view(np.uint8), exponents, format, of)) is not None:
                     raise part.matrix.weight.error(problem)
             return
         raw = self.read(expert, 1)
@@ -151,6 +162,6 @@ class StockLayer:
             )
         try:
             # Where a float was NaN, NaN is right, and this raises nothing.
-            packing.quantize_experts(raw.gate, raw.up, raw.down, order=self.experts.order, format=format)
+            packing.quantize_experts(raw.gate, raw.up, raw.down, order=self.experts.order, format=format, pad=True)
         except ArgumentError as error:
             raise self.experts.error(expert, f"is of an expert that {format} cannot hold: {error}") from error

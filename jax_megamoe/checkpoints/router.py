@@ -1,17 +1,19 @@
 """Routers of checkpoints: their arrays, and what their configurations say to `route` and to `moe`."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe.activations import SiTU, can_bound
-from jax_megamoe.arrays import clamp_to_int32
+from jax_megamoe.arrays import as_array, clamp_to_int32
 from jax_megamoe.checkpoints.families import Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
-from jax_megamoe.errors import ArgumentError
+from jax_megamoe.errors import ArgumentError, ShapeError
 from jax_megamoe.routing import route
 from jax_megamoe.routing_arrays import Scoring
 
@@ -24,9 +26,9 @@ _SITU = "situ"
 class Router:
     """A layer's router: logits are x @ weight.T, and `route` chooses experts as the model does.
 
-    That is `jax_megamoe.route(logits, bias=bias, **options)`, in hash layers with `hash_table` and `token_ids`, and of
-    models that see with `image_bias` and `is_image`. `shared_gate` is a linear layer whose sigmoid weighs the shared
-    expert. A pytree of its arrays.
+    That is `jax_megamoe.route(logits, bias=bias, **options)`, of gpt-oss with `logit_bias` added to the logits before,
+    in hash layers with `hash_table` and `token_ids`, and of models that see with `image_bias` and `is_image`.
+    `shared_gate` is a linear layer whose sigmoid weighs the shared expert. A pytree of its arrays.
     """
 
     weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
@@ -35,6 +37,7 @@ class Router:
     options: dict[str, Any] = field(default_factory=dict)  # keywords of `route`
     image_bias: jax.Array | None = None  # f32[E]
     shared_gate: jax.Array | None = None  # f32[1, H]
+    logit_bias: jax.Array | None = None  # f32[E], added to the logits
 
     def route(
         self,
@@ -46,16 +49,20 @@ class Router:
         """Ids int32[..., k] and weights f32[..., k] of logits [..., E], as `jax_megamoe.route` with all that is here.
 
         Args:
+          logits: x @ weight.T; `logit_bias` is added here.
           token_ids: int [...], needed in hash layers; elsewhere without influence.
           is_image: bool [...], which tokens are of images, for models that see; None: none.
 
         Raises:
           ArgumentError: for a hash layer without `token_ids`, and `is_image` where the model has no `image_bias`.
+          As `jax_megamoe.route`.
         """
         if self.hash_table is not None and token_ids is None:
             raise ArgumentError("token_ids is None, wanted the tokens' ids: this layer chooses experts by a table.")
         if is_image is not None and self.image_bias is None:
             raise ArgumentError("is_image is an array, wanted None: the model has no bias of its own for images.")
+        if self.logit_bias is not None:
+            logits = _add_to_logits(logits, self.logit_bias)
         return route(
             logits,
             bias=self.bias,
@@ -67,7 +74,18 @@ class Router:
         )
 
 
-ARRAYS = ("weight", "bias", "hash_table", "image_bias", "shared_gate")
+ARRAYS = ("weight", "bias", "hash_table", "image_bias", "shared_gate", "logit_bias")
+
+
+def _add_to_logits(logits: jax.Array | np.ndarray, bias: jax.Array) -> jax.Array | np.ndarray:
+    """f32[..., E] of logits [..., E] of any floating type. Raises `ShapeError` for other shapes."""
+    logits, bias = as_array("logits", logits), jnp.asarray(as_array("logit_bias", bias))
+    if logits.shape[-1:] != bias.shape:
+        raise ShapeError(
+            f"logits has shape {logits.shape}, wanted [..., {bias.shape[0]}]: pass one score for each expert."
+        )
+    # What is no float is refused by `route`.
+    return jnp.asarray(logits, np.float32) + bias if jnp.issubdtype(logits.dtype, jnp.floating) else logits
 
 
 def _flatten(router: Router) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -107,10 +125,11 @@ def read_router(tensors: Tensors, stem: str, family: Family, config: Config, lay
         options=_route_options(family, config, top_k),
         image_bias=read(family.image_bias, (num_experts,), False),
         shared_gate=read(family.shared_gate, (1, None), False),
+        logit_bias=read(family.logit_bias, (num_experts,), True),
     )
 
 
-def moe_options(config: Config) -> dict[str, Any]:
+def moe_options(family: Family, config: Config) -> dict[str, Any]:
     """Keywords of `moe`. Raises `CheckpointError` for an activation that it does not compute."""
     activation = config.get("activation", str) or _ACTIVATIONS[0]
     if activation not in (*_ACTIVATIONS, _SITU):
@@ -129,7 +148,13 @@ def moe_options(config: Config) -> dict[str, Any]:
         options["activation"] = SiTU(beta, linear_beta)
         if config.get("clamp", (int, float)):
             raise config.error("has a swiglu_limit beside hidden_act = 'situ': look which of them the model has.")
-    if (clamp := _number(config, "clamp")) is not None:
+    elif family.activation is not None:
+        alpha = _number(config, "alpha")
+        if alpha is not None and not math.isfinite(alpha):
+            raise config.error(f"has swiglu_alpha = {alpha}, wanted a finite number: take it from its source.")
+        options["activation"] = family.activation if alpha is None else replace(family.activation, alpha=alpha)
+    clamp = _number(config, "clamp")
+    if (clamp := family.clamp if clamp is None else clamp) is not None:
         if not clamp >= 0:
             raise config.error(
                 f"has an activation clamp of {clamp}, wanted a positive number: take it from its source."

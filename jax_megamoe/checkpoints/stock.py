@@ -44,7 +44,7 @@ class StockModel:
     def layer(self, layer: int) -> StockLayer:
         """The experts of a layer, after checking all of their headers."""
         hidden_size, stem = self.config.count("hidden_size"), f"{self._stem(layer)}.experts"
-        return StockLayer(experts.find_experts(self.tensors, stem, self.family.expert, self._num_experts, hidden_size))
+        return StockLayer(experts.find_experts(self.tensors, stem, self.family, self._num_experts, hidden_size))
 
     def shared(self, layer: int) -> StockLayer | None:
         """The shared experts of a layer, None where it has none."""
@@ -63,7 +63,7 @@ class StockModel:
 
     def moe_options(self, layer: int) -> dict[str, Any]:
         """Keywords of `moe` for a layer."""
-        return router.moe_options(self.config)
+        return router.moe_options(self.family, self.config)
 
     def _stem(self, layer: int) -> str:
         return f"{self.prefix}layers.{layer}.{self.family.block}"
@@ -96,6 +96,6 @@ def _count_experts(family: Family, prefix: str, tensors: Tensors) -> dict[int, i
         layer, expert, projection = match.groups()
         if expert is not None and projection in family.expert:
             held[int(layer)] = max(held.get(int(layer), 0), int(expert) + 1)
-        elif expert is None and projection in ("gate_up_proj", "down_proj"):
+        elif expert is None and projection.startswith(("gate_up_proj", "down_proj")):
             held.setdefault(int(layer), 0)
     return held

@@ -102,8 +102,9 @@ def _scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> tup
 
 def fp8_block(scale: str = "f32", suffix: str = ".weight_scale_inv") -> Encode:
     def encode(rng: np.random.Generator, n: int, k: int) -> Stored:
-        values, (stored, wide) = _fp8(rng, n, k), _scales(rng, (n // 128, k // 128), scale)
-        return Stored({".weight": values, suffix: stored}, (values, wide), numpy_model.dequantize(values, wide))
+        values, (stored, wide) = _fp8(rng, n, k), _scales(rng, (-(-n // 128), -(-k // 128)), scale)
+        exact = values.astype(np.float64) * wide.astype(np.float64).repeat(128, 0)[:n].repeat(128, 1)[:, :k]
+        return Stored({".weight": values, suffix: stored}, (values, wide), exact)
 
     return encode
 
@@ -136,11 +137,16 @@ def fp8_matrix(scale: str = "bf16") -> Encode:
 
 
 def mxfp4(
-    codes: str = "int8", exponents: str = "E8M0", weight: str = ".weight", scale: str = ".scale", spread: int = 8
+    codes: str = "int8",
+    exponents: str = "E8M0",
+    weight: str = ".weight",
+    scale: str = ".scale",
+    spread: int = 8,
+    largest: int = 118,
 ) -> Encode:
     def encode(rng: np.random.Generator, n: int, k: int) -> Stored:
         octets = rng.integers(0, 256, (n, k // 2)).astype(np.uint8)
-        powers = rng.integers(118 - spread, 119, (n, k // 32)).astype(np.uint8)
+        powers = rng.integers(largest - spread, largest + 1, (n, k // 32)).astype(np.uint8)
         e8m0 = powers.view(ml_dtypes.float8_e8m0fnu)
         tensors = {weight: octets.view(np.dtype(codes)), scale: e8m0 if exponents == "E8M0" else powers}
         return Stored(tensors, (octets, e8m0), numpy_model.dequantize_mxfp4(octets, powers))
@@ -161,6 +167,7 @@ class Stock:
     tensors: Named
     family: str
     experts: dict[int, list[tuple[Stored, Stored, Stored]]]  # by layer; gate, up and down of each expert
+    biases: dict[int, tuple[Array, Array]]  # f32[E, 2I], gate first, and f32[E, H]; zeros where there are none
     shared: dict[int, tuple[Stored, Stored, Stored]]
     router: dict[int, Named]  # weight, bias and others, as f32
     route: dict[str, Any]
@@ -202,6 +209,7 @@ class Plan:
     hash_table: str | None = None
     hash_layers: int = 0
     image_bias: str | None = None
+    logit_bias: str | None = None
     shared: str | None = None
     shared_expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_gate: str | None = None
@@ -211,11 +219,12 @@ class Plan:
     num_layers: int = 3
     route: dict[str, Any] = dataclasses.field(default_factory=dict)
     moe: dict[str, Any] = dataclasses.field(default_factory=dict)
-    fused: str | None = None  # "out_in" or "in_out": all experts in two tensors
+    fused: str | None = None  # "out_in" or "in_out": all experts in two tensors; "in_turn": as gpt-oss has them
     text_config: bool = False
     has_mtp: bool = False  # a layer of experts after the last
     hidden_size: int = H  # of the experts
     model_size: int = H
+    intermediate_size: int = I
 
 
 def build(plan: Plan, seed: int = 0) -> Stock:
@@ -223,7 +232,7 @@ def build(plan: Plan, seed: int = 0) -> Stock:
     config = {
         "num_hidden_layers": plan.num_layers,
         "hidden_size": plan.model_size,
-        "moe_intermediate_size": I,
+        "moe_intermediate_size": plan.intermediate_size,
         "hidden_act": "silu",
         **plan.config,
     }
@@ -231,16 +240,21 @@ def build(plan: Plan, seed: int = 0) -> Stock:
         top = {"model_type": config.pop("model_type"), "architectures": config.pop("architectures", [])}
         config = {**top, "text_config": config}
     tensors: Named = {f"{plan.prefix}embed_tokens.weight": np.zeros((4, 4), ml_dtypes.bfloat16)}
-    stock = Stock(config, tensors, plan.family, {}, {}, {}, {"top_k": K, **plan.route}, plan.moe)
+    stock = Stock(config, tensors, plan.family, {}, {}, {}, {}, {"top_k": K, **plan.route}, plan.moe)
     last = (plan.num_layers,) if plan.has_mtp else ()
     for layer in (*plan.moe_layers, *last):
         stem = f"{plan.prefix}layers.{layer}.{plan.block}"
-        sizes = (I, plan.hidden_size), (I, plan.hidden_size), (plan.hidden_size, I)
+        size, hidden_size = plan.intermediate_size, plan.hidden_size
+        sizes = (size, hidden_size), (size, hidden_size), (hidden_size, size)
+        stock.biases[layer] = np.zeros((E, 2 * size), np.float32), np.zeros((E, hidden_size), np.float32)
         stock.experts[layer] = []
         for _ in range(E):
-            gate, up, down = (plan.encode(rng, *size) for size in sizes)
+            gate, up, down = (plan.encode(rng, *shape) for shape in sizes)
             stock.experts[layer].append((gate, up, down))
-        if plan.fused:
+        if plan.fused == "in_turn":
+            stock.biases[layer] = _biases(rng, *stock.biases[layer])
+            tensors |= _in_turn(stem, stock.experts[layer], stock.biases[layer])
+        elif plan.fused:
             tensors |= _fused(stem, stock.experts[layer], plan.fused)
         else:
             for e, one in enumerate(stock.experts[layer]):
@@ -248,7 +262,7 @@ def build(plan: Plan, seed: int = 0) -> Stock:
                     tensors |= {f"{stem}.experts.{e}.{name}{suffix}": a for suffix, a in stored.tensors.items()}
         stock.router[layer] = _router(rng, plan, stem, layer, tensors)
         if plan.shared:
-            size = I * plan.num_shared
+            size = plan.intermediate_size * plan.num_shared
             shared_sizes = (size, plan.model_size), (size, plan.model_size), (plan.model_size, size)
             encode = plan.shared_encode or plan.encode
             gate, up, down = (encode(rng, *shape) for shape in shared_sizes)
@@ -266,6 +280,35 @@ def _fused(stem: str, experts: list[tuple[Stored, Stored, Stored]], order: str) 
     return {f"{stem}.experts.gate_up_proj": gate_up, f"{stem}.experts.down_proj": down}
 
 
+def _biases(rng: np.random.Generator, *like: Array) -> tuple[Array, Array]:
+    """BF16 values in f32, so large that they are felt, by the bounds of the activation too."""
+    of_gate_up, of_down = (
+        np.asarray(size * rng.standard_normal(zeros.shape)).astype(ml_dtypes.bfloat16).astype(np.float32)
+        for size, zeros in zip((4, 60), like, strict=True)
+    )
+    return of_gate_up, of_down
+
+
+def _in_turn(stem: str, experts: list[tuple[Stored, Stored, Stored]], biases: tuple[Array, Array]) -> Named:
+    """Rows of gate and up in turn: MXFP4 as gpt-oss is published, floats transposed as transformers writes them."""
+    of_gate, of_up = np.split(biases[0], 2, axis=1)
+    named = {
+        f"{stem}.experts.gate_up_proj_bias": np.stack([of_gate, of_up], axis=2).reshape(E, -1),
+        f"{stem}.experts.down_proj_bias": biases[1],
+    }
+    named = {name: array.astype(ml_dtypes.bfloat16) for name, array in named.items()}
+    for suffix in experts[0][0].tensors:
+        gate, up, down = (np.stack([one[part].tensors[suffix] for one in experts]) for part in range(3))
+        gate_up = np.stack([gate, up], axis=2).reshape(E, -1, gate.shape[2])
+        for name, array in (("gate_up_proj", gate_up), ("down_proj", down)):
+            if suffix == ".weight":
+                named[f"{stem}.experts.{name}"] = np.ascontiguousarray(array.swapaxes(1, 2))
+            else:
+                lead = array.shape[:2]
+                named[f"{stem}.experts.{name}{suffix}"] = array.reshape(*lead, -1, 16) if suffix == "_blocks" else array
+    return named
+
+
 def _router(rng: np.random.Generator, plan: Plan, stem: str, layer: int, tensors: Named) -> Named:
     weight = rng.standard_normal((E, plan.model_size)).astype(ml_dtypes.bfloat16)
     tensors[f"{stem}.{plan.router}"] = weight
@@ -277,6 +320,9 @@ def _router(rng: np.random.Generator, plan: Plan, stem: str, layer: int, tensors
     if plan.image_bias:
         found["image_bias"] = rng.standard_normal(E).astype(np.float32)
         tensors[f"{stem}.{plan.image_bias}"] = found["image_bias"]
+    if plan.logit_bias:
+        bias = rng.standard_normal(E).astype(ml_dtypes.bfloat16)
+        tensors[f"{stem}.{plan.logit_bias}"], found["logit_bias"] = bias, bias.astype(np.float32)
     if plan.hash_table and is_hashed:
         table = np.stack([rng.permutation(E)[:K] for _ in range(VOCABULARY)]).astype(np.int64)
         tensors[f"{stem}.{plan.hash_table}"] = table
@@ -286,6 +332,12 @@ def _router(rng: np.random.Generator, plan: Plan, stem: str, layer: int, tensors
         tensors[f"{stem}.{plan.shared_gate}"] = gate
         found["shared_gate"] = gate.astype(np.float32)
     return found
+
+
+def assert_same(weights: mm.ExpertWeights, expected: numpy_model.Experts) -> None:
+    for name, found, wanted in zip(expected._fields, weights.unpack(), expected, strict=True):
+        assert found.shape == wanted.shape, name
+        np.testing.assert_array_equal(octets(found), octets(wanted), err_msg=name)
 
 
 def octets(array: Any) -> Array:

@@ -150,6 +150,19 @@ _K3 = {
     "activation_situ_linear_beta": 25.0,
 }
 
+# As 2880 none of these is a multiple of 128.
+_GPT_OSS_H, _GPT_OSS_I = 224, 160
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": E,
+    "num_experts_per_tok": K,
+    "experts_per_token": K,
+    "intermediate_size": _GPT_OSS_I,
+    "swiglu_limit": 7.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
 PLANS: dict[str, Plan] = {
     "deepseek-v3": Plan(
         "deepseek_v3", _deepseek("deepseek_v3", n_group=4, topk_group=2), fp8_block(), has_mtp=True, **_V3
@@ -280,5 +293,20 @@ PLANS: dict[str, Plan] = {
         floats,
         fused="out_in",
         **{**_HY3_NAMES, "router": "gate.weight", "bias": "e_score_correction_bias", "shared": "shared_experts"},
+    ),
+    "gpt-oss": Plan(
+        "gpt_oss",
+        _GPT_OSS,
+        mxfp4("uint8", "uint8", "_blocks", "_scales", largest=127),
+        fused="in_turn",
+        router="router.weight",
+        logit_bias="router.bias",
+        moe_layers=(0, 1),
+        num_layers=2,
+        hidden_size=_GPT_OSS_H,
+        model_size=_GPT_OSS_H,
+        intermediate_size=_GPT_OSS_I,
+        route=_SOFTMAX,
+        moe={"activation": mm.SwiGLU(alpha=1.702, up_offset=1.0), "activation_clamp": 7.0},
     ),
 }
