@@ -19,8 +19,14 @@ constexpr int kInstructionK = 32;
 struct Descriptor {
   uint32_t low;
 
-  __device__ __forceinline__ explicit Descriptor(const void* tile)
-      : low(ptx::uniform((ptx::smem_address(tile) & 0x3ffff) >> 4 | kLeadingUnused)) {}
+  __device__ __forceinline__ explicit Descriptor(const void* tile) : Descriptor(low_word(tile)) {}
+  // Of what `low_word` made earlier: all that is left to do is to take it to a uniform register.
+  __device__ __forceinline__ explicit Descriptor(uint32_t low_word) : low(ptx::uniform(low_word)) {}
+  __device__ __forceinline__ static uint32_t low_word(const void* tile) {
+    uint32_t word = (ptx::smem_address(tile) & 0x3ffff) >> 4 | kLeadingUnused;
+    asm volatile("" : "+r"(word));  // here, and not where it is used
+    return word;
+  }
 
   // The tile `bytes` further on.
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {

@@ -35,6 +35,7 @@ class NormalConsumer {
     static_assert(Normal::kUnitTiles == kConsumerWarpgroups && Normal::kStageBlocks == 1);
     static_assert(Normal::kActivationScaleColumns == kBlockK,
                   "a gate/up unit's columns are one K block of the down projection");
+    if (threadIdx.x % kWarpgroupThreads == 0) map.header().chunk[warpgroup()] = note.chunk;
     const bool shares_tokens = note.rows() <= kWarpgroupTokens;
     first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
     first_tile_ = shares_tokens ? warpgroup() : 0;
@@ -84,22 +85,25 @@ class NormalConsumer {
       if constexpr (kRowScales) apply_row_terms<true, kTiles>(acc);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
-      announce(map_.counters(args_).down_done(note_.tile));
+      announce<true>();
     } else {
       accumulate<false, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
       if constexpr (kRowScales) apply_row_terms<false, kTiles>(acc);
       finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
-      announce(map_.counters(args_).gate_up_done(note_.chunk));
+      announce<false>();
     }
   }
 
   // This warpgroup's share of the unit is stored.
-  __device__ __forceinline__ void announce(uint32_t* counter) {
+  template <bool kDown>
+  __device__ __forceinline__ void announce() {
     if (note_.rows() == 0) return;  // the cluster's other CTA has a tile, and this one has none
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
-    if (threadIdx.x % kWarpgroupThreads == 0) signaller_.post(counter);
+    if (threadIdx.x % kWarpgroupThreads != 0) return;
+    const CounterSet& counters = map_.counters(args_);
+    signaller_.post(kDown ? counters.down_done(note_.tile) : counters.gate_up_done(map_.header().chunk[warpgroup()]));
   }
 
   // Scales and biases of the unit's rows, out of its first stage, for this warpgroup's epilogue.
@@ -149,20 +153,32 @@ class NormalConsumer {
     for (int i = 0; i < kAccumulators; ++i) acc[i] = fmaf(scale[i / 4 % 2][i / 2 % 2], partial[i], acc[i]);
   }
 
-  // One partial sum at a time: with 64 x 256 sums there are no registers for two. The other warpgroup fills the gap.
+  // The words of a stage's descriptors.
+  struct StageWords {
+    uint32_t tokens, weights;
+  };
+  __device__ __forceinline__ StageWords stage_words(int stage) const {
+    return {wgmma::Descriptor::low_word(map_.tokens(stage) + first_row_ * kBlockK),
+            wgmma::Descriptor::low_word(map_.weights(stage) + first_tile_ * Normal::kBlockWeightBytes)};
+  }
+
+  // One partial sum at a time: with 64 x 256 sums there are no registers for two. The other warpgroup fills the gap, as
+  // far as its 256 cycles of multiplies last: between the last addition of a block and the first multiply of the next
+  // there is as little as can be. What the next block needs is asked for, and worked out, under the last multiply.
   template <bool kDown, int kTiles>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Sums<kTiles>& acc) {
     const Problem& p = args_.problem;
     const int k_blocks = (kDown ? p.intermediate_size : p.hidden_size) / kBlockK;
+    StageQuery next(map_.header(), cursor);
+    StageWords words = stage_words(cursor.stage);
 #pragma unroll 1
     for (int block = 0; block < k_blocks; ++block) {
       const int stage = cursor.stage;
-      const wgmma::Descriptor tokens(map_.tokens(stage) + first_row_ * kBlockK);
-      const wgmma::Descriptor weights(map_.weights(stage) + first_tile_ * Normal::kBlockWeightBytes);
+      next.wait_at_once();
+      const wgmma::Descriptor tokens(words.tokens), weights(words.weights);
       const float* token_scales = map_.token_scales(stage) + token(0);
       const float* weight_scales =
           map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
-      wait_stage(map_.header(), cursor);
       if constexpr (kRowScales) {
         if (block == 0) keep_row_terms(stage);
       }
@@ -176,6 +192,12 @@ class NormalConsumer {
         wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights,
                                                                   t * Normal::kBlockWeightBytes);
         wgmma::commit();
+        if (t == kTiles - 1) {
+          // After the last block comes the same one again, which nobody multiplies.
+          if (block < k_blocks - 1) cursor.advance(map_.num_stages);
+          next = StageQuery(map_.header(), cursor);
+          words = stage_words(cursor.stage);
+        }
         const float even = kRowScales ? 1.0f : weight_scales[kDown ? t * kScaleVectorFloats : 0];
         const float odd = kRowScales || kDown ? even : weight_scales[1];
         wgmma::wait<0>();
@@ -183,8 +205,8 @@ class NormalConsumer {
         if (t == kTiles - 1) release_stage<Normal>(args_, map_.header(), stage);
         promote(acc[t], partial, token_scale, even, odd);
       }
-      cursor.advance(map_.num_stages);
     }
+    cursor.advance(map_.num_stages);
   }
 
   // Activation, routing weight, power-of-two scale over the unit's 128 columns, E4M3, into the chunk's activation image.

@@ -123,8 +123,11 @@ __device__ __forceinline__ void count_routes(const MoeArguments& args, const Pla
 // Counts the routes before `first_route` anew, of the tokens of a CTA whose place is taken over. All consumers.
 template <typename Group>
 __device__ __forceinline__ void recount_before(const MoeArguments& args, const Plan& plan, int first_route) {
+  // Downwards: otherwise ptxas keeps the question whether there is an expert from the first count on, and spills.
 #pragma unroll 1
-  for (int e = threadIdx.x; e < plan.group_experts(); e += kConsumerThreads) plan.before(e) = 0;
+  for (int e = plan.group_experts() - 1 - static_cast<int>(threadIdx.x); e >= 0; e -= kConsumerThreads) {
+    plan.before(e) = 0;
+  }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 #pragma unroll 1
   for (int route = threadIdx.x; route < first_route; route += kConsumerThreads) {

@@ -19,11 +19,12 @@ static_assert(kDownTileRowBytes == kBlockK, "swizzled_offset is for rows of this
 struct alignas(16) RowTerms {
   float2 scale, bias;
 
+  // `factor`: of the biases, the routing weight in down units.
   __device__ __forceinline__ float low(float sum, float factor = 1.0f) const {
-    return fmaf(sum, scale.x, factor * bias.x);
+    return fmaf(factor, bias.x, sum * scale.x);
   }
   __device__ __forceinline__ float high(float sum, float factor = 1.0f) const {
-    return fmaf(sum, scale.y, factor * bias.y);
+    return fmaf(factor, bias.y, sum * scale.y);
   }
 };
 

@@ -241,12 +241,13 @@ class SwapConsumer {
     const int consumer_warp = threadIdx.x / 32;
     const int padded = note_.padded_rows();
     ptx::wait_copies<0>();  // the sources
+    RowTerms row;
+    if constexpr (Format::kRowScales) row = map_.quad_row_terms();
 #pragma unroll 1
     for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if constexpr (Format::kRowScales) {
-          const RowTerms& row = map_.quad_row_terms();
           acc[c] = row.low(acc[c]);
           acc[2 + c] = row.high(acc[2 + c]);
         }
@@ -316,6 +317,11 @@ class SwapConsumer {
     const int padded = note_.padded_rows();
     uint8_t* tile = map_.down_tile(warpgroup());
     ptx::wait_copies<0>();  // the sources
+    RowTerms row;
+    if constexpr (Format::kRowScales) {
+      row = map_.quad_row_terms();
+      ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // those that other threads have copied
+    }
     const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
 #pragma unroll 1
     for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
@@ -324,7 +330,6 @@ class SwapConsumer {
         const int token = 8 * j + quad_token() + c;
         if constexpr (Format::kRowScales) {
           // What padding tokens have here is dropped.
-          const RowTerms& row = map_.quad_row_terms();
           const float weight = sources()[token].weight;
           acc[c] = row.low(acc[c], weight);
           acc[2 + c] = row.high(acc[2 + c], weight);
