@@ -26,7 +26,9 @@ def assert_is_the_references(problem: Problem) -> None:
     wanted, wanted_load = reference(*problem)
     assert np.isfinite(np.asarray(y, np.float32)).all()
     np.testing.assert_array_equal(load, wanted_load)
-    assert difference(y, wanted) < 1e-4
+    # Of few activations, one alone on the other side of a rounding boundary of E4M3, 6 % of it, is more than 1e-4.
+    num_activations = int(np.sum(load)) * problem.weights.intermediate_size
+    assert difference(y, wanted) < (1e-4 if num_activations > 4096 else 5e-4)
 
 
 @pytest.mark.parametrize("weight_format", OTHER_FORMATS)
