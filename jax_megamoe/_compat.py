@@ -64,6 +64,11 @@ def num_devices_of_program(ctx: Any) -> int | None:
     return getattr(ctx.module_context.axis_context, "num_devices", None)
 
 
+def is_exported(ctx: Any) -> bool:
+    """Whether the program is lowered for `jax.export`."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def call_site(ctx: Any) -> str:
     """A name for a call in the module that is lowered, another one each time, and the same in every process.
 

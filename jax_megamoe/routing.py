@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
 from jax_megamoe.primitives import _specs
-from jax_megamoe.primitives.route import RouteParams, check_served, route_by_kernel
+from jax_megamoe.primitives.route import RouteParams, check_served, route_by_kernel, serves_by_default
 from jax_megamoe.routing_arrays import GroupScoring, Scoring, route_arrays
 
 RouteImplementation = Literal["cuda", "reference"]
@@ -64,8 +64,9 @@ def route(
       image_bias: f32[E], what is added for the selection instead of `bias` for the tokens of images; with a hash table
         they are selected by their biased scores, like in other layers.
       is_image: bool [...], which tokens these are.
-      implementation: None and "reference" are array code; "cuda" is one kernel, or an error: on one Hopper GPU, or in
-        `jax.shard_map`, without hash tables and images, for up to 1024 experts and a top_k of 32.
+      implementation: "cuda" is one kernel, or an error: on one Hopper GPU, or in `jax.shard_map`, without hash tables
+        and images, for up to 1024 experts and a top_k of 32. None is the same for up to 512 tokens where it can be, and
+        elsewhere, also in programs of `jax.export`, array code, as "reference" is everywhere.
 
     Raises:
       ShapeError, DTypeError: for arguments of the wrong shape or dtype, or numbers that do not fit each other.
@@ -133,10 +134,12 @@ def route(
         if array is not None:
             require_device_memory(name, array)
     params = RouteParams(int(top_k), scoring, int(num_groups), int(top_groups), group_scoring, bool(renormalize))
-    by_kernel = implementation == "cuda"
-    if by_kernel:
+    if is_required := implementation == "cuda":
         _check_kernel(logits, params, token_ids=token_ids, image_bias=image_bias)
-    selected = functools.partial(_route, params=params, by_kernel=by_kernel)
+    has_more = token_ids is not None or image_bias is not None
+    is_default = implementation is None and not has_more and serves_by_default(logits, params)
+    by_kernel = is_required or (is_default and _specs.is_on_one_device())
+    selected = functools.partial(_route, params=params, by_kernel=by_kernel, is_required=is_required)
     # Tokens stay split as they are; experts that are split are gathered.
     spec = P(*jax.typeof(logits).sharding.spec[:-1], None)
     ids, weights = _specs.call_with_types(selected, arrays, (spec, spec))
@@ -144,7 +147,7 @@ def route(
 
 
 # Compiled, also where the caller's program is not: its constants would be transfers to the device.
-@functools.partial(jax.jit, static_argnames=("params", "by_kernel"))
+@functools.partial(jax.jit, static_argnames=("params", "by_kernel", "is_required"))
 def _route(
     logits: jax.Array,
     bias: jax.Array | None,
@@ -155,9 +158,10 @@ def _route(
     *,
     params: RouteParams,
     by_kernel: bool,
+    is_required: bool,
 ) -> tuple[jax.Array, jax.Array]:
     if by_kernel:
-        return route_by_kernel(logits, bias, params)
+        return route_by_kernel(logits, bias, params, is_required)
     return route_arrays(logits, bias, token_ids, hash_table, image_bias, is_image, **params._asdict())
 
 

@@ -1,4 +1,4 @@
-"""`route` with implementation="cuda": what is lowered for CUDA, without a GPU, and where it is an error."""
+"""`route` as one kernel: what is lowered for CUDA, without a GPU; where it is array code or, asked for, an error."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, MegaMoEError, PlatformError, ShapeError, ShardingError
+from jax_megamoe.primitives import _library
 from tests.support.cuda_lowering import attribute, calls, cuda_text
 from tests.support.meshes import AUTO, EXPLICIT, make_mesh, place
 
@@ -30,12 +31,44 @@ def test_one_device_has_the_kernel(built):
     assert calls(cuda_text(mapped, jnp.zeros((3, 8, 64)))) == KERNEL
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
-def test_array_code_is_what_nobody_asks_for(built, implementation):
-    assert calls(text_of(implementation=implementation)) == []
-
-
 TOKENS, TABLE = jnp.zeros(8, jnp.int32), jnp.zeros((10, 4), jnp.int32)
+
+
+@pytest.mark.parametrize("logits", [LOGITS, jnp.zeros((512, 64)), jnp.zeros((4, 128, 64), jnp.bfloat16)])
+def test_the_kernel_is_the_default(built, logits):
+    assert calls(text_of(logits, implementation=None, scoring="sigmoid", bias=jnp.ones(64))) == KERNEL
+    assert calls(text_of(logits, implementation="reference")) == []
+
+
+def test_where_it_does_not_serve_the_default_is_array_code(built):
+    def default(**arguments: Any) -> list[str]:
+        return calls(text_of(**{"implementation": None, **arguments}))
+
+    assert default(logits=jnp.zeros((513, 64))) == []
+    assert default(logits=jnp.zeros((8, 1025))) == []
+    assert default(top_k=33) == []
+    assert default(token_ids=TOKENS, hash_table=TABLE) == []
+    assert default(image_bias=jnp.zeros(64), is_image=TOKENS > 0) == []
+    over_biases = jax.vmap(lambda bias: mm.route(LOGITS, 4, bias=bias))
+    assert calls(cuda_text(over_biases, jnp.zeros((3, 64)))) == []
+    for kind in (AUTO, EXPLICIT):
+        assert default(logits=place(make_mesh({"data": 8}, kind), LOGITS, "data")) == []
+    exported = jax.export.export(jax.jit(lambda x: mm.route(x, 4)), platforms=["cuda"])(LOGITS)
+    assert calls(exported.mlir_module()) == []
+
+
+def test_without_the_kernels_the_default_is_array_code(monkeypatch):
+    monkeypatch.setattr(_library, "_core", None)
+    assert calls(text_of(implementation=None)) == []
+
+
+def test_on_a_cpu_the_default_is_array_code():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 64)), jnp.float32)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.float32)
+    found = jax.vmap(lambda x, b: mm.route(x, 4, bias=b))(logits, bias)
+    wanted = jax.vmap(lambda x, b: mm.route(x, 4, bias=b, implementation="reference"))(logits, bias)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The primitive `route`: a router's selection as one kernel, on one Hopper GPU or on each in `shard_map`."""
+"""The primitive `route`: a router's selection as one kernel, on one Hopper GPU or on each in `shard_map`.
+
+Where the kernel cannot be had the primitive is array code, or an error if it was asked for by name.
+"""
 
 import functools
 import math
@@ -14,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat
 from jax_megamoe.arrays import Array
-from jax_megamoe.errors import PlatformError, ShapeError, ShardingError
+from jax_megamoe.errors import MegaMoEError, PlatformError, ShapeError, ShardingError
 from jax_megamoe.primitives import _library
 from jax_megamoe.routing_arrays import GroupScoring, Scoring, route_arrays
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32  # of the kernel
+MOST_TOKENS = 512  # for which it is the default: so far it has been measured
 SCORINGS: tuple[Scoring, ...] = get_args(Scoring)  # in the order of `Scoring` in cuda/router/route.h
 
 route_p = Primitive("jax_megamoe.route")
@@ -36,6 +40,14 @@ class RouteParams(NamedTuple):
     renormalize: bool
 
 
+def serves_by_default(logits: Array, params: RouteParams) -> bool:
+    """Whether the kernel is what route uses of itself, as far as sizes say."""
+    if any(export.is_symbolic_dim(size) for size in logits.shape):
+        return False
+    num_tokens = math.prod(logits.shape[:-1])
+    return num_tokens <= MOST_TOKENS and logits.shape[-1] <= MAX_EXPERTS and params.top_k <= MAX_TOP_K
+
+
 def check_served(logits: Array, params: RouteParams) -> None:
     """Raises `ShapeError` for sizes that the kernel does not compute."""
     num_experts = logits.shape[-1]
@@ -51,24 +63,30 @@ def check_served(logits: Array, params: RouteParams) -> None:
         )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def route_by_kernel(logits: jax.Array, bias: jax.Array | None, params: RouteParams) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def route_by_kernel(
+    logits: jax.Array, bias: jax.Array | None, params: RouteParams, is_required: bool
+) -> tuple[jax.Array, jax.Array]:
     """Logits float [..., E], bias [E] -> ids int32[..., k], weights f32[..., k], as `route_arrays`.
 
-    Derivatives are those of array code.
+    Derivatives are those of array code. `is_required`: an error instead of array code, where there is no kernel.
     """
     none = jnp.zeros(0, jnp.float32)
     row = logits.astype(jnp.float32), none if bias is None else bias.astype(jnp.float32)
-    ids, weights = route_p.bind(*_compat.align_varying(row), params=params)
+    ids, weights = route_p.bind(*_compat.align_varying(row), params=params, is_required=is_required)
     return ids, weights
 
 
 @route_by_kernel.defjvp
-def _(params: RouteParams, primals: Any, tangents: Any) -> Any:
+def _(params: RouteParams, is_required: bool, primals: Any, tangents: Any) -> Any:
     def arrays(logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         return route_arrays(logits, bias, None, None, None, None, **params._asdict())
 
     return jax.jvp(arrays, primals, tangents)
+
+
+def _arrays(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
+    return route_arrays(logits, bias if bias.size else None, None, None, None, None, **params._asdict())
 
 
 def _kernel(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
@@ -87,34 +105,57 @@ def _kernel(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple
     return ids.reshape(*lead, params.top_k), weights.reshape(*lead, params.top_k)
 
 
-def _abstract_eval(logits: Any, bias: Any, *, params: RouteParams) -> tuple[Any, Any]:
+def _abstract_eval(logits: Any, bias: Any, *, params: RouteParams, is_required: bool) -> tuple[Any, Any]:
     _compat.check_varying(route_p.name, logits, bias)
     shape, spec = (*logits.shape[:-1], params.top_k), P(*(None,) * logits.ndim)
     ids, weights = (_compat.output_aval(logits, shape, dtype, spec) for dtype in (jnp.int32, jnp.float32))
     return ids, weights
 
 
-def _batch(row: tuple[Any, Any], dims: tuple[Any, Any], *, params: RouteParams) -> tuple[Any, tuple[int, int]]:
+def _batch(
+    row: tuple[Any, Any], dims: tuple[Any, Any], *, params: RouteParams, is_required: bool
+) -> tuple[Any, tuple[int, int]]:
     (logits, bias), (dim, dim_of_bias) = row, dims
+    if dim_of_bias is not None and not is_required:
+        return jax.vmap(functools.partial(_arrays, params=params), in_axes=dims)(logits, bias), (0, 0)
     if dim_of_bias is not None:
         raise NotImplementedError(
             "bias is mapped by jax.vmap, and route with implementation='cuda' maps over tokens only: "
             "leave implementation out."
         )
-    return route_p.bind(jnp.moveaxis(logits, dim, 0), bias, params=params), (0, 0)
+    logits = jnp.moveaxis(logits, dim, 0)
+    return route_p.bind(logits, bias, params=params, is_required=is_required), (0, 0)
 
 
-def _lower_cuda(ctx: Any, *row: Any, params: RouteParams) -> Any:
+def _lower_cuda(ctx: Any, *row: Any, params: RouteParams, is_required: bool) -> Any:
+    try:
+        _check_program(ctx)
+    except MegaMoEError:
+        if is_required:
+            raise
+        return _lower_arrays(ctx, *row, params=params)
+    if not is_required and _compat.is_exported(ctx):
+        # An exported program should need no promise about custom calls that nobody asked for.
+        return _lower_arrays(ctx, *row, params=params)
+    return mlir.lower_fun(_kernel, multiple_results=True)(ctx, *row, params=params)
+
+
+def _check_program(ctx: Any) -> None:
+    """Raises where the program that is lowered cannot have the kernel."""
     _library.check_kernel_available()
     if (num_devices := _compat.num_devices_of_program(ctx)) not in (None, 1):
         raise ShardingError(
             f"implementation of route is 'cuda' in a program of {num_devices} devices, which XLA would have to split, "
             "wanted one device or jax.shard_map: call it there, or leave implementation out."
         )
-    return mlir.lower_fun(_kernel, multiple_results=True)(ctx, *row, params=params)
 
 
-def _lower_elsewhere(ctx: Any, *row: Any, params: RouteParams) -> Any:
+_lower_arrays = mlir.lower_fun(_arrays, multiple_results=True)
+
+
+def _lower_elsewhere(ctx: Any, *row: Any, params: RouteParams, is_required: bool) -> Any:
+    if not is_required:
+        return _lower_arrays(ctx, *row, params=params)
     platforms = ctx.platforms or ctx.module_context.platforms
     raise PlatformError(
         f"implementation of route is 'cuda' on {', '.join(platforms)}, wanted a Hopper GPU: leave implementation out."
