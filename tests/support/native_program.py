@@ -1,4 +1,8 @@
-"""Parts of the CUDA sources that run on the host, as small programs that tests compile and talk to by lines."""
+"""Parts of the CUDA sources that run on the host, as small programs that tests compile and talk to by lines.
+
+MEGAMOE_SANITIZE in the environment, "address,undefined" or "thread", compiles them with these sanitizers, whose first
+finding ends a program with an error (`scripts/sanitize`).
+"""
 
 import os
 import re
@@ -22,6 +26,17 @@ def host_compiler() -> str:
     return compiler
 
 
+def sanitizer_flags() -> list[str]:
+    """What the compiler is told besides; nothing without MEGAMOE_SANITIZE."""
+    names = os.environ.get("MEGAMOE_SANITIZE")
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if names else []
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """For a program: what lives as long as the process, as sessions do, is no leak."""
+    return {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def cuda_include() -> Path:
     """The folder of the toolkit's headers, which declare what the fake runtime defines."""
     if nvcc := shutil.which("nvcc"):
@@ -37,11 +52,15 @@ def compile_program(folder: Path, name: str, *sources: Path, flags: Sequence[str
     """Compiles tests/native/`name`.cc with other sources; returns a function from the program's input to its output."""
     program = folder / name
     files = [NATIVE / f"{name}.cc", *sources]
-    command: list[str | Path] = [host_compiler(), "-std=c++17", "-O1", f"-I{CUDA}", *flags, *files, "-o", program]
-    subprocess.run(command, check=True, timeout=120)
+    command: list[str | Path] = [host_compiler(), "-std=c++17", "-O1", *sanitizer_flags(), f"-I{CUDA}", *flags, *files]
+    subprocess.run([*command, "-o", program], check=True, timeout=240)
 
     def run(text: str) -> str:
-        done = subprocess.run([program], input=text, capture_output=True, text=True, check=True, timeout=60)
+        environment = sanitizer_environment()
+        done = subprocess.run(
+            [program], input=text, capture_output=True, text=True, check=False, timeout=120, env=environment
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
     return run
