@@ -75,9 +75,11 @@ def require_same_split(name: str, array: Array, first_name: str, first: Array) -
     """Raises `ShardingError` where explicit types do not split two arrays over the same axes of the same mesh."""
     one, other = (jax.typeof(value).sharding for value in (array, first))
     if (one.mesh, tuple(one.spec)[:1]) != (other.mesh, tuple(other.spec)[:1]):
+        # Types do not show a mesh of automatic axes.
+        on = [f" on {value.mesh.shape_tuple or 'no mesh'}" if one.mesh != other.mesh else "" for value in (one, other)]
         raise ShardingError(
-            f"{name} is {jax.typeof(array)} and {first_name} {jax.typeof(first)}, wanted the same split of the same "
-            "mesh: put both there with jax.device_put or jax.sharding.reshard."
+            f"{name} is {jax.typeof(array)}{on[0]} and {first_name} {jax.typeof(first)}{on[1]}, wanted the same split "
+            "of the same mesh: put both there with jax.device_put or jax.sharding.reshard."
         )
 
 

@@ -68,8 +68,8 @@ def quantize_experts(
       gate_up_bias: the same types, [E, 2I], gate's and then up's, added before the activation; None for zeros, and
         with fp8_block, which holds no biases.
       down_bias: [E, H], added to an expert's result, which the routing weight multiplies; None likewise.
-      pad: takes H and I that are no multiples of 128 (with mxfp4 of 32), as gpt-oss' 2880. The arrays are those of the
-        next multiples, with zeros behind; `moe` pads x and cuts its result.
+      pad: takes any H and I, with mxfp4 any multiples of 32, as gpt-oss' 2880. The arrays are those of the next
+        multiples of 128, with zeros behind; `moe` pads x and cuts its result.
       num_experts: how many experts there are on all devices together, where the arrays hold a part of them, as inside
         `jax.shard_map`; None for those that the arrays hold. Copies of an expert count as experts of their own.
       progress: called with (experts done, E): after each expert of NumPy arrays, at the end for those of JAX.
@@ -77,6 +77,7 @@ def quantize_experts(
     Raises:
       ShapeError, DTypeError: while tracing, for arguments that cannot be served.
       LayoutError: for weights that are packed already, an unknown order or format, biases with fp8_block.
+      ShardingError: for arrays that are not split alike, over experts only, and for those in host memory.
       ArgumentError: for weights whose rows spread too far for mxfp4.
     """
     _check_progress(progress)
@@ -151,6 +152,7 @@ def pack_experts(
         E8M0 exponents after a cast: whole numbers of at least 64, not all powers of two.
       ArgumentError: for exponents of mxfp4 that cannot be served.
       LayoutError: for weights that are packed already, and biases with fp8_block.
+      ShardingError: for arrays that are not split alike, over experts only, and for those in host memory.
     """
     check_flag("pad", pad)
     arrays = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down, "down_scale": down_scale}

@@ -12,18 +12,30 @@ import jax
 import jax.numpy as jnp
 
 from jax_megamoe.operands import Operands
-from jax_megamoe.weight_layout import PLANE_ROWS, reshape_trailing
+from jax_megamoe.weight_layout import BLOCK, PLANE_ROWS, reshape_trailing
 
 Call = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def pad_rows(array: jax.Array, axis: int, size: int) -> jax.Array:
-    """Zeros behind an axis, up to `size`."""
+def pad_rows(array: jax.Array, axis: int, size: int, value: int = 0) -> jax.Array:
+    """Zeros, or another value, behind an axis, up to `size`."""
     missing = size - array.shape[axis]
     if missing == 0:
         return array
     axis %= array.ndim
-    return jnp.pad(array, [(0, missing if other == axis else 0) for other in range(array.ndim)])
+    widths = [(0, missing if other == axis else 0) for other in range(array.ndim)]
+    return jnp.pad(array, widths, constant_values=value)
+
+
+def slice_padded(array: jax.Array, begin: jax.Array, size: int, axis: int) -> jax.Array:
+    """`size` rows from `begin` on along an axis, with zeros behind its end up to a multiple of 128."""
+    if array.shape[axis] % BLOCK == 0:
+        return jax.lax.dynamic_slice_in_dim(array, begin, size, axis)
+    array = pad_rows(array, axis, max(size, array.shape[axis]))
+    first = jnp.minimum(begin, array.shape[axis] - size)
+    part = jax.lax.dynamic_slice_in_dim(array, first, size, axis)
+    # Where all of it would be behind the end, the index is beyond `size`, and is clamped to it.
+    return jax.lax.dynamic_slice_in_dim(pad_rows(part, axis, 2 * size), begin - first, size, axis)
 
 
 def pad_halves(array: jax.Array, axis: int, size: int) -> jax.Array:

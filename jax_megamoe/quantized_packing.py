@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_megamoe import mxfp4, quantization, weight_layout
 from jax_megamoe.operands import Leaves
-from jax_megamoe.padding import pad_halves, pad_rows
+from jax_megamoe.padding import pad_halves, pad_rows, slice_padded
 from jax_megamoe.weight_checks import Order
 from jax_megamoe.weight_layout import Format
 
@@ -32,8 +32,6 @@ def quantize_and_pack(
     """The packed leaves of float weights that are checked, with zeros behind sizes that are no multiples of 128."""
     row_axis = 1 if order == "out_in" else 2
     hidden, intermediate = (weight_layout.padded_size(down.shape[axis]) for axis in (row_axis, 3 - row_axis))
-    gate, up = (pad_rows(pad_rows(weight, row_axis, intermediate), 3 - row_axis, hidden) for weight in (gate, up))
-    down = pad_rows(pad_rows(down, row_axis, hidden), 3 - row_axis, intermediate)
     gate_up_bias = None if gate_up_bias is None else pad_halves(gate_up_bias.astype(jnp.float32), 1, 2 * intermediate)
     down_bias = None if down_bias is None else pad_rows(down_bias.astype(jnp.float32), 1, hidden)
     if format == "fp8_block":
@@ -83,11 +81,11 @@ def _of_channels(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int)
 
 def _row_scales(weight: jax.Array, row_axis: int) -> jax.Array:
     """The scales [E, N] of the rows, some rows after the other: it takes several float32 copies of them."""
-    num_rows = weight.shape[row_axis]
+    num_rows = weight_layout.padded_size(weight.shape[row_axis])
     size = num_rows // _SCALE_PARTS
 
     def put(index: jax.Array, scales: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(weight, index * size, size, row_axis)
+        part = slice_padded(weight, index * size, size, row_axis)
         part_scales = quantization.row_scales(part, 3 - row_axis)
         return jax.lax.dynamic_update_slice_in_dim(scales, part_scales, index * size, 1)
 
@@ -101,6 +99,12 @@ def _of_mxfp4(gate: jax.Array, up: jax.Array, down: jax.Array, row_axis: int) ->
         """The exponents [E, N, K/32], and those that are stored, and the scales [E, N] of the rows."""
         magnitudes = mxfp4.group_magnitudes(weight, 3 - row_axis)
         exponents, is_zero = mxfp4.exponents_of(magnitudes if row_axis == 1 else magnitudes.swapaxes(1, 2))
+        # Those of zeros, behind what there is.
+        num_rows, num_columns = (weight_layout.padded_size(weight.shape[axis]) for axis in (row_axis, 3 - row_axis))
+        exponents, is_zero = (
+            pad_rows(pad_rows(array, 1, num_rows, of_zeros), 2, num_columns // mxfp4.GROUP, of_zeros)
+            for array, of_zeros in ((exponents, mxfp4.ONE_EXPONENT), (is_zero, True))
+        )
         base, scale = mxfp4.row_scales(exponents, is_zero)
         return _materialize((exponents, exponents - base[..., None], scale))
 
@@ -140,29 +144,34 @@ def _map_parts(
 ) -> tuple[jax.Array, ...]:
     """The packed tiles of weights [E, N, K], transposed if row_axis is 2, that `make_tiles` gives for parts of them.
 
+    Where N or K is no multiple of 128 there are zeros behind, in the parts alone.
+
     Parts are 128 rows and a multiple of `column_blocks` blocks of columns, or all. One after the other goes into its
     place, since float32 copies of all weights would take several times the room of the input. Rows and columns are
     split and not experts, which may be split over devices. `of_rows` is what belongs to whole rows, [E, N], or to
     groups of them, [E, N, groups]: `make_tiles` gets the parts of these after those of the weights.
     """
-    num_rows, num_columns = weights[0].shape[row_axis], weights[0].shape[3 - row_axis]
+    num_rows, num_columns = (weight_layout.padded_size(weights[0].shape[axis]) for axis in (row_axis, 3 - row_axis))
     row_parts = num_rows // weight_layout.BLOCK
     wanted = -(-_MIN_PARTS // row_parts)
     units = num_columns // (column_blocks * weight_layout.BLOCK)
     is_whole = num_columns % (column_blocks * weight_layout.BLOCK) == 0
     column_parts = next((n for n in range(wanted, units + 1) if units % n == 0), units) if is_whole and units else 1
 
-    def part_of(array: jax.Array, row_part: jax.Array, column_part: jax.Array, rows: int, columns: int) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(array, row_part * weight_layout.BLOCK, weight_layout.BLOCK, rows)
+    def part_of(
+        array: jax.Array, row_part: jax.Array, column_part: jax.Array, rows: int, columns: int, num_columns: int
+    ) -> jax.Array:
+        part = slice_padded(array, row_part * weight_layout.BLOCK, weight_layout.BLOCK, rows)
         if array.ndim == 2:
             return part
-        size = array.shape[columns] // column_parts
-        return jax.lax.dynamic_slice_in_dim(part, column_part * size, size, columns)
+        size = num_columns // column_parts
+        return jax.lax.dynamic_slice_in_dim(pad_rows(part, columns, num_columns), column_part * size, size, columns)
 
     def tiles_of(row_part: jax.Array, column_part: jax.Array) -> tuple[jax.Array, ...]:
-        parts = [part_of(weight, row_part, column_part, row_axis, 3 - row_axis) for weight in weights]
+        where = row_part, column_part
+        parts = [part_of(weight, *where, row_axis, 3 - row_axis, num_columns) for weight in weights]
         parts = [part if row_axis == 1 else part.swapaxes(1, 2) for part in parts]
-        return make_tiles(*parts, *(part_of(array, row_part, column_part, 1, 2) for array in of_rows))
+        return make_tiles(*parts, *(part_of(array, *where, 1, 2, array.shape[-1]) for array in of_rows))
 
     def put(index: jax.Array, joined: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         row_part, column_part = index // column_parts, index % column_parts

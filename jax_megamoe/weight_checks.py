@@ -235,7 +235,7 @@ def _scale_format(name: str, scale: Array, matrix: tuple[int, int, int]) -> Form
     if name == "gate_up_scale":
         of_rows.append((experts, 2))
     shape = tuple(scale.shape)
-    # No two of them are equal, since rows are 128 at least.
+    # Only for matrices of one row or column two of them are equal.
     if shape == of_blocks or shape in of_rows:
         format: Format = "fp8_block" if shape == of_blocks else "fp8_channel"
         _check_scale_dtype(name, scale, format)
@@ -308,12 +308,16 @@ def _count_blocks(size: int) -> int:
 
 
 def _require_multiples(hidden_size: int, intermediate_size: int, pad: bool, is_mxfp4: bool) -> None:
-    unit, remedy = weight_layout.BLOCK, "pass pad=True, which pads with zeros"
-    if pad:
-        unit, remedy = (mxfp4.GROUP, "pad the weights with zeros") if is_mxfp4 else (1, "pass the weights of a layer")
+    least = mxfp4.GROUP if is_mxfp4 else 1  # of what can be padded
+    unit = least if pad else weight_layout.BLOCK
     for name, size in (("hidden size H", hidden_size), ("intermediate size I", intermediate_size)):
-        if size <= 0 or size % unit:
-            raise ShapeError(f"{name} is {size}, wanted a positive multiple of {unit}: {remedy}.")
+        if size > 0 and size % unit == 0:
+            continue
+        wanted = f"positive multiple of {unit}" if unit > 1 else "positive size"
+        remedy = "pass pad=True, which pads with zeros" if size % least == 0 else "pad the weights with zeros"
+        raise ShapeError(
+            f"{name} is {size}, wanted a {wanted}: {remedy if size > 0 else 'pass the weights of a layer'}."
+        )
 
 
 def _require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], meaning: str, layout: str) -> None:

@@ -1,6 +1,7 @@
 """Biases of the projections, and sizes that are no multiples of 128: gpt-oss' experts have both."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -207,3 +208,30 @@ def test_biases_are_split_like_the_weights():
         assert all(leaf.sharding.spec[0] == "expert" for leaf in weights.leaves)
         assert all(bias.sharding.spec[0] == "expert" for bias in weights.unpack_biases())
         np.testing.assert_array_equal(weights.unpack_biases()[1], down_bias.astype(np.float32))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_padding_takes_no_more_memory(format):
+    """Weights are padded part by part: input, result and what is needed meanwhile are at most twice the input."""
+    weight = jax.ShapeDtypeStruct((1, 2880, 2880), jnp.bfloat16)
+    program = jax.jit(functools.partial(quantize_experts, format=format, pad=True)).lower(weight, weight, weight)
+    memory: Any = program.compile().memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert total < 2 * memory.argument_size_in_bytes
+
+
+@pytest.mark.parametrize("order", ["out_in", "in_out"])
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 160), (416, 96), (288, 800)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantizing_any_size_is_like_zeros_behind(format, sizes, order):
+    hidden, intermediate = sizes
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=(2, n, k)).astype(np.float32) for n, k in 2 * [sizes[::-1]] + [sizes]]
+    wide = [np.pad(m, [(0, 0), (0, -m.shape[1] % 128), (0, -m.shape[2] % 128)]) for m in matrices]
+    if order == "in_out":
+        matrices, wide = ([m.swapaxes(1, 2) for m in both] for both in (matrices, wide))
+    found = quantize_experts(*matrices, format=format, order=order, pad=True)
+    wanted = quantize_experts(*wide, format=format, order=order)
+    assert (found.hidden_size, found.intermediate_size) == sizes
+    for leaf, other in zip(found.leaves, wanted.leaves, strict=True):
+        np.testing.assert_array_equal(bytes_of(leaf), bytes_of(other))

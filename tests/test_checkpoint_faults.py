@@ -1,6 +1,7 @@
 """What went wrong when a stranger tried to load checkpoints: each stays mended."""
 
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,14 @@ def test_the_word_that_is_wrong_is_named(tmp_path):
     stock.config["num_experts"] = 0
     with pytest.raises(CheckpointError, match=r"has num_experts = 0, wanted a positive number"):
         mm.read_checkpoint(write(tmp_path, stock.config, stock.tensors)).experts(1)
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    """Reading up to a limit allocates the limit."""
+    folder, _ = stored(tmp_path, "qwen3-bf16")
+    mm.read_checkpoint(folder)
+    tracemalloc.start()
+    mm.read_checkpoint(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -125,6 +125,16 @@ EXPERTS: dict[str, tuple[str, Change, str]] = {
         with_tensor(f"{STEM}.0.up_proj.bias", np.zeros(I, np.float32)),
         r"up_proj\.bias' is added to the projection, which experts of this family do without: look whether config",
     ),
+    "biases of all experts": (
+        "qwen3-bf16",
+        with_tensor(f"{STEM}.down_proj_bias", np.zeros((E, H), np.float32)),
+        r"experts\.down_proj_bias' is added to the projection, which experts of this family do without",
+    ),
+    "one expert beside all": (
+        "qwen3.5-bf16",
+        with_tensor("model.language_model.layers.1.mlp.experts.1.gate_proj.weight", FLOATS),
+        r"experts\.1\.gate_proj\.weight' is of one expert beside",
+    ),
     "an expert missing": (
         "kimi-k2",
         without(*(f"{STEM}.{E - 1}.{p}.weight{s}" for p in ("gate_proj", "up_proj", "down_proj") for s in ("", "_scale_inv"))),
@@ -384,7 +394,8 @@ def test_floats_that_mxfp4_cannot_hold(tmp_path):
     wide[3, :32] *= np.float32(2.0**-40)
     checkpoint = make(tmp_path, "qwen3-bf16", gate(4, wide))
     with pytest.raises(
-        CheckpointError, match=r"experts\.4\.gate_proj\.weight' is of an expert that mxfp4 cannot hold: row 3"
+        CheckpointError,
+        match=r"experts\.4\.gate_proj\.weight' is of an expert that mxfp4 cannot hold: row 3 of expert 4 of gate",
     ):
         checkpoint.experts(1, format="mxfp4")
 

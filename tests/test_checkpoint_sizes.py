@@ -32,6 +32,9 @@ OTHER_SIZES: dict[str, tuple[Encode, int, int]] = {
     "rows": (fp8_channel(), 200, 72),
     "matrices": (fp8_matrix(), 72, 200),
     "mxfp4": (mxfp4(), 224, 160),
+    "one group of mxfp4": (mxfp4(), 32, 64),
+    "one group of mxfp4 in down": (mxfp4(), 64, 32),
+    "one block": (fp8_block("uint8"), 96, 96),
 }
 
 

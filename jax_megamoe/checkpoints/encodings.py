@@ -135,10 +135,8 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None, *, 
     for suffix, problem in _REFUSED_NAMES.items():
         if (refused := tensors.get(stem + suffix)) is not None:
             raise refused.error(f"{problem}.")
-    if not has_bias and (bias := _first(tensors, stem, _BIAS_NAMES)) is not None:
-        raise bias.error(
-            "is added to the projection, which experts of this family do without: look whether config.json is its own."
-        )
+    if not has_bias:
+        refuse_bias(tensors, stem)
     weight = _first(tensors, stem, WEIGHT_NAMES) or tensors.require(stem + _usual_name(tensors, stem, num_experts))
     if weight.name == stem + _BLOCKS:
         weight = _join_blocks(weight)
@@ -157,9 +155,9 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None, *, 
         columns *= 2  # two codes in a byte
     if scale is not None and scale.shape[: len(lead)] != lead:
         raise scale.error(f"has shape {scale.shape}, wanted {num_experts} experts first: take it from its source.")
-    block = None if scale is None else _block(scale.shape[len(lead) :], rows, columns)
+    blocks = set() if scale is None else _blocks(scale.shape[len(lead) :], rows, columns)
     for encoding in ENCODINGS:
-        if _fits(encoding, weight, scale, block):
+        if _fits(encoding, weight, scale, blocks):
             if encoding.refusal is not None:
                 raise weight.error(f"is of {encoding.title}: {encoding.refusal}.")
             return Matrix(weight, scale, encoding, rows, columns)
@@ -203,25 +201,34 @@ def _first(tensors: Tensors, stem: str, suffixes: tuple[str, ...]) -> Tensor | N
     return found[0] if found else None
 
 
-def _fits(encoding: Encoding, weight: Tensor, scale: Tensor | None, block: Block | None) -> bool:
+def refuse_bias(tensors: Tensors, stem: str) -> None:
+    """Raises `CheckpointError` where there are biases of the projection, in families that have none."""
+    if (bias := _first(tensors, stem, _BIAS_NAMES)) is not None:
+        raise bias.error(
+            "is added to the projection, which experts of this family do without: look whether config.json is its own."
+        )
+
+
+def _fits(encoding: Encoding, weight: Tensor, scale: Tensor | None, blocks: set[Block]) -> bool:
     if weight.dtype not in encoding.weight:
         return False
     if scale is None:
         return not encoding.scale
-    return scale.dtype in encoding.scale and encoding.block in (None, block)
+    return scale.dtype in encoding.scale and (encoding.block is None or encoding.block in blocks)
 
 
-def _block(shape: tuple[int, ...], rows: int, columns: int) -> Block | None:
-    """What shares a scale of this shape, of a matrix [rows, columns]; None for what is no known way to share."""
-    if shape in ((), (1,)) or (shape == (1, 1) and (rows, columns) != (BLOCK, BLOCK)):
-        return ALL, ALL
+def _blocks(shape: tuple[int, ...], rows: int, columns: int) -> set[Block]:
+    """What may share a scale of this shape, of a matrix [rows, columns]: of small matrices several things."""
+    blocks: set[Block] = set()
+    if shape in ((), (1,), (1, 1)):
+        blocks.add((ALL, ALL))
     if shape in ((rows,), (rows, 1)):
-        return 1, ALL
+        blocks.add((1, ALL))
     if shape == (-(-rows // BLOCK), -(-columns // BLOCK)):
-        return BLOCK, BLOCK  # Those at the ends may be smaller.
-    if len(shape) != 2 or 0 in shape or rows % shape[0] or columns % shape[1]:
-        return None
-    return rows // shape[0], columns // shape[1]
+        blocks.add((BLOCK, BLOCK))  # Those at the ends may be smaller.
+    if len(shape) == 2 and 0 not in shape and rows % shape[0] == columns % shape[1] == 0:
+        blocks.add((rows // shape[0], columns // shape[1]))
+    return blocks
 
 
 def _unknown(weight: Tensor, scale: Tensor | None) -> CheckpointError:

@@ -1,10 +1,11 @@
 """The experts of a layer in a checkpoint: where their matrices are, by headers alone, and reading one of them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jax_megamoe.checkpoints.encodings import ALL, WEIGHT_NAMES, Encoding, Matrix, find_bias, find_matrix
+from jax_megamoe.checkpoints.encodings import ALL, WEIGHT_NAMES, Encoding, Matrix, find_bias, find_matrix, refuse_bias
 from jax_megamoe.checkpoints.families import Family, Projections
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
@@ -161,12 +162,14 @@ def find_experts(tensors: Tensors, stem: str, family: Family, num_experts: int, 
     """The experts below `{stem}.`: a tensor for each expert's matrices, or for those of all experts."""
     fused = [f"{stem}.gate_up_proj", f"{stem}.down_proj"]
     if family.is_interleaved or any(name + suffix in tensors for name in fused for suffix in WEIGHT_NAMES):
-        single = next((name for name in tensors if name.startswith(f"{stem}.0.")), None)
+        single = next((name for name in tensors if re.match(rf"{re.escape(stem)}\.\d+\.", name)), None)
         if single is not None:
             raise tensors[single].error(
                 f"is of one expert beside {fused[0]!r} of all, wanted either: remove those that are not meant."
             )
         return _find_fused(tensors, fused, family, num_experts, hidden_size)
+    for name in fused:
+        refuse_bias(tensors, name)
     parts = []
     for expert in range(num_experts):
         gate, up, down = (Part(find_matrix(tensors, f"{stem}.{expert}.{projection}")) for projection in family.expert)

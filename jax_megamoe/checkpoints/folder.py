@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON_BYTES:
                 raise CheckpointError(path, None, f"has {size} bytes, wanted up to {_MAX_JSON_BYTES}: look what it is.")
-            fields = json.loads(file.read(_MAX_JSON_BYTES))
+            fields = json.loads(file.read(size))  # a larger number would be allocated, whatever the file has
     except OSError as error:
         raise CheckpointError(
             path, None, f"cannot be read, {error.strerror or error}: pass the folder of a downloaded model."

@@ -7,14 +7,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jax_megamoe import mxfp4, packing
+from jax_megamoe import mxfp4
 from jax_megamoe.checkpoints import conversion
 from jax_megamoe.checkpoints.encodings import Encoding
 from jax_megamoe.checkpoints.experts import LayerExperts, Part, Raw
 from jax_megamoe.checkpoints.safetensors import File
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves
-from jax_megamoe.weight_checks import Order
+from jax_megamoe.quantized_packing import quantize_and_pack
+from jax_megamoe.weight_checks import Order, check_spreads
 from jax_megamoe.weight_layout import Format
 
 
@@ -162,6 +163,7 @@ class StockLayer:
             )
         try:
             # Where a float was NaN, NaN is right, and this raises nothing.
-            packing.quantize_experts(raw.gate, raw.up, raw.down, order=self.experts.order, format=format, pad=True)
+            leaves = quantize_and_pack(raw.gate, raw.up, raw.down, order=self.experts.order, format=format)
+            check_spreads(leaves, self.intermediate_size, are_floats=True, first_expert=expert)
         except ArgumentError as error:
             raise self.experts.error(expert, f"is of an expert that {format} cannot hold: {error}") from error
