@@ -172,7 +172,9 @@ def test_buffer_bytes_of_this_build():
         expert_parallel.buffer_bytes(128, 6, 7168, 3072, 384, 8, format="int4")
     larger = expert_parallel.buffer_bytes(256, 6, 7168, 3072, 384, 8)
     assert larger.symmetric > found.symmetric
-    with pytest.raises(ValueError):
-        expert_parallel.buffer_bytes(128, 6, 7168 + 1, 3072, 384, 8)
+    assert expert_parallel.buffer_bytes(128, 6, 7168 - 1, 3072 - 100, 384, 8) == found
+    for hidden_size in (0, -128, 65536 + 1):
+        with pytest.raises(ValueError):
+            expert_parallel.buffer_bytes(128, 6, hidden_size, 3072, 384, 8)
     with pytest.raises(ValueError):
         expert_parallel.buffer_bytes(128, 33, 7168, 3072, 384, 8)
