@@ -307,26 +307,26 @@ class WideConsumer {
     const bool has_bias = __any_sync(~0u, row_terms.bias.x != 0.0f || row_terms.bias.y != 0.0f);
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // sources that other threads have copied
     for_parts([&](int part) {
-      const auto put = [&](const auto& add_bias) {
+      const auto put = [&](const auto& finished) {
         for_loops(sums[part], 0, [&](Part& acc, int first_token) {
 #pragma unroll
           for (int i = 0; i < kLoopSums / 2; ++i) {
             const float* value = acc + 4 * (i / 2) + i % 2;
             const int token = first_token + token_of(i);
-            const float2 sum = add_bias(make_float2(value[0] * row_terms.scale.x, value[2] * row_terms.scale.y),
-                                        sources()[part * kN + token]);
+            const float2 pair = finished(value[0], value[2], sources()[part * kN + token]);
             *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
-                __floats2bfloat162_rn(sum.x, sum.y);
+                __floats2bfloat162_rn(pair.x, pair.y);
           }
         });
       };
       if (has_bias) {
-        put([&](float2 sum, const RowSource& source) {
-          return make_float2(fmaf(source.weight, row_terms.bias.x, sum.x),
-                             fmaf(source.weight, row_terms.bias.y, sum.y));
+        put([&](float low, float high, const RowSource& source) {
+          return make_float2(row_terms.low(low, source.weight), row_terms.high(high, source.weight));
         });
       } else {
-        put([](float2 sum, const RowSource&) { return sum; });
+        put([&](float low, float high, const RowSource&) {
+          return make_float2(low * row_terms.scale.x, high * row_terms.scale.y);
+        });
       }
       ptx::named_barrier_sync(barrier, kWarpgroupThreads);
       const int rows = min(kN, note_.rows() - part * kN);
