@@ -23,7 +23,7 @@ from jax_megamoe.arrays import (
 )
 from jax_megamoe.errors import ArgumentError, LayoutError, ShapeError, ShardingError
 from jax_megamoe.operands import Leaves
-from jax_megamoe.padding import pad_halves, pad_rows
+from jax_megamoe.padding import pad_biases, pad_halves, pad_rows
 from jax_megamoe.quantized_packing import as_bytes, quantize_and_pack
 from jax_megamoe.weight_checks import Biases, Order
 from jax_megamoe.weight_layout import Format
@@ -90,7 +90,7 @@ def quantize_experts(
     intermediate_size, hidden_size = rest if order == "out_in" else rest[::-1]
     biases = _biases(gate_up_bias, down_bias)
     weight_checks.check_biases(biases, num_held, hidden_size, intermediate_size, format)
-    _check_split(gate=gate, up=up, down=down, **_named(biases))
+    _check_split(gate=gate, up=up, down=down, **biases.given())
     num_experts = weight_checks.count_experts(num_held, num_experts)
 
     def quantize(first: int, *arrays: Array | None) -> ExpertWeights:
@@ -162,7 +162,7 @@ def pack_experts(
     intermediate_size = quantized.gate_up.shape[1] // 2
     biases = _biases(gate_up_bias, down_bias)
     weight_checks.check_biases(biases, num_held, hidden_size, intermediate_size, format)
-    _check_split(**quantized._asdict(), **_named(biases))
+    _check_split(**quantized._asdict(), **biases.given())
     num_experts = weight_checks.count_experts(num_held, num_experts)
     leaves = pack_leaves(quantized, *biases, format=format)
     if format == "mxfp4":
@@ -171,16 +171,9 @@ def pack_experts(
     return dataclasses.replace(weights, num_experts=num_experts)
 
 
-def _biases(gate_up_bias: object, down_bias: object) -> Biases:
-    gate_up, down = (
-        None if value is None else _array(name, value)
-        for name, value in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias))
-    )
-    return gate_up, down
-
-
-def _named(biases: Biases) -> dict[str, Array]:
-    return {name: bias for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=True) if bias is not None}
+def _biases(*values: object) -> Biases:
+    named = zip(Biases._fields, values, strict=True)
+    return Biases(*(None if value is None else _array(name, value) for name, value in named))
 
 
 def _weights_of(leaves: Leaves, format: Format, hidden_size: int, intermediate_size: int) -> ExpertWeights:
@@ -225,16 +218,16 @@ def pack_leaves(
 ) -> Leaves:
     """Packed leaves of arrays as checkpoints hold them."""
     hidden_size, intermediate_size = arrays.down.shape[1], arrays.gate_up.shape[1] // 2
-    rows, hidden = 2 * weight_layout.padded_size(intermediate_size), weight_layout.padded_size(hidden_size)
+    hidden, intermediate = map(weight_layout.padded_size, (hidden_size, intermediate_size))
 
-    def gate_up_tiles(array: jax.Array, per_column: int = 1) -> jax.Array:
-        return pad_rows(pad_halves(array, 1, rows), 2, hidden // per_column)
+    # `shared_columns`: how many columns of the matrix an element of the array stands for.
+    def gate_up_tiles(array: jax.Array, shared_columns: int = 1) -> jax.Array:
+        return pad_rows(pad_halves(array, 1, 2 * intermediate), 2, hidden // shared_columns)
 
-    def down_tiles(array: jax.Array, per_column: int = 1) -> jax.Array:
-        return pad_rows(pad_rows(array, 1, hidden), 2, rows // 2 // per_column)
+    def down_tiles(array: jax.Array, shared_columns: int = 1) -> jax.Array:
+        return pad_rows(pad_rows(array, 1, hidden), 2, intermediate // shared_columns)
 
-    gate_up_bias = None if gate_up_bias is None else pad_halves(gate_up_bias.astype(jnp.float32), 1, rows)
-    down_bias = None if down_bias is None else pad_rows(down_bias.astype(jnp.float32), 1, hidden)
+    gate_up_bias, down_bias = pad_biases(gate_up_bias, down_bias, hidden, intermediate)
     if format == "mxfp4":
         gate_up, down = gate_up_tiles(_codes(arrays.gate_up), 2), down_tiles(_codes(arrays.down), 2)
         gate_up_e = gate_up_tiles(as_bytes(arrays.gate_up_scale), mxfp4.GROUP)
@@ -249,7 +242,7 @@ def pack_leaves(
         )
     gate_up_scale, down_scale = (quantization.widen_scale(scale) for scale in (arrays.gate_up_scale, arrays.down_scale))
     if format == "fp8_channel":
-        gate_up_scale = pad_halves(_repeat_for_rows(gate_up_scale, 2 * intermediate_size), 1, rows)
+        gate_up_scale = pad_halves(_repeat_for_rows(gate_up_scale, 2 * intermediate_size), 1, 2 * intermediate)
         down_scale = pad_rows(_repeat_for_rows(down_scale, hidden_size), 1, hidden)
         gate_up_scale = weight_layout.pack_gate_up_row_scale(gate_up_scale, gate_up_bias)
         down_scale = weight_layout.pack_down_row_scale(down_scale, down_bias)

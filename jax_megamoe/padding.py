@@ -44,6 +44,16 @@ def pad_halves(array: jax.Array, axis: int, size: int) -> jax.Array:
     return _map_halves(functools.partial(pad_rows, axis=axis + 1, size=size // 2), array, axis)
 
 
+def pad_biases(
+    gate_up: jax.Array | None, down: jax.Array | None, hidden_size: int, intermediate_size: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Biases [E, 2I] and [E, H] in f32, for sizes that are padded; None stays None."""
+    return (
+        None if gate_up is None else pad_halves(gate_up.astype(jnp.float32), 1, 2 * intermediate_size),
+        None if down is None else pad_rows(down.astype(jnp.float32), 1, hidden_size),
+    )
+
+
 def cut_rows(array: jax.Array, axis: int, size: int) -> jax.Array:
     """The inverse of `pad_rows`."""
     return array if array.shape[axis] == size else jax.lax.slice_in_dim(array, 0, size, axis=axis)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_megamoe import mxfp4, quantization, weight_layout
 from jax_megamoe.operands import Leaves
-from jax_megamoe.padding import pad_halves, pad_rows, slice_padded
+from jax_megamoe.padding import pad_biases, pad_rows, slice_padded
 from jax_megamoe.weight_checks import Order
 from jax_megamoe.weight_layout import Format
 
@@ -32,8 +32,7 @@ def quantize_and_pack(
     """The packed leaves of float weights that are checked, with zeros behind sizes that are no multiples of 128."""
     row_axis = 1 if order == "out_in" else 2
     hidden, intermediate = (weight_layout.padded_size(down.shape[axis]) for axis in (row_axis, 3 - row_axis))
-    gate_up_bias = None if gate_up_bias is None else pad_halves(gate_up_bias.astype(jnp.float32), 1, 2 * intermediate)
-    down_bias = None if down_bias is None else pad_rows(down_bias.astype(jnp.float32), 1, hidden)
+    gate_up_bias, down_bias = pad_biases(gate_up_bias, down_bias, hidden, intermediate)
     if format == "fp8_block":
         return _of_blocks(gate, up, down, row_axis)
     make = _of_channels if format == "fp8_channel" else _of_mxfp4
@@ -144,12 +143,11 @@ def _map_parts(
 ) -> tuple[jax.Array, ...]:
     """The packed tiles of weights [E, N, K], transposed if row_axis is 2, that `make_tiles` gives for parts of them.
 
-    Where N or K is no multiple of 128 there are zeros behind, in the parts alone.
-
-    Parts are 128 rows and a multiple of `column_blocks` blocks of columns, or all. One after the other goes into its
-    place, since float32 copies of all weights would take several times the room of the input. Rows and columns are
-    split and not experts, which may be split over devices. `of_rows` is what belongs to whole rows, [E, N], or to
-    groups of them, [E, N, groups]: `make_tiles` gets the parts of these after those of the weights.
+    Where N or K is no multiple of 128, the parts at the end have zeros behind. Parts are 128 rows and a multiple of
+    `column_blocks` blocks of columns, or all. One after the other goes into its place, since float32 copies of all
+    weights would take several times the room of the input. Rows and columns are split and not experts, which may be
+    split over devices. `of_rows` is what belongs to whole rows, [E, N], or to groups of them, [E, N, groups]:
+    `make_tiles` gets the parts of these after those of the weights.
     """
     num_rows, num_columns = (weight_layout.padded_size(weights[0].shape[axis]) for axis in (row_axis, 3 - row_axis))
     row_parts = num_rows // weight_layout.BLOCK

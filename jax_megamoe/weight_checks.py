@@ -1,7 +1,7 @@
 """Checks of what weights are made of, by shapes and dtypes; of scales on the host, by values too."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax_megamoe.operands import Leaves
 from jax_megamoe.weight_layout import Format
 
 Order = Literal["out_in", "in_out"]
-Biases = tuple[Array | None, Array | None]  # of gate and up, and of down
 
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _E8M0 = np.dtype(jnp.float8_e8m0fnu)
@@ -23,6 +22,17 @@ _BYTES = (np.dtype(np.uint8), np.dtype(np.int8))
 _DEQUANTIZE = "dequantise the weights, value * scale in float32, and pass them to quantize_experts"
 # Layouts of (gate and up, down).
 _LAYOUTS = {"out_in": ("[E, I, H]", "[E, H, I]"), "in_out": ("[E, H, I]", "[E, I, H]")}
+
+
+class Biases(NamedTuple):
+    """Arguments of `quantize_experts` and `pack_experts`."""
+
+    gate_up_bias: Array | None
+    down_bias: Array | None
+
+    def given(self) -> dict[str, Array]:
+        """Those that there are, by name."""
+        return {name: bias for name, bias in self._asdict().items() if bias is not None}
 
 
 def check_order(order: str) -> None:
@@ -82,11 +92,10 @@ def find_format(arrays: Leaves, pad: bool) -> Format:
 
 
 def check_biases(biases: Biases, num_experts: int, hidden_size: int, intermediate_size: int, format: Format) -> None:
-    """Raises for biases of `quantize_experts` and `pack_experts` that they cannot take; None is none."""
+    """Raises for biases that weights of these sizes and this format cannot have."""
     wanted = {"gate_up_bias": (num_experts, 2 * intermediate_size), "down_bias": (num_experts, hidden_size)}
-    for (name, shape), bias in zip(wanted.items(), biases, strict=True):
-        if bias is None:
-            continue
+    for name, bias in biases.given().items():
+        shape = wanted[name]
         if format == "fp8_block":
             raise LayoutError(f"{name} is given, wanted None: fp8_block holds no biases, choose fp8_channel or mxfp4.")
         if not jnp.issubdtype(bias.dtype, jnp.floating) or jnp.dtype(bias.dtype).itemsize < 2:

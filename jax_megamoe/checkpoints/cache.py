@@ -218,7 +218,6 @@ class LayerFile:
             sizes, format = tuple(held["sizes"]), weight_layout.format_of_tag(held["layout"])
             if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
                 raise ValueError
-            weight_layout.leaf_shapes(format, *sizes)
         except (TypeError, ValueError, KeyError, LayoutError) as error:
             raise CheckpointError(self.file.path, None, "has no sizes of experts: make the cache anew.") from error
         return format, sizes

@@ -79,14 +79,13 @@ def route_by_kernel(
 
 @route_by_kernel.defjvp
 def _(params: RouteParams, is_required: bool, primals: Any, tangents: Any) -> Any:
-    def arrays(logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        return route_arrays(logits, bias, None, None, None, None, **params._asdict())
-
-    return jax.jvp(arrays, primals, tangents)
+    return jax.jvp(functools.partial(_arrays, params=params), primals, tangents)
 
 
-def _arrays(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
-    return route_arrays(logits, bias if bias.size else None, None, None, None, None, **params._asdict())
+def _arrays(logits: jax.Array, bias: jax.Array | None, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
+    """The operands, or the arguments of `route_by_kernel`: no bias is one of size 0, or None."""
+    bias = bias if bias is not None and bias.size else None
+    return route_arrays(logits, bias, None, None, None, None, **params._asdict())
 
 
 def _kernel(logits: jax.Array, bias: jax.Array, *, params: RouteParams) -> tuple[jax.Array, jax.Array]:
@@ -128,16 +127,20 @@ def _batch(
 
 
 def _lower_cuda(ctx: Any, *row: Any, params: RouteParams, is_required: bool) -> Any:
+    if is_required:
+        _check_program(ctx)
+    lower = mlir.lower_fun(_kernel, multiple_results=True) if is_required or _can_have_kernel(ctx) else _lower_arrays
+    return lower(ctx, *row, params=params)
+
+
+def _can_have_kernel(ctx: Any) -> bool:
+    if _compat.is_exported(ctx):
+        return False  # An exported program should need no promise about custom calls that nobody asked for.
     try:
         _check_program(ctx)
     except MegaMoEError:
-        if is_required:
-            raise
-        return _lower_arrays(ctx, *row, params=params)
-    if not is_required and _compat.is_exported(ctx):
-        # An exported program should need no promise about custom calls that nobody asked for.
-        return _lower_arrays(ctx, *row, params=params)
-    return mlir.lower_fun(_kernel, multiple_results=True)(ctx, *row, params=params)
+        return False
+    return True
 
 
 def _check_program(ctx: Any) -> None:

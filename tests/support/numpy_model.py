@@ -121,7 +121,8 @@ def moe(
 ) -> tuple[Array, Array]:
     """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
 
-    `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
+    `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. Not `quantized`: the
+    dequantised weights, with nothing rounded anywhere.
     """
     gate_up = dequantize_gate_up(experts.gate_up, experts.gate_up_scale)
     down = dequantize_matrices(experts.down, experts.down_scale)
