@@ -6,14 +6,14 @@ import pathlib
 import sys
 from typing import Any
 
-from bench import buffer_sizes, compare, layers, plot, presets, ranks, records
+from bench import buffer_sizes, compare, floor_figure, layers, plot, presets, ranks, readme, records
 from bench.measure import METHOD
 from bench.rival import INSTALL, client
 from bench.run import Plan, run
 
 COMMANDS = (
-    "subcommands: layers (what JAX adds per layer), ranks (over the GPUs of a host), compare A B, plot A... -o FILE, "
-    "buffers (memory of expert parallelism); each has --help"
+    "subcommands: layers (what JAX adds per layer), ranks (over the GPUs of a host), compare A B, "
+    "plot [A... -o FILE], buffers (memory of expert parallelism), readme (the tables of pages); each has --help"
 )
 
 
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         "layers": layers.main,
         "ranks": ranks.main,
         "buffers": buffer_sizes.main,
+        "readme": readme.main,
     }
     command = commands.get(arguments[0]) if arguments else None
     return run_measure(arguments) if command is None else command(arguments[1:])
@@ -47,11 +48,17 @@ def run_compare(arguments: list[str]) -> int:
 
 
 def run_plot(arguments: list[str]) -> int:
-    """Plots result files."""
-    parser = argparse.ArgumentParser(prog="python -m bench plot")
-    parser.add_argument("results", type=pathlib.Path, nargs="+")
-    parser.add_argument("-o", "--output", type=pathlib.Path, required=True, help="an image, its format by its name")
+    """Plots result files; without any, draws the figure of README from `bench/results/current`."""
+    parser = argparse.ArgumentParser(prog="python -m bench plot", description=run_plot.__doc__)
+    parser.add_argument("results", type=pathlib.Path, nargs="*")
+    help_output = f"an image, its format by its name; README's figure is {floor_figure.FILE.name}"
+    parser.add_argument("-o", "--output", type=pathlib.Path, help=help_output)
     options = parser.parse_args(arguments)
+    if not options.results:
+        (options.output or floor_figure.FILE).write_text(floor_figure.draw())
+        return 0
+    if options.output is None:
+        parser.error("--output is missing: name the image that the result files are plotted into")
     try:
         plot.plot([records.read(path) for path in options.results], options.output)
     except (OSError, ValueError) as error:

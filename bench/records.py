@@ -15,6 +15,8 @@ def describe(commit: str | None, method: str) -> dict[str, Any]:
 def read(path: pathlib.Path) -> dict[str, Any]:
     """A result file of `python -m bench`; `ValueError` for other files."""
     result = json.loads(path.read_text())
+    if isinstance(result, dict) and "rows" in result:  # As `python -m bench ranks` has them.
+        result["shapes"] = result["rows"]
     if not isinstance(result, dict) or "shapes" not in result:
         raise ValueError(f"{path} holds no shapes, wanted a file that `python -m bench --output` wrote")
     for rows in result["shapes"].values():

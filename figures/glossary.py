@@ -1,49 +1,8 @@
-"""Draws docs/glossary.svg: `python scripts/draw_glossary.py [FILE]`. Weights, an image, the ring in which they meet."""
+"""docs/glossary.svg: weights, an image, and the ring in which they meet."""
 
-import sys
-from pathlib import Path
+from figures.svg import COLOURS, Drawing
 
 PLANE, GAP = 34, 4
-COLOURS = {"weights": "#c7dcf2", "tokens": "#f6dfb4", "scales": "#d9e8cf", "frame": "#5a6570"}
-
-
-class Drawing:
-    """SVG elements, with text in one style."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self._size = (width, height)
-        self._elements: list[str] = []
-
-    def box(self, x: float, y: float, width: float, height: float, fill: str = "none", dashed: bool = False) -> None:
-        dash = ' stroke-dasharray="4 3"' if dashed else ""
-        self._elements.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" '
-            f'stroke="{COLOURS["frame"]}"{dash}/>'
-        )
-
-    def text(self, x: float, y: float, text: str, size: int = 12, anchor: str = "start", bold: bool = False) -> None:
-        weight = ' font-weight="bold"' if bold else ""
-        self._elements.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="#222"{weight}>{text}</text>'
-        )
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float) -> None:
-        self._elements.append(
-            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{COLOURS["frame"]}" '
-            'stroke-width="1.5" marker-end="url(#head)"/>'
-        )
-
-    def __str__(self) -> str:
-        width, height = self._size
-        head = (
-            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-            f'orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{COLOURS["frame"]}"/></marker></defs>'
-        )
-        body = "\n".join(self._elements)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">\n'
-            f'<rect width="{width}" height="{height}" fill="white"/>\n{head}\n{body}\n</svg>\n'
-        )
 
 
 def draw() -> str:
@@ -105,8 +64,3 @@ def _ring(drawing: Drawing, x: int, y: int) -> None:
     )
     for number, line in enumerate(lines):
         drawing.text(x, y + 152 + 18 * number, line)
-
-
-if __name__ == "__main__":
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "docs" / "glossary.svg"
-    file.write_text(draw())

@@ -1,0 +1,173 @@
+"""`python -m bench readme`: puts the tables of README.md and docs/performance.md in from `bench/results/current`."""
+
+import argparse
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bench import records
+
+ROOT = pathlib.Path(__file__).parent.parent
+CURRENT = ROOT / "bench" / "results" / "current"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+SHAPES = {"flash": "Flash", "pro": "Pro"}
+Row = dict[str, Any]
+# A cell of a row, from all rows of the table's shape with as many tokens, by format.
+Cell = Callable[[dict[str, Row]], float | None]
+
+
+class Column(NamedTuple):
+    """One column for each shape: its title, its cells, and how many digits follow the point (None: of a time)."""
+
+    title: str
+    cell: Cell
+    digits: int | None = None
+
+
+class Table(NamedTuple):
+    """A table of one commit: the files that have its rows, what wrote them, which numbers of tokens it shows."""
+
+    files: tuple[str, ...]
+    command: str
+    columns: tuple[Column, ...]
+    least: int = 1
+    most: int = 8192
+
+
+def _of(*keys: str, format: str = "fp8_block") -> Cell:
+    """The value below these keys of a row, if it has one."""
+
+    def cell(rows: dict[str, Row]) -> float | None:
+        value: Any = rows.get(format)
+        for key in keys:
+            value = value.get(key) if value is not None else None
+        return value
+
+    return cell
+
+
+def _quotient(above: Cell, below: Cell) -> Cell:
+    def cell(rows: dict[str, Row]) -> float | None:
+        first, second = above(rows), below(rows)
+        return None if first is None or second is None else first / second
+
+    return cell
+
+
+US = Column("us", _of("us"))
+FLOOR = Column("over the floor", _of("ratio"), 2)
+MXFP4 = (
+    Column("us", _of("us", format="mxfp4")),
+    Column("over its floor", _of("ratio", format="mxfp4"), 2),
+    Column("times as fast as FP8", _quotient(_of("us"), _of("us", format="mxfp4")), 2),
+)
+RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_us")))
+TABLES = {
+    "few": Table(("h200-2026-11-29-f8c007c.json",), "python -m bench", (US, FLOOR), most=128),
+    "many": Table(("h200-2026-11-29-bca3f71.json",), "python -m bench", (US,), least=512),
+    "h100": Table(
+        (
+            "h100-2026-11-26-677e921.json",
+            "h100-2026-11-26-677e921-rivals-flash.json",
+            "h100-2026-11-26-677e921-rivals-pro.json",
+        ),
+        "python -m bench`, from 256 tokens on with `--rivals",
+        (US, FLOOR),
+    ),
+    "rivals": Table(
+        ("h200-2026-11-28-74de068-rivals.json",),
+        "",
+        (US, Column("0.2.5", _of("rivals", "0.2.5")), Column("0.1.4", _of("rivals", "0.1.4"))),
+    ),
+    "jax": Table(
+        ("h200-2026-11-24-c1fa5d4-alternatives.json",),
+        "python -m bench --alternatives",
+        (
+            US,
+            Column("ragged_dot", _of("ragged_us")),
+            Column("times as fast", _quotient(_of("ragged_us"), _of("us")), 1),
+        ),
+    ),
+    "mxfp4-few": Table(
+        ("h200-2026-11-29-55125e2-formats.json",),
+        "python -m bench --weights fp8_block,mxfp4,fp8_channel",
+        MXFP4,
+        most=128,
+    ),
+    "mxfp4-many": Table(
+        ("h200-2026-11-29-83b268c-wide.json",), "python -m bench --weights fp8_block,mxfp4", MXFP4, least=256
+    ),
+    "two-h200": Table(("h200x2-2026-11-25-4fba1b8-ranks.json",), "python -m bench ranks", RANKS),
+    "two-h100": Table(("h100x2-2026-11-25-2a17533-ranks.json",), "python -m bench ranks", RANKS),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Puts the tables into the pages; with --check only says which pages are not up to date."""
+    parser = argparse.ArgumentParser(prog="python -m bench readme", description=main.__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        rendered = render(text)
+        if rendered != text:
+            stale.append(page.relative_to(ROOT))
+            if not options.check:
+                page.write_text(rendered)
+    for name in stale:
+        print(f"{name}: " + ("is not what `python -m bench readme` makes of it" if options.check else "rendered"))
+    return int(options.check and bool(stale))
+
+
+def render(text: str) -> str:
+    """A page with its tables as the result files have them now; `ValueError` for a table that nobody described."""
+
+    def table(found: re.Match[str]) -> str:
+        if found[1] not in TABLES:
+            raise ValueError(f"the page has a table {found[1]!r}, wanted one of {', '.join(TABLES)}")
+        return f"<!-- table {found[1]} -->\n{lines_of(TABLES[found[1]])}\n<!-- end of the table -->"
+
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end of the table -->", table, text, flags=re.DOTALL)
+
+
+def lines_of(table: Table) -> str:
+    """The table in Markdown: what it was measured on above its rows."""
+    results = [records.read(CURRENT / name) for name in table.files]
+    first = results[0]
+    if any((result["commit"], result["device"]) != (first["commit"], first["device"]) for result in results):
+        raise ValueError(f"{', '.join(table.files)} are of several commits or devices, wanted a table of one")
+    about = f"{first['device'].removeprefix('NVIDIA ')}, {first['date']}, commit {first['commit']}"
+    about += f", `{table.command}`" if table.command else ""
+    titles = [f"{shape}, {column.title}" for shape in SHAPES.values() for column in table.columns]
+    return "\n".join(
+        [
+            f"{about}:",
+            "",
+            f"| tokens | {' | '.join(titles)} |",
+            "| --- " * (1 + len(titles)) + "|",
+            *(f"| {tokens} | {' | '.join(_cells(table, rows))} |" for tokens, rows in _rows(table, results).items()),
+        ]
+    )
+
+
+def _rows(table: Table, results: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Row]]]:
+    """Rows by tokens, shape and format. The first file that has a row counts."""
+    found: dict[int, dict[str, dict[str, Row]]] = {}
+    for result in results:
+        for shape in SHAPES:
+            for row in result["shapes"].get(shape, []):
+                if table.least <= row["tokens"] <= table.most and row["routing"] == "uniform":
+                    found.setdefault(row["tokens"], {}).setdefault(shape, {}).setdefault(row["format"], row)
+    return dict(sorted(found.items()))
+
+
+def _cells(table: Table, rows: dict[str, dict[str, Row]]) -> list[str]:
+    return [_text(column.cell(rows.get(shape, {})), column.digits) for shape in SHAPES for column in table.columns]
+
+
+def _text(value: float | None, digits: int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{int(value < 100) if digits is None else digits}f}"
