@@ -54,8 +54,8 @@ class Router:
           is_image: bool [...], which tokens are of images, for models that see; None: none.
 
         Raises:
-          ArgumentError: for a hash layer without `token_ids`, and `is_image` where the model has no `image_bias`.
-          As `jax_megamoe.route`.
+          ArgumentError: for a hash layer without `token_ids`, for `is_image` where the model has no `image_bias`, and
+            where `jax_megamoe.route` raises one.
         """
         if self.hash_table is not None and token_ids is None:
             raise ArgumentError("token_ids is None, wanted the tokens' ids: this layer chooses experts by a table.")
