@@ -31,7 +31,7 @@ ONE_GPU = (
     "tests/gpu/test_shared_experts.py",
     "tests/gpu/test_activations.py",
     "tests/gpu/test_route.py",
-    "tests/test_teaching.py",
+    "tests/gpu/test_teaching.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
