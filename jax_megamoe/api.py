@@ -71,9 +71,9 @@ def moe(
         device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
         "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
       token_axes: the mesh axes that split the tokens; the default is those of ("data", "expert") that the mesh has, and
-        () or None says that no axis does. Numbers of tokens that they do not divide are padded. Explicit axes, and
-        `jax.shard_map` with check_vma=True, tell it by themselves; with check_vma=False it has to be passed where
-        `expert_axis` is another than the default's axes. Names that are passed have to be in the mesh, as above.
+        () or None says that no axis does. Numbers of tokens that they do not divide are padded. Ignored where types
+        already say it: explicit axes, and `jax.shard_map` with check_vma=True. With check_vma=False it has to be
+        passed where `expert_axis` is another than the default's axes. Names that are passed have to be in the mesh.
       implementation: None is the fused kernel on SM90 GPUs, over all ranks of `expert_axis` where it can be, and array
         code on CPUs; "cuda" the former or an error; "reference" array code anywhere, slow on a GPU. "collective" puts
         XLA's collectives around the kernel of one device. So does None, with a warning that says why, where one kernel
