@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import glossary, places, timeline
+from figures import glossary, placements, places, timeline
 
 FOLDER = Path(__file__).parent.parent / "docs"
 FIGURES: dict[str, Callable[[], str]] = {
     "glossary.svg": glossary.draw,
+    "placements.svg": placements.draw,
     "places.svg": places.draw,
     "timeline.svg": timeline.draw,
 }

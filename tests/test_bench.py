@@ -201,11 +201,11 @@ def test_rows_of_several_formats(tmp_path, capsys):
     assert [name for name, row in rows.items() if "rival" in row] == ["fp8_block"]
     shape, touched = SHAPES["tiny"], rows["mxfp4"]["touched"]
     num_weights = 3 * shape.hidden_size * shape.intermediate_size
-    row_scales = 4 * (2 * shape.intermediate_size + shape.hidden_size)
+    row_terms = 8 * (2 * shape.intermediate_size + shape.hidden_size)  # a scale and a bias for each
     assert all(row["touched"] == touched and row["diff"] == 0 for row in rows.values())
     assert rows["fp8_block"]["megabytes"] == round(touched * shape.expert_bytes) / 1e6
-    assert rows["fp8_channel"]["megabytes"] == round(touched * (num_weights + row_scales)) / 1e6
-    assert rows["mxfp4"]["megabytes"] == round(touched * (num_weights * 17 / 32 + row_scales)) / 1e6
+    assert rows["fp8_channel"]["megabytes"] == round(touched * (num_weights + row_terms)) / 1e6
+    assert rows["mxfp4"]["megabytes"] == round(touched * (num_weights * 17 / 32 + row_terms)) / 1e6
     assert main(["compare", str(path), str(path)]) == 0
     assert capsys.readouterr().out.count("x1.000 (within the spread)") == 3
 
