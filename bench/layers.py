@@ -12,12 +12,15 @@ from typing import Any
 from bench.presets import ROUTINGS, SHAPES
 from bench.progress import Progress
 from bench.table import text
+from jax_megamoe.xla_flags import recommended_xla_flags
 
 # The flags that a variant adds to XLA_FLAGS. XLA reads them when it starts, so each has a process of its own.
 VARIANTS = {
     "default": "",
     "size-1": "--xla_gpu_graph_min_graph_size=1",
-    "while": "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL,WHILE,DYNAMIC_SLICE_FUSION"
+    "while": recommended_xla_flags(),
+    # What "while" was until November 2026: a list that replaces XLA's own.
+    "listed": "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL,WHILE,DYNAMIC_SLICE_FUSION"
     " --xla_gpu_graph_min_graph_size=1",
     "off": "--xla_gpu_enable_command_buffer=",
 }

@@ -12,6 +12,7 @@ from jax_megamoe.replicas import logical_load, replica_map, to_physical
 from jax_megamoe.routing import route
 from jax_megamoe.take_experts import take_experts
 from jax_megamoe.weights import ExpertWeights
+from jax_megamoe.xla_flags import recommended_xla_flags
 
 try:
     __version__ = importlib.metadata.version("jax_megamoe")
@@ -31,6 +32,7 @@ __all__ = [
     "pack_experts",
     "quantize_experts",
     "read_checkpoint",
+    "recommended_xla_flags",
     "reference",
     "replica_map",
     "route",

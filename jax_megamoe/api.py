@@ -5,7 +5,7 @@ from typing import get_args
 
 import jax
 
-from jax_megamoe import arguments, shared_experts
+from jax_megamoe import arguments, shared_experts, xla_flags
 from jax_megamoe.activations import SiTU, SwiGLU
 from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ArgumentError
@@ -125,6 +125,7 @@ def moe(
     )
     with_load = bool(return_expert_load)
     log_costs(x, weights, mesh, axes, expert_axis=expert_axis, token_axes=token_axes, with_load=with_load)
+    xla_flags.remember_loop()
     operands = Operands(x, weights.leaves, topk_ids, topk_weights, layer)
     operands = Operands.of(tell_devices(operands.row))
     y, load = shared_experts.call_with_shared(

@@ -8,7 +8,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import _compat, reference
+from jax_megamoe import _compat, reference, xla_flags
 from jax_megamoe.activations import SILU, Activation
 from jax_megamoe.errors import PlatformError
 from jax_megamoe.operands import Operands
@@ -63,6 +63,7 @@ def _lower_cuda(ctx: Any, *row: Any, implementation: str | None, **params: Any) 
     if implementation == "reference":
         return _lower_reference(ctx, *row, **params)
     _library.check_kernel_available()
+    xla_flags.hint_at_flags()
     return mlir.lower_fun(_call_kernel, multiple_results=True)(ctx, *row, **params)
 
 

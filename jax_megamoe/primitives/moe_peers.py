@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe import _compat, collectives
+from jax_megamoe import _compat, collectives, xla_flags
 from jax_megamoe.activations import SILU, Activation
 from jax_megamoe.errors import ArgumentError, GroupError, MegaMoEError
 from jax_megamoe.operands import Operands
@@ -132,6 +132,7 @@ def _lower(ctx: Any, *row: Any, **params: Any) -> Any:
 
 def _lower_cuda(ctx: Any, *row: Any, site: object, **params: Any) -> Any:
     _library.check_kernel_available()
+    xla_flags.hint_at_flags()
     reason = _reason_for_collectives(_compat.devices_of_program(ctx), Operands.of(ctx.avals_in), **params)
     if reason is None:
         call_id = zlib.crc32(_compat.call_site(ctx).encode())
