@@ -24,6 +24,7 @@ from tests.support import numpy_model, processes
 from tests.support.checkpoints import E, H, I, build, large_checkpoint, memory_of_put, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
+from tests.support.terminal import Terminal
 
 MIB = 1 << 20
 
@@ -142,6 +143,23 @@ def test_a_line_has_the_rate_and_the_time_left():
     for _ in range(100):
         report.add(1)
     assert len(out.getvalue().splitlines()) == 1  # at the end: there was no second in between
+
+
+def test_a_terminal_gets_a_bar():
+    out = Terminal()
+    report = Report(True, 4_000_000_000, out=out)
+    for _ in range(4):
+        report.add(1_000_000_000)
+    last = out.last_drawn()
+    assert last.startswith("experts: 100%|") and "4.00G/4.00G" in last and "B/s" in last
+    assert out.getvalue().endswith("\n") and "\n" not in out.getvalue()[:-1]
+
+
+def test_no_progress_writes_nothing():
+    for progress in (None, False, lambda done, total: None):
+        out = Terminal()
+        Report(progress, 1, out=out).add(1)
+        assert out.getvalue() == ""
 
 
 def test_what_each_of_two_processes_reads(tmp_path):

@@ -1,6 +1,7 @@
 """The demo: its command line end to end at tiny sizes, and the parts whose errors a plausible text would hide."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from jax_megamoe.weight_layout import Format
 from tests.support.cuda_lowering import cuda_text
 from tests.support.demo import TINY, WIDE, assert_mesh_decodes_as_one_device, loop_arguments, make_parameters
 from tests.support.skips import unless, why_no_host_devices
+from tests.support.terminal import Terminal
 
 needs_devices = unless(why_no_host_devices())
 
@@ -49,7 +51,7 @@ def test_command_line_trains_measures_decodes_and_reuses_its_checkpoint(
     assert run(path, "--steps", "60", "--prompt", "The ", "--prompt", "A class", "--batch", "3") == 0
     first = capsys.readouterr()
     assert "trained now" in first.out
-    assert "100%  step 60" in first.err
+    assert "training 100%, step 60, " in first.err
 
     (float_bits,) = map(float, re.findall(r"(\S+) bits/char with float", first.out))
     assert float_bits < math.log2(len(text.VOCABULARY)) - 0.5
@@ -291,6 +293,19 @@ def test_loop_on_gpus_has_one_fused_call() -> None:
     assert re.findall(r"custom_call @(jax_megamoe[\w.]+)", text) == ["jax_megamoe.moe_peers.v3"]
     assert text.count("stablehlo.while") == 2  # positions, layers
     assert not re.search(r"all_gather|all_to_all|reduce_scatter", text)
+
+
+def test_progress_of_the_training() -> None:
+    lines, terminal = io.StringIO(), Terminal()
+    for stream in (lines, terminal):
+        progress = train.Progress(stream)
+        for step in range(1, 41):
+            progress.show(step / 39, step, 6.5 - 0.1 * step)
+        progress.close()
+    printed = lines.getvalue().splitlines()
+    assert len(printed) == 10 and printed[-1] == "training 100%, step 39, 2.600 bits/char"
+    assert "\n" not in terminal.getvalue()[:-1] and terminal.getvalue().endswith("\n")
+    assert terminal.last_drawn().startswith("training 100%|") and "step 40, 2.500 bits/char" in terminal.last_drawn()
 
 
 @needs_devices

@@ -1,4 +1,4 @@
-"""How far reading a checkpoint is: lines with GB/s and time left, or a function of the caller's."""
+"""How far reading a checkpoint is: a bar on a terminal, lines elsewhere, or a function of the caller's."""
 
 import sys
 import time
@@ -7,32 +7,42 @@ from typing import TextIO
 
 from jax_megamoe.errors import ArgumentError
 
-# True: lines on stderr. A function: called with (bytes read, bytes that this process reads in all).
+# True: on stderr. A function: called with (bytes read, bytes that this process reads in all).
 Progress = bool | Callable[[int, int], object] | None
 
 _SECONDS_BETWEEN_LINES = 1.0
 
 
 class Report:
-    """Tells how far it is, at most once a second where it prints."""
+    """Tells how far it is: redrawn on a terminal, and elsewhere in lines, at most one a second."""
 
     def __init__(self, progress: Progress, total: int, what: str = "experts", out: TextIO | None = None) -> None:
         self._call = check_progress(progress)
-        self._prints = progress is True
         self._done, self._total, self._what = 0, total, what
-        self._out = out
+        self._out = out or sys.stderr
         self._start = self._last = time.monotonic()
+        self._bar, self._prints_lines = None, False
+        if progress is True:
+            self._prints_lines = not self._out.isatty()
+            if not self._prints_lines:
+                # Not above: most programs show no bar, and importing the package should take no longer for it.
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, desc=what.rstrip(","), unit="B", unit_scale=True, file=self._out)
 
     def add(self, nbytes: int) -> None:
         """So many bytes more are read."""
         self._done += nbytes
         if self._call is not None:
             self._call(self._done, self._total)
+        if self._bar is not None:
+            self._bar.update(nbytes)
+            if self._done >= self._total:
+                self._bar.close()
         now = time.monotonic()
-        if self._prints and (self._done >= self._total or now - self._last >= _SECONDS_BETWEEN_LINES):
+        if self._prints_lines and (self._done >= self._total or now - self._last >= _SECONDS_BETWEEN_LINES):
             self._last = now
-            text = progress_line(self._what, self._done, self._total, now - self._start)
-            print(text, file=self._out or sys.stderr, flush=True)
+            print(progress_line(self._what, self._done, self._total, now - self._start), file=self._out, flush=True)
 
 
 def check_progress(progress: Progress) -> Callable[[int, int], object] | None:

@@ -111,33 +111,33 @@ def train_step(
 
 
 class Progress:
-    """One line on a stream that says how far the training is: redrawn on a terminal, every tenth elsewhere."""
+    """Says on a stream how far the training is: by a bar on a terminal, elsewhere by a line for every tenth."""
 
-    _WIDTH = 30
+    _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
     def __init__(self, stream: TextIO) -> None:
         """Reports to `stream`."""
-        self._stream = stream
-        self._redraw = stream.isatty()
-        self._tenths = 0
+        self._stream, self._tenths, self._bar = stream, 0, None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=1.0, desc="training", file=stream, bar_format=self._BAR)
 
     def show(self, fraction: float, step: int, bits: float) -> None:
         """Reports `fraction` of the budget used, after `step` steps at `bits` per character."""
         fraction = min(fraction, 1.0)
-        tenths = int(10 * fraction)
-        if not self._redraw and tenths == self._tenths:
-            return
-        self._tenths = tenths
-        filled = int(self._WIDTH * fraction)
-        bar = "#" * filled + "." * (self._WIDTH - filled)
-        line = f"training [{bar}] {fraction:4.0%}  step {step}  {bits:.3f} bits/char"
-        self._stream.write(f"\r{line}" if self._redraw else f"{line}\n")
-        self._stream.flush()
+        state = f"step {step}, {bits:.3f} bits/char"
+        if self._bar is not None:
+            self._bar.set_postfix_str(state, refresh=False)
+            self._bar.update(fraction - self._bar.n)
+        elif (tenths := int(10 * fraction)) != self._tenths:
+            self._tenths = tenths
+            print(f"training {fraction:4.0%}, {state}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the line."""
-        if self._redraw:
-            self._stream.write("\n")
+        if self._bar is not None:
+            self._bar.close()
 
 
 def train(
