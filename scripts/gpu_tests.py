@@ -40,6 +40,7 @@ ALL_GPUS = (
     "tests/gpu/test_buffers.py",
     "tests/gpu/test_demo.py",
     "tests/gpu/test_peers.py",
+    "tests/gpu/test_doctor.py",
     "tests/test_sharding.py",
     "tests/test_manual_sharding.py",
     "tests/test_shared_experts.py",
