@@ -32,6 +32,13 @@ def test_changelog_has_the_version_and_its_tag(project):
     assert re.search(heading, (ROOT / "CHANGELOG.md").read_text())
 
 
+def test_citation_is_of_the_version_in_the_changelog(project):
+    citation = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    heading = f"\n## [{citation['version']}] - {citation['date-released']}\n"
+    assert heading in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_owners_own_what_exists():
     lines = (ROOT / "CODEOWNERS").read_text().splitlines()
     patterns = [line.split()[0] for line in lines if line and not line.startswith("#")]
