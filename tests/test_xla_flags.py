@@ -92,6 +92,7 @@ def in_fori_loop_of_traced_length(*arguments: Any) -> jax.Array:
 @pytest.fixture
 def hints(built, monkeypatch, caplog) -> Callable[[], list[str]]:
     """What has been hinted at since, on a machine that has a GPU."""
+    jax.devices()  # before the variable changes, from which it has the eight devices of the other tests
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(xla_flags, "_hint", xla_flags._Hint())
     monkeypatch.setattr(xla_flags, "_has_gpu", lambda: True)
