@@ -16,6 +16,7 @@ import jax
 import jax_megamoe
 from jax_megamoe.errors import PlatformError
 from jax_megamoe.primitives import _gpus, _library, _reachability
+from jax_megamoe.primitives.moe_peers import SETUP_TIMEOUT_VARIABLE, TIMEOUT_VARIABLE
 from jax_megamoe.xla_flags import missing_xla_flags, recommended_xla_flags
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy", "ml_dtypes")
@@ -25,6 +26,8 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
+    TIMEOUT_VARIABLE,
+    SETUP_TIMEOUT_VARIABLE,
 )
 _QUERY = ("pci.bus_id", "name", "compute_cap", "driver_version", "memory.total", "memory.free")
 _MIB = 1 << 20
