@@ -31,8 +31,9 @@ def recommended_xla_flags() -> str:
 
       os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {jax_megamoe.recommended_xla_flags()}"
 
-    Both names are those of jax 0.11.2 and 0.12, on any platform. `compiler_options` of `jax.jit` does not take the
-    "+".
+    A loop is captured whole or not at all. One whose body has collectives of XLA's is not; the kernel of a group of
+    ranks is none of them. Both names are those of jax 0.11.2 and 0.12, on any platform. `compiler_options` of `jax.jit`
+    does not take the "+".
     """
     return _text(_RECOMMENDED)
 
@@ -68,8 +69,8 @@ def hint_at_flags() -> None:
     if missing := missing_xla_flags():
         _hint.is_given = True
         _log.warning(
-            "moe is called in jax.lax.while_loop, which XLA does not capture as a CUDA graph by itself: that costs "
-            "some 30 us a layer. Set XLA_FLAGS='%s' before JAX starts (jax_megamoe.recommended_xla_flags).",
+            "moe is called in jax.lax.while_loop, which XLA does not capture as a CUDA graph by itself: that costs up "
+            "to 30 us an iteration. Set XLA_FLAGS='%s' before JAX starts (jax_megamoe.recommended_xla_flags).",
             missing,
         )
 

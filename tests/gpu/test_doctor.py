@@ -12,7 +12,7 @@ import pytest
 
 import jax_megamoe as mm
 from jax_megamoe.doctor.check import LIMIT
-from tests.support.skips import gpu_tests, gpus, why_no_group, why_no_hopper, why_no_kernel
+from tests.support.skips import gpu_tests, gpus, why_no_gpus, why_no_group, why_no_hopper, why_no_kernel
 
 pytestmark = gpu_tests(why_no_hopper() or why_no_kernel())
 
@@ -43,25 +43,44 @@ def test_doctor():
     assert mm.recommended_xla_flags() in report["notes"][0]
 
 
+# On as many devices as the argument says: whether a while_loop gives the bits of layers that are unrolled, three times,
+# and how often the last run called the handler of one device.
 LOOP = """
-import jax, jax.numpy as jnp
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import _core
 
+ranks, steps = int(sys.argv[1]), 16
 normal = lambda n, *shape: jax.random.normal(jax.random.key(n), shape) / shape[-1] ** 0.5
 weights = mm.quantize_experts(normal(0, 8, 256, 512), normal(1, 8, 256, 512), normal(2, 8, 512, 256))
-x = normal(3, 4, 512).astype(jnp.bfloat16)
-ids, topk_weights = mm.route(normal(4, 4, 8), top_k=2)
+x = (20 * normal(3, 8, 512)).astype(jnp.bfloat16)
+arguments = (x, weights, *mm.route(normal(4, 8, 8), top_k=2))
+mesh = Mesh(np.array(jax.devices()[:ranks]), ("expert",))
+if ranks > 1:
+    arguments = jax.device_put(arguments, NamedSharding(mesh, P("expert")))
 
-@jax.jit
-def decode(x, weights, count):
-    def step(state):
-        return state[0] + 1, x + mm.moe(state[1], weights, ids, topk_weights)
-    return jax.lax.while_loop(lambda state: state[0] < count, step, (0, x))[1]
+def layer(y, x, weights, ids, topk_weights):
+    # Else what XLA makes of the two programs may round in other places.
+    y = jax.lax.optimization_barrier(mm.moe(y, weights, ids, topk_weights))
+    return jax.lax.optimization_barrier(x + y)
 
-for _ in range(3):
-    before = _core.moe_execute_count()
-    jax.block_until_ready(decode(x, weights, 16))
+def unrolled(x, *others):
+    y = x
+    for _ in range(steps):
+        y = layer(y, x, *others)
+    return y
+
+def loop(count, x, *others):
+    return jax.lax.while_loop(lambda s: s[0] < count, lambda s: (s[0] + 1, layer(s[1], x, *others)), (0, x))[1]
+
+with jax.set_mesh(mesh if ranks > 1 else Mesh(np.empty((), object), ())):
+    wanted, decode = np.asarray(jax.jit(unrolled)(*arguments)), jax.jit(loop)
+    for _ in range(3):
+        before = _core.moe_execute_count()
+        found = np.asarray(decode(jnp.int32(steps), *arguments))
+        assert found.tobytes() == wanted.tobytes() and np.any(found != np.asarray(x)), (found, wanted)
 print(_core.moe_execute_count() - before)
 """
 
@@ -69,7 +88,15 @@ print(_core.moe_execute_count() - before)
 @pytest.mark.parametrize(("flags", "is_captured"), [("", False), (mm.recommended_xla_flags(), True)])
 def test_the_flags_make_one_graph_of_a_loop(flags, is_captured):
     """A run that replays a graph calls no handler. Without the flags a body so small is none, and a hint names them."""
-    done = run("-c", LOOP, flags=flags)
+    done = run("-c", LOOP, "1", flags=flags)
     assert done.returncode == 0, done.stderr
     assert (done.stdout.strip() == "0") == is_captured, done.stdout
     assert ("moe is called in jax.lax.while_loop" in done.stderr) == (not is_captured)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_a_group_in_a_loop_with_the_flags(num_ranks):
+    if reason := why_no_gpus(num_ranks):
+        pytest.skip(reason)
+    done = run("-c", LOOP, str(num_ranks), flags=mm.recommended_xla_flags())
+    assert done.returncode == 0, done.stderr
