@@ -130,6 +130,12 @@ def test_every_page_is_in_the_site():
     assert sorted([*listed, "index"]) == sorted(pages)
 
 
+def test_a_decode_loop_has_the_recommended_flags():
+    import jax_megamoe as mm
+
+    assert f"XLA_FLAGS='{mm.recommended_xla_flags()}'" in (ROOT / "docs" / "decode-loop.md").read_text()
+
+
 def test_every_public_name_has_an_entry_in_the_api_page():
     import jax_megamoe as mm
 
