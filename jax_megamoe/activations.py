@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_megamoe.arrays import as_float
+from jax_megamoe.arrays import as_float, text_of
 from jax_megamoe.errors import ArgumentError
 
 
@@ -75,7 +75,7 @@ def as_numbers(activation: object, clamp: float) -> Activation:
             numbers = _finite(beta=beta, linear_beta=linear_beta)
             if not can_bound(*numbers):
                 raise ArgumentError(
-                    f"activation is {activation}, wanted numbers from {_MIN_BETA:g} to {_MAX_BETA:g}: "
+                    f"activation is {text_of(activation)}, wanted numbers from {_MIN_BETA:g} to {_MAX_BETA:g}: "
                     "pass those of the model."
                 )
             if clamp != math.inf:
@@ -83,7 +83,9 @@ def as_numbers(activation: object, clamp: float) -> Activation:
                     f"activation_clamp is {clamp} beside SiTU, which has bounds of its own, wanted None: leave it out."
                 )
             return Activation(clamp, beta=numbers[0], linear_beta=numbers[1])
-    raise ArgumentError(f"activation is {activation!r}, wanted SwiGLU(...), SiTU(...) or None: pass one of these.")
+    raise ArgumentError(
+        f"activation is {text_of(activation)}, wanted SwiGLU(...), SiTU(...) or None: pass one of these."
+    )
 
 
 def _finite(**numbers: object) -> tuple[float, ...]:
@@ -91,7 +93,8 @@ def _finite(**numbers: object) -> tuple[float, ...]:
     for name, value in values.items():
         if not math.isfinite(value):
             raise ArgumentError(
-                f"{name} of the activation is {numbers[name]!r}, wanted a finite FP32 number known while tracing: "
+                f"{name} of the activation is {text_of(numbers[name])}, "
+                "wanted a finite FP32 number known while tracing: "
                 "pass a number of Python or NumPy."
             )
     return tuple(values.values())

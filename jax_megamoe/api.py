@@ -7,7 +7,7 @@ import jax
 
 from jax_megamoe import arguments, shared_experts, xla_flags
 from jax_megamoe.activations import SiTU, SwiGLU
-from jax_megamoe.arrays import check_flag
+from jax_megamoe.arrays import check_flag, text_of
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Operands
 from jax_megamoe.options import Implementation, typed_by_load
@@ -112,7 +112,8 @@ def moe(
         isinstance(implementation, str) and implementation in get_args(Implementation)
     ):
         raise ArgumentError(
-            f"implementation is {implementation!r}, wanted None or one of {get_args(Implementation)}: choose one."
+            f"implementation is {text_of(implementation)}, wanted None or one of {get_args(Implementation)}: "
+            "choose one."
         )
     mesh, axes = find_placement(
         x,

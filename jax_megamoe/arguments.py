@@ -16,6 +16,7 @@ from jax_megamoe.arrays import (
     as_float,
     clamp_to_int32,
     require_known_sizes,
+    text_of,
     type_of,
     unwrap,
 )
@@ -73,6 +74,8 @@ def check(
                 else "pass the hidden states that these weights belong to."
             )
         )
+    if math.prod(x.shape[:-1]) >= 1 << 31:
+        raise ShapeError(f"x has shape {x.shape}, wanted fewer than 2^31 tokens: pass fewer at a time.")
     if topk_ids.ndim != x.ndim or topk_ids.shape[:-1] != x.shape[:-1]:
         raise ShapeError(
             f"topk_ids has shape {topk_ids.shape}, wanted {_text(x.shape[:-1], 'k')} for x of shape {x.shape}: "
@@ -89,14 +92,15 @@ def check(
     clamp = math.inf if activation_clamp is None else as_float(activation_clamp)
     if not np.float32(clamp) > 0:
         raise ArgumentError(
-            f"activation_clamp is {activation_clamp!r}, wanted a positive FP32 number known while tracing: "
+            f"activation_clamp is {text_of(activation_clamp)}, wanted a positive FP32 number known while tracing: "
             "pass a number of Python or NumPy, or leave it out for no clamp."
         )
     numbers = as_numbers(activation, clamp)
     factor = as_float(routed_scaling_factor)
     if not abs(factor) <= MAX_FLOAT32:
         raise ArgumentError(
-            f"routed_scaling_factor is {routed_scaling_factor!r}, wanted a finite FP32 number known while tracing: "
+            f"routed_scaling_factor is {text_of(routed_scaling_factor)}, "
+            "wanted a finite FP32 number known while tracing: "
             "multiply topk_weights by what is computed."
         )
     number = _check_layer(layer, weights)
@@ -119,7 +123,7 @@ def check_weights(weights: object, name: str = "weights") -> ExpertWeights:
         raise LayoutError(f"{name} is {type_of(weights)}, wanted ExpertWeights: {remedy}")
     if weights.hidden_size > MAX_HIDDEN_SIZE:
         raise ShapeError(
-            f"weights have a hidden size of {weights.hidden_size}, wanted at most {MAX_HIDDEN_SIZE}: "
+            f"weights have a hidden size of {text_of(weights.hidden_size)}, wanted at most {MAX_HIDDEN_SIZE}: "
             "use a smaller model."
         )
     weights = weights.checked()
@@ -156,13 +160,17 @@ def _check_dtypes(x: Array, topk_ids: Array, topk_weights: Array) -> None:
 def _check_layer(layer: object, weights: ExpertWeights) -> int | jax.Array:
     if weights.is_stacked != (layer is not None):
         what, wanted = ("stacked", "an index") if weights.is_stacked else ("not stacked", "None")
-        raise ShapeError(f"layer is {layer}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says.")
+        raise ShapeError(
+            f"layer is {text_of(layer)}, wanted {wanted}: the weights are {what}, as weights.gate_up.shape says."
+        )
     if layer is None:
         return 0
     number = as_number("layer", layer, "call moe once for each layer", "pass a layer's number")
     num_layers = weights.gate_up.shape[0]
     if isinstance(number, int) and not 0 <= number < num_layers:
-        raise ShapeError(f"layer is {number}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers.")
+        raise ShapeError(
+            f"layer is {text_of(number)}, wanted 0 to {num_layers - 1}: the weights stack {num_layers} layers."
+        )
     return number
 
 
@@ -177,7 +185,8 @@ def _check_num_valid_tokens(num_valid_tokens: object, num_tokens: int) -> int | 
     )
     if isinstance(number, int) and not 0 <= number <= num_tokens:
         raise ShapeError(
-            f"num_valid_tokens is {number}, wanted 0 to {num_tokens}, the tokens of x: pass how many of them are valid."
+            f"num_valid_tokens is {text_of(number)}, wanted 0 to {num_tokens}, the tokens of x: "
+            "pass how many of them are valid."
         )
     return number
 

@@ -12,6 +12,7 @@ from jax_megamoe.errors import ArgumentError, DTypeError, ShardingError
 
 Array = jax.Array | np.ndarray
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MOST_TEXT = 200
 
 
 def unwrap(value: object) -> object:
@@ -86,7 +87,9 @@ def require_same_split(name: str, array: Array, first_name: str, first: Array) -
 def check_flag(name: str, value: object) -> None:
     """Raises `ArgumentError` for what is no bool known while tracing; 0 and 1 are taken for one."""
     if not (isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))):
-        raise ArgumentError(f"{name} is {value!r}, wanted True or False, known while tracing: pass a Python bool.")
+        raise ArgumentError(
+            f"{name} is {text_of(value)}, wanted True or False, known while tracing: pass a Python bool."
+        )
 
 
 def require_device_memory(name: str, array: Array, move: str | None = None) -> None:
@@ -114,6 +117,15 @@ def type_of(value: object) -> str:
     is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.ma.MaskedArray)
     name = "array" if is_array else type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def text_of(value: object) -> str:
+    """A value that a caller passed, as messages show it: in one line, and not all of it where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of somebody else's class; an int of thousands of digits has no text either
+        return f"{type_of(value)} that has no text"
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
 def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:

@@ -1,10 +1,12 @@
 """What a program that runs expert-parallel may ask: the memory that a group takes, and which ranks have failed."""
 
+import itertools
 from typing import NamedTuple
 
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.operands import Sizes
 from jax_megamoe.primitives import _library
+from jax_megamoe.weight_checks import check_format, require_count
 from jax_megamoe.weight_layout import padded_size
 
 
@@ -35,11 +37,23 @@ def buffer_bytes(
     (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
     Raises:
-      ShapeError: num_experts is no multiple of num_ranks.
-      ValueError: sizes, or a format, that the kernel does not serve.
+      ShapeError: sizes that the kernel does not serve; num_experts is no multiple of num_ranks.
+      LayoutError: an unknown format.
       PlatformError: the package is not built, or its compiled module is of another version.
     """
-    if num_ranks < 1 or num_experts % num_ranks:
+    check_format(format)
+    numbers = {
+        "num_tokens": num_tokens,
+        "top_k": top_k,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_experts": num_experts,
+        "num_ranks": num_ranks,
+    }
+    num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_ranks = itertools.starmap(
+        require_count, numbers.items()
+    )
+    if num_experts % num_ranks:
         raise ShapeError(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )

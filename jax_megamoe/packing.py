@@ -18,6 +18,7 @@ from jax_megamoe.arrays import (
     require_known_sizes,
     require_same_split,
     require_split_of_leading,
+    text_of,
     type_of,
     unwrap,
 )
@@ -296,7 +297,7 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
         if progress is not None and done <= count:
             progress(done, count)
     if result is None or done != count:
-        raise ShapeError(f"num_layers is {count}, wanted {done}, as many as weights gave: pass their number.")
+        raise ShapeError(f"num_layers is {text_of(count)}, wanted {done}, as many as weights gave: pass their number.")
     return result
 
 
@@ -378,7 +379,9 @@ def _check_split(**arrays: Array) -> None:
 
 def _check_progress(progress: object) -> None:
     if progress is not None and not callable(progress):
-        raise ArgumentError(f"progress is {progress!r}, wanted a function of (done, of how many), or None: pass one.")
+        raise ArgumentError(
+            f"progress is {text_of(progress)}, wanted a function of (done, of how many), or None: pass one."
+        )
 
 
 def _array(name: str, value: object) -> Array:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 
 from jax_megamoe import _compat
-from jax_megamoe.arrays import require_device_memory
+from jax_megamoe.arrays import require_device_memory, text_of
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
@@ -138,14 +138,14 @@ def axes_in_mesh(name: str, axes: AxisNames, mesh: AbstractMesh) -> tuple[str, .
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, tuple | list) or not all(isinstance(axis, str) for axis in names):
         raise ShardingError(
-            f"{name} is {axes!r}, wanted the name of a mesh axis, a tuple of names, or None: {_REMEDIES[name]}."
+            f"{name} is {text_of(axes)}, wanted the name of a mesh axis, a tuple of names, or None: {_REMEDIES[name]}."
         )
     if len(set(names)) != len(names):
-        raise ShardingError(f"{name} is {axes!r}, wanted each mesh axis once: drop the repetition.")
+        raise ShardingError(f"{name} is {text_of(axes)}, wanted each mesh axis once: drop the repetition.")
     absent = [axis for axis in names if axis not in mesh.shape]
     if absent and not mesh.empty and not isinstance(axes, DefaultAxes):
         raise ShardingError(
-            f"{name} is {axes!r} and the mesh has no axis {axes_text(absent)}, wanted some of its axes "
+            f"{name} is {text_of(axes)} and the mesh has no axis {axes_text(absent)}, wanted some of its axes "
             f"{axes_text(mesh.axis_names)}: {_REMEDIES[name]}."
         )
     return tuple(axis for axis in names if axis in mesh.shape)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from jax_megamoe import arguments, collectives, mxfp4, quantization, shared_experts, weight_layout
 from jax_megamoe.activations import SILU, Activation, SiTU, SwiGLU
-from jax_megamoe.arrays import check_flag
+from jax_megamoe.arrays import check_flag, text_of
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.options import typed_by_load
@@ -56,7 +56,7 @@ def moe(
     check_flag("return_expert_load", return_expert_load)
     if implementation is not None and not (isinstance(implementation, str) and implementation == "reference"):
         raise ArgumentError(
-            f"implementation is {implementation!r}, wanted None or 'reference': call jax_megamoe.moe instead."
+            f"implementation is {text_of(implementation)}, wanted None or 'reference': call jax_megamoe.moe instead."
         )
     x, weights, topk_ids, topk_weights, layer, num_valid, numbers, factor = arguments.check(
         x,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jax_megamoe.arguments import as_number, place_number
-from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_device_memory
+from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_device_memory, text_of
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.primitives import _specs
 
@@ -40,9 +40,11 @@ def replica_map(expert_ids: Array, num_experts: int, max_replicas: int) -> tuple
         raise ShapeError(f"expert_ids has shape {array.shape}, wanted [P]: pass one expert for each physical one.")
     for name, value in (("num_experts", num_experts), ("max_replicas", max_replicas)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ArgumentError(f"{name} is {value!r}, wanted a positive int known while tracing: pass one.")
+            raise ArgumentError(f"{name} is {text_of(value)}, wanted a positive int known while tracing: pass one.")
         if value >= 1 << 31:
-            raise ArgumentError(f"{name} is {value}, wanted at most {(1 << 31) - 1}, the last int32: pass less.")
+            raise ArgumentError(
+                f"{name} is {text_of(value)}, wanted at most {(1 << 31) - 1}, the last int32: pass less."
+            )
     compute = functools.partial(_replica_map, num_experts=int(num_experts), max_replicas=int(max_replicas))
     physical_ids, num_replicas = _specs.call_with_types(compute, {"expert_ids": array}, (P(None, None), P(None)))
     return physical_ids, num_replicas
@@ -92,9 +94,10 @@ def logical_load(load: Array, physical_ids: Array, num_replicas: Array) -> jax.A
     arrays = {"load": _integers("load", load), **_check_map(physical_ids, num_replicas)}
     if arrays["load"].ndim == 0:
         raise ShapeError("load is a scalar, wanted [..., P]: pass the load of each physical expert.")
-    if arrays["load"].shape[-1] == 0:
+    if not 0 < arrays["load"].shape[-1] < 1 << 31:
         raise ShapeError(
-            f"load has shape {arrays['load'].shape}, wanted [..., P] with P > 0: pass the load of each physical expert."
+            f"load has shape {arrays['load'].shape}, wanted [..., P] with 0 < P < 2^31: "
+            "pass the load of each physical expert."
         )
     spec = P(*jax.typeof(arrays["load"]).sharding.spec[:-1], None)
     return _specs.call_with_types(_as_tuple(_logical_load), arrays, (spec,))[0]
@@ -102,8 +105,11 @@ def logical_load(load: Array, physical_ids: Array, num_replicas: Array) -> jax.A
 
 def _check_map(physical_ids: Array, num_replicas: Array) -> dict[str, Array]:
     table, counts = _integers("physical_ids", physical_ids), _integers("num_replicas", num_replicas)
-    if table.ndim != 2 or 0 in table.shape:
-        raise ShapeError(f"physical_ids has shape {table.shape}, wanted [E, R]: pass the replicas of each expert.")
+    if table.ndim != 2 or not 0 < min(table.shape) <= max(table.shape) < 1 << 31:
+        raise ShapeError(
+            f"physical_ids has shape {table.shape}, wanted [E, R] of at least one expert, and of sizes within int32: "
+            "pass the replicas of each expert."
+        )
     if counts.shape != table.shape[:1]:
         raise ShapeError(
             f"num_replicas has shape {counts.shape}, wanted {table.shape[:1]} like the experts of physical_ids: "

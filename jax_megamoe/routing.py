@@ -9,7 +9,7 @@ import numpy as np
 from jax import export
 from jax.sharding import PartitionSpec as P
 
-from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory
+from jax_megamoe.arrays import as_array, check_flag, clamp_to_int32, require_device_memory, text_of
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives.route import RouteParams, check_served, route_by_kernel, serves_by_default
@@ -86,24 +86,30 @@ def route(
             f"logits has shape {logits.shape}, wanted a number of experts, also under jax.export: pass it."
         )
     check_flag("renormalize", renormalize)
-    if num_experts == 0:
-        raise ShapeError(f"logits has shape {logits.shape}, wanted [..., E] with E > 0: pass one score per expert.")
+    if not 0 < num_experts < 1 << 31:
+        raise ShapeError(
+            f"logits has shape {logits.shape}, wanted [..., E] with 0 < E < 2^31: pass one score per expert."
+        )
     _check_choice("scoring", scoring, get_args(Scoring))
     _check_choice("group_scoring", group_scoring, get_args(GroupScoring))
     if implementation is not None:
         _check_choice("implementation", implementation, get_args(RouteImplementation))
     _check_int("num_groups", num_groups)
     if num_groups < 1 or num_experts % num_groups:
-        raise ShapeError(f"num_groups is {num_groups}, wanted a divisor of {num_experts} experts: choose another.")
+        raise ShapeError(
+            f"num_groups is {text_of(num_groups)}, wanted a divisor of {num_experts} experts: choose another."
+        )
     if top_groups is None:
         top_groups = num_groups
     _check_int("top_groups", top_groups)
     if not 1 <= top_groups <= num_groups:
-        raise ShapeError(f"top_groups is {top_groups}, wanted 1 to num_groups = {num_groups}: choose another.")
+        raise ShapeError(f"top_groups is {text_of(top_groups)}, wanted 1 to num_groups = {num_groups}: choose another.")
     selectable = top_groups * (num_experts // num_groups)
     _check_int("top_k", top_k)
     if not 1 <= top_k <= selectable:
-        raise ShapeError(f"top_k is {top_k}, wanted 1 to {selectable}, the experts to select from: choose another.")
+        raise ShapeError(
+            f"top_k is {text_of(top_k)}, wanted 1 to {selectable}, the experts to select from: choose another."
+        )
     bias = None if bias is None else _as_bias("bias", bias, num_experts)
     _check_both(token_ids=token_ids, hash_table=hash_table)
     _check_both(image_bias=image_bias, is_image=is_image)
@@ -215,9 +221,9 @@ def _check_hash(token_ids: jax.Array | np.ndarray, table: jax.Array | np.ndarray
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ArgumentError(f"{name} is {value!r}, wanted one of {', '.join(choices)}: choose one.")
+        raise ArgumentError(f"{name} is {text_of(value)}, wanted one of {', '.join(choices)}: choose one.")
 
 
 def _check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ArgumentError(f"{name} is {value!r}, wanted an int known while tracing: pass a Python number.")
+        raise ArgumentError(f"{name} is {text_of(value)}, wanted an int known while tracing: pass a Python number.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_megamoe import mxfp4, weight_layout
-from jax_megamoe.arrays import Array
+from jax_megamoe.arrays import Array, text_of
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.weight_layout import Format
@@ -38,13 +38,13 @@ class Biases(NamedTuple):
 def check_order(order: str) -> None:
     """Raises `LayoutError` unless it is one of `Order`."""
     if not isinstance(order, str) or order not in get_args(Order):
-        raise LayoutError(f"order is {order!r}, wanted one of {get_args(Order)}: choose one.")
+        raise LayoutError(f"order is {text_of(order)}, wanted one of {get_args(Order)}: choose one.")
 
 
 def check_format(format: str) -> None:
     """Raises `LayoutError` unless it is one of `Format`."""
     if not isinstance(format, str) or format not in get_args(Format):
-        raise LayoutError(f"format is {format!r}, wanted one of {get_args(Format)}: choose one.")
+        raise LayoutError(f"format is {text_of(format)}, wanted one of {get_args(Format)}: choose one.")
 
 
 def check_floats(gate: Array, up: Array, down: Array, order: Order, format: Format, pad: bool) -> None:
@@ -161,9 +161,9 @@ def _nan_experts(planes: jax.Array, scale: jax.Array) -> Iterator[tuple[int, Any
 
 
 def require_count(name: str, value: object) -> int:
-    """The value as an int. Raises `ShapeError` unless it is a positive whole number."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value <= 0:
-        raise ShapeError(f"{name} is {value!r}, wanted a positive int known while tracing: pass one.")
+    """The value as an int. Raises `ShapeError` unless it is a positive whole number, and no more than int32 holds."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < int(value) < 1 << 31:
+        raise ShapeError(f"{name} is {text_of(value)}, wanted a positive int32 known while tracing: pass one.")
     return int(value)
 
 
@@ -173,7 +173,8 @@ def count_experts(num_held: int, num_experts: int | None) -> int:
         return num_held
     if require_count("num_experts", num_experts) % num_held:
         raise ShapeError(
-            f"num_experts is {num_experts}, wanted a multiple of {num_held}, the experts that the arrays hold: "
+            f"num_experts is {text_of(num_experts)}, "
+            f"wanted a multiple of {num_held}, the experts that the arrays hold: "
             "pass how many all devices hold together."
         )
     return int(num_experts)

@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_megamoe.arrays import text_of
 from jax_megamoe.errors import LayoutError
 from jax_megamoe.operands import Leaves
 
@@ -107,7 +108,7 @@ def format_of_tag(tag: str) -> Format:
             return format
     *others, last = map(repr, LAYOUT_TAGS.values())
     raise LayoutError(
-        f"weights have layout {tag!r}, this version wants {', '.join(others)} or {last}: "
+        f"weights have layout {text_of(tag)}, this version wants {', '.join(others)} or {last}: "
         "unpack them with the version that wrote them and call pack_experts."
     )
 

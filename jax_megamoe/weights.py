@@ -19,6 +19,7 @@ from jax_megamoe.arrays import (
     require_device_memory,
     require_known_sizes,
     require_split_of_leading,
+    text_of,
     type_of,
     unwrap,
 )
@@ -60,10 +61,10 @@ class ExpertWeights:
         # Nothing about the leaves: transformations put specs, None and plain objects there.
         for name in ("num_experts", "hidden_size", "intermediate_size"):
             size = getattr(self, name)
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or not abs(int(size)) < 1 << 31:
+                raise ShapeError(f"{name} of the weights is {text_of(size)}, wanted an int within int32: pass one.")
             if isinstance(size, np.integer):
                 object.__setattr__(self, name, int(size))
-            elif not isinstance(size, int) or isinstance(size, bool):
-                raise ShapeError(f"{name} of the weights is {size!r}, wanted an int: pass one.")
         weight_layout.format_of_tag(self.layout)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,6 +185,8 @@ class ExpertWeights:
         header = as_array("header", arrays["header"], "an array of uint8")
         if isinstance(header, jax.core.Tracer):
             raise LayoutError("header is traced, wanted its bytes: call from_arrays outside of jax.jit.")
+        if header.dtype != np.uint8:
+            raise LayoutError(f"header has dtype {header.dtype}, wanted uint8: pass the arrays as to_arrays gave them.")
         fields = read_header(np.asarray(jax.device_get(header)).tobytes())
         weights = cls(*leaves, *fields)
         if weights.format != "mxfp4":
@@ -304,7 +307,7 @@ def read_header(header: bytes) -> tuple[Any, ...]:
         *sizes, tag = (fields[name] for name in META_FIELDS)
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise LayoutError("header is not that of ExpertWeights: pass the arrays as to_arrays gave them.") from error
     weight_layout.format_of_tag(tag)
     return (*sizes, tag)

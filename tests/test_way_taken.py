@@ -92,7 +92,7 @@ def because_of_ranks(monkeypatch) -> tuple[Callable, Any, str]:
     def refuse(*sizes: int) -> int:
         raise ValueError("jax_megamoe.moe: the expert group has 8 ranks; the kernel serves 1 to 4.")
 
-    monkeypatch.setattr(_library, "peer_workspace_bytes", refuse)
+    monkeypatch.setattr(_library._core, "peer_workspace_bytes", refuse)
     reason = "the expert group has 8 ranks; the kernel serves 1 to 4"
     return mm.moe, place_all(make_mesh(MESHES["expert"], AUTO), make_layer()), reason
 

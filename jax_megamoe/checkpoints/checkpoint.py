@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_megamoe import weight_checks
+from jax_megamoe.arrays import text_of
 from jax_megamoe.checkpoints import cache
 from jax_megamoe.checkpoints.layers import Layer
 from jax_megamoe.checkpoints.loading import load_layers
@@ -152,7 +153,9 @@ class Checkpoint:
     def _numbers(self, layer: object, layers: Sequence[int] | None) -> list[int]:
         """The layers that are meant. Raises `CheckpointError` for one without experts, `ArgumentError` for none."""
         if layer is not None and layers is not None:
-            raise ArgumentError(f"layer is {layer!r} and layers {layers!r}, wanted one of them: pass layer, or layers.")
+            raise ArgumentError(
+                f"layer is {text_of(layer)} and layers {text_of(layers)}, wanted one of them: pass layer, or layers."
+            )
         if layer is not None:
             return [self._number("layer is", layer)]
         try:
@@ -161,7 +164,7 @@ class Checkpoint:
             wanted = self.moe_layers if layers is None else list(layers)
         except TypeError as error:
             raise ArgumentError(
-                f"layers is {layers!r}, wanted a list of numbers of moe_layers: pass [layer] for one."
+                f"layers is {text_of(layers)}, wanted a list of numbers of moe_layers: pass [layer] for one."
             ) from error
         numbers = [self._number("layers has", number) for number in wanted]
         if not numbers:
@@ -178,13 +181,13 @@ class Checkpoint:
             number = operator.index(value)
         except TypeError as error:
             raise ArgumentError(
-                f"{what} {value!r}, wanted a number of moe_layers ({self._held()}): pass an int."
+                f"{what} {text_of(value)}, wanted a number of moe_layers ({self._held()}): pass an int."
             ) from error
         if number not in self._model.moe_layers:
             raise CheckpointError(
                 self.folder,
                 None,
-                f"has no experts in layer {number}, wanted one of moe_layers ({self._held()}): pass one.",
+                f"has no experts in layer {text_of(number)}, wanted one of moe_layers ({self._held()}): pass one.",
             )
         return number
 
@@ -194,7 +197,7 @@ class Checkpoint:
 
 def _check_mesh(mesh: object) -> None:
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise ShardingError(f"mesh is {mesh!r}, wanted a jax.sharding.Mesh of devices, or None: pass one.")
+        raise ShardingError(f"mesh is {text_of(mesh)}, wanted a jax.sharding.Mesh of devices, or None: pass one.")
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from jax_megamoe.arrays import text_of
 from jax_megamoe.errors import ArgumentError
 
 # True: on stderr. A function: called with (bytes read, bytes that this process reads in all).
@@ -51,7 +52,7 @@ def check_progress(progress: Progress) -> Callable[[int, int], object] | None:
         return None
     if not callable(progress):
         raise ArgumentError(
-            f"progress is {progress!r}, wanted True, None or a function of (bytes, of how many): pass one."
+            f"progress is {text_of(progress)}, wanted True, None or a function of (bytes, of how many): pass one."
         )
     return progress
 

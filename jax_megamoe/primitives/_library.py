@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jax_megamoe.errors import PlatformError
+from jax_megamoe.errors import PlatformError, ShapeError
 from jax_megamoe.operands import Sizes
 
 MOE_TARGET = "jax_megamoe.moe.v1"
@@ -17,6 +17,17 @@ MOE_PEERS_TARGET = "jax_megamoe.moe_peers.v3"
 ROUTE_TARGET = "jax_megamoe.route.v1"
 WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
+_MAX_INT32 = (1 << 31) - 1
+
+
+class UnservedError(ShapeError):
+    """The kernel does not serve a call of these sizes; `reason` says which of them, and what it serves."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}, wanted sizes that it serves: pass fewer at a time, or implementation='reference' to moe."
+        )
+        self.reason = reason
 
 
 def _load() -> ModuleType | None:
@@ -79,18 +90,32 @@ def check_testing_available() -> None:
 
 
 def workspace_bytes(sizes: Sizes) -> int:
-    """Scratch memory that one call of the fused kernel needs on a device."""
-    return int(_host_function("workspace_bytes")(*sizes))
+    """Scratch memory that one call of the fused kernel needs on a device. Raises `UnservedError`."""
+    return _bytes_for("workspace_bytes", sizes)
 
 
 def peer_workspace_bytes(sizes: Sizes, num_ranks: int) -> int:
-    """Scratch memory that one call of the fused kernel over a group needs on a device, for num_tokens of its own."""
-    return int(_host_function("peer_workspace_bytes")(*sizes, num_ranks))
+    """Scratch memory that one call of the fused kernel over a group needs on a device, for num_tokens of its own.
+
+    Raises `UnservedError`.
+    """
+    return _bytes_for("peer_workspace_bytes", sizes, num_ranks)
 
 
 def peer_buffer_bytes(sizes: Sizes, num_ranks: int) -> int:
-    """Memory that each rank of a group shares with the others, for num_tokens of its own."""
-    return int(_host_function("peer_buffer_bytes")(*sizes, num_ranks))
+    """Memory that each rank of a group shares with the others, for num_tokens of its own. Raises `UnservedError`."""
+    return _bytes_for("peer_buffer_bytes", sizes, num_ranks)
+
+
+def _bytes_for(name: str, sizes: Sizes, *more: int) -> int:
+    function = _host_function(name)
+    largest = max(size for size in (*sizes, *more) if isinstance(size, int))
+    if largest > _MAX_INT32:
+        raise UnservedError(f"a size of the call is {largest}; the kernel serves at most {_MAX_INT32}")
+    try:
+        return int(function(*sizes, *more))
+    except ValueError as error:
+        raise UnservedError(str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")) from error
 
 
 def _host_function(name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_megamoe import _compat, collectives, xla_flags
 from jax_megamoe.activations import SILU, Activation
-from jax_megamoe.errors import ArgumentError, GroupError, MegaMoEError
+from jax_megamoe.errors import ArgumentError, GroupError
 from jax_megamoe.operands import Operands
 from jax_megamoe.primitives import _groups, _library, _reachability
 from jax_megamoe.primitives import _transforms as transforms
@@ -160,10 +160,8 @@ def _reason_for_collectives(
         return f"the tokens are not split over {axes_text(same)}, of the axes {axes_text(expert_axes)} of the experts"
     try:
         _workspace_bytes(operands, axis_sizes=axis_sizes, expert_axes=expert_axes)
-    except MegaMoEError:
-        raise
-    except ValueError as error:  # what the kernel does not serve: too many ranks or experts
-        return str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")
+    except _library.UnservedError as error:  # too many ranks or experts
+        return error.reason
     return _reachability.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
 
 
