@@ -4,6 +4,7 @@ MEGAMOE_SANITIZE in the environment, "address,undefined" or "thread", compiles t
 finding ends a program with an error (`scripts/sanitize`).
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -64,3 +65,13 @@ def compile_program(folder: Path, name: str, *sources: Path, flags: Sequence[str
         return done.stdout
 
     return run
+
+
+def compile_handlers(folder: Path) -> Callable[[str], str]:
+    """The FFI handlers of one device, `handlers_test`, with a fake runtime."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    assert jaxlib is not None and jaxlib.origin is not None
+    flags: list[str | Path] = ["-isystem", Path(jaxlib.origin).parent / "include", "-isystem", cuda_include()]
+    handlers = [CUDA / "ffi" / f"{name}.cc" for name in ("moe_handler", "route_handler", "moe_call", "call_site")]
+    others = [CUDA / "host" / "limits.cc", CUDA / "host" / "counter_arena.cc", NATIVE / "fake_cuda.cc"]
+    return compile_program(folder, "handlers_test", *handlers, *others, flags=flags)

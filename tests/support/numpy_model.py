@@ -37,7 +37,8 @@ def quantize_rows(values: Array, block: int, floor: float, power_of_two: bool) -
     scale = np.maximum(np.abs(blocks).max(-1), np.float32(floor)) / np.float32(448)
     if power_of_two:
         mantissa, exponent = np.frexp(scale)
-        scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+        power = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+        scale = np.where(np.isfinite(scale), power, scale)  # an infinity has no exponent
     return round_e4m3(blocks / scale[..., None]).reshape(padded.shape)[:, :width], scale
 
 

@@ -1,0 +1,246 @@
+"""FFI calls of the handlers of one device, as a program may write them: right ones, hostile ones, and generated ones."""
+
+import dataclasses
+import math
+from typing import Any
+
+from hypothesis import strategies as st
+
+Shape = tuple[int, ...]
+Typed = tuple[str, Shape]
+TYPES = ["pred", "s8", "s32", "s64", "u8", "u32", "f16", "bf16", "f32", "f64", "c64", "f8e4m3fn", "f8e5m2"]
+MLIR_TYPES = {"pred": "i1", "s8": "i8", "s32": "i32", "s64": "i64", "u8": "ui8", "u32": "ui32", "c64": "complex<f32>"}
+MLIR_TYPES |= {"f8e4m3fn": "f8E4M3FN", "f8e5m2": "f8E5M2"}
+TARGETS = {"moe": "jax_megamoe.moe.v1", "route": "jax_megamoe.route.v1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FfiCall:
+    """Operands and results by type and sizes, attributes by kind and value."""
+
+    target: str
+    operands: tuple[Typed, ...]
+    results: tuple[Typed, ...]
+    attributes: tuple[tuple[str, str, Any], ...]
+
+    @property
+    def line(self) -> str:
+        """As tests/native/handlers_test.cc reads it."""
+        parts = [self.target]
+        for letter, arrays in (("a", self.operands), ("r", self.results)):
+            parts += [" ".join(map(str, (letter, type_name, *shape))) for type_name, shape in arrays]
+        parts += [f"n {name} {kind} {value}" for name, kind, value in self.attributes]
+        return ";".join(parts)
+
+    @property
+    def stablehlo(self) -> str:
+        """A module whose main function makes its operands itself, and returns the sums of its results."""
+        types = [self._type(array) for array in self.operands]
+        results = ", ".join(map(self._type, self.results))
+        attributes = ", ".join(f"{name} = {self._attribute(kind, value)}" for name, kind, value in self.attributes)
+        names = ", ".join(f"%arg{i}" for i in range(len(types)))
+        inputs = ", ".join(f"%arg{i}: {text}" for i, text in enumerate(types))
+        returned = ", ".join(f"%call#{i}" for i in range(len(self.results)))
+        return (
+            f"module {{\n  func.func public @main({inputs}) -> ({results}) {{\n"
+            f"    %call:{len(self.results)} = stablehlo.custom_call @{TARGETS[self.target]}({names}) "
+            f"{{api_version = 4 : i32, backend_config = {{{attributes}}}}} : ({', '.join(types)}) -> ({results})\n"
+            f"    return {returned} : {results}\n  }}\n}}\n"
+        )
+
+    def _type(self, array: Typed) -> str:
+        type_name, shape = array
+        return f"tensor<{''.join(f'{size}x' for size in shape)}{MLIR_TYPES.get(type_name, type_name)}>"
+
+    def _attribute(self, kind: str, value: Any) -> str:
+        if kind == "str":
+            return f'"{value}"'
+        return f"{float(value):e} : f32" if kind == "f32" else f"{value} : {'i64' if kind == 'i64' else 'i32'}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of operands and results, eight bytes for an element."""
+        return 8 * sum(math.prod(shape) for _, shape in (*self.operands, *self.results))
+
+
+T, K, H, I, E, S = 3, 2, 256, 384, 4, 2
+WORKSPACE = 1 << 24
+_NUMBERS = ("activation_alpha", "activation_clamp", "activation_up_offset", "routed_scaling_factor")
+_MOE_ATTRIBUTES = tuple((name, "f32", 1.0) for name in (*_NUMBERS, "situ_beta", "situ_linear_beta"))
+
+
+def _leaves(format: str, experts: int, *lead: int) -> tuple[Typed, ...]:
+    of_rows = ("f32", (*lead, experts, 6, 128, 2)), ("f32", (*lead, experts, 4, 64, 2))
+    if format == "mxfp4":
+        gate_up, down = ("u8", (*lead, experts, 6, 2, 8704)), ("u8", (*lead, experts, 4, 3, 4352))
+        return gate_up, of_rows[0], down, of_rows[1]
+    gate_up, down = ("f8e4m3fn", (*lead, experts, 6, 2, 16384)), ("f8e4m3fn", (*lead, experts, 4, 3, 8192))
+    if format == "fp8_channel":
+        return gate_up, of_rows[0], down, of_rows[1]
+    return gate_up, ("f32", (*lead, experts, 6, 2, 4)), down, ("f32", (*lead, experts, 4, 2, 4))
+
+
+def moe(format: str = "fp8_block", shared: bool = False, layers: int | None = None) -> FfiCall:
+    lead = () if layers is None else (layers,)
+    operands = (
+        ("bf16", (T, H)),
+        *_leaves(format, E, *lead),
+        ("s32", (T, K)),
+        ("f32", (T, K)),
+        ("s32", ()),
+        *(_leaves(format, S, *lead) if shared else ()),
+    )
+    results = (("bf16", (T, H)), ("s32", (E + S if shared else E,)), ("u8", (WORKSPACE,)))
+    return FfiCall("moe", operands, results, _MOE_ATTRIBUTES)
+
+
+def route(experts: int = 16, biased: bool = True) -> FfiCall:
+    attributes = {"scoring": 1, "num_groups": 4, "top_groups": 2, "sums_two": 1, "renormalize": 1}
+    return FfiCall(
+        "route",
+        (("f32", (T, experts)), ("f32", (experts if biased else 0,))),
+        (("s32", (T, K)), ("f32", (T, K))),
+        tuple((name, "i64", value) for name, value in attributes.items()),
+    )
+
+
+RIGHT = {
+    "moe": moe(),
+    "moe of fp8_channel": moe("fp8_channel"),
+    "moe of mxfp4": moe("mxfp4"),
+    "moe of layers": moe(layers=5),
+    "moe with shared experts": moe(shared=True),
+    "moe of layers with shared experts": moe("mxfp4", shared=True, layers=3),
+    "route": route(),
+    "route without a bias": route(biased=False),
+}
+
+
+def with_operand(call: FfiCall, index: int, type_name: str, *shape: int) -> FfiCall:
+    operands = list(call.operands)
+    operands[index] = (type_name, shape)
+    return dataclasses.replace(call, operands=tuple(operands))
+
+
+def with_result(call: FfiCall, index: int, type_name: str, *shape: int) -> FfiCall:
+    results = list(call.results)
+    results[index] = (type_name, shape)
+    return dataclasses.replace(call, results=tuple(results))
+
+
+def with_attribute(call: FfiCall, name: str, kind: str, value: Any) -> FfiCall:
+    others = tuple(attribute for attribute in call.attributes if attribute[0] != name)
+    return dataclasses.replace(call, attributes=(*others, (name, kind, value)))
+
+
+def without_attribute(call: FfiCall, name: str) -> FfiCall:
+    return dataclasses.replace(call, attributes=tuple(a for a in call.attributes if a[0] != name))
+
+
+# Small enough to be compiled and run on a GPU too.
+HOSTILE = {
+    "tokens of ids": with_operand(moe(), 5, "s32", T + 1, K),
+    "tokens of x": with_operand(moe(), 0, "bf16", T + 1, H),
+    "no tokens": dataclasses.replace(
+        moe(),
+        operands=(("bf16", (0, H)), *moe().operands[1:5], ("s32", (0, K)), ("f32", (0, K)), ("s32", ())),
+        results=(("bf16", (0, H)), ("s32", (E,)), ("u8", (WORKSPACE,))),
+    ),
+    "rank of x": with_operand(moe(), 0, "bf16", T * H),
+    "dtype of x": with_operand(moe(), 0, "f32", T, H),
+    "hidden size of x": with_operand(moe(), 0, "bf16", T, H // 2),
+    "experts of gate_up": with_operand(moe(), 1, "f8e4m3fn", E + 1, 6, 2, 16384),
+    "experts of down": with_operand(moe(), 3, "f8e4m3fn", E - 1, 4, 3, 8192),
+    "layers of one leaf": with_operand(moe(), 1, "f8e4m3fn", 5, E, 6, 2, 16384),
+    "no layer": with_operand(moe(layers=1), 1, "f8e4m3fn", 0, E, 6, 2, 16384),
+    "bytes instead of FP8": with_operand(moe(), 1, "u8", E, 6, 2, 16384),
+    "scale of another format": with_operand(moe(), 2, "f32", E, 6, 128, 2),
+    "rank of a scale": with_operand(moe(), 2, "f32", E * 6 * 2 * 4),
+    "scalar scale": with_operand(moe(), 2, "f32"),
+    "weights of slots": with_operand(moe(), 6, "f32", T, K - 1),
+    "ids of 64 bits": with_operand(moe(), 5, "s64", T, K),
+    "33 slots": with_operand(with_operand(moe(), 5, "s32", T, 33), 6, "f32", T, 33),
+    "no slots": with_operand(with_operand(moe(), 5, "s32", T, 0), 6, "f32", T, 0),
+    "two layers": with_operand(moe(), 7, "s32", 2),
+    "float layer": with_operand(moe(), 7, "f32"),
+    "y is short": with_result(moe(), 0, "bf16", T - 1, H),
+    "y of FP16": with_result(moe(), 0, "f16", T, H),
+    "load is short": with_result(moe(), 1, "s32", E - 1),
+    "no workspace": with_result(moe(), 2, "u8", 0),
+    "workspace is short": with_result(moe(), 2, "u8", 4096),
+    "shared experts without room in the load": with_result(moe(shared=True), 1, "s32", E),
+    "shared experts of another format": with_operand(moe(shared=True), 8, "u8", S, 6, 2, 8704),
+    "shared experts of other layers": with_operand(moe(shared=True, layers=3), 8, "f8e4m3fn", 2, S, 6, 2, 16384),
+    "an operand less": dataclasses.replace(moe(), operands=moe().operands[:-1]),
+    "an operand more": dataclasses.replace(moe(), operands=(*moe().operands, ("s32", ()))),
+    "a result less": dataclasses.replace(moe(), results=moe().results[:2]),
+    "a result more": dataclasses.replace(moe(), results=(*moe().results, ("s32", (E,)))),
+    "no clamp": without_attribute(moe(), "activation_clamp"),
+    "no factor": without_attribute(moe(), "routed_scaling_factor"),
+    "clamp is text": with_attribute(moe(), "activation_clamp", "str", "seven"),
+    "factor is an integer": with_attribute(moe(), "routed_scaling_factor", "i64", 2),
+    "logits of BF16": with_operand(route(), 0, "bf16", T, 16),
+    "logits without tokens": with_operand(route(), 0, "f32", 16),
+    "a bias less": with_operand(route(), 1, "f32", 15),
+    "one bias": with_operand(route(), 1, "f32", 1),
+    "ids of other tokens": with_result(route(), 0, "s32", T + 1, K),
+    "weights of other tokens": with_result(route(), 1, "f32", T - 1, K),
+    "1025 experts": with_attribute(route(1025), "num_groups", "i64", 1),
+    "more selected than there are": with_attribute(route(), "top_groups", "i64", 0),
+    "no group": with_attribute(route(), "num_groups", "i64", 0),
+    "a negative group": with_attribute(route(), "num_groups", "i64", -4),
+    "groups that do not divide": with_attribute(route(), "num_groups", "i64", 5),
+    "unknown scoring": with_attribute(route(), "scoring", "i64", 3),
+    "negative scoring": with_attribute(route(), "scoring", "i64", -1),
+    "scoring of 32 bits": with_attribute(route(), "scoring", "s32", 1),
+    "no scoring": without_attribute(route(), "scoring"),
+}
+SIZES = [0, 1, 2, 3, 4, 6, 32, 33, 64, 128, 129, 256, 384, 1024, 1025, 4352, 8192, 8704, 16384]
+SIZES += [1 << 20, (1 << 20) + 1, 1 << 28, (1 << 28) + 1, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 32) + 3, 1 << 40]
+VALUES = [0, 1, 2, 3, 4, 5, -1, 16, 17, 1 << 31, 1 << 32, (1 << 32) + 4, (1 << 63) - 1, -(1 << 63)]
+
+
+@st.composite
+def changed_calls(draw: st.DrawFn) -> FfiCall:
+    """A right call with one to four changes, some of which fit each other."""
+    call = draw(st.sampled_from(list(RIGHT.values())))
+    for _ in range(draw(st.integers(1, 4))):
+        arrays = [*call.operands, *call.results]
+        what = draw(st.sampled_from(["size", "everywhere", "everywhere", "type", "rank", "attribute", "swap", "count"]))
+        if what == "attribute":
+            names = [name for name, _, _ in call.attributes]
+            if names:
+                name = draw(st.sampled_from(names))
+                if draw(st.integers(0, 4)) == 0:
+                    call = without_attribute(call, name)
+                else:
+                    kind = draw(st.sampled_from(["i64", "i64", "f32", "s32", "str"]))
+                    value = draw(st.sampled_from(VALUES))
+                    call = with_attribute(call, name, kind, value if abs(value) < 1 << 31 or kind == "i64" else 7)
+            continue
+        place = draw(st.integers(0, len(arrays) - 1))
+        type_name, shape = arrays[place]
+        if what == "everywhere":  # one size, wherever it stands: calls of other sizes that fit
+            sizes = sorted({size for _, shape in arrays for size in shape})
+            old, new = draw(st.sampled_from(sizes)), draw(st.sampled_from(SIZES))
+            arrays = [(t, tuple(new if size == old else size for size in shape)) for t, shape in arrays]
+        elif what == "size" and shape:
+            changed = list(shape)
+            changed[draw(st.integers(0, len(shape) - 1))] = draw(st.sampled_from(SIZES))
+            arrays[place] = (type_name, tuple(changed))
+        elif what == "type":
+            arrays[place] = (draw(st.sampled_from(TYPES)), shape)
+        elif what == "rank":
+            more = (*shape, draw(st.sampled_from(SIZES))), shape[1:], (math.prod(shape),), (), (1, *shape)
+            arrays[place] = (type_name, draw(st.sampled_from(more)))
+        elif what == "swap":
+            other = draw(st.integers(0, len(arrays) - 1))
+            arrays[place], arrays[other] = arrays[other], arrays[place]
+        split = len(call.operands)
+        if what == "count":
+            arrays.pop(place) if draw(st.booleans()) else arrays.insert(place, arrays[place])
+            split += len(arrays) - len(call.operands) - len(call.results) if place < split else 0
+        call = dataclasses.replace(call, operands=tuple(arrays[:split]), results=tuple(arrays[split:]))
+        if not call.results or not call.operands:
+            return RIGHT["moe"]
+    return call
