@@ -12,7 +12,6 @@ from jax_megamoe.errors import ArgumentError, DTypeError, ShardingError
 
 Array = jax.Array | np.ndarray
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_MOST_TEXT = 200
 
 
 def unwrap(value: object) -> object:
@@ -119,13 +118,13 @@ def type_of(value: object) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def text_of(value: object) -> str:
-    """A value that a caller passed, as messages show it: in one line, and not all of it where it is long."""
+def text_of(value: object, most: int = 200) -> str:
+    """A value that a caller passed, as messages show it: in one line, of at most so many characters."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # of somebody else's class; an int of thousands of digits has no text either
         return f"{type_of(value)} that has no text"
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:

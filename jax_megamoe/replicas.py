@@ -107,8 +107,8 @@ def _check_map(physical_ids: Array, num_replicas: Array) -> dict[str, Array]:
     table, counts = _integers("physical_ids", physical_ids), _integers("num_replicas", num_replicas)
     if table.ndim != 2 or not 0 < min(table.shape) <= max(table.shape) < 1 << 31:
         raise ShapeError(
-            f"physical_ids has shape {table.shape}, wanted [E, R]: pass the replicas of each expert, at least one of one "
-            "and no more than int32 counts."
+            f"physical_ids has shape {table.shape}, wanted [E, R]: pass the replicas of each expert, at least one and "
+            "fewer than 2^31."
         )
     if counts.shape != table.shape[:1]:
         raise ShapeError(

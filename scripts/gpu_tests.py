@@ -32,6 +32,7 @@ ONE_GPU = (
     "tests/gpu/test_activations.py",
     "tests/gpu/test_route.py",
     "tests/gpu/test_teaching.py",
+    "tests/gpu/test_handlers.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
@@ -41,6 +42,8 @@ ALL_GPUS = (
     "tests/gpu/test_demo.py",
     "tests/gpu/test_peers.py",
     "tests/gpu/test_doctor.py",
+    "tests/gpu/test_memory.py",
+    "tests/gpu/test_soak.py",
     "tests/test_sharding.py",
     "tests/test_manual_sharding.py",
     "tests/test_shared_experts.py",

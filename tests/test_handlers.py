@@ -5,6 +5,7 @@ launch that is fake looks whether each buffer holds what the kernel would touch 
 same programs on a GPU: tests/gpu/test_handlers.py.
 """
 
+import jax
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
@@ -43,3 +44,13 @@ def check(run, calls: list[FfiCall]) -> None:
 @given(calls=st.lists(hostile_calls.changed_calls(), min_size=1, max_size=20))
 def test_what_is_launched_fits_its_buffers(run, calls):
     check(run, calls)
+
+
+@pytest.mark.parametrize("name", hostile_calls.HOSTILE)
+def test_hostile_calls_are_programs_for_gpus(name):
+    """What tests/gpu/test_handlers.py runs."""
+    call = hostile_calls.HOSTILE[name]
+    with jax.enable_x64(True):
+        program = jax.jit(call.function).trace(*call.operand_types).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"@{hostile_calls.TARGETS[call.target]}(" in program
+    assert all(f"{attribute} = " in program for attribute, _, _ in call.attributes)

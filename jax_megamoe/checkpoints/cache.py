@@ -25,6 +25,7 @@ import numpy as np
 
 from jax_megamoe import weight_layout
 from jax_megamoe.activations import SiTU, SwiGLU, can_bound
+from jax_megamoe.arrays import text_of
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config, families_of
 from jax_megamoe.checkpoints.folder import CONFIG, read_json
@@ -314,5 +315,4 @@ def check_version(path: Path, fields: Mapping[str, Any]) -> None:
 
 def short(value: object) -> str:
     """As errors show a value that may be long."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text_of(value, 40)

@@ -5,7 +5,6 @@ all buckets are right then and after the last bucket.
 """
 
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax_megamoe import expert_parallel
 from jax_megamoe.primitives import _library
 from tests.support import chain as chains
 from tests.support.compare import bits, judge
+from tests.support.gpu_memory import used_mib
 from tests.support.hlo import is_fused
 from tests.support.meshes import mesh_of
 from tests.support.meshes import place as place_on
@@ -28,17 +28,6 @@ from tests.support.processes import join, leave, meet, say
 BUCKETS = tuple(range(512, 8193, 512))  # tokens of each rank
 SCALE = int(os.environ.get("MEGAMOE_BUCKET_SCALE", "1"))  # divides tokens and sizes, to try the worker without GPUs
 SIZES = Sizes(hidden=4096 // SCALE, inter=512, num_experts=8, top_k=6)  # of each rank
-
-
-def used_mib() -> list[int] | None:
-    """What each GPU of this machine has in use, by whomever; None where nobody tells."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return [
-            int(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        ]
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return None
 
 
 def state() -> dict[str, Any]:

@@ -2,16 +2,24 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from hypothesis import strategies as st
+
+from jax_megamoe.primitives import _library
 
 Shape = tuple[int, ...]
 Typed = tuple[str, Shape]
-TYPES = ["pred", "s8", "s32", "s64", "u8", "u32", "f16", "bf16", "f32", "f64", "c64", "f8e4m3fn", "f8e5m2"]
-MLIR_TYPES = {"pred": "i1", "s8": "i8", "s32": "i32", "s64": "i64", "u8": "ui8", "u32": "ui32", "c64": "complex<f32>"}
-MLIR_TYPES |= {"f8e4m3fn": "f8E4M3FN", "f8e5m2": "f8E5M2"}
-TARGETS = {"moe": "jax_megamoe.moe.v1", "route": "jax_megamoe.route.v1"}
+DTYPES: dict[str, Any] = {
+    **{"pred": jnp.bool, "s8": jnp.int8, "s32": jnp.int32, "s64": jnp.int64, "u8": jnp.uint8, "u32": jnp.uint32},
+    **{"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32, "f64": jnp.float64, "c64": jnp.complex64},
+    **{"f8e4m3fn": jnp.float8_e4m3fn, "f8e5m2": jnp.float8_e5m2},
+}
+TARGETS = {"moe": _library.MOE_TARGET, "route": _library.ROUTE_TARGET}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,29 +41,17 @@ class FfiCall:
         return ";".join(parts)
 
     @property
-    def stablehlo(self) -> str:
-        """A module whose main function makes its operands itself, and returns the sums of its results."""
-        types = [self._type(array) for array in self.operands]
-        results = ", ".join(map(self._type, self.results))
-        attributes = ", ".join(f"{name} = {self._attribute(kind, value)}" for name, kind, value in self.attributes)
-        names = ", ".join(f"%arg{i}" for i in range(len(types)))
-        inputs = ", ".join(f"%arg{i}: {text}" for i, text in enumerate(types))
-        returned = ", ".join(f"%call#{i}" for i in range(len(self.results)))
-        return (
-            f"module {{\n  func.func public @main({inputs}) -> ({results}) {{\n"
-            f"    %call:{len(self.results)} = stablehlo.custom_call @{TARGETS[self.target]}({names}) "
-            f"{{api_version = 4 : i32, backend_config = {{{attributes}}}}} : ({', '.join(types)}) -> ({results})\n"
-            f"    return {returned} : {results}\n  }}\n}}\n"
-        )
+    def function(self) -> Callable[..., Any]:
+        """As a function of the operands, for programs."""
+        kinds: dict[str, Callable[..., Any]] = {"i64": np.int64, "s32": np.int32, "f32": np.float32, "str": str}
+        attributes = {name: kinds[kind](value) for name, kind, value in self.attributes}
+        results = [jax.ShapeDtypeStruct(shape, DTYPES[type_name]) for type_name, shape in self.results]
+        return lambda *operands: jax.ffi.ffi_call(TARGETS[self.target], results)(*operands, **attributes)
 
-    def _type(self, array: Typed) -> str:
-        type_name, shape = array
-        return f"tensor<{''.join(f'{size}x' for size in shape)}{MLIR_TYPES.get(type_name, type_name)}>"
-
-    def _attribute(self, kind: str, value: Any) -> str:
-        if kind == "str":
-            return f'"{value}"'
-        return f"{float(value):e} : f32" if kind == "f32" else f"{value} : {'i64' if kind == 'i64' else 'i32'}"
+    @property
+    def operand_types(self) -> list[jax.ShapeDtypeStruct]:
+        """For programs; JAX has some of them under `jax.enable_x64` only."""
+        return [jax.ShapeDtypeStruct(shape, DTYPES[type_name]) for type_name, shape in self.operands]
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +225,7 @@ def changed_calls(draw: st.DrawFn) -> FfiCall:
             changed[draw(st.integers(0, len(shape) - 1))] = draw(st.sampled_from(SIZES))
             arrays[place] = (type_name, tuple(changed))
         elif what == "type":
-            arrays[place] = (draw(st.sampled_from(TYPES)), shape)
+            arrays[place] = (draw(st.sampled_from(sorted(DTYPES))), shape)
         elif what == "rank":
             more = (*shape, draw(st.sampled_from(SIZES))), shape[1:], (math.prod(shape),), (), (1, *shape)
             arrays[place] = (type_name, draw(st.sampled_from(more)))

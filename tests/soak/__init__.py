@@ -1,0 +1,1 @@
+"""Random layers for as long as one wants: `python -m tests.soak --help`."""
