@@ -94,10 +94,9 @@ def logical_load(load: Array, physical_ids: Array, num_replicas: Array) -> jax.A
     arrays = {"load": _integers("load", load), **_check_map(physical_ids, num_replicas)}
     if arrays["load"].ndim == 0:
         raise ShapeError("load is a scalar, wanted [..., P]: pass the load of each physical expert.")
-    if not 0 < arrays["load"].shape[-1] < 1 << 31:
+    if arrays["load"].shape[-1] == 0:
         raise ShapeError(
-            f"load has shape {arrays['load'].shape}, wanted [..., P] with 0 < P < 2^31: "
-            "pass the load of each physical expert."
+            f"load has shape {arrays['load'].shape}, wanted [..., P] with P > 0: pass the load of each physical expert."
         )
     spec = P(*jax.typeof(arrays["load"]).sharding.spec[:-1], None)
     return _specs.call_with_types(_as_tuple(_logical_load), arrays, (spec,))[0]
@@ -105,11 +104,8 @@ def logical_load(load: Array, physical_ids: Array, num_replicas: Array) -> jax.A
 
 def _check_map(physical_ids: Array, num_replicas: Array) -> dict[str, Array]:
     table, counts = _integers("physical_ids", physical_ids), _integers("num_replicas", num_replicas)
-    if table.ndim != 2 or not 0 < min(table.shape) <= max(table.shape) < 1 << 31:
-        raise ShapeError(
-            f"physical_ids has shape {table.shape}, wanted [E, R]: pass the replicas of each expert, at least one and "
-            "fewer than 2^31."
-        )
+    if table.ndim != 2 or 0 in table.shape:
+        raise ShapeError(f"physical_ids has shape {table.shape}, wanted [E, R]: pass the replicas of each expert.")
     if counts.shape != table.shape[:1]:
         raise ShapeError(
             f"num_replicas has shape {counts.shape}, wanted {table.shape[:1]} like the experts of physical_ids: "
@@ -130,6 +126,8 @@ def _integers(name: str, value: object) -> Array:
     array = as_array(name, value, "an array of int32")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise DTypeError(f"{name} has dtype {array.dtype}, wanted an integer type: pass whole numbers.")
+    if max(array.shape, default=0) >= 1 << 31:  # what is computed with them are int32
+        raise ShapeError(f"{name} has shape {array.shape}, wanted sizes below 2^31: pass a part at a time.")
     require_device_memory(name, array)
     return clamp_to_int32(array) if isinstance(array, np.ndarray) else array
 

@@ -27,6 +27,11 @@ def is_of(value: Any, dtypes: set[np.dtype[Any]], shape: tuple[int, ...] | None 
     return isinstance(value, Array) and value.dtype in dtypes and (shape is None or value.shape == shape)
 
 
+def is_index(value: Any, shape: tuple[int, ...] | None = None) -> bool:
+    """Integers of sizes that int32 counts."""
+    return is_of(value, INTEGERS, shape) and max(value.shape, default=0) < 1 << 31
+
+
 def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -104,7 +109,7 @@ def test_replicas(data):
     integer = draw(st.sampled_from(sorted(INTEGERS, key=str)))
     if kind == "map":
         ids, numbers = draw(arrays((5,), integer, wrong)), [draw(st.sampled_from([3, 2] + COUNTS)) for _ in range(2)]
-        right = is_of(ids, INTEGERS) and len(ids.shape) == 1
+        right = is_index(ids) and len(ids.shape) == 1
         right &= all(is_int(n) and 1 <= n < 1 << 31 for n in numbers)
         arguments = {"expert_ids": ids, "num_experts": numbers[0], "max_replicas": numbers[1]}
         found = judge(lambda: trace(mm.replica_map, arguments), right)
@@ -113,24 +118,24 @@ def test_replicas(data):
         return
     table = draw(arrays((3, 2), integer, wrong))
     counts = draw(st.sampled_from(MAP_COUNTS)) if draw(st.integers(0, 3)) == 0 else draw(arrays((3,), integer, wrong))
-    right = is_of(table, INTEGERS) and len(table.shape) == 2 and 0 < min(table.shape) <= max(table.shape) < 1 << 31
+    right = is_index(table) and len(table.shape) == 2 and table.size > 0
     if isinstance(counts, np.ndarray):
         is_map = counts.dtype.kind == "i" and counts.shape == table.shape[:1] if right else False
         right = bool(is_map and ((counts >= 1) & (counts <= table.shape[1])).all())
     else:
-        right = right and is_of(counts, INTEGERS, table.shape[:1])
+        right = right and is_index(counts, table.shape[:1])
     first = draw(
         st.sampled_from([0, -1, 10**30, -(10**30), array((), I32), array((), np.uint8), 1.0, True, array((1,), I32)])
     )
     ids = draw(arrays((4, 2) if kind == "physical" else (6,), integer, wrong))
-    right = right and is_of(ids, INTEGERS) and len(ids.shape) > 0
+    right = right and is_index(ids) and len(ids.shape) > 0
     common = {"physical_ids": table, "num_replicas": counts}
     if kind == "physical":
         right = right and (is_int(first) or is_of(first, INTEGERS, ()))
         found = judge(lambda: trace(mm.to_physical, {"ids": ids, **common, "first_token": first}), bool(right))
         shape = ids.shape if right else ()
     else:
-        right = right and 0 < ids.shape[-1] < 1 << 31
+        right = right and ids.shape[-1] > 0
         found = judge(lambda: trace(mm.logical_load, {"load": ids, **common}), bool(right))
         shape = (*ids.shape[:-1], table.shape[0]) if right else ()
     if right:

@@ -175,9 +175,7 @@ def test_arguments_of_the_maps():
     with pytest.raises(ArgumentError, match="max_replicas is 0, wanted a positive int known while tracing: "):
         mm.replica_map(COUNTS, 3, 0)
     for load in (jnp.zeros(0, jnp.int32), np.zeros((2, 0), np.int32)):
-        with pytest.raises(
-            ShapeError, match=r"load has shape .*0.*, wanted \[..., P\] with 0 < P < 2.31: pass the load"
-        ):
+        with pytest.raises(ShapeError, match=r"load has shape .*0.*, wanted \[..., P\] with P > 0: pass the load"):
             mm.logical_load(load, TABLE, COUNTS)
     with pytest.raises(ArgumentError, match="max_replicas is 2147483648, wanted at most 2147483647, the last int32"):
         mm.replica_map(COUNTS, 8, 2**31)

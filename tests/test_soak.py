@@ -43,7 +43,7 @@ def test_the_first_wrong_value_ends_it(what, monkeypatch, capsys):
             raise RuntimeError("lost")
         bits = run(self).copy()
         if is_first == (what == "the reference"):
-            bits[0, 0] ^= 0x0040
+            bits[0, 0] ^= 0x0040  # a token of other numbers
         return bits
 
     monkeypatch.setattr(Program, "run", wrong_run)

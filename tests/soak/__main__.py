@@ -62,10 +62,13 @@ class Soak:
     def add(self, number: int) -> None:
         """One more program, the oldest going for it."""
         case = Case.draw(self.options.seed, number, len(self.devices), self.options.tokens)
-        program = Program(case, self.mesh if case.ranks > 1 else None, lambda case: self.in_order(case.ranks))
+        place = self.mesh if self.mesh is not None and case.ranks > 1 else self.devices[number % len(self.devices)]
+        program = Program(case, place, lambda case: self.in_order(case.ranks))
         if program.wrong:
             self.fail(f"{case}: {program.wrong}")
         self.count("cases")
+        if program.is_fused:
+            self.count("cases of one kernel for all ranks")
         with self._lock:
             self.programs = [*self.programs, program][-LIVE:]
 

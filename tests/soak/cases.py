@@ -8,6 +8,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Device
 from jax.sharding import Mesh
 
 import jax_megamoe as mm
@@ -15,11 +16,14 @@ from jax_megamoe.weight_layout import Format
 from tests.support import chain as chains
 from tests.support.cases import ODD_ROUTINGS
 from tests.support.compare import bits, difference
+from tests.support.hlo import is_fused
 from tests.support.meshes import place_all
 from tests.support.problems import Problem, Sizes, make_inputs, make_weights
 
-# Of a result: kernel against reference, as docs/numerics.md says; of a token, of which there are few numbers, ten times.
-TOLERANCE = 1e-4
+# Kernel against reference, as docs/numerics.md says, of results of many slots. In a token of few, one activation that
+# rounds the other way can be a large part of the sum; a slot that is lost or another expert's comes to far more.
+TOLERANCE, TOKEN_TOLERANCE = 1e-4, 5e-3
+MANY_SLOTS = 256
 # Few, since weights stay: hidden and intermediate sizes, some of them no multiples of 128; experts of a rank; top_k.
 LAYERS = [
     (128, 128, 4, 2),
@@ -83,15 +87,17 @@ class Case:
 class Program:
     """A case, compiled, and the bits that every run of it has to give."""
 
-    def __init__(self, case: Case, mesh: Mesh | None, dispatch: Callable[[Case], Any]) -> None:
+    def __init__(self, case: Case, place: Mesh | Device, dispatch: Callable[[Case], Any]) -> None:
         """`dispatch(case)` is a context in which programs of that case may be started."""
         self.case, self._dispatch = case, dispatch
         problem = case.make()
-        self._arguments = tuple(problem) if mesh is None else place_all(mesh, problem)
+        of_group = isinstance(place, Mesh)
+        self._arguments = place_all(place, problem) if of_group else jax.device_put(tuple(problem), place)
         on_gpu = jax.default_backend() == "gpu"
         options = (chains.CAPTURED if case.is_captured else chains.NOT_CAPTURED) if on_gpu else None
         function = chains.chain(case.calls, functools.partial(mm.moe, **case.options))
         self._compiled = jax.jit(function, compiler_options=options).lower(*self._arguments).compile()
+        self.is_fused = of_group and is_fused(self._compiled)
         self.wanted = self.run()
         self.wrong = self._against_reference(problem)
 
@@ -107,9 +113,10 @@ class Program:
         x = problem.x
         for call, found in enumerate(self.wanted.view(jnp.bfloat16)):
             y = np.asarray(reference(x, *problem[1:]))
-            rows = [difference(*pair) for pair in zip(found, y, strict=True)]
-            if not difference(found, y) < TOLERANCE or not max(rows) < 10 * TOLERANCE:
-                return f"call {call} is {difference(found, y):.1e} from the reference, a token of it {max(rows):.1e}"
+            worst, all_of_it = max(map(difference, found, y)), difference(found, y)
+            bound = TOLERANCE if self.case.tokens * self.case.sizes.top_k >= MANY_SLOTS else TOKEN_TOLERANCE
+            if not (all_of_it < bound and worst < TOKEN_TOLERANCE):  # NaN is less than nothing
+                return f"call {call} is {all_of_it:.1e} from the reference, a token of it {worst:.1e}"
             # As the chain goes on, from what the program itself has found.
             x = jnp.where(jnp.asarray(found) > 0, x, -x)
         return ""
