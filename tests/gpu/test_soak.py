@@ -12,10 +12,10 @@ pytestmark = gpu_tests(why_no_hopper())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_minute(ranks):
+def test_twenty_seconds(ranks):
     if len(gpus()) < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    command = [sys.executable, "-m", "tests.soak", "--seconds", "45", "--seed", str(ranks), "--ranks", str(ranks)]
+    command = [sys.executable, "-m", "tests.soak", "--seconds", "20", "--seed", str(ranks), "--ranks", str(ranks)]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.2", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
