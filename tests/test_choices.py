@@ -39,6 +39,7 @@ class Choice(NamedTuple):
     swap: bool
     cluster_ctas: int
     gathers_rows: bool
+    assembles_images: bool
     activations_stay: bool
     bytes_in_flight: int
 
@@ -71,30 +72,55 @@ def ask(tmp_path_factory):
 @pytest.fixture(scope="module")
 def choose(ask):
     """From (problem, device) pairs to choices."""
-    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), n[4]) for n in ask(calls)]
+    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), n[5]) for n in ask(calls)]
 
 
-# Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, activations_stay, bytes_in_flight.
+# Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, assembles_images,
+# activations_stay, bytes_in_flight.
 CASES = {
-    "decode": (flash(8), H100, (True, 1, False, False, 64 * KB)),
-    "decode, a faster memory": (flash(8), H200, (True, 1, False, False, 74496)),
-    "swapAB's last": (flash(149), H100, (True, 1, False, False, 64 * KB)),
-    "normal's first": (flash(150), H100, (False, 1, True, True, 64 * KB)),
-    "swapAB's last, many units": (pro(144), H100, (True, 1, False, False, 64 * KB)),
-    "normal's first, too many bytes to stay": (pro(145), H100, (False, 1, True, False, 64 * KB)),
-    "waits for memory": (flash(597), H100, (False, 1, True, True, 64 * KB)),
-    "multiplies longer": (flash(598), H100, (False, 1, False, False, 64 * KB)),
-    "waits for a faster memory": (flash(405), H200, (False, 1, True, True, 74496)),
-    "multiplies longer, a faster memory": (flash(406), H200, (False, 1, False, False, 74496)),
-    "a memory that nobody knows": (flash(597), H100._replace(bytes_per_microsecond=0), (False, 1, True, True, 64 * KB)),
-    "... multiplies longer": (flash(598), H100._replace(bytes_per_microsecond=0), (False, 1, False, False, 64 * KB)),
-    "peers write rows where they are used": (flash(200, has_peers=True), H100, (False, 1, False, True, 64 * KB)),
-    "fewer units than SMs": (Problem(100, 8, 2048, 768, 16), H100, (False, 1, False, True, 64 * KB)),
-    "... of this device": (Problem(100, 8, 2048, 768, 16), H100._replace(sms=96), (False, 1, True, True, 69840)),
-    "alone": (flash(1023), H100, (False, 1, False, False, 64 * KB)),
-    "clusters": (flash(1024), H100, (False, 2, False, False, 64 * KB)),
-    "an odd number of CTAs": (flash(1024), H100._replace(ctas=131), (False, 1, False, False, 64 * KB)),
-    "clusters that do not all run": (flash(1024), H100._replace(clusters=65), (False, 1, False, False, 64 * KB)),
+    "decode": (flash(8), H100, (True, 1, False, False, False, 64 * KB)),
+    "decode, a faster memory": (flash(8), H200, (True, 1, False, False, False, 74496)),
+    "swapAB's last": (flash(149), H100, (True, 1, False, False, False, 64 * KB)),
+    "normal's first": (flash(150), H100, (False, 1, True, False, True, 64 * KB)),
+    "swapAB's last, many units": (pro(144), H100, (True, 1, False, False, False, 64 * KB)),
+    "normal's first, too many bytes to stay": (pro(145), H100, (False, 1, True, False, False, 64 * KB)),
+    "waits for memory": (flash(597), H100, (False, 1, True, False, True, 64 * KB)),
+    "multiplies longer": (flash(598), H100, (False, 1, False, False, False, 64 * KB)),
+    "waits for a faster memory": (flash(405), H200, (False, 1, True, False, True, 74496)),
+    "multiplies longer, a faster memory": (flash(406), H200, (False, 1, False, False, False, 74496)),
+    "a memory that nobody knows": (
+        flash(597),
+        H100._replace(bytes_per_microsecond=0),
+        (False, 1, True, False, True, 64 * KB),
+    ),
+    "... multiplies longer": (
+        flash(598),
+        H100._replace(bytes_per_microsecond=0),
+        (False, 1, False, False, False, 64 * KB),
+    ),
+    "peers write rows where they are used": (flash(200, has_peers=True), H100, (False, 1, False, False, True, 64 * KB)),
+    "fewer units than SMs": (Problem(100, 8, 2048, 768, 16), H100, (False, 1, False, False, True, 64 * KB)),
+    "... of this device": (Problem(100, 8, 2048, 768, 16), H100._replace(sms=96), (False, 1, True, False, True, 69840)),
+    "alone": (flash(1023), H100, (False, 1, False, False, False, 64 * KB)),
+    "clusters": (flash(1024), H100, (False, 2, False, False, False, 64 * KB)),
+    "an odd number of CTAs": (flash(1024), H100._replace(ctas=131), (False, 1, False, False, False, 64 * KB)),
+    "clusters that do not all run": (flash(1024), H100._replace(clusters=65), (False, 1, False, False, False, 64 * KB)),
+    "the last whose images are written": (
+        flash(1365, ranks=8, has_peers=True),
+        H100,
+        (False, 2, False, False, False, 64 * KB),
+    ),
+    "the first whose images are assembled": (
+        flash(1366, ranks=8, has_peers=True),
+        H100,
+        (False, 2, False, True, False, 64 * KB),
+    ),
+    "... not on one rank": (flash(8192), H100, (False, 2, False, False, False, 64 * KB)),
+    "... never of decoded weights": (
+        flash(8192, ranks=8, has_peers=True, format=MXFP4),
+        H100,
+        (False, 2, False, False, False, 65536),
+    ),
 }
 
 
@@ -156,10 +182,11 @@ def test_more_tokens_never_turn_back(choose, problem, device, tokens):
 def test_what_goes_together(choose, problem, device, has_peers):
     (choice,) = choose([(problem._replace(has_peers=has_peers), device)])
     if choice.swap:
-        assert choice[1:4] == (1, False, False)
+        assert choice[1:5] == (1, False, False, False)
     if choice.cluster_ctas == 2:
         assert device.ctas % 2 == 0 and device.ctas <= 2 * device.clusters
         assert not choice.gathers_rows, "rows are gathered for a CTA that is alone"
+    assert not (choice.gathers_rows and choice.assembles_images), "one warp would have to do both"
     if choice.gathers_rows:
         assert not has_peers and problem.experts * (problem.inter // 128) >= device.sms
     assert choice.bytes_in_flight >= 64 * KB
@@ -173,6 +200,14 @@ def test_ranks_and_devices_do_not_change_the_orientation(choose, problem, device
     """All ranks of a group, and whoever sizes the scratch memory of a program without a GPU, come to the same."""
     calls = [(problem, device), (problem._replace(ranks=ranks, has_peers=True), device), (problem, other)]
     assert len({choice.swap for choice in choose(calls)}) == 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, other=devices)
+def test_all_ranks_have_images_of_one_kind(choose, problem, device, other):
+    """Whatever their devices: one rank's tokens are looked for where the other one has put them."""
+    problem = problem._replace(ranks=2, has_peers=True)
+    assert len({choice.assembles_images for choice in choose([(problem, device), (problem, other)])}) == 1
 
 
 @settings(deadline=None, max_examples=50)
@@ -210,7 +245,8 @@ def test_the_module_tells_it_too():
         pytest.skip("jax_megamoe._core has no launch_choice: build it anew")
     found = core.launch_choice(150, 6, 4096, 2048, 32, "fp8_block", 1, num_sms=132, bytes_per_microsecond=3_352_320)
     wanted = Choice(*CASES["normal's first"][2])
-    names = ("swap_operands", "cluster_ctas", "gathers_rows", "activations_stay", "weight_bytes_in_flight")
+    names = ("swap_operands", "cluster_ctas", "gathers_rows", "assembles_images", "activations_stay")
+    names += ("weight_bytes_in_flight",)
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found

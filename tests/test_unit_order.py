@@ -25,11 +25,18 @@ def plans(draw):
     single = [base for base, count in zip(bases, counts, strict=False) if count == 1]
     smallest = draw(st.sampled_from([*single, NO_CHUNK]))
     first_tail = draw(st.sampled_from(bases))  # the last of them: no tail
-    return swaps, down, draw(st.integers(1, 7)), first_tail, smallest, counts
+    run = draw(st.sampled_from([0, 1, 2, 3])) if not swaps and not down else 0
+    return swaps, down, draw(st.integers(1, 7)), first_tail, smallest, run, counts
 
 
-def expected(swaps, down, tickets, first_tail, smallest, counts):
-    """The formula as it was, in one piece."""
+def expected(swaps, down, tickets, first_tail, smallest, run, counts):
+    """The formula as it was, in one piece; but for runs, which are easier to say as loops."""
+    if run:
+        for expert, count in enumerate(counts):
+            for first in range(0, count, run):
+                chunks = range(first, min(first + run, count))
+                yield from ((expert, group, chunk) for group in range(tickets) for chunk in chunks)
+        return
     bases = [0, *accumulate(counts)]
     num_chunks = bases[-1]
 
@@ -61,14 +68,14 @@ def expected(swaps, down, tickets, first_tail, smallest, counts):
 @given(several=st.lists(plans(), min_size=1, max_size=10))
 def test_order(program, several):
     text = "\n".join(
-        f"{swaps:d} {down:d} {tickets} {first_tail} {smallest} {len(counts)} {' '.join(map(str, counts))}"
-        for swaps, down, tickets, first_tail, smallest, counts in several
+        f"{swaps:d} {down:d} {tickets} {first_tail} {smallest} {run} {len(counts)} {' '.join(map(str, counts))}"
+        for swaps, down, tickets, first_tail, smallest, run, counts in several
     )
     for plan, line in zip(several, program(text).strip().split("\n"), strict=True):
         values = list(map(int, line.split()))
         places = list(zip(values[0::3], values[1::3], values[2::3], strict=True))
         assert places == list(expected(*plan))
-        swaps, down, tickets, _, smallest, counts = plan
+        swaps, down, tickets, _, smallest, _, counts = plan
         units = [
             (e, tile, chunk) for e, count in enumerate(counts) for tile in range(tickets) for chunk in range(count)
         ]

@@ -41,6 +41,17 @@ def test_one_token_wanted_by_a_hundred_times_as_many_pairs(num_ranks):
     assert difference(y, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"ctas": 32, "seed": 5, "late_ctas": 6}], ids=["", "late CTAs and pauses"])
+@pytest.mark.parametrize("routing", ["uniform", "one", "masked"])
+def test_images_go_round_the_ring(routing, options):
+    """More chunks than the ring has places for, of experts with more than one run of them."""
+    sizes, tokens = Sizes(hidden=256, inter=2048, num_experts=8, top_k=4), 6000
+    core = pytest.importorskip("jax_megamoe._core")
+    choice = core.launch_choice(tokens, 4, 256, 2048, 4, "fp8_block", 2, num_sms=64, bytes_per_microsecond=0)
+    assert choice["assembles_images"]
+    assert_as_one_rank(tokens, 2, routing, sizes, **options)
+
+
 @pytest.mark.parametrize(("hidden", "inter"), LARGEST_MODELS.values(), ids=LARGEST_MODELS)
 def test_model_shapes(hidden, inter):
     assert_as_one_rank(16, 8, sizes=Sizes(hidden, inter, num_experts=8, top_k=6))

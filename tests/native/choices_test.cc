@@ -1,6 +1,6 @@
 // What a launch is like. In, a line each: "T k H I E R peers format sms ctas clusters bytes_per_microsecond". Out:
-// whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether activations stay,
-// bytes of weights in flight, CTAs of the launch.
+// whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether images are
+// assembled, whether activations stay, bytes of weights in flight, CTAs of the launch.
 #include <iostream>
 
 #include "host/choices.h"
@@ -14,9 +14,9 @@ int main() {
          p.num_ranks >> has_peers >> format >> device.num_sms >> device.num_ctas >> device.num_clusters >>
          device.bytes_per_microsecond) {
     p.format = static_cast<megamoe::WeightFormat>(format);
-    const megamoe::LaunchChoice choice = megamoe::choose(p, device, has_peers);
+    const megamoe::LaunchChoice choice = megamoe::choose(p, p, device, has_peers);
     std::cout << choice.swap_operands << ' ' << choice.cluster_ctas << ' ' << choice.gathers_rows << ' '
-              << choice.activations_stay << ' ' << choice.weight_bytes_in_flight << ' '
-              << megamoe::ctas_of_launch(choice, device) << '\n';
+              << choice.assembles_images << ' ' << choice.activations_stay << ' ' << choice.weight_bytes_in_flight
+              << ' ' << megamoe::ctas_of_launch(choice, device) << '\n';
   }
 }

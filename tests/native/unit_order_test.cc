@@ -1,5 +1,5 @@
-// Reads lines "swap down tickets_per_chunk first_tail smallest experts", and the number of chunks of each expert; writes
-// "expert group member" for every ticket, a line for each plan.
+// Reads lines "swap down tickets_per_chunk first_tail smallest run experts", and the number of chunks of each expert;
+// writes "expert group chunk" for every ticket, a line for each plan. `run`: chunks of a run, 0 where there are none.
 #include <cstdio>
 #include <vector>
 
@@ -20,8 +20,8 @@ struct Chunks {
 }  // namespace
 
 int main() {
-  int swap, down, tickets, first_tail, smallest, experts;
-  while (std::scanf("%d %d %d %d %d %d", &swap, &down, &tickets, &first_tail, &smallest, &experts) == 6) {
+  int swap, down, tickets, first_tail, smallest, run, experts;
+  while (std::scanf("%d %d %d %d %d %d %d", &swap, &down, &tickets, &first_tail, &smallest, &run, &experts) == 7) {
     Chunks chunks{{0}, smallest};
     for (int e = 0; e < experts; ++e) {
       int count = 0;
@@ -30,9 +30,14 @@ int main() {
     }
     const megamoe::Divisor divisor(tickets);
     for (int index = 0; index < chunks.num_chunks() * tickets; ++index) {
-      const megamoe::TicketPlace at = swap ? megamoe::ticket_place<true>(chunks, down, index, divisor, first_tail)
-                                           : megamoe::ticket_place<false>(chunks, down, index, divisor, first_tail);
-      std::printf("%d %d %d  ", at.expert, at.group, at.member);
+      megamoe::TicketPlace at = swap ? megamoe::ticket_place<true>(chunks, down, index, divisor, first_tail)
+                                     : megamoe::ticket_place<false>(chunks, down, index, divisor, first_tail);
+      int first = 0;
+      if (run > 0) {
+        const int num_chunks = chunks.bases[at.expert + 1] - chunks.bases[at.expert];
+        at = megamoe::place_in_run(at, num_chunks, tickets, run, &first);
+      }
+      std::printf("%d %d %d  ", at.expert, at.group, first + at.member);
     }
     std::printf("\n");
   }

@@ -4,7 +4,7 @@ docs/expert-parallel.md describes the protocol. A launch of one rank is a set of
 together, as the CTAs of a kernel are:
 
 - two CTAs: read everybody's ids, and count as dispatched then; the first has sent its rank's ids before, and writes tokens into
-  the images of their owners;
+  the images of their owners, or as rows into its own memory, where the owners read them;
 - a signaller: when both have dispatched, releases the token flags of all ranks;
 - a worker: waits for the tokens of all ranks, reads its images, writes results into the sources' slots and releases the column
   flags of all ranks;
@@ -40,6 +40,8 @@ class Protocol:
 
     ids_buffers: int = 2
     image_buffers: int = 1
+    # Tokens stay with their rank, and are read from there.
+    assembles_images: bool = False
     slot_buffers: int = 1
     releases_dispatched: bool = True
     releases_columns: bool = True
@@ -77,7 +79,10 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
     count = Step(stores=(Store(dispatched, 1, is_release=p.releases_dispatched, is_addition=True),))
 
     first = [*epoch, *(Step(stores=(Store(f"{ids}[{d}][{rank}]", launch),)) for d in others), *read_ids]
-    first += [Step(stores=(Store(f"{image}[{d}][{rank}]", launch),)) for d in others if has_tokens(rank, d)]
+    if p.assembles_images:
+        first.append(Step(stores=(Store(f"rows[{rank}]", launch),)))
+    else:
+        first += [Step(stores=(Store(f"{image}[{d}][{rank}]", launch),)) for d in others if has_tokens(rank, d)]
     first.append(count)
     second = [*epoch, *read_ids, count]
     all_dispatched = ((dispatched, 2 * launch),)
@@ -89,7 +94,8 @@ def threads_of(protocol: Protocol, num_ranks: int, rank: int, launch: int, sends
         arrived = (*all_dispatched, *((f"tokens[{rank}][{s}]", launch) for s in others))
         worker = [Step(arrived)]
         for s in sources:
-            worker.append(Step(reads=((f"{image}[{rank}][{s}]", launch),)))
+            tokens = f"rows[{s}]" if p.assembles_images else f"{image}[{rank}][{s}]"
+            worker.append(Step(reads=((tokens, launch),)))
             worker.append(Step(stores=(Store(f"{slot}[{s}][{rank}]", launch),)))
     else:
         worker = list(read_ids)

@@ -11,9 +11,10 @@ A CTA is two threads, which go on independently:
   rank by rank, and dispatch their share and then those that nobody has claimed; when all are claimed they multiply what the
   producer has queued, and at the end wait for the columns of all ranks and sum;
 - the weight producer claims the CTA's first unit at once, and queues it and those that it draws. Before it queues its first
-  down unit, or ends, it looks through the first units of all CTAs and queues those that nobody has claimed.
+  down unit, or one whose image waits for a place, or ends, it looks through the first units of all CTAs and queues those that nobody has claimed.
 
-Gate/up units wait for the tokens of all ranks, and down units for all gate/up units. A claim counts launches. A CTA adds one
+Gate/up units wait for the tokens of all ranks, and where images go through a ring, for the unit that had the place before;
+down units wait for all gate/up units. A claim counts launches. A CTA adds one
 to its own; if it finds that somebody has taken over, it subtracts it again and has nothing. Who takes over sets the claim by
 compare-and-swap. CTAs wait for a while before they take over: here that is any time at all.
 
@@ -57,6 +58,8 @@ class Mechanism:
     looks_in_order: bool = True
     looks_before_down: bool = True
     looks_before_end: bool = True
+    # ... and before the first gate/up unit that waits for another one.
+    looks_before_ring: bool = True
 
 
 class Blocker(NamedTuple):
@@ -73,6 +76,7 @@ class Scene:
     ctas: tuple[int, ...] = (2, 2)
     gate_up: tuple[int, ...] = (2, 2)
     down: tuple[int, ...] = (1, 1)
+    image_slots: int = 8  # of the ring of images: that of gate/up unit u is free when unit u - image_slots is complete
     num_launches: int = 2
     blockers: tuple[Blocker, ...] = (Blocker((0, 1)),)
     spare_slots: int = 1  # that blockers leave free on each GPU

@@ -116,6 +116,8 @@ class CtaSteps:
             }
             if any(found < launch for found in images.values()):
                 return  # the flag of the tokens comes with the last share
+            if unit >= self.scene.image_slots and unit - self.scene.image_slots not in multiplied:
+                return
             for (s, share), found in images.items():
                 _expect(f"share {share} of rank {s}", found, launch)
         if unit in multiplied:
@@ -174,7 +176,9 @@ class CtaSteps:
         """The ticket is next, unless the CTA has to look at the first units before."""
         is_end = ticket >= self.scene.num_units(r)
         is_down = ticket in self.scene.down_units(r)
-        looks = is_end and self.mechanism.looks_before_end or is_down and self.mechanism.looks_before_down
+        is_in_ring = self.scene.image_slots <= ticket < self.scene.gate_up[r]
+        m = self.mechanism
+        looks = is_end and m.looks_before_end or is_down and m.looks_before_down or is_in_ring and m.looks_before_ring
         if looks and rank.ctas[b].looks == 0:
             return _with(rank, b, producer="looks", ticket=ticket)
         return self._queue(r, rank, b, ticket)

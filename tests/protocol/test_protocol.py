@@ -14,6 +14,7 @@ NOBODY: Sends = frozenset()
 # What the protocol is, and changes that cost nothing in safety.
 SOUND = {
     "as it is": Protocol(),
+    "images are assembled": Protocol(assembles_images=True),
     "images for each parity": Protocol(image_buffers=2),
     "slots for each parity": Protocol(slot_buffers=2),
     "one set of ids, and idle ranks wait like the others": Protocol(ids_buffers=1, idle_at_once=False),
@@ -22,6 +23,11 @@ SOUND = {
 BROKEN: dict[str, tuple[Protocol, Sends | None, str]] = {
     "one set of ids": (Protocol(ids_buffers=1), NOBODY, r"ids0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "dispatch not released": (Protocol(releases_dispatched=False), None, r"images0\[\d\]\[\d\] is (\d), wanted (\d)"),
+    "rows not released": (
+        Protocol(assembles_images=True, releases_dispatched=False),
+        None,
+        r"rows\[\d\] is (\d), wanted (\d)",
+    ),
     "columns not released": (Protocol(releases_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "combine does not wait": (Protocol(waits_for_columns=False), None, r"slots0\[\d\]\[\d\] is (\d), wanted (\d)"),
     "epoch counted before all CTAs have read it": (

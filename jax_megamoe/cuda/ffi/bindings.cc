@@ -139,11 +139,12 @@ py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermedi
   const megamoe::Device device{num_sms, num_sms, num_sms / 2, bytes_per_microsecond};
   const megamoe::Problem problem =
       checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, num_ranks);
-  const megamoe::LaunchChoice choice = megamoe::choose(problem, device, num_ranks > 1);
+  const megamoe::LaunchChoice choice = megamoe::choose(problem, problem, device, num_ranks > 1);
   py::dict entries;
   entries["swap_operands"] = choice.swap_operands;
   entries["cluster_ctas"] = choice.cluster_ctas;
   entries["gathers_rows"] = choice.gathers_rows;
+  entries["assembles_images"] = choice.assembles_images;
   entries["activations_stay"] = choice.activations_stay;
   entries["weight_bytes_in_flight"] = choice.weight_bytes_in_flight;
   return entries;

@@ -46,7 +46,7 @@ int ctas_of_launch(const LaunchChoice& choice, const Device& device) {
   return std::min(device.num_ctas / 2, device.num_clusters) * 2;
 }
 
-LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
+LaunchChoice choose(const Problem& p, const Problem& largest, const Device& device, bool has_peers) {
   LaunchChoice choice = {};
   choice.swap_operands = p.swap_operands();
   choice.cluster_ctas = 1;
@@ -55,8 +55,9 @@ LaunchChoice choose(const Problem& p, const Device& device, bool has_peers) {
   choice.cluster_ctas = cluster_ctas(p, device);
   // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is
   // used.
-  choice.gathers_rows =
-      !has_peers && !is_decoded(p.format) && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
+  choice.assembles_images = largest.assembles_images();
+  choice.gathers_rows = !choice.assembles_images && !has_peers && !is_decoded(p.format) &&
+                        waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
   choice.activations_stay = waits_for_memory(p, device) && gate_up_bytes(p) <= kMostGateUpBytesBesideActivations;
   return choice;
 }

@@ -22,6 +22,9 @@ struct LaunchChoice {
   int cluster_ctas;
   // Tokens are quantised once and gathered row by row, instead of into the images of all their experts.
   bool gathers_rows;
+  // Images of tokens are put together while units run. So that it is the same for all launches of a call, it is the
+  // workspace's and not the launch's.
+  bool assembles_images;
   // Activations stay in the L2 until they are used: gate/up weights of experts with one chunk leave it first.
   bool activations_stay;
   // Bytes of weights that an SM has on their way, at most.
@@ -31,7 +34,8 @@ struct LaunchChoice {
 // CTAs of a launch: as many as the device has, or as many clusters as run at the same time. 0: it has no clusters.
 int ctas_of_launch(const LaunchChoice& choice, const Device& device);
 
-// For one launch, of `problem`. `has_peers`: other ranks write tokens to this one's memory.
-LaunchChoice choose(const Problem& problem, const Device& device, bool has_peers);
+// For one launch, of `problem`, whose workspace was made for `largest`, the call's first launch. `has_peers`: other ranks
+// write tokens to this one's memory.
+LaunchChoice choose(const Problem& problem, const Problem& largest, const Device& device, bool has_peers);
 
 }  // namespace megamoe

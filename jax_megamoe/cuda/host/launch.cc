@@ -46,7 +46,7 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
     slice.topk_weights += static_cast<size_t>(first) * call.problem.top_k;
     slice.y = static_cast<char*>(call.y) + values * (call.y_is_f32 ? 4 : 2);
     slice.adds_to_load = first > 0;
-    const LaunchChoice choice = choose(slice.problem, device, has_peers);
+    const LaunchChoice choice = choose(slice.problem, part, device, has_peers);
     const int ctas = ctas_of_launch(choice, device);
     if (ctas == 0) return cudaErrorNotSupported;
     const cudaError_t error = launch_slice<Format, Group>(slice, choice, ctas, stream);

@@ -65,10 +65,13 @@ LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoi
   c.gate_up_tickets = Divisor(ceil_div(c.gate_up_units.value(), choice.cluster_ctas));
   c.down_tickets = Divisor(ceil_div(c.down_units.value(), choice.cluster_ctas));
   c.gathers_rows = choice.gathers_rows;
+  c.assembles_images = choice.assembles_images;
+  c.image_slots = Divisor(p.image_slots());
   c.activations_stay = choice.activations_stay;
   const Plan plan(p.num_local_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation::kTokenTile; rows += 8) {
-    c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(plan, rows));
+    c.stages[rows / 8 - 1] =
+        static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(plan, rows, choice.assembles_images));
   }
   const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation::kStageWeightBytes);
   c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation::kTokenTile / 8 - 1]);

@@ -23,8 +23,10 @@ struct LaunchConstants {
   Divisor down_tickets;
   bool activations_stay;  // in the L2 until they are used: gate/up weights of experts with one chunk leave it first
   bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)
+  bool assembles_images;  // while units run (kernels/image_assembly.cuh)
   int stages_in_flight;   // at most, of weights
   uint8_t stages[kWideTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
+  Divisor image_slots;                 // of the ring of assembled images
 };
 
 struct MoeArguments {

@@ -13,6 +13,7 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
+#include "kernels/images.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
@@ -206,8 +207,8 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
   }
 }
 
-// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it for
-// each of the token's used slots; where rows are gathered, once, and for the slots its scales.
+// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it: as a
+// row, or for each of the token's used slots into an image. Where rows are gathered, their scales go into images.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
                                               const ItemPieces<Orientation>& item,
@@ -249,9 +250,16 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 
   // Store: once as a row, or for every used slot into an image.
   const uint32_t k_block = column / kBlockK;
-  const bool rows = gathers_rows<Orientation, Group>(args);
+  const bool gathers = gathers_rows<Orientation, Group>(args), assembles = assembles_images<Orientation, Group>(args);
   if constexpr (kPieces == 2) {
-    if (rows) ptx::store_keep(token_row(args, at.token) + column, make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]));
+    const uint4 packed = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+    if (assembles) {
+      const size_t place = static_cast<size_t>(at.token) * p.hidden_size + column;
+      *reinterpret_cast<uint4*>(Group::own(args.workspace.token_rows) + place) = packed;
+      if (lane % kLanesPerScale == 0) Group::own(args.workspace.row_scales)[place / kBlockK] = scale;
+      return;
+    }
+    if (gathers) ptx::store_keep(token_row(args, at.token) + column, packed);
   }
   // Some slots at a time, without branches, so that the loads of their targets overlap.
   constexpr int kSlotsAtOnce = 3;
@@ -270,7 +278,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
       const bool used = slot + i < p.top_k && target[i].used();
-      if (used && !rows) {
+      if (used && !gathers) {
         if constexpr (kPieces == 1) {
           ptx::store(place[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
         } else {

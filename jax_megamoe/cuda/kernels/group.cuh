@@ -91,6 +91,11 @@ struct OneRank {
     return args.workspace.slot_outputs + static_cast<size_t>(route) * args.problem.hidden_size;
   }
   __device__ static int route_with_rank(const MoeArguments&, int route) { return route; }
+  // Of [T, length] `rows`, the one of the route's token.
+  template <typename T>
+  __device__ static const T* row_of_route(const MoeArguments& args, const T* rows, int route, int length) {
+    return rows + static_cast<size_t>(route / args.problem.top_k) * length;
+  }
   __device__ static int route_in_group(const MoeArguments&, int route) { return route; }
   __device__ static int id_of_route(const MoeArguments& args, int route) { return __ldg(args.topk_ids + route); }
   __device__ static bool has_ids() { return true; }
@@ -132,6 +137,11 @@ struct PeerRanks {
 
   __device__ static int route_with_rank(const MoeArguments& args, int route) {
     return args.peers.rank << kRouteRankShift | route;
+  }
+  template <typename T>
+  __device__ static const T* row_of_route(const MoeArguments& args, const T* rows, int route, int length) {
+    const int own = route & ((1 << kRouteRankShift) - 1);
+    return on(route >> kRouteRankShift, rows) + static_cast<size_t>(own / args.problem.top_k) * length;
   }
   // Counted over the group.
   __device__ static int route_in_group(const MoeArguments& args, int route) {
@@ -184,6 +194,13 @@ struct PeerRanks {
     if (__any_sync(~0u, vacant_shares.has_requested())) await(&shared_header().vacant_shares_done, 0);
     if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
     __syncwarp();  // before a thread of the warp releases the first tokens to the consumers
+  }
+
+  // One warp, beside the token producer's: waits for the rows of all ranks. False: some do not come.
+  __device__ static bool await_rows(const MoeArguments& args) {
+    return wait_for_ranks(args, own_peer_header()->tokens_sent, 1, shared_header().epoch, PeerFailure::kTokens,
+                          [](int) {}) &&
+           has_ids();
   }
 
   // One thread, which has observed what is announced: sets this rank's place of `flags(header)` on every rank. A rank

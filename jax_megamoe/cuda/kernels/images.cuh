@@ -20,7 +20,25 @@ __device__ __forceinline__ Image activation_image(const MoeArguments& args, cons
           columns / Orientation::kActivationScaleColumns};
 }
 
-// What a gate/up unit multiplies.
+// Whether images of tokens may be, and are, put together while units run (kernels/image_assembly.cuh).
+template <typename Orientation, typename Group>
+constexpr bool kMayAssembleImages = !Orientation::kSwapsOperands && !Orientation::kWide && Group::kHasPeers;
+
+template <typename Orientation, typename Group>
+__device__ __forceinline__ bool assembles_images(const MoeArguments& args) {
+  return kMayAssembleImages<Orientation, Group> && args.constants.assembles_images;
+}
+
+// Such an image, of `rows` padded rows: a place in a ring, of 128 rows each.
+__device__ __forceinline__ Image assembled_image(const MoeArguments& args, int chunk, int rows, int k_blocks) {
+  const Divisor& slots = args.constants.image_slots;
+  const int slot = chunk - static_cast<int>(slots.divide(chunk) * slots.value());
+  return {args.workspace.token_planes, args.workspace.token_scales,
+          slot * kNormalTokenTile,     rows,
+          k_blocks * kBlockK,          k_blocks};
+}
+
+// What a gate/up unit multiplies where images are not assembled.
 template <typename Group>
 __device__ __forceinline__ Image token_image(const MoeArguments& args, const UnitNote& note, int k_blocks) {
   return {Group::own(args.workspace.token_planes),

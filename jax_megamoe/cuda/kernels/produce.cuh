@@ -5,6 +5,7 @@
 
 #include "common/ptx/warp.cuh"
 #include "kernels/announce.cuh"
+#include "kernels/image_assembly.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/row_gather.cuh"
@@ -28,8 +29,8 @@ __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& pla
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }
 
-// Who does what in the producer warpgroup, once the plan is complete: two warps that gather rows, or one elected lane
-// of each warp.
+// Who does what in the producer warpgroup, once the plan is complete: one elected lane of each warp, but for the two
+// warps that gather rows, or the one that assembles images.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& plan) {
   const int warp = threadIdx.x / 32;
@@ -39,6 +40,12 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
       return TokenProducer<Orientation, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
     }
   }
+  if constexpr (kMayAssembleImages<Orientation, Group>) {
+    if (warp == kAssemblyWarp && args.constants.assembles_images) {
+      const SharedMap<Orientation> map(args, plan);
+      return ImageAssembler<Orientation, Group>(args, map, plan).run();
+    }
+  }
   if (!ptx::elect_one()) return;
   if (warp == kWeightProducerWarp) {
     const SharedMap<Orientation> map(args, plan);
@@ -46,7 +53,7 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
   } else if (warp == kTokenProducerWarp) {
     const SharedMap<Orientation> map(args, plan);
     TokenProducer<Orientation, Group, false>(args, map, 0).run();
-  } else if (gathers_rows<Orientation, Group>(args)) {
+  } else if (gathers_rows<Orientation, Group>(args) || assembles_images<Orientation, Group>(args)) {
     signal<Orientation, Group, kConsumerWarpgroups>(args, plan);
   } else {
     signal<Orientation, Group, 1>(args, plan);

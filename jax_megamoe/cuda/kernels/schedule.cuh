@@ -46,6 +46,13 @@ class UnitSchedule {
   __device__ uint32_t num_gate_up() const {
     return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
   }
+  // Tickets below it wait for no other unit. Gate/up units do where images go through a ring, and its first round is
+  // over; a ticket may be for any chunk of its run.
+  __device__ uint32_t independent_end() const {
+    const int slots = constants_.image_slots.value();
+    if (Orientation::kSwapsOperands || !constants_.assembles_images || num_chunks() <= slots) return num_gate_up();
+    return static_cast<uint32_t>(slots - kRunChunks) * constants_.gate_up_tickets.value();
+  }
   __device__ uint32_t size() const {
     return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
   }
@@ -57,11 +64,18 @@ class UnitSchedule {
     u.down = ticket >= first_down;
     const int index = ticket - (u.down ? first_down : 0);
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
-    const TicketPlace place =
-        ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
+    TicketPlace place = ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
     u.expert = place.expert;
     const int first_chunk = plan_.chunk_base(u.expert);
-    const int count = plan_.count(plan_.first_expert() + u.expert);
+    int count = plan_.count(plan_.first_expert() + u.expert);
+    int run = 0;  // the first chunk of the unit's run, which is from here on like an expert
+    if constexpr (!Orientation::kSwapsOperands) {
+      if (constants_.assembles_images && !u.down) {
+        const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
+        place = place_in_run(place, num_chunks, tickets.value(), kRunChunks, &run);
+        count = min(count - run * kTile, kRunChunks * kTile);
+      }
+    }
     ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
@@ -69,8 +83,8 @@ class UnitSchedule {
     }
     u.tile = share.tile;
     u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;
-    u.chunk = first_chunk + share.chunk;
-    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + share.chunk * kTile;
+    u.chunk = first_chunk + run + share.chunk;
+    u.row_base = plan_.row_base(plan_.first_expert() + u.expert) + (run + share.chunk) * kTile;
     u.rows = share.idle ? 0 : min(kTile, count - share.chunk * kTile);
     u.shares_weights = share.shares_weights;
     u.shares_tokens = share.shares_tokens;

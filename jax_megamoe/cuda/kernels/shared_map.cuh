@@ -43,13 +43,13 @@ class SharedMap {
     // The normal path reads 64 or 128 rows, the padding ones included.
     max_rows = Orientation::kSwapsOperands ? plan.max_rows() : round_up(plan.max_rows(), kWarpgroupTokens);
     scratch_offset_ = plan.end();
-    ring_offset_ = ring_begin(plan, max_rows);
+    ring_offset_ = ring_begin(plan, max_rows, args.constants.assembles_images);
     num_stages = args.constants.stages[max_rows / 8 - 1];
   }
 
   // How many stages fit; computed on the host.
-  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows) {
-    const int fit = (kSharedBytes - ring_begin(plan, rows)) / stage_bytes(rows);
+  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows, bool assembles_images) {
+    const int fit = (kSharedBytes - ring_begin(plan, rows, assembles_images)) / stage_bytes(rows);
     return fit < kMaxStages ? fit : kMaxStages;
   }
 
@@ -71,10 +71,12 @@ class SharedMap {
                   kRouteBatch * sizeof(Target));
     return reinterpret_cast<uint32_t*>(row_amax() + kConsumerWarpgroups * kWarpgroupTokens);
   }
-  // normal, where rows have scales: [warpgroups], behind all else, as `row_terms`
+  // normal, where rows have scales: [warpgroups], behind what dispatch needs, as `row_terms`
   __device__ float* kept_row_terms(int warpgroup) const {
     return reinterpret_cast<float*>(scratch() + kScratchBytes + warpgroup * Orientation::kRowTermBytes);
   }
+  // normal: where images are assembled, behind all else
+  __device__ uint8_t* assembly_buffer() const { return scratch() + kScratchBytes + kNormalRowTermBytes; }
   // swapAB: [warpgroups][max_rows]
   __device__ RowSource* sources() const { return reinterpret_cast<RowSource*>(row_amax() + kConsumerWarps * max_rows); }
   // swapAB: [warpgroups][max_rows][kDownTileRowBytes], swizzled
@@ -121,6 +123,11 @@ class SharedMap {
   // Of the tokens' targets, and whatever else there is one after the other.
   static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(Target));
 
+  // normal: `kept_row_terms`.
+  static constexpr int kNormalRowTermBytes =
+      Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowTermBytes;
+  static constexpr int kAssemblyBytes = 2 * kAssemblyPlanes * kAssemblyPieceRows * kBlockK;
+
   // swapAB: `quad_row_terms`, in front of the maxima.
   static constexpr int kSwapTermBytes = Orientation::kSwapsOperands && Orientation::Format::kRowScales
                                             ? kConsumerThreads / 4 * static_cast<int>(sizeof(RowTerms))
@@ -144,9 +151,9 @@ class SharedMap {
     return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
   }
 
-  __host__ __device__ static int ring_begin(const Plan& plan, int rows) {
-    constexpr int targets =
-        kScratchBytes + (Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowTermBytes);
+  __host__ __device__ static int ring_begin(const Plan& plan, int rows, bool assembles_images) {
+    const int targets =
+        kScratchBytes + kNormalRowTermBytes + (!Orientation::kSwapsOperands && assembles_images ? kAssemblyBytes : 0);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     if constexpr (Orientation::kWide) {

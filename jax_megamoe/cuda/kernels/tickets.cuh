@@ -20,7 +20,7 @@ class UnitTickets {
  public:
   __device__ UnitTickets(const MoeArguments& args, const Cluster<Orientation>& cluster,
                          const UnitSchedule<Orientation>& schedule)
-      : args_(args), cluster_(cluster), schedule_(schedule), runnable_end_(schedule.num_gate_up()) {}
+      : args_(args), cluster_(cluster), schedule_(schedule), runnable_end_(schedule.independent_end()) {}
 
   static constexpr uint32_t kEnd = ~0u;  // there are no more
 
@@ -54,8 +54,9 @@ class UnitTickets {
     return cluster_.has_partner() ? ticket != kEnd : ticket < runnable_end_;
   }
 
-  // The unit to go on with, or kEnd. Down units wait for all gate/up units, and the end of the launch for all units:
-  // before the first of them, the CTA does the first units of those that have not started.
+  // The unit to go on with, or kEnd. Down units wait for gate/up units, these for others where images go through a ring,
+  // and the end of the launch for all units: before the first that waits, the CTA does the first units of those that
+  // have not started.
   __device__ __forceinline__ uint32_t settle(uint32_t ticket) {
     if (ticket < runnable_end_) return ticket;
     if (runnable_end_ == kDeferring) ticket = vacant().deferred_ticket;
@@ -118,7 +119,7 @@ class UnitTickets {
   const MoeArguments& args_;
   const Cluster<Orientation>& cluster_;
   const UnitSchedule<Orientation>& schedule_;
-  uint32_t runnable_end_;  // tickets below it need no settling: gate/up units, or all units once nothing is vacant
+  uint32_t runnable_end_;  // tickets below it need no settling: independent units, or all once nothing is vacant
 };
 
 }  // namespace megamoe

@@ -84,6 +84,12 @@ class TokenProducer {
       const uint32_t signals = args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
       Group::wait_local(args_, SharedMap<Orientation>::counters(args_).gate_up_done(note.chunk), signals);
     }
+    if constexpr (kMayAssembleImages<Orientation, Group>) {
+      if (!note.down() && args_.constants.assembles_images) {
+        Group::wait_local(args_, SharedMap<Orientation>::counters(args_).assembled(note.chunk),
+                          note.padded_rows() / kAssemblyPieceRows);
+      }
+    }
     ptx::fence_proxy_async_global();
     if (brings_images() && threadIdx.x % 32 == 0) tracer_.mark(TraceEvent::kTokensReady);
     if constexpr (kRows) __syncwarp();
@@ -122,6 +128,13 @@ class TokenProducer {
         static_cast<size_t>(note.row_base) * (blocks * kBlockK);
     const float* scales = (note.down() ? args_.workspace.activation_scales : Group::own(args_.workspace.token_scales)) +
                           static_cast<size_t>(note.row_base) * blocks * scales_per_block;
+    if constexpr (kMayAssembleImages<Orientation, Group>) {
+      if (!note.down() && args_.constants.assembles_images) {
+        const Image image = assembled_image(args_, note.chunk, rows, blocks);
+        planes = image.plane(0);
+        scales = image.scales(0);
+      }
+    }
     const int plane_bytes = rows * kBlockK;
     const int block_scales = scales_per_block * rows;
     const int scale_bytes = block_scales * static_cast<int>(sizeof(float));

@@ -2,6 +2,7 @@
 // protocol.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -40,8 +41,16 @@ struct PeerView {
 // the buffer.
 class PeerBuffer {
  public:
-  // Enough for the problem.
+  // Enough for the problem, and all with fewer tokens: whose images are not assembled, other ranks write them.
   static size_t bytes_for(const Problem& p) {
+    if (p.assembles_images()) {
+      Problem smaller = p;
+      smaller.num_tokens = (kLeastRoutesPerExpertAssembled * p.num_local_experts - 1) / p.top_k;
+      if (smaller.num_tokens > 0) return std::max(bytes_for_one(p), bytes_for_one(smaller));
+    }
+    return bytes_for_one(p);
+  }
+  static size_t bytes_for_one(const Problem& p) {
     const size_t by_ids = ids_bytes(p) * kIdsShare;
     // Two shares leave (kIdsShare - 2) of them for the rest; rounding takes a little of each.
     const size_t rest = (sizeof(PeerHeader) + Workspace::shared_bytes(p)) / (kIdsShare - 2) * kIdsShare;

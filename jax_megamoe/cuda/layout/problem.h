@@ -42,6 +42,18 @@ struct Problem {
     if (swap_operands()) return kSwapTokenTile;
     return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
   }
+  // In a group: images of tokens are put together from rows on the expert's rank (kernels/image_assembly.cuh), instead of
+  // written by the token's.
+  bool assembles_images() const {
+    return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
+           num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
+  }
+  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks.
+  int image_slots() const {
+    const int chunks_at_work = ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns));
+    const int wanted = 2 * (chunks_at_work + kRunChunks);
+    return wanted < max_chunks() ? wanted : max_chunks();
+  }
   // Those whose weights differ from rank to rank.
   __host__ __device__ int num_routed_experts() const { return num_local_experts - num_shared_experts; }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }

@@ -8,6 +8,8 @@
 //   - Normal: the last experts, the tail, go tile by tile over all of them, so that columns are complete one after the
 //     other and the combine can start on finished ones.
 //
+// And one for gate/up units, whose images may go through a ring (place_in_run).
+//
 // All of it is three small maps: from the place in the order to a chunk, from there to the run of chunks that take
 // turns, and from the number in the run to a tile and a chunk. tests/test_unit_order.py compares them with one formula.
 #pragma once
@@ -76,6 +78,19 @@ __host__ __device__ inline TicketPlace ticket_place(const Chunks& chunks, bool d
     at.member += first - chunks.chunk_base(at.expert);
   }
   return at;
+}
+
+// The same ticket where images of tokens go through a ring, for gate/up units: of an expert with `num_chunks`, runs of
+// `run_chunks` one after the other, so that all of a run are complete soon after its first is begun. `place` has the
+// ticket's number in `group` and `member`; afterwards these are of the run whose first chunk `first` is.
+__host__ __device__ inline TicketPlace place_in_run(const TicketPlace& place, int num_chunks, int tickets,
+                                                    int run_chunks, int* first) {
+  const int within = place.group * num_chunks + place.member;
+  *first = within / (run_chunks * tickets) * run_chunks;
+  const int turns = num_chunks - *first < run_chunks ? num_chunks - *first : run_chunks;
+  const int within_run = within - *first * tickets;
+  const int group = within_run / turns;
+  return {place.expert, group, within_run - group * turns};
 }
 
 }  // namespace megamoe

@@ -16,13 +16,16 @@ struct RowSource {
 };
 
 // Scratch of one call: images (layout/image.h) of tokens and of activations, chunk after chunk. Tokens that are gathered by
-// row have the scales of their images, and lie as [T, H] themselves.
+// row have the scales of their images, and lie as [T, H] in the place of these.
 struct Workspace {
-  // What other ranks write: in the group's buffer, or with the rest.
-  uint8_t* token_planes;   // [max_rows * H] e4m3
-  float* token_scales;     // [max_rows * H/128]
+  // What other ranks read or write: in the group's buffer, or with the rest.
+  uint8_t* token_rows;     // [T, H] e4m3, where images are assembled
+  float* row_scales;       // [T, H/128], likewise
   RowSource* row_sources;  // [max_rows]
   uint16_t* slot_outputs;  // [T, k, H] bf16: the expert's result of every used (token, slot)
+  // Images of tokens: other ranks write them, unless they are assembled, in a ring of 128 rows for each chunk.
+  uint8_t* token_planes;  // [max_rows * H] e4m3
+  float* token_scales;    // [max_rows * H/128]
   // The rest, in one buffer that XLA owns.
   uint8_t* activation_planes;  // [max_rows * I] e4m3
   float* activation_scales;    // [max_rows * I / activation_scale_columns]
@@ -45,8 +48,12 @@ struct Workspace {
   size_t carve_shared(const Problem& p, void* base) {
     const size_t rows = p.max_rows();
     Carver carver(base);
-    token_planes = carver.take<uint8_t>(rows * p.hidden_size);
-    token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
+    if (p.assembles_images()) {
+      token_rows = carver.take<uint8_t>(static_cast<size_t>(p.num_tokens) * p.hidden_size);
+      row_scales = carver.take<float>(static_cast<size_t>(p.num_tokens) * (p.hidden_size / kBlockK));
+    } else {
+      carve_images(p, rows, carver);
+    }
     row_sources = carver.take<RowSource>(rows);
     slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_routes()) * p.hidden_size);
     return carver.bytes();
@@ -54,12 +61,20 @@ struct Workspace {
   size_t carve_local(const Problem& p, void* base) {
     const size_t rows = p.max_rows();
     Carver carver(base);
+    if (p.assembles_images()) carve_images(p, static_cast<size_t>(p.image_slots()) * p.token_tile(), carver);
     activation_planes = carver.take<uint8_t>(rows * p.intermediate_size);
     activation_scales = carver.take<float>(rows * (p.intermediate_size / activation_scale_columns(p.swap_operands())));
     return carver.bytes();
   }
 
  private:
+  class Carver;
+
+  void carve_images(const Problem& p, size_t rows, Carver& carver) {
+    token_planes = carver.take<uint8_t>(rows * p.hidden_size);
+    token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
+  }
+
   class Carver {
    public:
     explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
@@ -104,10 +119,11 @@ class CounterSet {
   // `set_words`: of each of the two sets, at least `words` of every problem that uses them.
   CounterSet(const Problem& p, Control* control, int index, int set_words)
       : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
-        gate_up_offset_(2 * kLineWords + p.hidden_size / kDownUnitColumns) {}
+        gate_up_offset_(3 * kLineWords + p.hidden_size / kDownUnitColumns),
+        assembled_offset_(gate_up_offset_ + p.max_chunks()) {}
 
   static int words(const Problem& p) {
-    return round_up(2 * kLineWords + p.hidden_size / kDownUnitColumns + p.max_chunks(), kLineWords);
+    return round_up(3 * kLineWords + p.hidden_size / kDownUnitColumns + 2 * p.max_chunks(), kLineWords);
   }
 
   // Tickets of the units after the first of each CTA. The first of `words` counters that follow each other.
@@ -116,16 +132,20 @@ class CounterSet {
   __host__ __device__ uint32_t* dispatched_shares() const { return base_ + kLineWords; }
   // CTAs that found nothing to multiply, where no expert of the rank has tokens.
   __host__ __device__ uint32_t* idle_ctas() const { return base_ + kLineWords + 1; }
+  // Tickets of the pieces of which images are assembled.
+  __host__ __device__ uint32_t* next_piece() const { return base_ + 2 * kLineWords; }
   // [H/128] signals of finished down units of these columns.
-  __host__ __device__ uint32_t* down_done(int unit) const { return base_ + 2 * kLineWords + unit; }
+  __host__ __device__ uint32_t* down_done(int unit) const { return base_ + 3 * kLineWords + unit; }
   // [max_chunks] gate/up units finished for each chunk.
   __host__ __device__ uint32_t* gate_up_done(int chunk) const { return base_ + gate_up_offset_ + chunk; }
+  // [max_chunks] pieces of each chunk's image that are in place, where images are assembled.
+  __host__ __device__ uint32_t* assembled(int chunk) const { return base_ + assembled_offset_ + chunk; }
 
  private:
   static constexpr int kLineWords = 32;  // hot counters get a 128-byte line of their own
 
   uint32_t* base_ = nullptr;
-  int gate_up_offset_ = 0;
+  int gate_up_offset_ = 0, assembled_offset_ = 0;
 };
 
 inline size_t Control::bytes(const Problem& p) {

@@ -24,7 +24,7 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
     using Format = decltype(f);
     Device device = current_device(ctas_per_rank);
     device.num_clusters = VirtualRanksLauncher<ForMany<Format>>::num_clusters() / present;
-    const LaunchChoice choice = choose(problem, device, /*has_peers=*/true);
+    const LaunchChoice choice = choose(problem, problem, device, /*has_peers=*/true);
     const int ctas = ctas_of_launch(choice, device);
     if (ctas == 0) return cudaErrorNotSupported;
     if (!choice.swap_operands) {

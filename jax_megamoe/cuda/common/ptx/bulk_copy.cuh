@@ -39,6 +39,19 @@ __device__ __forceinline__ void bulk_copy_global_to_cluster(void* destination, c
       : "memory");
 }
 
+// From shared to global memory; counted by groups of a thread's copies.
+__device__ __forceinline__ void bulk_copy_shared_to_global(void* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+               "r"(smem_address(source)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_bulk_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all of this thread's have read their source, or written what they copy.
+__device__ __forceinline__ void wait_bulk_copies_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void wait_bulk_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Brings bytes into the L2, without a place for them in shared memory yet.
 __device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
