@@ -1,5 +1,6 @@
 """Settings that have to precede jax's start: which backend the tests use, and with how many devices."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -23,8 +24,19 @@ if on_cpu_only and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+flags = {"xla_force_host_platform_device_count": 8}
+# LLVM's optimisation takes 40 % of the time to compile, for programs that run once and briefly. It is part of what users
+# run: `.ci/run` names another level for one of its two runs. A GPU's programs are always optimised.
+if on_cpu_only:
+    flags["xla_backend_optimization_level"] = 0
+for flag, value in flags.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+
+
+def pytest_collection_finish() -> None:
+    """What modules and tests consist of stays: Python need not search it for garbage while JAX traces."""
+    gc.freeze()
 
 
 @pytest.fixture

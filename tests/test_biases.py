@@ -220,18 +220,26 @@ def test_padding_takes_no_more_memory(format):
     assert total < 2 * memory.argument_size_in_bytes
 
 
+def random_matrices(sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(2, n, k)).astype(np.float32) for n, k in 2 * [sizes[::-1]] + [sizes]]
+
+
+@functools.cache
+def quantized_wide(format: Any, sizes: tuple[int, int]) -> mm.ExpertWeights:
+    """With zeros up to multiples of 128. test_formats.py has that the order of what is so wide makes no difference."""
+    wide = [np.pad(m, [(0, 0), (0, -m.shape[1] % 128), (0, -m.shape[2] % 128)]) for m in random_matrices(sizes)]
+    return quantize_experts(*wide, format=format)
+
+
 @pytest.mark.parametrize("order", ["out_in", "in_out"])
 @pytest.mark.parametrize("sizes", [(32, 32), (64, 160), (416, 96), (288, 800)], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantizing_any_size_is_like_zeros_behind(format, sizes, order):
-    hidden, intermediate = sizes
-    rng = np.random.default_rng(0)
-    matrices = [rng.normal(size=(2, n, k)).astype(np.float32) for n, k in 2 * [sizes[::-1]] + [sizes]]
-    wide = [np.pad(m, [(0, 0), (0, -m.shape[1] % 128), (0, -m.shape[2] % 128)]) for m in matrices]
+    matrices = random_matrices(sizes)
     if order == "in_out":
-        matrices, wide = ([m.swapaxes(1, 2) for m in both] for both in (matrices, wide))
-    found = quantize_experts(*matrices, format=format, order=order, pad=True)
-    wanted = quantize_experts(*wide, format=format, order=order)
+        matrices = [m.swapaxes(1, 2) for m in matrices]
+    found, wanted = quantize_experts(*matrices, format=format, order=order, pad=True), quantized_wide(format, sizes)
     assert (found.hidden_size, found.intermediate_size) == sizes
     for leaf, other in zip(found.leaves, wanted.leaves, strict=True):
         np.testing.assert_array_equal(bytes_of(leaf), bytes_of(other))
