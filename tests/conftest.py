@@ -4,6 +4,7 @@ import gc
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,29 @@ if on_cpu_only and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
-flags = {"xla_force_host_platform_device_count": 8}
-# LLVM's optimisation takes 40 % of the time to compile, for programs that run once and briefly. It is part of what users
-# run: `.ci/run` names another level for one of its two runs. A GPU's programs are always optimised.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# LLVM's optimisation takes 40 % of the time to compile, for programs that run once and briefly. `.ci/run` leaves it on for
+# one of its two runs, because users have it; the fixture `optimized` does for programs that compute much.
 if on_cpu_only:
-    flags["xla_backend_optimization_level"] = 0
-for flag, value in flags.items():
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_collection_finish() -> None:
     """What modules and tests consist of stays: Python need not search it for garbage while JAX traces."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """XLA optimises what it compiles for a CPU, for a whole file of tests."""
+    import jax
+
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    jax.config.update(flag, False)
+    yield
+    jax.config.update(flag, before)
 
 
 @pytest.fixture

@@ -113,37 +113,43 @@ def test_packing_loses_nothing(format, data):
     assert (again.hidden_size, again.intermediate_size) == (hidden, intermediate)
 
 
+def floats_with_biases(format: str) -> tuple[list[np.ndarray], tuple[Any, Any]]:
+    """Matrices of a hidden size of 160 and an intermediate size of 96, and biases where the format holds any."""
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=(E, n, k)).astype(np.float32) for n, k in ((96, 160), (96, 160), (160, 96))]
+    return matrices, make_biases(160, 96) if format in OF_ROWS else (None, None)
+
+
+@functools.cache
+def padded_by_hand(format: Any) -> tuple[mm.ExpertWeights, jax.Array]:
+    """Those with zeros behind, quantised, and their layer's result."""
+    (gate, up, down), biases = floats_with_biases(format)
+    wide = [np.pad(w, [(0, 0), (0, 32), (0, 96)]) for w in (gate, up)] + [np.pad(down, [(0, 0), (0, 96), (0, 32)])]
+    if format in OF_ROWS:
+        halves = biases[0].reshape(E, 2, 96)
+        biases = np.pad(halves, [(0, 0), (0, 0), (0, 32)]).reshape(E, -1), np.pad(biases[1], [(0, 0), (0, 96)])
+    weights = quantize_experts(*wide, format=format, gate_up_bias=biases[0], down_bias=biases[1])
+    x, ids, probs = make_tokens(160)
+    return weights, moe(np.pad(x, [(0, 0), (0, 96)]), weights, ids, probs)
+
+
 @pytest.mark.parametrize("order", ["out_in", "in_out"])
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantizing_pads_like_zeros(format, convert, order):
     """Weights padded by hand are the same bytes, whose layer is the same."""
-    hidden, intermediate = 160, 96
-    rng = np.random.default_rng(0)
-    gate, up = (rng.normal(size=(E, intermediate, hidden)).astype(np.float32) for _ in range(2))
-    down = rng.normal(size=(E, hidden, intermediate)).astype(np.float32)
-    wide = [np.pad(w, [(0, 0), (0, 32), (0, 96)]) for w in (gate, up)] + [np.pad(down, [(0, 0), (0, 96), (0, 32)])]
-    biases: Any = make_biases(hidden, intermediate) if format in OF_ROWS else (None, None)
-    wide_biases: tuple[Any, Any] = (None, None)
-    if format in OF_ROWS:
-        halves = biases[0].reshape(E, 2, intermediate)
-        wide_biases = np.pad(halves, [(0, 0), (0, 0), (0, 32)]).reshape(E, -1), np.pad(biases[1], [(0, 0), (0, 96)])
-
-    def make(matrices: Any, biases: Any, **options: Any) -> mm.ExpertWeights:
-        matrices = [convert(w.swapaxes(1, 2) if order == "in_out" else w) for w in matrices]
-        of_rows = {
-            name: None if bias is None else convert(bias)
-            for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=True)
-        }
-        return quantize_experts(*matrices, format=format, order=order, **of_rows, **options)
-
-    narrow, padded = make((gate, up, down), biases, pad=True), make(wide, wide_biases)
-    assert (narrow.hidden_size, padded.hidden_size) == (hidden, 256)
-    for found, wanted in zip(narrow.leaves, padded.leaves, strict=True):
-        np.testing.assert_array_equal(bytes_of(found), bytes_of(wanted))
-    x, ids, probs = make_tokens(hidden)
-    y = moe(x, narrow, ids, probs)
-    np.testing.assert_array_equal(y, moe(np.pad(x, [(0, 0), (0, 96)]), padded, ids, probs)[:, :hidden])
+    matrices, biases = floats_with_biases(format)
+    matrices = [convert(w.swapaxes(1, 2) if order == "in_out" else w) for w in matrices]
+    of_rows = {
+        name: None if bias is None else convert(bias)
+        for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=True)
+    }
+    narrow = quantize_experts(*matrices, format=format, order=order, **of_rows, pad=True)
+    padded, wanted = padded_by_hand(format)
+    assert (narrow.hidden_size, padded.hidden_size) == (160, 256)
+    for found, leaf in zip(narrow.leaves, padded.leaves, strict=True):
+        np.testing.assert_array_equal(bytes_of(found), bytes_of(leaf))
+    np.testing.assert_array_equal(moe(make_tokens(160)[0], narrow, *make_tokens(160)[1:]), wanted[:, :160])
 
 
 def test_other_ways_to_call_it():

@@ -30,12 +30,9 @@ def free_port() -> int:
 
 
 def run_processes(processes: int, folder: Path) -> None:
-    count = "--xla_force_host_platform_device_count="
-    # All else as in this process, whose bits they are to have.
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
-    flags.append(f"{count}{NUM_DEVICES // processes}")
+    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // processes}"
     folders = os.pathsep.join(sys.path)
-    environment = {**os.environ, "PYTHONPATH": folders, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": folders, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     port = free_port()
     logs = [folder / f"{process}.log" for process in range(processes)]
     children = []
