@@ -28,6 +28,9 @@ from tests.support.terminal import Terminal
 
 MIB = 1 << 20
 
+# Of checkpoints that are large, so that memory tells.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def anonymous_memory() -> int:
     """Bytes of this process that are no mapped files: of host arrays, and on a CPU of devices' arrays, too."""
