@@ -22,7 +22,7 @@ __device__ __forceinline__ Image activation_image(const MoeArguments& args, cons
 
 // Whether images of tokens may be, and are, put together while units run (kernels/image_assembly.cuh).
 template <typename Orientation, typename Group>
-constexpr bool kMayAssembleImages = !Orientation::kSwapsOperands && !Orientation::kWide && Group::kHasPeers;
+constexpr bool kMayAssembleImages = Orientation::kMayAssembleImages && Group::kHasPeers;
 
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool assembles_images(const MoeArguments& args) {

@@ -59,6 +59,8 @@ struct OrientationConstants {
   static constexpr bool kSwapsOperands = kKind == OrientationKind::kSwapAb;
   // Weights on M and many tokens on N, in clusters of two CTAs that share the tokens.
   static constexpr bool kWide = kKind == OrientationKind::kWide;
+  // Images of tokens may be put together from rows (kernels/image_assembly.cuh), in groups.
+  static constexpr bool kMayAssembleImages = kKind == OrientationKind::kNormal;
   static constexpr int kTokenTile = kSwapsOperands ? kSwapTokenTile : kWide ? kWideTokenTile : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwapsOperands ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less

@@ -49,9 +49,13 @@ class UnitSchedule {
   // Tickets below it wait for no other unit. Gate/up units do where images go through a ring, and its first round is
   // over; a ticket may be for any chunk of its run.
   __device__ uint32_t independent_end() const {
-    const int slots = constants_.image_slots.value();
-    if (Orientation::kSwapsOperands || !constants_.assembles_images || num_chunks() <= slots) return num_gate_up();
-    return static_cast<uint32_t>(slots - kRunChunks) * constants_.gate_up_tickets.value();
+    if constexpr (Orientation::kMayAssembleImages) {
+      const int slots = constants_.image_slots.value();
+      if (constants_.assembles_images && num_chunks() > slots) {
+        return static_cast<uint32_t>(slots - kRunChunks) * constants_.gate_up_tickets.value();
+      }
+    }
+    return num_gate_up();
   }
   __device__ uint32_t size() const {
     return static_cast<uint32_t>(num_chunks()) * (constants_.gate_up_tickets.value() + constants_.down_tickets.value());
@@ -69,7 +73,7 @@ class UnitSchedule {
     const int first_chunk = plan_.chunk_base(u.expert);
     int count = plan_.count(plan_.first_expert() + u.expert);
     int run = 0;  // the first chunk of the unit's run, which is from here on like an expert
-    if constexpr (!Orientation::kSwapsOperands) {
+    if constexpr (Orientation::kMayAssembleImages) {
       if (constants_.assembles_images && !u.down) {
         const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
         place = place_in_run(place, num_chunks, tickets.value(), kRunChunks, &run);

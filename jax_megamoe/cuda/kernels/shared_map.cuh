@@ -152,8 +152,8 @@ class SharedMap {
   }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows, bool assembles_images) {
-    const int targets =
-        kScratchBytes + kNormalRowTermBytes + (!Orientation::kSwapsOperands && assembles_images ? kAssemblyBytes : 0);
+    const int targets = kScratchBytes + kNormalRowTermBytes +
+                        (Orientation::kMayAssembleImages && assembles_images ? kAssemblyBytes : 0);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     if constexpr (Orientation::kWide) {
