@@ -11,7 +11,13 @@ has_testing: bool
 def ffi_registrations() -> dict[str, dict[str, Any]]: ...
 def host_identity() -> str: ...
 def workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, num_local_experts: int, weight_format: str
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+    weight_format: str,
+    batch_invariant: bool,
 ) -> int: ...
 def peer_workspace_bytes(
     num_tokens: int,
@@ -20,6 +26,7 @@ def peer_workspace_bytes(
     intermediate_size: int,
     num_local_experts: int,
     weight_format: str,
+    batch_invariant: bool,
     num_ranks: int,
 ) -> int: ...
 def peer_buffer_bytes(
@@ -29,6 +36,7 @@ def peer_buffer_bytes(
     intermediate_size: int,
     num_local_experts: int,
     weight_format: str,
+    batch_invariant: bool,
     num_ranks: int,
 ) -> int: ...
 def launch_choice(
@@ -42,6 +50,7 @@ def launch_choice(
     *,
     num_sms: int,
     bytes_per_microsecond: float,
+    batch_invariant: bool = False,
 ) -> dict[str, Any]: ...
 
 # With CUDA.

@@ -32,6 +32,7 @@ def moe(
     num_valid_tokens: int | jax.Array | None = None,
     shared: ExpertWeights | None = None,
     shared_weights: jax.Array | None = None,
+    batch_invariant: bool = False,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: Implementation | None = None,
@@ -67,6 +68,9 @@ def moe(
         own, and the sum is rounded once more.
       shared_weights: f32[..., S], a factor for each token and shared expert, as models with a gate for them have it;
         None for ones.
+      batch_invariant: a token's result is the same bits whatever other tokens are in the call, and over any number of
+        ranks. All calls take the kernel for many tokens then, and with "collective" each slot's result travels.
+        docs/numerics.md says what is promised, and what it costs.
       expert_axis: the mesh axis, or a tuple of axes, that split the experts, inside `jax.shard_map` too. None: each
         device has all experts. A name that is passed has to be an axis of the mesh, while a mesh may lack the default,
         "expert", and counts as None then. Without a mesh any name serves: the same program runs on one device.
@@ -108,6 +112,7 @@ def moe(
     )
     shared_part = shared_experts.check(shared, shared_weights, x, weights)
     check_flag("return_expert_load", return_expert_load)
+    check_flag("batch_invariant", batch_invariant)
     if implementation is not None and not (
         isinstance(implementation, str) and implementation in get_args(Implementation)
     ):
@@ -131,7 +136,12 @@ def moe(
     operands = Operands.of(tell_devices(operands.row))
     y, load = shared_experts.call_with_shared(
         functools.partial(
-            primitive.moe, mesh=mesh, with_load=with_load, activation=numbers, implementation=implementation
+            primitive.moe,
+            mesh=mesh,
+            with_load=with_load,
+            activation=numbers,
+            batch_invariant=bool(batch_invariant),
+            implementation=implementation,
         ),
         operands,
         shared_part,

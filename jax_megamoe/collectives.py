@@ -152,6 +152,7 @@ def through_collectives(
     *,
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
+    batch_invariant: bool = False,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The experts of all ranks along `expert_axes`, as XLA's collectives around the experts of one.
@@ -159,20 +160,43 @@ def through_collectives(
     x bf16[T, H], leaves of E_local experts, topk_ids int32[T, k] (global), topk_weights f32[T, k], layer int32[] ->
     y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. Over `gathered_axes`, some of the former, the
     tokens are split: they are gathered, and results go back to their ranks. Along the others every rank has the same
-    tokens, so that results are only added up.
+    tokens, so that results are only added up. How a rank's slots are added before that depends on how many ranks there
+    are: with `batch_invariant` each slot's result travels, and they are added in slot order at the end.
     """
-    num_tokens, num_local_experts = operands.x.shape[0], operands.num_local_experts
+    (num_tokens, top_k), num_local_experts = operands.topk_ids.shape, operands.num_local_experts
     if gathered_axes:
         operands = operands.map_tokens(lambda value: jax.lax.all_gather(value, gathered_axes, axis=0, tiled=True))
     # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
     local_ids = operands.topk_ids - jax.lax.axis_index(expert_axes) * num_local_experts
-    # Rounded once, after all ranks' sums have been added.
-    y, load = local_op(operands._replace(topk_ids=local_ids), out_dtype=jnp.float32, **params)
+    operands = operands._replace(topk_ids=local_ids)
+    if batch_invariant:
+        operands = _one_slot_each(operands)
+    # Sums of slots are rounded once, after all ranks' have been added; a slot's result is in BF16 anyway.
+    dtype = jnp.bfloat16 if batch_invariant else jnp.float32
+    y, load = local_op(operands, out_dtype=dtype, batch_invariant=batch_invariant, **params)
     if gathered_axes:
-        y = _sum_over_ranks(y, gathered_axes, num_tokens)
+        y = _sum_over_ranks(y, gathered_axes, num_tokens * (top_k if batch_invariant else 1))
     if added_axes := tuple(axis for axis in expert_axes if axis not in gathered_axes):
         y = jax.lax.psum(y, added_axes)
+    if batch_invariant:
+        # One rank had a slot's expert, and the others added zeros to it: so far nothing was rounded, in any order.
+        y = _sum_of_slots(y.reshape(num_tokens, top_k, -1))
     return y.astype(jnp.bfloat16), load
+
+
+def _one_slot_each(operands: Operands) -> Operands:
+    """Each slot of x bf16[T, H] as a token of its own: x bf16[T * k, H], ids and weights [T * k, 1]."""
+    x = jnp.repeat(operands.x, operands.topk_ids.shape[1], axis=0)
+    ids, weights = (value.reshape(-1, 1) for value in (operands.topk_ids, operands.topk_weights))
+    return operands._replace(x=x, topk_ids=ids, topk_weights=weights)
+
+
+def _sum_of_slots(results: jax.Array) -> jax.Array:
+    """Results bf16[T, k, H] -> f32[T, H], added in the order of the slots."""
+    total = results[:, 0].astype(jnp.float32)
+    for slot in range(1, results.shape[1]):
+        total = total + results[:, slot].astype(jnp.float32)
+    return total
 
 
 def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_tokens: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import itertools
 from typing import NamedTuple
 
+from jax_megamoe.arrays import check_flag
 from jax_megamoe.errors import ShapeError
 from jax_megamoe.operands import Sizes
 from jax_megamoe.primitives import _library
@@ -26,10 +27,12 @@ def buffer_bytes(
     num_ranks: int,
     *,
     format: str = "fp8_block",
+    batch_invariant: bool = False,
 ) -> BufferBytes:
     """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
 
-    `num_tokens` are those of one rank; `num_experts` those of all ranks together; `format` is that of the weights.
+    `num_tokens` are those of one rank; `num_experts` those of all ranks together; `format` is that of the weights,
+    `batch_invariant` the option of `moe`.
     Sizes that are no multiples of 128 count as the next ones, as weights with `pad=True` have them. A group has one
     symmetric buffer, which serves all layers and every smaller call: with buckets of sizes, ask for the largest. The
     first call of a larger size makes all ranks replace the buffer by a larger one, together: run the largest first,
@@ -39,9 +42,11 @@ def buffer_bytes(
     Raises:
       ShapeError: sizes that the kernel does not serve; num_experts is no multiple of num_ranks.
       LayoutError: an unknown format.
+      ArgumentError: batch_invariant is no bool.
       PlatformError: the package is not built, or its compiled module is of another version.
     """
     check_format(format)
+    check_flag("batch_invariant", batch_invariant)
     numbers = {
         "num_tokens": num_tokens,
         "top_k": top_k,
@@ -58,7 +63,8 @@ def buffer_bytes(
             f"num_experts is {num_experts} and num_ranks {num_ranks}, wanted a multiple: choose another size of group."
         )
     hidden_size, intermediate_size = map(padded_size, (hidden_size, intermediate_size))
-    sizes = Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_experts // num_ranks, format)
+    num_local_experts = num_experts // num_ranks
+    sizes = Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, format, bool(batch_invariant))
     return BufferBytes(_library.peer_buffer_bytes(sizes, num_ranks), _library.peer_workspace_bytes(sizes, num_ranks))
 
 

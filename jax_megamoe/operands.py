@@ -74,3 +74,4 @@ class Sizes(NamedTuple):
     intermediate_size: int
     num_local_experts: int
     weight_format: str  # as ExpertWeights.format
+    batch_invariant: bool = False  # the option of `moe`: chunks of other sizes

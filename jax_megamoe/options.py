@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     num_valid_tokens: int | jax.Array | None
     shared: ExpertWeights | None
     shared_weights: jax.Array | None
+    batch_invariant: bool
     expert_axis: AxisNames
     token_axes: AxisNames
     implementation: Implementation | None

@@ -8,6 +8,7 @@ from jax_megamoe.weight_layout import reshape_trailing
 E4M3_MAX = 448.0
 TOKEN_BLOCK = 128  # hidden columns that share one scale of a token
 ACTIVATION_BLOCK = 64  # intermediate columns that share one scale between the two GEMMs
+BATCH_INVARIANT_ACTIVATION_BLOCK = 128  # ... where a call is batch-invariant
 WEIGHT_BLOCK = 128  # rows, and columns, that share one weight scale
 # Floors of the largest magnitude, which keep the scale of a row of zeros away from zero.
 TOKEN_AMAX_FLOOR = 1e-4
@@ -75,9 +76,9 @@ def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return to_e4m3(divide(blocks, scale[..., None])).reshape(x.shape), scale
 
 
-def quantize_activations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Input of the down projection, float [..., I] -> f8e4m3fn[..., I], f32[..., I/64] scales, powers of two."""
-    blocks = _blocked(a, ACTIVATION_BLOCK)
+def quantize_activations(a: jax.Array, block: int = ACTIVATION_BLOCK) -> tuple[jax.Array, jax.Array]:
+    """Input of the down projection, float [..., I] -> f8e4m3fn[..., I], f32[..., I/block] scales, powers of two."""
+    blocks = _blocked(a, block)
     scale = power_of_two_scale(jnp.maximum(_amax(blocks), ACTIVATION_AMAX_FLOOR))
     return to_e4m3(divide(blocks, scale[..., None])).reshape(a.shape), scale
 

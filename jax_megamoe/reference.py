@@ -42,6 +42,7 @@ def moe(
     num_valid_tokens: int | jax.Array | None = None,
     shared: ExpertWeights | None = None,
     shared_weights: jax.Array | None = None,
+    batch_invariant: bool = False,
     expert_axis: AxisNames = EXPERT_AXIS,
     token_axes: AxisNames = TOKEN_AXES,
     implementation: str | None = None,
@@ -51,9 +52,11 @@ def moe(
     x bf16[..., H], topk_ids int32[..., k], topk_weights f32[..., k] -> bf16[..., H], with `return_expert_load` also
     int32[E]. The arguments mean what they mean in `jax_megamoe.moe`, and the same errors are raised, but `jax.vmap`
     over weights or layer works. Outside of `jax.shard_map` this is array code like any other, which XLA splits as it
-    sees fit: over automatic axes `expert_axis` and `token_axes` have no influence there.
+    sees fit: over automatic axes `expert_axis` and `token_axes` have no influence there. With `batch_invariant` it
+    computes what the kernel does then, activations quantised by 128 columns; the bits of its products are XLA's.
     """
     check_flag("return_expert_load", return_expert_load)
+    check_flag("batch_invariant", batch_invariant)
     if implementation is not None and not (isinstance(implementation, str) and implementation == "reference"):
         raise ArgumentError(
             f"implementation is {text_of(implementation)}, wanted None or 'reference': call jax_megamoe.moe instead."
@@ -90,6 +93,7 @@ def moe(
             axis_sizes=tuple(manual_sizes.items()),
             with_load=bool(return_expert_load),
             activation=numbers,
+            batch_invariant=bool(batch_invariant),
             **params,
         )
         if _specs.axes_of_type(mesh, AxisType.Explicit):
@@ -122,6 +126,7 @@ def moe(
         "with_load",
         "activation",
         "routed_scaling_factor",
+        "batch_invariant",
     ),
 )
 def _per_device(
@@ -143,6 +148,7 @@ def moe_local(
     activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = jnp.bfloat16,
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The experts of one device: tokens -> the sum of their results, and how many pairs each expert received.
 
@@ -156,6 +162,7 @@ def moe_local(
       activation: of gate and up.
       routed_scaling_factor: multiplies topk_weights.
       out_dtype: bfloat16, or float32 where sums of several devices are added up afterwards.
+      batch_invariant: activations are quantised by 128 columns instead of 64.
 
     Returns:
       y out_dtype[T, H] and load int32[E_local].
@@ -183,6 +190,9 @@ def moe_local(
     rows = min(_MAX_ROWS, max(_MIN_ROWS, 1 << (num_pairs // num_experts).bit_length()))
     last_tile = jnp.cumsum(-(-load // rows))
 
+    activation_block = (
+        quantization.BATCH_INVARIANT_ACTIVATION_BLOCK if batch_invariant else quantization.ACTIVATION_BLOCK
+    )
     quantized, token_scales = quantization.quantize_tokens(x)
     tokens = quantized.astype(jnp.bfloat16)
     routing = (jnp.where(used, topk_weights.astype(jnp.float32), 0.0) * routed_scaling_factor).reshape(num_pairs)
@@ -202,6 +212,7 @@ def moe_local(
             *(leaf[layer, expert] for leaf in leaves),
             format=format,
             activation=activation,
+            activation_block=activation_block,
         )
         # Rows beyond the expert's last pair are those of later experts, whose tiles come later and overwrite them.
         return jax.lax.dynamic_update_slice_in_dim(results, result, first, 0)
@@ -237,6 +248,7 @@ def _expert(
     *,
     format: Format,
     activation: Activation,
+    activation_block: int,
 ) -> jax.Array:
     """One expert's result bf16[R, H] for rows [R, H] with scales f32[R, H/128] and routing weights f32[R].
 
@@ -266,7 +278,7 @@ def _expert(
     gate, up = both[:, :intermediate_size], both[:, intermediate_size:]
     activations = activation.apply(gate, up) * routing[:, None]
 
-    quantized, scales = quantization.quantize_activations(activations)
+    quantized, scales = quantization.quantize_activations(activations, activation_block)
     result = matmul(quantized, scales, down_values, down_scale)
     if down_bias is not None:
         result += routing[:, None] * down_bias[None, :]

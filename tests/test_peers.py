@@ -148,7 +148,7 @@ def test_buffer_bytes(monkeypatch):
         _library, "_core", types.SimpleNamespace(peer_buffer_bytes=fake(2), peer_workspace_bytes=fake(1))
     )
     found = expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8)
-    assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + 8) and found.symmetric == found[0]
+    assert found == (2 * found.scratch, 8 + 6 + 4096 + 2048 + 32 + False + 8) and found.symmetric == found[0]
     with pytest.raises(ShapeError, match="num_experts is 256 and num_ranks 6, wanted a multiple"):
         expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 6)
     with pytest.raises(ShapeError, match="num_ranks is 0, wanted a positive int32"):

@@ -11,12 +11,13 @@ from jax_megamoe.activations import Activation
 from jax_megamoe.operands import Operands, Sizes
 
 
-def sizes_of(operands: Operands) -> Sizes:
+def sizes_of(operands: Operands, batch_invariant: bool) -> Sizes:
     """The sizes of a call with these operands, arrays or their types, of one device."""
     (num_tokens, hidden_size), top_k = operands.x.shape, operands.topk_ids.shape[1]
     intermediate_size = operands.leaves.gate_up.shape[-3] * weight_layout.PLANE_ROWS
     weight_format = weight_layout.format_of(operands.leaves)
-    return Sizes(num_tokens, top_k, hidden_size, intermediate_size, operands.num_local_experts, weight_format)
+    num_local_experts = operands.num_local_experts
+    return Sizes(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, batch_invariant)
 
 
 def call_kernel(
@@ -27,6 +28,7 @@ def call_kernel(
     out_dtype: Any,
     activation: Activation,
     routed_scaling_factor: float,
+    batch_invariant: bool,
     **attributes: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The call, for at least one token.
@@ -35,7 +37,7 @@ def call_kernel(
     int32[]; `more` is for a group mesh_rank int32[] -> y out_dtype[T, H], load int32[E_local]. `attributes` are what
     the target wants to know beside the numerics.
     """
-    sizes = sizes_of(operands)
+    sizes = sizes_of(operands, batch_invariant)
     results = (
         jax.ShapeDtypeStruct((sizes.num_tokens, sizes.hidden_size), out_dtype),
         jax.ShapeDtypeStruct((sizes.num_local_experts,), jnp.int32),
@@ -51,6 +53,7 @@ def call_kernel(
         situ_beta=np.float32(activation.beta),
         situ_linear_beta=np.float32(activation.linear_beta),
         routed_scaling_factor=np.float32(routed_scaling_factor),
+        batch_invariant=np.int64(batch_invariant),
         **attributes,
     )
     return y, load

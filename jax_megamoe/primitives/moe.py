@@ -30,7 +30,7 @@ def moe(operands: Operands, *, mesh: AbstractMesh, axes: Axes, **params: Any) ->
     x bf16[..., H], packed leaves, topk_ids int32[..., k], topk_weights f32[..., k], layer int32[] ->
     y bf16[..., H] typed like x, load int32[E], of which a device has the part that belongs to its experts.
     `mesh` may be empty: one device. `params` are num_experts, with_load, activation, routed_scaling_factor,
-    implementation; without `with_load`, load is of no use.
+    batch_invariant, implementation; without `with_load`, load is of no use.
     """
     # Here, and not where it is used: that is while lowering, which JAX skips for a program that it knows.
     params["timeout_microseconds"] = timeout_from_environment()

@@ -26,6 +26,7 @@ def moe_local(
     activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = jnp.bfloat16,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The operands and results of `reference.moe_local`, on the platform the program is lowered for.
@@ -38,6 +39,7 @@ def moe_local(
         activation=activation,
         routed_scaling_factor=float(routed_scaling_factor),
         out_dtype=jnp.dtype(out_dtype),
+        batch_invariant=batch_invariant,
         implementation=implementation,
     )
     return y, load
@@ -93,9 +95,9 @@ def _call_reference(*row: jax.Array, **params: Any) -> tuple[jax.Array, jax.Arra
     return reference.moe_local(Operands.of(row), **params)
 
 
-def _call_kernel(*row: jax.Array, out_dtype: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
+def _call_kernel(*row: jax.Array, out_dtype: Any, batch_invariant: bool, **params: Any) -> tuple[jax.Array, jax.Array]:
     operands = Operands.of(row)
-    sizes = sizes_of(operands)
+    sizes = sizes_of(operands, batch_invariant)
     if sizes.num_tokens == 0:
         return jnp.zeros(operands.x.shape, out_dtype), jnp.zeros(sizes.num_local_experts, jnp.int32)
     return call_kernel(
@@ -103,6 +105,7 @@ def _call_kernel(*row: jax.Array, out_dtype: Any, **params: Any) -> tuple[jax.Ar
         operands,
         workspace_bytes=_library.workspace_bytes(sizes),
         out_dtype=out_dtype,
+        batch_invariant=batch_invariant,
         **params,
     )
 

@@ -76,6 +76,7 @@ def moe_peers(
     setup_timeout_microseconds: int,
     activation: Activation = SILU,
     routed_scaling_factor: float = 1.0,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The operands and results of `collectives.through_collectives`, inside a region where all mesh axes are manual.
@@ -93,6 +94,7 @@ def moe_peers(
         setup_timeout_microseconds=setup_timeout_microseconds,
         activation=activation,
         routed_scaling_factor=float(routed_scaling_factor),
+        batch_invariant=batch_invariant,
         implementation=implementation,
     )
     return y, load
@@ -153,21 +155,24 @@ def _reason_for_collectives(
     axis_sizes: Any,
     expert_axes: tuple[str, ...],
     gathered_axes: tuple[str, ...],
+    batch_invariant: bool,
     **_: Any,
 ) -> str | None:
     """Why GPUs can't run the fused kernel over this group; the same in every process, as it has to be."""
     if same := tuple(axis for axis in expert_axes if axis not in gathered_axes):
         return f"the tokens are not split over {axes_text(same)}, of the axes {axes_text(expert_axes)} of the experts"
     try:
-        _workspace_bytes(operands, axis_sizes=axis_sizes, expert_axes=expert_axes)
+        _workspace_bytes(operands, batch_invariant, axis_sizes=axis_sizes, expert_axes=expert_axes)
     except _library.UnservedError as error:  # too many ranks or experts
         return error.reason
     return _reachability.reason_for_collectives(devices, dict(axis_sizes), expert_axes)
 
 
-def _workspace_bytes(operands: Operands, *, axis_sizes: Any, expert_axes: tuple[str, ...]) -> int:
+def _workspace_bytes(
+    operands: Operands, batch_invariant: bool, *, axis_sizes: Any, expert_axes: tuple[str, ...]
+) -> int:
     num_ranks = math.prod(dict(axis_sizes)[axis] for axis in expert_axes)
-    return _library.peer_workspace_bytes(sizes_of(operands), num_ranks)
+    return _library.peer_workspace_bytes(sizes_of(operands, batch_invariant), num_ranks)
 
 
 @functools.cache
@@ -199,6 +204,7 @@ def _call_kernel(
     timeout_microseconds: int,
     setup_timeout_microseconds: int,
     call_id: int,
+    batch_invariant: bool,
     implementation: str | None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -209,8 +215,9 @@ def _call_kernel(
         _library.MOE_PEERS_TARGET,
         operands,
         mesh_rank,
-        workspace_bytes=_workspace_bytes(operands, axis_sizes=axis_sizes, expert_axes=expert_axes),
+        workspace_bytes=_workspace_bytes(operands, batch_invariant, axis_sizes=axis_sizes, expert_axes=expert_axes),
         out_dtype=jnp.bfloat16,
+        batch_invariant=batch_invariant,
         timeout_microseconds=np.int64(timeout_microseconds),
         setup_timeout_microseconds=np.int64(setup_timeout_microseconds),
         call_id=np.int64(call_id),

@@ -107,38 +107,41 @@ megamoe::WeightFormat format_named(const std::string& name) {
 
 // Of a call's largest launch.
 megamoe::Problem checked_problem(int num_tokens, int top_k, int hidden_size, int intermediate_size,
-                                 int num_local_experts, const std::string& weight_format, int num_ranks) {
+                                 int num_local_experts, const std::string& weight_format, bool batch_invariant,
+                                 int num_ranks) {
   megamoe::Problem problem{num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, num_ranks};
   problem.format = format_named(weight_format);
+  if (batch_invariant) problem.order = megamoe::OperandOrder::kNormal;
   const std::string reason = megamoe::unsupported_reason(problem);
   if (!reason.empty()) throw py::value_error("jax_megamoe.moe: " + reason);
   return megamoe::per_launch(problem);
 }
 
 int64_t workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
-                        const std::string& weight_format) {
-  return megamoe::Workspace::bytes(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, 1));
+                        const std::string& weight_format, bool batch_invariant) {
+  return megamoe::Workspace::bytes(checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts,
+                                                   weight_format, batch_invariant, 1));
 }
 
 int64_t peer_workspace_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
-                             const std::string& weight_format, int num_ranks) {
-  return megamoe::Workspace::local_bytes(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, num_ranks));
+                             const std::string& weight_format, bool batch_invariant, int num_ranks) {
+  return megamoe::Workspace::local_bytes(checked_problem(num_tokens, top_k, hidden_size, intermediate_size,
+                                                         num_local_experts, weight_format, batch_invariant, num_ranks));
 }
 
 int64_t peer_buffer_bytes(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
-                          const std::string& weight_format, int num_ranks) {
-  return megamoe::PeerBuffer::bytes_for(
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, num_ranks));
+                          const std::string& weight_format, bool batch_invariant, int num_ranks) {
+  return megamoe::PeerBuffer::bytes_for(checked_problem(num_tokens, top_k, hidden_size, intermediate_size,
+                                                        num_local_experts, weight_format, batch_invariant, num_ranks));
 }
 
 // What a launch is like on a device with so many SMs, all of which run clusters, and so fast a memory.
 py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermediate_size, int num_local_experts,
-                       const std::string& weight_format, int num_ranks, int num_sms, double bytes_per_microsecond) {
+                       const std::string& weight_format, int num_ranks, int num_sms, double bytes_per_microsecond,
+                       bool batch_invariant) {
   const megamoe::Device device{num_sms, num_sms, num_sms / 2, bytes_per_microsecond};
-  const megamoe::Problem problem =
-      checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts, weight_format, num_ranks);
+  const megamoe::Problem problem = checked_problem(num_tokens, top_k, hidden_size, intermediate_size, num_local_experts,
+                                                   weight_format, batch_invariant, num_ranks);
   const megamoe::LaunchChoice choice = megamoe::choose(problem, problem, device, num_ranks > 1);
   py::dict entries;
   entries["swap_operands"] = choice.swap_operands;
@@ -176,16 +179,17 @@ PYBIND11_MODULE(_core, module) {
              "The same in all processes on one running kernel, in containers too.");
   module.def("workspace_bytes", &workspace_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("weight_format"),
-             "Bytes of scratch memory one call of the fused kernel needs on a device.");
+             py::arg("batch_invariant"), "Bytes of scratch memory one call of the fused kernel needs on a device.");
   module.def("peer_workspace_bytes", &peer_workspace_bytes, py::arg("num_tokens"), py::arg("top_k"),
              py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("num_local_experts"),
-             py::arg("weight_format"), py::arg("num_ranks"),
+             py::arg("weight_format"), py::arg("batch_invariant"), py::arg("num_ranks"),
              "The same for one rank of an expert group, beside the buffer that it shares.");
   module.def("peer_buffer_bytes", &peer_buffer_bytes, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
-             py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("weight_format"), py::arg("num_ranks"),
+             py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("weight_format"),
+             py::arg("batch_invariant"), py::arg("num_ranks"),
              "Bytes of the buffer that each rank of an expert group shares with the others.");
   module.def("launch_choice", &launch_choice, py::arg("num_tokens"), py::arg("top_k"), py::arg("hidden_size"),
              py::arg("intermediate_size"), py::arg("num_local_experts"), py::arg("weight_format"), py::arg("num_ranks"),
-             py::kw_only(), py::arg("num_sms"), py::arg("bytes_per_microsecond"),
+             py::kw_only(), py::arg("num_sms"), py::arg("bytes_per_microsecond"), py::arg("batch_invariant") = false,
              "What the largest launch of a call is like on a device with so many SMs and so fast a memory.");
 }

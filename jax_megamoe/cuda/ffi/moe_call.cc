@@ -82,8 +82,8 @@ bool matches(const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer
 
 }  // namespace
 
-ffi::ErrorOr<MoeCall> MoeCall::parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
-                                     int num_more) {
+ffi::ErrorOr<MoeCall> MoeCall::parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                                     const ffi::Dictionary& attributes, int num_ranks, int num_more) {
   const size_t num_operands = kNumOperands + num_more;
   const bool has_shared = args.size() == num_operands + kNumLeaves;
   if ((args.size() != num_operands && !has_shared) || rets.size() != kNumResults) {
@@ -106,8 +106,20 @@ ffi::ErrorOr<MoeCall> MoeCall::parse(const ffi::RemainingArgs& args, const ffi::
     call.results_.push_back(*result.value());
   }
   ffi::Error error = call.check(num_ranks);
+  if (error.success()) error = call.choose_order(attributes);
   if (error.failure()) return ffi::Unexpected(std::move(error));
   return call;
+}
+
+ffi::Error MoeCall::choose_order(const ffi::Dictionary& attributes) {
+  // A program that was exported before there was the option says nothing of it.
+  if (!attributes.contains("batch_invariant")) return ffi::Error::Success();
+  const auto value = attributes.get<int64_t>("batch_invariant");
+  if (value.has_error() || (value.value() != 0 && value.value() != 1)) {
+    return moe_failure("the attribute batch_invariant is neither 0 nor 1 of 64 bits.");
+  }
+  problem_.order = value.value() == 1 ? OperandOrder::kNormal : OperandOrder::kByRule;
+  return ffi::Error::Success();
 }
 
 ffi::Error MoeCall::check(int num_ranks) {

@@ -14,11 +14,12 @@ namespace ffi = xla::ffi;
 
 class MoeCall {
  public:
-  // A handler binds `.RemainingArgs().RemainingRets()`. `num_ranks`: of the group that has the experts. `num_more`:
-  // operands of the handler's own, after the others. An error where any operand has not the shape and type that go
-  // with the others', so that no launch can read out of bounds.
-  static ffi::ErrorOr<MoeCall> parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int num_ranks,
-                                     int num_more = 0);
+  // A handler binds `.RemainingArgs().RemainingRets().Attrs()`, in every stage: sizes of memory follow from the
+  // attribute batch_invariant, too. `num_ranks`: of the group that has the experts. `num_more`: operands of the
+  // handler's own, after the others. An error where any operand has not the shape and type that go with the others', so
+  // that no launch can read out of bounds.
+  static ffi::ErrorOr<MoeCall> parse(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                                     const ffi::Dictionary& attributes, int num_ranks, int num_more = 0);
 
   const Problem& problem() const { return problem_; }
   ffi::AnyBuffer more(int index) const;
@@ -30,6 +31,7 @@ class MoeCall {
 
  private:
   ffi::Error check(int num_ranks);
+  ffi::Error choose_order(const ffi::Dictionary& attributes);
   // Of the weights whose leaves begin at operand `first`: whether they have several layers.
   ffi::Error find_stack(size_t first, WeightFormat format, bool* stacked) const;
   // Whether they are of so many experts, those of all layers together.

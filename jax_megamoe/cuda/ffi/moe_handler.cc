@@ -19,8 +19,9 @@ struct MoeInstance : InstanceState<MoeInstance> {
 
 std::atomic<int64_t> execute_count{0};
 
-ffi::Error initialize(MoeInstance* instance, int32_t device, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, 1);
+ffi::Error initialize(MoeInstance* instance, int32_t device, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                      ffi::Dictionary attributes) {
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, 1);
   if (call.has_error()) return std::move(call).error();
   return instance->site.initialize(device, device, per_launch(call.value().problem()), prepare_moe);
 }
@@ -29,7 +30,7 @@ ffi::Error execute(cudaStream_t stream, MoeInstance* instance, int32_t device, f
                    ffi::RemainingRets rets, ffi::Dictionary attributes) {
   const CallSite::Device* state = instance->site.find(device);
   if (state == nullptr) return ffi::Error::Internal("jax_megamoe.moe: the call was not initialised on this device.");
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, 1);
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, 1);
   if (call.has_error()) return std::move(call).error();
   const Problem part = per_launch(call.value().problem());
   MoeArguments arguments = {};
@@ -53,7 +54,8 @@ Target moe_target() {
                              .Ctx<ffi::State<MoeInstance>>()
                              .Ctx<ffi::DeviceOrdinal>()
                              .RemainingArgs()
-                             .RemainingRets());
+                             .RemainingRets()
+                             .Attrs());
   XLA_FFI_DEFINE_HANDLER(kExecute, execute,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::PlatformStream<cudaStream_t>>()

@@ -58,7 +58,7 @@ ffi::Error initialize(MoePeersInstance* instance, CollectivesContext collectives
   if (groups.has_error()) return std::move(groups).error();
   ffi::ErrorOr<Options> options = Options::parse(attributes);
   if (options.has_error()) return std::move(options).error();
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, groups.value().size(), kMore);
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, groups.value().size(), kMore);
   if (call.has_error()) return std::move(call).error();
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
@@ -80,7 +80,7 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
   ffi::ErrorOr<Options> parsed = Options::parse(attributes);
   if (parsed.has_error()) return std::move(parsed).error();
   const Options& options = parsed.value();
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, member->num_ranks(), kMore);
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, member->num_ranks(), kMore);
   if (call.has_error()) return std::move(call).error();
   const ffi::AnyBuffer mesh_rank = call.value().more(0);
   if (mesh_rank.element_type() != ffi::S32 || mesh_rank.element_count() != 1) {

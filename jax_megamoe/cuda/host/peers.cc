@@ -8,10 +8,11 @@ namespace {
 
 uint32_t call_tag(const Problem& p, uint32_t call_id) {
   uint32_t hash = 2166136261u;
-  for (uint32_t value : {static_cast<uint32_t>(p.num_tokens), static_cast<uint32_t>(p.top_k),
-                         static_cast<uint32_t>(p.hidden_size), static_cast<uint32_t>(p.intermediate_size),
-                         static_cast<uint32_t>(p.num_local_experts), static_cast<uint32_t>(p.num_ranks),
-                         static_cast<uint32_t>(p.format), static_cast<uint32_t>(p.num_shared_experts), call_id}) {
+  for (uint32_t value :
+       {static_cast<uint32_t>(p.num_tokens), static_cast<uint32_t>(p.top_k), static_cast<uint32_t>(p.hidden_size),
+        static_cast<uint32_t>(p.intermediate_size), static_cast<uint32_t>(p.num_local_experts),
+        static_cast<uint32_t>(p.num_ranks), static_cast<uint32_t>(p.format),
+        static_cast<uint32_t>(p.num_shared_experts), static_cast<uint32_t>(p.order), call_id}) {
     hash = (hash ^ value) * 16777619u;
     hash ^= hash >> 15;
   }

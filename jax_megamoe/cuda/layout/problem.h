@@ -7,8 +7,9 @@
 
 namespace megamoe {
 
-// Whether tokens and weights change places in the multiply. The rule decides, but for measurements (`probe crossover`)
-// and for the launches of one call, which all take the first one's side.
+// Whether tokens and weights change places in the multiply. The rule decides, but for calls whose bits must not depend
+// on the number of tokens (kNormal: `batch_invariant` of `moe`), for measurements (`probe crossover`), and for the
+// launches of one call, which all take the first one's side.
 enum class OperandOrder : int16_t { kByRule, kSwapped, kNormal };
 
 // `num_tokens` and `num_local_experts` are what this device holds; its shared experts are the first of these.

@@ -72,7 +72,7 @@ ffi::Error initialize(VirtualRanksInstance* instance, int32_t device, ffi::Remai
   if (!instance->buffers.empty()) return ffi::Error::Success();
   ffi::ErrorOr<Options> options = Options::parse(attributes);
   if (options.has_error()) return std::move(options).error();
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, 1);
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, 1);
   if (call.has_error()) return std::move(call).error();
   Problem problem = call.value().problem();
   const int num_ranks = static_cast<int>(options.value().num_ranks);
@@ -112,7 +112,7 @@ ffi::Error execute(cudaStream_t stream, VirtualRanksInstance* instance, int32_t 
     const std::string failed = failure_text(*const_cast<const volatile uint64_t*>(instance->notes + r), r);
     if (!failed.empty()) return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, "jax_megamoe.moe: " + failed);
   }
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, 1);
+  ffi::ErrorOr<MoeCall> call = MoeCall::parse(args, rets, attributes, 1);
   if (call.has_error()) return std::move(call).error();
   Problem p = call.value().problem();
   ffi::Error error = share_of_rank(num_ranks, &p);
