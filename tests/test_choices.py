@@ -23,9 +23,11 @@ class Problem(NamedTuple):
     ranks: int = 1
     has_peers: bool = False
     format: int = 0  # as the enumeration in layout/weight_format.h counts them
+    order: int = 0  # as OperandOrder in layout/problem.h counts them
 
 
 MXFP4 = 2
+NORMAL = 2
 
 
 class Device(NamedTuple):
@@ -150,6 +152,7 @@ problems = st.builds(
     ranks=st.just(1),
     has_peers=st.just(False),
     format=st.just(0),
+    order=st.just(0),
 )
 devices = st.builds(
     Device,
@@ -232,6 +235,16 @@ def test_decoded_weights_have_one_orientation_on_all_devices(choose, problem, de
     assert len({choice[:2] for choice in choose(calls)}) == 1
 
 
+@settings(deadline=None, max_examples=50)
+@given(problem=problems, device=devices, format=st.integers(0, MXFP4), has_peers=st.booleans())
+def test_batch_invariant_calls_have_one_orientation(choose, problem, device, format, has_peers):
+    """However few tokens there are; the rest is as the rule has it for calls that it puts there anyway."""
+    problem = problem._replace(format=format, has_peers=has_peers)
+    by_rule, invariant = choose([(problem, device), (problem._replace(order=NORMAL), device)])
+    assert not invariant.swap
+    assert by_rule.swap or invariant == by_rule
+
+
 def test_decode_and_prefill(choose):
     """The shapes that matter most, as one rank of eight: decode is swapAB's, prefill is not."""
     calls = [(model(tokens), H100) for model in (flash, pro) for tokens in (1, 128, 512, 8192)]
@@ -250,6 +263,8 @@ def test_the_module_tells_it_too():
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found
+
+    assert not core.launch_choice(1, 6, 4096, 2048, 32, "fp8_block", 1, **device, batch_invariant=True)["swap_operands"]
 
     # Weights that are decoded come from registers. Many tokens have the wide orientation then, which is one of clusters,
     # whatever the device: all ranks of a group have to place tokens alike.

@@ -51,6 +51,12 @@ def test_shared_experts_come_behind_the_layer(call):
     assert call(f"shared;{STACKED};{shared}") == SHARED.replace("L 1", "L 5")
 
 
+def test_batch_invariance_is_an_attribute(call):
+    """Without it the rule decides, as in programs that were exported before there was the option."""
+    assert call("invariant 0") == call("none") == RIGHT
+    assert call("invariant 1") == RIGHT.replace(" bf16", " batch-invariant bf16")
+
+
 MXFP4 = "1 u8 4 6 2 8704;2 f32 4 6 128 2;3 u8 4 4 3 4352;4 f32 4 4 64 2"
 FP8_CHANNEL = "2 f32 4 6 128 2;4 f32 4 4 64 2"
 
@@ -101,6 +107,7 @@ WRONG = {
     "layer": ("7 s32 2", "layer is s32[2]; wanted s32[]"),
     "y": ("8 f16 3 256", "y is f16[3, 256]; wanted bf16 or f32[T, H]"),
     "load": ("9 s32 5", "load is s32[5]; wanted s32[E]"),
+    "batch_invariant": ("invariant 2", "the attribute batch_invariant is neither 0 nor 1 of 64 bits"),
     "workspace": ("10 u8 100", "the workspace has 100 bytes; wanted 4096"),
     "no layer": ("1 f8e4m3fn 0 4 6 2 16384", "the weights are of no layer"),
     "too large": (f"0 bf16 {1 << 29} 256;5 s32 {1 << 29} 2", "a dimension exceeds 2^28"),

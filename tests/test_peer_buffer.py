@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.support.native_program import CUDA, compile_program
+from tests.support.native_program import CUDA, compile_program, cuda_include
 
 MOST_SCRATCH = 4_000_000_000
+BY_RULE, NORMAL = 0, 2  # as OperandOrder in layout/problem.h counts them
 # T, k, H, I, E of a rank, ranks
 MODELS = [
     (tokens, k, h, i, e, 8)
@@ -19,8 +20,8 @@ def layouts(tmp_path_factory):
     """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, header, workspace, sizes) twice."""
     program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "limits.cc")
 
-    def run(problems):
-        text = "\n".join(" ".join(map(str, problem)) for problem in problems)
+    def run(problems, order=BY_RULE):
+        text = "\n".join(" ".join(map(str, (*problem, order))) for problem in problems)
         return [line.split() for line in program(text).splitlines()]
 
     return run
@@ -36,9 +37,10 @@ def random_problems(count):
         yield (tokens, int(random.integers(1, 33)), *sizes, experts, ranks)
 
 
-def test_parts_fit_and_do_not_overlap(layouts):
+@pytest.mark.parametrize("order", [BY_RULE, NORMAL], ids=["by rule", "batch-invariant"])
+def test_parts_fit_and_do_not_overlap(layouts, order):
     problems = [*MODELS, *random_problems(300)]
-    for problem, line in zip(problems, layouts(problems), strict=True):
+    for problem, line in zip(problems, layouts(problems, order), strict=True):
         numbers = list(map(int, line))
         for size, fits, *offsets, ids_bytes, header_bytes, shared_bytes in (numbers[2:11], numbers[11:20]):
             assert fits, problem
@@ -69,7 +71,8 @@ def test_scratch_is_bounded_and_launches_are_as_few_as_can_be(layouts):
     assert launches[(512, 6, 7168, 3072, 48, 8)] == 1
 
 
-def test_a_buffer_holds_smaller_problems_too(layouts):
+@pytest.mark.parametrize("order", [BY_RULE, NORMAL], ids=["by rule", "batch-invariant"])
+def test_a_buffer_holds_smaller_problems_too(layouts, order):
     """Also those just below the number of tokens from which on other ranks write no images."""
     for k, h, i, e, ranks in (
         (6, 4096, 2048, 32, 8),
@@ -78,7 +81,7 @@ def test_a_buffer_holds_smaller_problems_too(layouts):
         (1, 128, 128, 1, 2),
     ):
         tokens = [1, 64, 256 * e // k - 1, 256 * e // k + 1, 300 * e // k, 400 * e // k, 2048]
-        lines = layouts([(t, k, h, i, e, ranks) for t in sorted(tokens)])
+        lines = layouts([(t, k, h, i, e, ranks) for t in sorted(tokens)], order)
         sizes = [int(line[2]) for line in lines]
         assert sizes == sorted(sizes)
 
@@ -96,3 +99,13 @@ def test_many_tokens_need_a_fraction_of_their_images(layouts):
 )
 def test_what_a_group_cannot_serve(layouts, problem):
     assert layouts([problem]) == [["unsupported"]]
+
+
+def test_ranks_that_disagree_on_a_call_have_other_tags(tmp_path):
+    """On the orientation too: it says where tokens lie in a rank's memory."""
+    flags = ["-isystem", cuda_include()]
+    tags = compile_program(tmp_path, "call_tag_test", CUDA / "host" / "peers.cc", flags=flags)
+    call = [64, 6, 4096, 2048, 32, 8, BY_RULE, 77]
+    others = [[*call[:i], call[i] + 2, *call[i + 1 :]] for i in range(len(call))]  # BY_RULE + 2 is NORMAL
+    found = tags("\n".join(" ".join(map(str, line)) for line in [call, call, *others])).split()
+    assert found[0] == found[1] and len(set(found)) == 1 + len(others)

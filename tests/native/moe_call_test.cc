@@ -1,10 +1,11 @@
 // The operands and results of a call, as XLA would hand them over. In: lines "index type dims...", each the change of
 // one operand (0 to 7) or result (8 to 10) of a call that is right; "none" leaves it so. After "shared", the leaves of
-// two shared experts are operands 8 to 11, and the results come after them. Out: the error, or the sizes
-// and what each argument points at, by the number of the operand.
+// two shared experts are operands 8 to 11, and the results come after them. "invariant n": the attribute
+// batch_invariant. Out: the error, or the sizes and what each argument points at, by the number of the operand.
 #include <cstdint>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -46,7 +47,7 @@ const char* name_of(WeightFormat format) {
 
 size_t number(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) / 1024 - 1; }
 
-std::string outcome(const std::vector<Array>& arrays) {
+std::string outcome(const std::vector<Array>& arrays, const std::optional<int64_t>& invariant) {
   std::vector<XLA_FFI_Buffer> buffers;
   for (size_t i = 0; i < arrays.size(); ++i) {
     XLA_FFI_Buffer buffer = {};
@@ -70,21 +71,31 @@ std::string outcome(const std::vector<Array>& arrays) {
   rets.types = ret_types.data();
   rets.rets = pointers.data() + args.size;
 
-  ffi::ErrorOr<MoeCall> call = MoeCall::parse(ffi::RemainingArgs(&args, 0), ffi::RemainingRets(&rets, 0), 1);
-  if (call.has_error()) return call.error().message();
+  // By the order of their names.
   float numbers[2] = {7.0f, 2.5f};
-  XLA_FFI_Scalar scalars[2] = {{XLA_FFI_DataType_F32, &numbers[0]}, {XLA_FFI_DataType_F32, &numbers[1]}};
-  void* values[2] = {&scalars[0], &scalars[1]};
-  XLA_FFI_ByteSpan names[2] = {{"activation_clamp", 16}, {"routed_scaling_factor", 21}};
-  XLA_FFI_ByteSpan* name_pointers[2] = {&names[0], &names[1]};
-  XLA_FFI_AttrType attr_types[2] = {XLA_FFI_AttrType_SCALAR, XLA_FFI_AttrType_SCALAR};
+  int64_t flag = invariant.value_or(0);
+  XLA_FFI_Scalar scalars[3] = {
+      {XLA_FFI_DataType_F32, &numbers[0]}, {XLA_FFI_DataType_S64, &flag}, {XLA_FFI_DataType_F32, &numbers[1]}};
+  XLA_FFI_ByteSpan all_names[3] = {{"activation_clamp", 16}, {"batch_invariant", 15}, {"routed_scaling_factor", 21}};
+  std::vector<void*> values;
+  std::vector<XLA_FFI_ByteSpan*> name_pointers;
+  for (int i = 0; i < 3; ++i) {
+    if (i == 1 && !invariant) continue;
+    values.push_back(&scalars[i]);
+    name_pointers.push_back(&all_names[i]);
+  }
+  std::vector<XLA_FFI_AttrType> attr_types(values.size(), XLA_FFI_AttrType_SCALAR);
   XLA_FFI_Attrs attrs = {};
-  attrs.size = 2;
-  attrs.types = attr_types;
-  attrs.names = name_pointers;
-  attrs.attrs = values;
+  attrs.size = static_cast<int64_t>(values.size());
+  attrs.types = attr_types.data();
+  attrs.names = name_pointers.data();
+  attrs.attrs = values.data();
+  const ffi::Dictionary attributes(&attrs);
+  ffi::ErrorOr<MoeCall> call =
+      MoeCall::parse(ffi::RemainingArgs(&args, 0), ffi::RemainingRets(&rets, 0), attributes, 1);
+  if (call.has_error()) return call.error().message();
   MoeArguments a = {};
-  const ffi::Error error = call.value().fill(ffi::Dictionary(&attrs), 4096, &a);
+  const ffi::Error error = call.value().fill(attributes, 4096, &a);
   if (error.failure()) return error.message();
   std::ostringstream text;
   const Problem& p = a.problem;
@@ -102,6 +113,7 @@ std::string outcome(const std::vector<Array>& arrays) {
     text << " shared " << p.num_shared_experts << " at";
     for (const void* leaf : a.shared_weights.leaves()) text << ' ' << number(leaf);
   }
+  if (p.order == OperandOrder::kNormal) text << " batch-invariant";
   text << (a.y_is_f32 ? " f32" : " bf16") << ' ' << a.activation.clamp << ' ' << a.routed_scaling_factor;
   return text.str();
 }
@@ -111,6 +123,7 @@ std::string outcome(const std::vector<Array>& arrays) {
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
     std::vector<Array> arrays = kRight;
+    std::optional<int64_t> invariant;
     // Several changes of one call are apart by semicolons.
     std::istringstream changes(line);
     for (std::string change; std::getline(changes, change, ';');) {
@@ -118,6 +131,10 @@ int main() {
       std::string first;
       words >> first;
       if (first == "none") continue;
+      if (first == "invariant") {
+        words >> invariant.emplace();
+        continue;
+      }
       if (first == "shared") {
         const std::vector<Array> leaves = {{"f8e4m3fn", {2, 6, 2, 16384}},
                                            {"f32", {2, 6, 2, 4}},
@@ -136,6 +153,6 @@ int main() {
       words >> array.type;
       for (int64_t dim; words >> dim;) array.dims.push_back(dim);
     }
-    std::cout << outcome(arrays) << '\n';
+    std::cout << outcome(arrays, invariant) << '\n';
   }
 }

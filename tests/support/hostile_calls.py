@@ -62,7 +62,10 @@ class FfiCall:
 T, K, H, I, E, S = 3, 2, 256, 384, 4, 2
 WORKSPACE = 1 << 24
 _NUMBERS = ("activation_alpha", "activation_clamp", "activation_up_offset", "routed_scaling_factor")
-_MOE_ATTRIBUTES = tuple((name, "f32", 1.0) for name in (*_NUMBERS, "situ_beta", "situ_linear_beta"))
+_MOE_ATTRIBUTES: tuple[tuple[str, str, Any], ...] = (
+    *((name, "f32", 1.0) for name in (*_NUMBERS, "situ_beta", "situ_linear_beta")),
+    ("batch_invariant", "i64", 0),
+)
 
 
 def _leaves(format: str, experts: int, *lead: int) -> tuple[Typed, ...]:
@@ -100,18 +103,6 @@ def route(experts: int = 16, biased: bool = True) -> FfiCall:
     )
 
 
-RIGHT = {
-    "moe": moe(),
-    "moe of fp8_channel": moe("fp8_channel"),
-    "moe of mxfp4": moe("mxfp4"),
-    "moe of layers": moe(layers=5),
-    "moe with shared experts": moe(shared=True),
-    "moe of layers with shared experts": moe("mxfp4", shared=True, layers=3),
-    "route": route(),
-    "route without a bias": route(biased=False),
-}
-
-
 def with_operand(call: FfiCall, index: int, type_name: str, *shape: int) -> FfiCall:
     operands = list(call.operands)
     operands[index] = (type_name, shape)
@@ -131,6 +122,20 @@ def with_attribute(call: FfiCall, name: str, kind: str, value: Any) -> FfiCall:
 
 def without_attribute(call: FfiCall, name: str) -> FfiCall:
     return dataclasses.replace(call, attributes=tuple(a for a in call.attributes if a[0] != name))
+
+
+RIGHT = {
+    "moe": moe(),
+    "moe of fp8_channel": moe("fp8_channel"),
+    "moe of mxfp4": moe("mxfp4"),
+    "moe of layers": moe(layers=5),
+    "moe with shared experts": moe(shared=True),
+    "moe of layers with shared experts": moe("mxfp4", shared=True, layers=3),
+    "batch-invariant moe": with_attribute(moe(), "batch_invariant", "i64", 1),
+    "moe exported before there was the option": without_attribute(moe(), "batch_invariant"),
+    "route": route(),
+    "route without a bias": route(biased=False),
+}
 
 
 # Small enough to be compiled and run on a GPU too.
@@ -174,6 +179,8 @@ HOSTILE = {
     "no clamp": without_attribute(moe(), "activation_clamp"),
     "no factor": without_attribute(moe(), "routed_scaling_factor"),
     "clamp is text": with_attribute(moe(), "activation_clamp", "str", "seven"),
+    "batch_invariant is two": with_attribute(moe(), "batch_invariant", "i64", 2),
+    "batch_invariant is a float": with_attribute(moe(), "batch_invariant", "f32", 1.0),
     "factor is an integer": with_attribute(moe(), "routed_scaling_factor", "i64", 2),
     "logits of BF16": with_operand(route(), 0, "bf16", T, 16),
     "logits without tokens": with_operand(route(), 0, "f32", 16),
