@@ -169,7 +169,8 @@ def test_a_call_is_refused_or_right(moe, data):
     right &= layer is None if layers is None else is_index(layer, layers - 1)
     right = right and (valid is None or is_index(valid, x.size // H))
     flag = options.get("return_expert_load", False)
-    right &= isinstance(flag, bool | np.bool_) or (isinstance(flag, int) and flag in (0, 1))
+    for given_flag in (flag, options.get("batch_invariant", False)):
+        right &= isinstance(given_flag, bool | np.bool_) or (isinstance(given_flag, int) and given_flag in (0, 1))
     right &= options.get("implementation") in (None, "reference", *(["cuda", "collective"] if moe is mm.moe else []))
     right &= all(options.get(name) not in NO_AXES for name in ("expert_axis", "token_axes"))
     event("right" if right else "wrong")
@@ -181,13 +182,15 @@ def test_a_call_is_refused_or_right(moe, data):
         assert load is None or (load.shape, load.dtype) == ((E,), I32)
 
 
+FLAGS = st.sampled_from([True, False, 0, 1, 2, -1, None, "yes", np.True_, 1.5])
 OPTIONS: dict[str, Any] = {
     "activation": activations(),
     "activation_clamp": st.sampled_from(NUMBERS),
     "routed_scaling_factor": st.sampled_from(NUMBERS),
     "layer": st.sampled_from(INDICES),
     "num_valid_tokens": st.sampled_from(INDICES),
-    "return_expert_load": st.sampled_from([True, False, 0, 1, 2, -1, None, "yes", np.True_, 1.5]),
+    "return_expert_load": FLAGS,
+    "batch_invariant": FLAGS,
     "implementation": st.sampled_from([None, "cuda", "collective", "reference", "CUDA", "", 0, ("cuda",), b"cuda"]),
     "expert_axis": st.sampled_from(AXES + NO_AXES),
     "token_axes": st.sampled_from(AXES + NO_AXES),

@@ -69,7 +69,7 @@ def test_one_call_with_the_groups(built, sizes, kind):
         [f"{num_tokens}x{K}xi32", f"{num_tokens}x{K}xf32", "i32", "i32"],  # and layer, mesh_rank
     )
     assert results == [f"{num_tokens}x{H}xbf16", f"{E // num_ranks}xi32", f"{PEER_WORKSPACE}xui8"]
-    assert set(built.asked) == {(num_tokens, K, H, I, E // num_ranks, "fp8_block", num_ranks)}
+    assert set(built.asked) == {(num_tokens, K, H, I, E // num_ranks, "fp8_block", False, num_ranks)}
 
 
 @pytest.mark.usefixtures("built")

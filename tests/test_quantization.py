@@ -1,5 +1,6 @@
 """FP8 rounding and scales against ml_dtypes and exact arithmetic."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -87,6 +88,7 @@ def test_tokens_and_activations_match_the_numpy_model(magnitude):
     for quantize, arguments in (
         (quantization.quantize_tokens, (128, 1e-4, False)),
         (quantization.quantize_activations, (64, 1e-30, True)),
+        (functools.partial(quantization.quantize_activations, block=128), (128, 1e-30, True)),
     ):
         values, scales = jax.jit(quantize)(rows)
         wanted, wanted_scales = numpy_model.quantize_rows(rows, *arguments)

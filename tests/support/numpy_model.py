@@ -118,12 +118,13 @@ def moe(
     activate: Callable[[Array, Array], Array] = lambda gate, up: gate / (1 + np.exp(-gate)) * up,
     gate_up_bias: Array | None = None,
     down_bias: Array | None = None,
+    activation_block: int = 64,
     quantized: bool = True,
 ) -> tuple[Array, Array]:
     """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
 
-    `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. Not `quantized`: the
-    dequantised weights, with nothing rounded anywhere.
+    `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. `activation_block`:
+    intermediate columns that share a scale. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
     """
     gate_up = dequantize_gate_up(experts.gate_up, experts.gate_up_scale)
     down = dequantize_matrices(experts.down, experts.down_scale)
@@ -147,8 +148,8 @@ def moe(
             factor = np.float32(weight) * np.float32(routed_scaling_factor)
             activation = activate(gate, up) * factor
             if quantized:
-                values, scales = quantize_rows(activation[None], 64, 1e-30, power_of_two=True)
-                activation = (values.astype(np.float64) * scales.repeat(64, -1)[:, :intermediate_size])[0]
+                values, scales = quantize_rows(activation[None], activation_block, 1e-30, power_of_two=True)
+                activation = (values.astype(np.float64) * scales.repeat(activation_block, -1)[:, :intermediate_size])[0]
             result = down[expert] @ activation
             if down_bias is not None:
                 result = result + factor * down_bias[expert].astype(np.float64)
