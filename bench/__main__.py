@@ -76,6 +76,8 @@ def run_measure(arguments: list[str]) -> int:
     parser.add_argument("--weights", default="fp8_block", help=weights)
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
     parser.add_argument("--alternatives", action="store_true", help="also jnp reference, ragged_dot and dense bf16")
+    invariant_help = "also `moe` with batch_invariant=True, and how many times as long that takes"
+    parser.add_argument("--batch-invariant", action="store_true", help=invariant_help)
     parser.add_argument("--rivals", action="store_true", help=f"also the public rival, with fp8_block ({INSTALL})")
     parser.add_argument("--rival-python", default=sys.executable, help="an interpreter that has the rival and torch")
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
@@ -87,6 +89,7 @@ def run_measure(arguments: list[str]) -> int:
         checked(parser, "--routing", presets.select_routings, options.routing),
         checked(parser, "--tokens", numbers, options.tokens),
         options.alternatives,
+        options.batch_invariant,
         options.rival_python if options.rivals else None,
         options.output,
     )

@@ -1,5 +1,6 @@
 """What is measured, and how long it takes."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -101,7 +102,9 @@ def measure_row(
     weights: mm.ExpertWeights,
     float_weights: Any,
     inputs: Inputs,
+    *,
     on_gpu: bool,
+    batch_invariant: bool,
 ) -> Measured:
     """One line of the table: the layer, the ceiling of its bytes, and the alternatives that were asked for."""
     core = importlib.import_module("jax_megamoe._core")
@@ -134,6 +137,10 @@ def measure_row(
             program, weights.gate_up
         )
         row["ratio"] = median / row["ceiling_us"]
+    if batch_invariant:
+        program = program_of(functools.partial(mm.moe, batch_invariant=True))
+        times = microseconds_per_call(program, weights, inputs)
+        row["invariant_us"], row["invariant_us_least"], row["invariant_us_most"] = times
     if float_weights is not None:
         row["ragged_us"] = microseconds_per_call(program_of(ragged_layer), float_weights, inputs)[0]
         row["dense_us"] = microseconds_per_call(program_of(dense_layer), float_weights, inputs)[0]

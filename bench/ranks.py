@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> int:
     weights_help = f"formats of the weights, of {', '.join(presets.FORMATS)}, or all"
     parser.add_argument("--weights", default="fp8_block", help=weights_help)
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
+    invariant_help = "all of it with batch_invariant=True, where diff has to be 0"
+    parser.add_argument("--batch-invariant", action="store_true", help=invariant_help)
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
     options = parser.parse_args(arguments)
@@ -71,14 +73,18 @@ def main(arguments: list[str]) -> int:
         parser.error(
             f"--ranks is {options.ranks}, wanted numbers up to the {num_devices} devices that this process sees"
         )
-    result: dict[str, Any] = {**records.describe(options.commit, METHOD), "rows": {}}
+    result: dict[str, Any] = {
+        **records.describe(options.commit, METHOD),
+        "batch_invariant": options.batch_invariant,
+        "rows": {},
+    }
     progress = Progress(len(shapes) * len(ranks) * len(formats) * len(routings) * len(tokens))
     for name in shapes:
         result["rows"][name] = []
         print(f"{name} {SHAPES[name]} on each of the ranks, {result['device']}")
         print(" ".join(f"{column:>13}" for column in COLUMNS))
         for num_ranks, format in itertools.product(ranks, formats):
-            for row in measure(SHAPES[name], num_ranks, format, routings, tokens):
+            for row in measure(SHAPES[name], num_ranks, format, routings, tokens, options.batch_invariant):
                 result["rows"][name].append(row)
                 print(" ".join(f"{text(row.get(column)):>13}" for column in COLUMNS), flush=True)
                 progress.step(
@@ -89,7 +95,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(share: Shape, num_ranks: int, format: Format, routings: list[str], token_counts: list[int]) -> Any:
+def measure(
+    share: Shape, num_ranks: int, format: Format, routings: list[str], token_counts: list[int], batch_invariant: bool
+) -> Any:
     """Yields the rows of one shape, that of each rank, number of ranks and format of the weights."""
     mesh = jax.make_mesh((num_ranks,), ("expert",), devices=jax.devices()[:num_ranks])
     whole = share._replace(num_experts=share.num_experts * num_ranks)
@@ -98,7 +106,7 @@ def measure(share: Shape, num_ranks: int, format: Format, routings: list[str], t
     for routing in routings:
         for tokens in token_counts:
             inputs = make_inputs(whole, tokens * num_ranks, routing, seed=tokens, num_calls=_calls_of(tokens))
-            row = _row(share, num_ranks, tokens, mesh, weights, inputs)
+            row = _row(share, num_ranks, tokens, mesh, weights, inputs, batch_invariant)
             yield {"ranks": num_ranks, "routing": routing, "format": format, **row}
 
 
@@ -106,7 +114,15 @@ def _calls_of(tokens: int) -> int:
     return 48 if tokens < 8 else NUM_CALLS
 
 
-def _row(share: Shape, num_ranks: int, tokens: int, mesh: Any, weights: mm.ExpertWeights, inputs: Inputs) -> Any:
+def _row(
+    share: Shape,
+    num_ranks: int,
+    tokens: int,
+    mesh: Any,
+    weights: mm.ExpertWeights,
+    inputs: Inputs,
+    batch_invariant: bool,
+) -> Any:
     touched = float(np.mean([_most_touched(np.asarray(ids), share.num_experts, num_ranks) for ids in inputs.topk_ids]))
     placed = jax.device_put(inputs, NamedSharding(mesh, P("expert")))
     on_gpu = mesh.devices.flat[0].platform == "gpu"
@@ -115,7 +131,8 @@ def _row(share: Shape, num_ranks: int, tokens: int, mesh: Any, weights: mm.Exper
         # "cuda" is an error, not collectives, where GPUs don't reach each other's memory.
         implementations: dict[str, Any] = {"fused": "cuda" if on_gpu else None, "collective": "collective"}
         for name, implementation in implementations.items():
-            program = program_of(functools.partial(mm.moe, implementation=implementation))
+            layer = functools.partial(mm.moe, implementation=implementation, batch_invariant=batch_invariant)
+            program = program_of(layer)
             times[name] = microseconds_per_call(program, weights, placed, num_calls=_calls_of(tokens))
             results[name] = program(weights, placed)
     row: dict[str, Any] = {"tokens": tokens, "touched": touched}

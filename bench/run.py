@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     routings: list[str]
     tokens: list[int]
     alternatives: bool
+    batch_invariant: bool
     rival_python: str | None
     output: pathlib.Path | None
 
@@ -64,17 +65,24 @@ def _measure_shape(
     if folder is not None:
         client.write_weights(folder, weights)
     float_weights = make_float_weights(shape) if plan.alternatives else None
-    table.print_header(f"{name} {shape} of {format} on {result['device']}", plan.alternatives)
+    table.print_header(f"{name} {shape} of {format} on {result['device']}", plan.alternatives, plan.batch_invariant)
     for routing in plan.routings:
         for num_tokens in plan.tokens:
             inputs = make_inputs(shape, num_tokens, routing, seed=num_tokens)
             row, results, reference = measure_row(
-                shape, num_tokens, routing, weights, float_weights, inputs, jax.default_backend() == "gpu"
+                shape,
+                num_tokens,
+                routing,
+                weights,
+                float_weights,
+                inputs,
+                on_gpu=jax.default_backend() == "gpu",
+                batch_invariant=plan.batch_invariant,
             )
             if folder is not None:
                 client.write_case(folder, client.case_name(routing, num_tokens), inputs, results, reference)
             result["shapes"][name].append(row)
-            table.print_row(row, plan.alternatives)
+            table.print_row(row, plan.alternatives, plan.batch_invariant)
             progress.step(f"{records.label(name, routing, format)}: {num_tokens} tokens")
             _write(plan, result)
 

@@ -19,17 +19,19 @@ COLUMNS = (
     "captured",
 )
 ALTERNATIVES = ("reference_us", "ragged_us", "dense_us")
+INVARIANT = ("invariant_us", "invariant/us")  # with `batch_invariant`, and over the time without it
 RIVALS = ("format", "routing", "tokens", "us", "ratio", "rival us", "rival ratio", "rival diff", "ours/rival")
 
 
-def print_header(title: str, alternatives: bool) -> None:
+def print_header(title: str, alternatives: bool, batch_invariant: bool) -> None:
     """Above a shape's rows."""
-    print(f"\n{title}\n{_line(_columns(alternatives))}")
+    print(f"\n{title}\n{_line(_columns(alternatives, batch_invariant))}")
 
 
-def print_row(row: dict[str, Any], alternatives: bool) -> None:
+def print_row(row: dict[str, Any], alternatives: bool, batch_invariant: bool) -> None:
     """A row as it was measured."""
-    print(_line(row.get(column) for column in _columns(alternatives)), flush=True)
+    cells = {**row, "invariant/us": row["invariant_us"] / row["us"]} if batch_invariant else row
+    print(_line(cells.get(column) for column in _columns(alternatives, batch_invariant)), flush=True)
 
 
 def print_rivals(name: str, rows: list[dict[str, Any]], alternatives: bool) -> None:
@@ -72,8 +74,8 @@ def text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _columns(alternatives: bool) -> tuple[str, ...]:
-    return (*COLUMNS, *(ALTERNATIVES if alternatives else ()))
+def _columns(alternatives: bool, batch_invariant: bool) -> tuple[str, ...]:
+    return (*COLUMNS, *(INVARIANT if batch_invariant else ()), *(ALTERNATIVES if alternatives else ()))
 
 
 def _line(cells: Any) -> str:

@@ -29,6 +29,7 @@ ONE_GPU = (
     "tests/gpu/test_formats.py",
     "tests/gpu/test_checkpoints.py",
     "tests/gpu/test_shared_experts.py",
+    "tests/gpu/test_batch_invariant.py",
     "tests/gpu/test_activations.py",
     "tests/gpu/test_route.py",
     "tests/gpu/test_teaching.py",

@@ -177,7 +177,12 @@ def flags(text: str) -> list[str]:
 @pytest.mark.parametrize("given", [True, False, np.True_, 1])
 def test_a_call_of_one_device_says_so(built, given):
     asked: list[tuple[Any, ...]] = []
-    built.workspace_bytes = lambda *sizes: asked.append(sizes) or 4096
+
+    def workspace_bytes(*sizes: Any) -> int:
+        asked.append(sizes)
+        return 4096
+
+    built.workspace_bytes = workspace_bytes
     text = cuda_text(functools.partial(mm.moe, batch_invariant=given), *make_layer()[:4])
     assert calls(text) == [LOCAL] and flags(text) == [str(int(given))]
     assert asked == [(16, K, H, I, E, "fp8_block", bool(given))]

@@ -188,6 +188,16 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     assert out.count("x1.000 (within the spread)") == 2
 
 
+def test_rows_have_the_cost_of_batch_invariance(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert main(["--shapes", "tiny", "--tokens", "3", "--batch-invariant", "--output", str(path)]) == 0
+    header, line = capsys.readouterr().out.splitlines()[-2:]
+    (row,) = json.loads(path.read_text())["shapes"]["tiny"]
+    assert row["invariant_us_least"] <= row["invariant_us"] <= row["invariant_us_most"]
+    cells = dict(zip(header.split(), line.split(), strict=True))
+    assert float(cells["invariant/us"]) == pytest.approx(row["invariant_us"] / row["us"], rel=1e-3)
+
+
 @pytest.mark.exhaustive
 def test_rows_of_several_formats(tmp_path, capsys):
     path = tmp_path / "result.json"
@@ -367,6 +377,7 @@ def test_ranks_dry_run(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     # From eight tokens on a program has a quarter of the calls to compile.
     arguments = ["ranks", "--shapes", "tiny", "--ranks", "2", "--tokens", "8", "--routing", "masked30"]
+    arguments += ["--batch-invariant"]
     arguments += ["--weights", "mxfp4"]
     assert main([*arguments, "--commit", "abc", "--output", str(path)]) == 0
     printed = capsys.readouterr()

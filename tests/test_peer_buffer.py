@@ -103,8 +103,7 @@ def test_what_a_group_cannot_serve(layouts, problem):
 
 def test_ranks_that_disagree_on_a_call_have_other_tags(tmp_path):
     """On the orientation too: it says where tokens lie in a rank's memory."""
-    flags = ["-isystem", cuda_include()]
-    tags = compile_program(tmp_path, "call_tag_test", CUDA / "host" / "peers.cc", flags=flags)
+    tags = compile_program(tmp_path, "call_tag_test", CUDA / "host" / "peers.cc", flags=["-isystem", cuda_include()])
     call = [64, 6, 4096, 2048, 32, 8, BY_RULE, 77]
     others = [[*call[:i], call[i] + 2, *call[i + 1 :]] for i in range(len(call))]  # BY_RULE + 2 is NORMAL
     found = tags("\n".join(" ".join(map(str, line)) for line in [call, call, *others])).split()

@@ -18,7 +18,7 @@ import jax_megamoe as mm
 from jax_megamoe.primitives import _library
 from tests.gpu import process_worker
 from tests.support import processes
-from tests.support.cases import ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
+from tests.support.cases import GATHERED, ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
 from tests.support.compare import bits, difference
 from tests.support.hlo import is_fused, opcodes_of_large_results
 from tests.support.layer_with_options import OPTIONS, make_problem, moe, reference
@@ -318,6 +318,30 @@ def test_implementations_agree(num_ranks, tokens):
     np.testing.assert_array_equal(results[None][1], results["collective"][1])
     # The same tiles, added up in another order.
     assert difference(results[None][0], results["collective"][0]) < 1e-5
+
+
+@all_ranks
+@pytest.mark.parametrize("weight_format", ["fp8_block", "mxfp4"])
+@pytest.mark.parametrize("tokens", [1, 40, 200, 1000])
+def test_batch_invariant(num_ranks, tokens, weight_format):
+    """The bits of one GPU in whatever way: with other orientations by rule, by collectives, and by XLA's all-reduce."""
+    mesh = gpu_mesh(expert=num_ranks)
+    problem = make_problem_of(tokens * num_ranks, GATHERED, "masked", weight_format=weight_format)
+    wanted = bits(jax.jit(functools.partial(mm.moe, batch_invariant=True))(*problem))
+    arguments = place_all(mesh, problem)
+    for implementation in ("cuda", "collective"):
+        function = jax.jit(functools.partial(mm.moe, batch_invariant=True, implementation=implementation))
+        assert is_fused_for(function, *arguments) == (implementation == "cuda")
+        np.testing.assert_array_equal(bits(function(*arguments)), wanted)
+    # All ranks have all tokens.
+    specs = (P(), P("expert"), P(), P())
+    mapped = jax.shard_map(
+        functools.partial(mm.moe, batch_invariant=True, implementation="collective"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P(),
+    )
+    np.testing.assert_array_equal(bits(jax.jit(mapped)(*place_all(mesh, problem, tokens=None))), wanted)
 
 
 def test_layers_share_one_buffer():

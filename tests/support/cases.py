@@ -11,6 +11,10 @@ from tests.support.problems import Sizes
 # ranks does, so that all of them take the same orientation of the tiles for as many tokens an expert.
 SHARED = Sizes(hidden=512, inter=384, num_experts=16, top_k=4)
 
+# One whose gate/up units are more than a GPU has SMs, and fewer on each of the ranks: they take the same orientation only where
+# calls are batch-invariant. Few tokens are gathered row by row there.
+GATHERED = Sizes(hidden=512, inter=2048, num_experts=16, top_k=4)
+
 # Hidden and intermediate sizes.
 MODELS = {
     "flash": (4096, 2048),
