@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from jax_megamoe.errors import ArgumentError
+from jax_megamoe.errors import ArgumentError, PlatformError
 from jax_megamoe.primitives import _library
 from jax_megamoe.weight_layout import Format
 from tests.support import numpy_model
@@ -241,6 +241,13 @@ def test_buffer_bytes_of_this_build():
     assert ask(8192, batch_invariant=True) == ask(8192)
     with pytest.raises(ArgumentError, match="batch_invariant is 'no', wanted True or False"):
         mm.expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8, batch_invariant="no")  # type: ignore[arg-type]
+
+
+def test_a_module_that_does_not_know_the_option_is_refused(built):
+    """As in an editable install after a change of CUDA code, until it is built anew."""
+    built.workspace_bytes = lambda tokens, top_k, hidden, inter, experts, weight_format: 4096
+    with pytest.raises(PlatformError, match="_core has another workspace_bytes, wanted a build of the same version"):
+        cuda_text(invariant, *make_layer()[:4])
 
 
 def test_both_functions_have_it_off():

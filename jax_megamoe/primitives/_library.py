@@ -116,6 +116,11 @@ def _bytes_for(name: str, sizes: Sizes, *more: int) -> int:
         return int(function(*sizes, *more))
     except ValueError as error:
         raise UnservedError(str(error).removeprefix("jax_megamoe.moe: ").rstrip(".")) from error
+    except TypeError as error:  # more sizes than it knows
+        raise PlatformError(
+            f"jax_megamoe._core has another {name}, wanted a build of the same version as the Python files: "
+            "install the package."
+        ) from error
 
 
 def _host_function(name: str) -> Callable[..., Any]:
