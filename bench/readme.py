@@ -98,7 +98,7 @@ TABLES = {
     "mxfp4-many": Table(
         ("h200-2026-11-29-83b268c-wide.json",), "python -m bench --weights fp8_block,mxfp4", MXFP4, least=256
     ),
-    "two-h200": Table(("h200x2-2026-11-25-4fba1b8-ranks.json",), "python -m bench ranks", RANKS),
+    "two-h200": Table(("h200x2-2026-11-29-f4dbe53-ranks.json",), "python -m bench ranks", RANKS),
     "two-h100": Table(("h100x2-2026-11-25-2a17533-ranks.json",), "python -m bench ranks", RANKS),
 }
 

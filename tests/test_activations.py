@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def test_what_the_kernel_is_told(built):
         ({"activation": mm.SwiGLU(alpha=1e39)}, "alpha of the activation is 1e"),
         ({"activation": mm.SiTU(0.0, 1.0)}, "activation is SiTU.*, wanted numbers from 1e-30 to 1e"),
         ({"activation": mm.SiTU(4.0, 1e38)}, "activation is SiTU.*, wanted numbers from 1e-30 to 1e"),
-        ({"activation": mm.SiTU(1.0, jnp.float32(1))}, "linear_beta of the activation is"),
+        ({"activation": mm.SiTU(1.0, cast(float, jnp.float32(1)))}, "linear_beta of the activation is"),
         ({"activation": mm.SiTU(4.0, 25.0), "activation_clamp": 7.0}, "activation_clamp is 7.0 beside SiTU"),
     ],
 )

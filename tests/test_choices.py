@@ -258,8 +258,14 @@ def test_the_module_tells_it_too():
         pytest.skip("jax_megamoe._core has no launch_choice: build it anew")
     found = core.launch_choice(150, 6, 4096, 2048, 32, "fp8_block", 1, num_sms=132, bytes_per_microsecond=3_352_320)
     wanted = Choice(*CASES["normal's first"][2])
-    names = ("swap_operands", "cluster_ctas", "gathers_rows", "assembles_images", "activations_stay")
-    names += ("weight_bytes_in_flight",)
+    names = (
+        "swap_operands",
+        "cluster_ctas",
+        "gathers_rows",
+        "assembles_images",
+        "activations_stay",
+        "weight_bytes_in_flight",
+    )
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
     assert core.launch_choice(150, 6, 4096, 2048, 32, "fp8_channel", 1, **device) == found

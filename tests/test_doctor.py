@@ -56,7 +56,7 @@ def gpu_machine(count: int, **changes: Any) -> Facts:
     return dataclasses.replace(
         CPU,
         **{
-            "nccl": "2.28.9",
+            "nccl": "2.29.2",
             "module": "built with CUDA",
             "ffi_targets": ["jax_megamoe.moe.v1"],
             "gpus": gpus,
@@ -86,7 +86,12 @@ def test_which_implementation_and_why(machine, implementation, why):
     assert found[0] == implementation and why in found[1]
 
 
-@pytest.mark.parametrize("machine", [CPU, gpu_machine(1), gpu_machine(8)])
+OLD = {"nccl": "2.28.9", "versions": {"jax": "0.11.2"}}
+
+
+@pytest.mark.parametrize(
+    "machine", [CPU, gpu_machine(1), gpu_machine(8), gpu_machine(1, nccl="2.28.9"), gpu_machine(8, **OLD)]
+)
 def test_machines_that_are_well(machine):
     report = verdict.judge(machine, WELL)
     assert report.is_well and report.problems == [] and report.notes == []
@@ -113,6 +118,11 @@ NEW_DRIVER = "wanted 580 or newer for a build with CUDA 13"
             gpu_machine(1, gpus=[h200(driver="570.1")]),
             Check(1, None, 1.0, "JaxRuntimeError: no kernel image"),
             ["no kernel image", f"the driver is 570.1, {NEW_DRIVER}"],
+        ),
+        (
+            gpu_machine(2, nccl="2.28.9"),
+            WELL,
+            ["NCCL is 2.28.9, wanted 2.29.2 or newer for XLA's collectives of jax 0.12.0"],
         ),
         (dataclasses.replace(CPU, gpus=[h200(), h200(1)]), WELL, ["has 2 x NVIDIA H200, and JAX runs on the CPU"]),
         (
@@ -161,7 +171,7 @@ def test_lines_of_a_gpu_machine():
     )  # the last one
     assert lines["JAX"].endswith("at 0000:01:00.0, 110.0 GB for XLA, 30.0 GB left for buffers that ranks share")
     assert lines["peer"] == "access  1 has none to 0"
-    assert lines["NCCL"] == "2.28.9" and lines["XLA_FLAGS"] == "--xla_a=1" and lines["A"] == "b"
+    assert lines["NCCL"] == "2.29.2" and lines["XLA_FLAGS"] == "--xla_a=1" and lines["A"] == "b"
     assert lines["recommended"] == f"{FLAGS} (set)" and "1.0e-03" in lines["check"]
 
 

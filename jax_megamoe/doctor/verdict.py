@@ -1,5 +1,6 @@
 """What the facts and the check mean: how `moe` will run here and why, what is wrong, and what is worth knowing."""
 
+import re
 from dataclasses import dataclass
 
 from jax_megamoe.doctor.check import LIMIT, Check
@@ -7,6 +8,10 @@ from jax_megamoe.doctor.facts import Facts
 
 # Of builds with CUDA 13, which are the default (docs/building.md).
 _OLDEST_DRIVER = 580
+# From this jax on, XLA's own collectives between GPUs call what NCCL has since then; with an older one they fail, and
+# pip does not mind (docs/building.md).
+_JAX_OF_NEW_NCCL = (0, 12)
+_OLDEST_NCCL = (2, 29, 2)
 # Buffers of ranks that decode take tens to hundreds of MiB (docs/expert-parallel.md).
 _LITTLE_BYTES = 1 << 30
 
@@ -65,6 +70,8 @@ def _problems(facts: Facts, check: Check | None) -> list[str]:
         found.append(f"a tiny layer differs from float32 by {check.difference}, wanted at most {LIMIT}: report it.")
     if found and facts.backend == "gpu" and (driver := _old_driver(facts)):
         found.append(driver)
+    if nccl := _old_nccl(facts):
+        found.append(nccl)
     if facts.backend == "cpu" and facts.gpus and not _asked_for_cpu(facts):
         found.append(
             f"this machine has {len(facts.gpus)} x {facts.gpus[0].name}, and JAX runs on the CPU: "
@@ -95,6 +102,22 @@ def _asked_for_cpu(facts: Facts) -> bool:
     # An empty list hides the GPUs as well.
     return facts.environment.get("CUDA_VISIBLE_DEVICES") == "" or bool(
         platforms and not {"cuda", "gpu"} & set(platforms.split(","))
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _old_nccl(facts: Facts) -> str | None:
+    if facts.backend != "gpu" or len(facts.devices) < 2 or facts.nccl is None:
+        return None
+    jax_version = facts.versions["jax"]
+    if _numbers(jax_version) < _JAX_OF_NEW_NCCL or _numbers(facts.nccl) >= _OLDEST_NCCL:
+        return None
+    return (
+        f"NCCL is {facts.nccl}, wanted 2.29.2 or newer for XLA's collectives of jax {jax_version}: "
+        "pip install --upgrade nvidia-nccl-cu13."
     )
 
 
