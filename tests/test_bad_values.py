@@ -75,7 +75,7 @@ def assert_as_model(y: Any, wanted: Any) -> None:
         assert difference(row[finite], model[finite]) < TOLERANCE
 
 
-@cases(150)
+@cases(60)
 @given(data=st.data())
 def test_values_of_tokens(data):
     draw, format = data.draw, data.draw(st.sampled_from(FORMATS))
@@ -113,7 +113,7 @@ def test_values_of_tokens(data):
 SCALES = [0.0, -0.0, -0.01, 1e-40, 1e-20, 1e10, np.nan, np.inf, -np.inf]
 
 
-@cases(100)
+@cases(40)
 @given(data=st.data())
 def test_values_of_weights(data):
     draw, format = data.draw, data.draw(st.sampled_from(FORMATS))

@@ -188,6 +188,7 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     assert out.count("x1.000 (within the spread)") == 2
 
 
+@pytest.mark.exhaustive
 def test_rows_have_the_cost_of_batch_invariance(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert main(["--shapes", "tiny", "--tokens", "3", "--batch-invariant", "--output", str(path)]) == 0

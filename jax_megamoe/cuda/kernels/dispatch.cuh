@@ -1,4 +1,5 @@
-// Dispatch: quantise the own tokens to E4M3 and write each into the image of every chunk it belongs to, on any rank.
+// Dispatch: quantise the own tokens to E4M3 and write each into the image of every chunk it belongs to, on any rank; or
+// once, as a row, where rows are gathered or images assembled.
 #pragma once
 
 #include <cuda_bf16.h>

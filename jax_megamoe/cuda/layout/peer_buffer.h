@@ -19,7 +19,7 @@ constexpr int kMaxGroupRoutes = 1 << 30;
 struct PeerHeader {
   alignas(128) uint64_t failed;  // a PeerFailure: a wait came to no end, here or on a rank that said so
   uint32_t noted;                // not zero: the failure is noted for the host
-  // By rank: all its tokens for this rank's experts are in the images.
+  // By rank: all its tokens for this rank's experts are in the images, or in rows of its own.
   alignas(128) uint64_t tokens_sent[kMaxRanks];
   // By tile and rank: the results of its experts are in these columns of this rank's slots.
   alignas(128) uint64_t columns_done[kMaxColumnTiles][kMaxRanks];
