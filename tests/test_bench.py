@@ -165,6 +165,7 @@ def result_of(*rows, device="d"):
     return {"device": device, "commit": "c", "shapes": {"flash": list(rows)}}
 
 
+@pytest.mark.usefixtures("optimized")
 def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--shapes", "tiny", "--tokens", "3", "--routing", "masked30,uniform", "--output", str(path)]
@@ -342,6 +343,7 @@ def test_variant_that_fails_is_named():
     assert "2 layers" in lines[0] and lines[-1].startswith("Recommendation: set no flags")
 
 
+@pytest.mark.usefixtures("optimized")
 def test_layers_dry_run(tmp_path, capsys):
     path = tmp_path / "layers.json"
     arguments = ["layers", "--shape", "tiny", "--tokens", "2", "--layers", "3", "--commit", "abc"]
@@ -374,6 +376,7 @@ def test_programs_of_few_tokens_have_more_calls():
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
+@pytest.mark.usefixtures("optimized")
 def test_ranks_dry_run(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     # From eight tokens on a program has a quarter of the calls to compile.

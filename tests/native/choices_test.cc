@@ -1,5 +1,5 @@
-// What a launch is like. In, a line each: "T k H I E R peers format order sms ctas clusters bytes_per_microsecond". Out:
-// whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether images are
+// What a launch is like. In, a line each: "T k H I E R peers format order sms ctas clusters bytes_per_microsecond".
+// Out: whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether images are
 // assembled, whether activations stay, bytes of weights in flight, CTAs of the launch.
 #include <iostream>
 

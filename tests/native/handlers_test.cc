@@ -1,7 +1,7 @@
-// The handlers of one device as XLA calls them, on a machine without a GPU: a launch looks at what it was given instead.
-// In: a call each line, in parts apart by semicolons: "moe" or "route", "a type dims..." an operand, "r type dims..." a
-// result, "n name i64|f32|s32|str value" an attribute. Out: "refused: " and the error, "launched", or "overrun: " and
-// what the launch would touch beyond its buffer.
+// The handlers of one device as XLA calls them, on a machine without a GPU: a launch looks at what it was given
+// instead. In: a call each line, in parts apart by semicolons: "moe" or "route", "a type dims..." an operand, "r type
+// dims..." a result, "n name i64|f32|s32|str value" an attribute. Out: "refused: " and the error, "launched", or
+// "overrun: " and what the launch would touch beyond its buffer.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>

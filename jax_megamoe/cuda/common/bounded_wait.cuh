@@ -54,8 +54,9 @@ __device__ __forceinline__ bool await_unless(uint64_t* barrier, uint32_t parity,
 }
 
 // ---- counters, and everything else that is polled
-// Bounded by a time far above any legitimate wait, that of tools which slow kernels down a hundredfold included. In a group
-// it is also above four times the largest limit that a user can set, a day: what is missing may be another rank's.
+// Bounded by a time far above any legitimate wait, that of tools which slow kernels down a hundredfold included. In a
+// group it is also above four times the largest limit that a user can set, a day: what is missing may be another
+// rank's.
 class WaitLimit {
  public:
   __device__ void check() {
@@ -82,8 +83,8 @@ __device__ __forceinline__ void await_at_least(const uint32_t* counter, uint32_t
 }
 
 // ---- flags of other GPUs, for callers who report what is missing
-// Waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was seen
-// last. The timer is read now and then only: it is slower than the flag.
+// Waits until the flag is at least `target`, for `limit` nanoseconds at most. Returns whether it came, and what was
+// seen last. The timer is read now and then only: it is slower than the flag.
 __device__ __forceinline__ bool wait_system(const uint64_t* flag, uint64_t target, uint64_t limit, uint64_t* seen) {
   uint64_t start = 0;
   for (uint32_t spins = 0;; ++spins) {

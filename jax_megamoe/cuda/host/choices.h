@@ -34,8 +34,8 @@ struct LaunchChoice {
 // CTAs of a launch: as many as the device has, or as many clusters as run at the same time. 0: it has no clusters.
 int ctas_of_launch(const LaunchChoice& choice, const Device& device);
 
-// For one launch, of `problem`, whose workspace was made for `largest`, the call's first launch. `has_peers`: other ranks
-// write tokens to this one's memory.
+// For one launch, of `problem`, whose workspace was made for `largest`, the call's first launch. `has_peers`: other
+// ranks write tokens to this one's memory.
 LaunchChoice choose(const Problem& problem, const Problem& largest, const Device& device, bool has_peers);
 
 }  // namespace megamoe

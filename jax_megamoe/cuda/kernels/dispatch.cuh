@@ -208,8 +208,9 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
   }
 }
 
-// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it: as a
-// row, or for each of the token's used slots into an image. Where rows are gathered, their scales go into images.
+// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it:
+// as a row, or for each of the token's used slots into an image. Where rows are gathered, their scales go into
+// images.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
                                               const ItemPieces<Orientation>& item,

@@ -1,10 +1,10 @@
 // Images of tokens, put together from rows.
 //
-// A token is quantised once, as a row, by the rank that has it. While units run, a warp of each CTA copies rows into the
-// images of their chunks: chunk after chunk in the order of gate/up units, so that the first unit waits for its own
-// tokens only. Images go through a ring: a chunk's place is free when the gate/up units of the one before are complete.
-// Pieces of eight rows go by ticket, since a CTA may start late. A piece takes the way through shared memory, where
-// 16 bytes a lane are swizzled, and a plane's kilobyte leaves it by one copy.
+// A token is quantised once, as a row, by the rank that has it. While units run, a warp of each CTA copies rows into
+// the images of their chunks: chunk after chunk in the order of gate/up units, so that the first unit waits for its
+// own tokens only. Images go through a ring: a chunk's place is free when the gate/up units of the one before are
+// complete. Pieces of eight rows go by ticket, since a CTA may start late. A piece takes the way through shared
+// memory, where 16 bytes a lane are swizzled, and a plane's kilobyte leaves it by one copy.
 #pragma once
 
 #include <cstdint>
@@ -73,8 +73,8 @@ class ImageAssembler {
     return low;
   }
 
-  // Until the units of the chunk that had the image's place are complete. These have lower tickets than the units of this
-  // one, and wait for pieces with lower tickets only.
+  // Until the units of the chunk that had the image's place are complete. These have lower tickets than the units of
+  // this one, and wait for pieces with lower tickets only.
   __device__ __forceinline__ void await_slot(int chunk) const {
     const int earlier = chunk - static_cast<int>(args_.constants.image_slots.value());
     if (earlier >= 0) {

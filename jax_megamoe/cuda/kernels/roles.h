@@ -23,7 +23,8 @@ constexpr int kFirstSignalWarp = kConsumerWarps + 2;  // one for each consumer w
 // Where rows are gathered, the first signaller serves both warpgroups, and the other one's warp gathers.
 constexpr int kSecondRowWarp = kFirstSignalWarp + 1;
 constexpr int kRowWarps = 2;
-// ... or assembles images (kernels/image_assembly.cuh): pieces of so many rows, so many planes at a time, in two halves.
+// ... or assembles images (kernels/image_assembly.cuh): pieces of so many rows, so many planes at a time, in two
+// halves.
 constexpr int kAssemblyWarp = kSecondRowWarp;
 constexpr int kAssemblyPieceRows = 8;
 constexpr int kAssemblyPlanes = 8;

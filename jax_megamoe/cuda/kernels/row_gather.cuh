@@ -15,8 +15,8 @@
 
 namespace megamoe {
 
-// Not with peers, whose tokens are written into images on the expert's rank or assembled there, and not for swapAB, whose
-// chunks are too small to gain.
+// Not with peers, whose tokens are written into images on the expert's rank or assembled there, and not for swapAB,
+// whose chunks are too small to gain.
 template <typename Orientation, typename Group>
 constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::kWide && !Group::kHasPeers;
 

@@ -85,7 +85,8 @@ class SharedMap {
            warpgroup * max_rows * kDownTileRowBytes;
   }
 
-  // Weights on M, where rows have scales: of this quad of lanes, which have the same two rows; until the unit's epilogue.
+  // Weights on M, where rows have scales: of this quad of lanes, which have the same two rows; until the unit's
+  // epilogue.
   __device__ RowTerms& quad_row_terms() const {
     return (Orientation::kWide ? wide_fixed().row_terms : reinterpret_cast<RowTerms*>(scratch()))[threadIdx.x / 4];
   }
@@ -172,8 +173,8 @@ class SharedMap {
   int ring_offset_;
 };
 
-// Weights on M: takes the terms of a warp's rows from `stage`, the unit's first one, to where its epilogue finds them. In
-// registers they would be in the way of the multiply.
+// Weights on M: takes the terms of a warp's rows from `stage`, the unit's first one, to where its epilogue finds
+// them. In registers they would be in the way of the multiply.
 template <typename Orientation>
 __device__ __forceinline__ void keep_row_terms(const SharedMap<Orientation>& map, int stage) {
   if (threadIdx.x % 4 == 0) {

@@ -54,9 +54,9 @@ class UnitTickets {
     return cluster_.has_partner() ? ticket != kEnd : ticket < runnable_end_;
   }
 
-  // The unit to go on with, or kEnd. Down units wait for gate/up units, these for others where images go through a ring,
-  // and the end of the launch for all units: before the first that waits, the CTA does the first units of those that
-  // have not started.
+  // The unit to go on with, or kEnd. Down units wait for gate/up units, these for others where images go through a
+  // ring, and the end of the launch for all units: before the first that waits, the CTA does the first units of those
+  // that have not started.
   __device__ __forceinline__ uint32_t settle(uint32_t ticket) {
     if (ticket < runnable_end_) return ticket;
     if (runnable_end_ == kDeferring) ticket = vacant().deferred_ticket;

@@ -43,8 +43,8 @@ struct Problem {
     if (swap_operands()) return kSwapTokenTile;
     return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
   }
-  // In a group: images of tokens are put together from rows on the expert's rank (kernels/image_assembly.cuh), instead of
-  // written by the token's.
+  // In a group: images of tokens are put together from rows on the expert's rank (kernels/image_assembly.cuh),
+  // instead of written by the token's.
   bool assembles_images() const {
     return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
            num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;

@@ -52,8 +52,8 @@ constexpr double kRoutesPerExpertTimesRate = 2850.0;
 // Unit: bytes of a rank's gate/up weights. Measured: "Rows, and what stays in the L2".
 constexpr long long kMostGateUpBytesBesideActivations = 1LL << 30;
 
-// From so many on, a group's images of tokens are put together on the expert's rank while units run, instead of written by
-// the token's rank before the first unit. Fewer tokens are there sooner if they are written.
+// From so many on, a group's images of tokens are put together on the expert's rank while units run, instead of
+// written by the token's rank before the first unit. Fewer tokens are there sooner if they are written.
 // Unit: routes per expert. Measured: "Images put together while units run".
 constexpr int kLeastRoutesPerExpertAssembled = 256;
 

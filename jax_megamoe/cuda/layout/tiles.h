@@ -1,4 +1,5 @@
-// Tile geometry shared by host and device. The weight layout is documented in jax_megamoe/weight_layout.py, its Python twin.
+// Tile geometry shared by host and device. The weight layout is documented in jax_megamoe/weight_layout.py, its
+// Python twin.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +18,17 @@ constexpr int kPlaneRows = 64;
 constexpr int kBlockK = 128;
 // Floats for the rows of a plane, where rows have scales: 64 scales, then 64 biases.
 constexpr int kPlaneRowTerms = 2 * kPlaneRows;
-// Scales of blocks are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two K blocks.
+// Scales of blocks are stored as 16-byte vectors: for gate/up one per K block (gate, up, 0, 0), for down one per two
+// K blocks.
 constexpr int kScaleVectorFloats = 4;
 constexpr int kScaleVectorBytes = kScaleVectorFloats * 4;
-// Rows of weights that a unit of work multiplies: 64 gate and 64 up rows, or two neighbouring tiles of 64 hidden columns.
+// Rows of weights that a unit of work multiplies: 64 gate and 64 up rows, or two neighbouring tiles of 64 hidden
+// columns.
 constexpr int kGateUpTileColumns = 64;
 constexpr int kDownTileColumns = 64;
 constexpr int kDownUnitColumns = 2 * kDownTileColumns;
-// Intermediate columns that share one activation scale: what a unit has of them. Scales are powers of two, so that the larger
-// of two neighbours' serves both with the same FP8 values, but for those that get subnormal.
+// Intermediate columns that share one activation scale: what a unit has of them. Scales are powers of two, so that
+// the larger of two neighbours' serves both with the same FP8 values, but for those that get subnormal.
 constexpr int activation_scale_columns(bool swap_operands) { return (swap_operands ? 1 : 2) * kGateUpTileColumns; }
 
 // Tokens of one expert that one unit of work multiplies. swapAB and the wide orientation put them on the WGMMA N

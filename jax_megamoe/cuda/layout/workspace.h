@@ -15,8 +15,8 @@ struct RowSource {
   float weight;
 };
 
-// Scratch of one call: images (layout/image.h) of tokens and of activations, chunk after chunk. Tokens that are gathered by
-// row have the scales of their images, and lie as [T, H] in the place of these.
+// Scratch of one call: images (layout/image.h) of tokens and of activations, chunk after chunk. Tokens that are
+// gathered by row have the scales of their images, and lie as [T, H] in the place of these.
 struct Workspace {
   // What other ranks read or write: in the group's buffer, or with the rest.
   uint8_t* token_rows;     // [T, H] e4m3, where images are assembled
