@@ -32,12 +32,11 @@ def buffer_bytes(
     """What one call of the fused kernel over `num_ranks` ranks needs on each of them, weights and results not counted.
 
     `num_tokens` are those of one rank; `num_experts` those of all ranks together; `format` is that of the weights,
-    `batch_invariant` the option of `moe`.
-    Sizes that are no multiples of 128 count as the next ones, as weights with `pad=True` have them. A group has one
-    symmetric buffer, which serves all layers and every smaller call: with buckets of sizes, ask for the largest. The
-    first call of a larger size makes all ranks replace the buffer by a larger one, together: run the largest first,
-    and it is made once. It may be larger than said here by up to an eighth. Not XLA's memory: leave room for it
-    (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    `batch_invariant` the option of `moe`. Sizes that are no multiples of 128 count as the next ones, as weights with
+    `pad=True` have them. A group has one symmetric buffer, which serves all layers and every smaller call: with
+    buckets of sizes, ask for the largest. The first call of a larger size makes all ranks replace the buffer by a
+    larger one, together: run the largest first, and it is made once. It may be larger than said here by up to an
+    eighth. Not XLA's memory: leave room for it (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
     Raises:
       ShapeError: sizes that the kernel does not serve; num_experts is no multiple of num_ranks.

@@ -91,11 +91,6 @@ struct OneRank {
     return args.workspace.slot_outputs + static_cast<size_t>(route) * args.problem.hidden_size;
   }
   __device__ static int route_with_rank(const MoeArguments&, int route) { return route; }
-  // Of [T, length] `rows`, the one of the route's token.
-  template <typename T>
-  __device__ static const T* row_of_route(const MoeArguments& args, const T* rows, int route, int length) {
-    return rows + static_cast<size_t>(route / args.problem.top_k) * length;
-  }
   __device__ static int route_in_group(const MoeArguments&, int route) { return route; }
   __device__ static int id_of_route(const MoeArguments& args, int route) { return __ldg(args.topk_ids + route); }
   __device__ static bool has_ids() { return true; }
@@ -138,6 +133,7 @@ struct PeerRanks {
   __device__ static int route_with_rank(const MoeArguments& args, int route) {
     return args.peers.rank << kRouteRankShift | route;
   }
+  // Of [T, length] `rows` of the route's rank, the one of its token.
   template <typename T>
   __device__ static const T* row_of_route(const MoeArguments& args, const T* rows, int route, int length) {
     const int own = route & ((1 << kRouteRankShift) - 1);

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "common/bounded_wait.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/bulk_copy.cuh"
 #include "common/ptx/memory_order.cuh"
@@ -19,7 +18,7 @@
 
 namespace megamoe {
 
-// One warp.
+// One warp, in a group.
 template <typename Orientation, typename Group>
 class ImageAssembler {
  public:
@@ -27,7 +26,7 @@ class ImageAssembler {
       : args_(args), counters_(map.counters(args)), plan_(plan), buffer_(map.assembly_buffer()) {}
 
   __device__ __forceinline__ void run() {
-    if (!await_rows()) return;
+    if (!Group::await_rows(args_)) return;
     const int last = plan_.first_expert() + plan_.num_experts() - 1;
     const int pieces = (plan_.row_base(last) + round_up(plan_.count(last), kPieceRows)) / kPieceRows;
     for (int piece = __shfl_sync(~0u, draw(), 0); piece < pieces;) {
@@ -43,16 +42,6 @@ class ImageAssembler {
   static constexpr int kPlanes = kAssemblyPlanes;           // that are on their way together
   static constexpr int kLanesPerRow = kBlockK / sizeof(uint4);
   static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
-
-  // Until all rows are quantised; false in a group where some don't come.
-  __device__ __forceinline__ bool await_rows() const {
-    if constexpr (Group::kHasPeers) {
-      return Group::await_rows(args_);
-    } else {
-      await_at_least(counters_.dispatched_shares(), gridDim.x);
-      return true;
-    }
-  }
 
   // Lane 0 draws.
   __device__ __forceinline__ int draw() const {
@@ -90,7 +79,8 @@ class ImageAssembler {
     const int hidden = args_.problem.hidden_size, k_blocks = hidden / kBlockK;
 
     // The piece's chunk, and where it lies in the chunk's image.
-    const int e = expert_of_row(row), expert = plan_.first_expert() + e;
+    const int e = expert_of_row(row);
+    const int expert = plan_.first_expert() + e;
     const int first_chunk_row = plan_.row_base(expert), chunk = (row - first_chunk_row) / Orientation::kTokenTile;
     const int row_base = first_chunk_row + chunk * Orientation::kTokenTile;
     const int tokens = min(Orientation::kTokenTile, plan_.count(expert) - chunk * Orientation::kTokenTile);

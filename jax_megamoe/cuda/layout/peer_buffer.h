@@ -50,12 +50,6 @@ class PeerBuffer {
     }
     return bytes_for_one(p);
   }
-  static size_t bytes_for_one(const Problem& p) {
-    const size_t by_ids = ids_bytes(p) * kIdsShare;
-    // Two shares leave (kIdsShare - 2) of them for the rest; rounding takes a little of each.
-    const size_t rest = (sizeof(PeerHeader) + Workspace::shared_bytes(p)) / (kIdsShare - 2) * kIdsShare;
-    return (by_ids > rest ? by_ids : rest) + 8 * kIdsShare * Workspace::kAlignment;
-  }
 
   // What a rank has to know of the buffers, all of the same size; `mapped[r]` is rank r's as this rank's device sees
   // it.
@@ -83,6 +77,14 @@ class PeerBuffer {
   }
 
  private:
+  // Enough for problems of these sizes alone.
+  static size_t bytes_for_one(const Problem& p) {
+    const size_t by_ids = ids_bytes(p) * kIdsShare;
+    // Two shares leave (kIdsShare - 2) of them for the rest; rounding takes a little of each.
+    const size_t rest = (sizeof(PeerHeader) + Workspace::shared_bytes(p)) / (kIdsShare - 2) * kIdsShare;
+    return (by_ids > rest ? by_ids : rest) + 8 * kIdsShare * Workspace::kAlignment;
+  }
+
   // Each half's share of the buffer: little, and enough for hidden sizes from 1024.
   static constexpr size_t kIdsShare = 128;
 
