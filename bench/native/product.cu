@@ -17,7 +17,7 @@ namespace {
 
 using namespace megamoe;
 
-using O = Normal;
+using O = Normal<Fp8Block>;
 constexpr int kTiles = O::kUnitTiles, kStages = 4;
 constexpr int kTokenBytes = kNormalTokenTile * kBlockK, kStageBytes = kTokenBytes + O::kStageWeightBytes;
 constexpr int kTileRows = 2 * kPlaneRows;
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
       }
       const uint8_t* from = source + static_cast<size_t>((blockIdx.x % 16 * 97 + b) % kSourceStages) * kStageBytes;
       ptx::mbarrier_arrive_expect_tx(&full[stage], kStageBytes);
-      for (int o = 0; o < kStageBytes; o += kBlockWeightBytes) {
-        ptx::bulk_copy_global_to_shared(shared + stage * kStageBytes + o, from + o, kBlockWeightBytes, &full[stage]);
+      for (int o = 0; o < kStageBytes; o += O::kBlockWeightBytes) {
+        ptx::bulk_copy_global_to_shared(shared + stage * kStageBytes + o, from + o, O::kBlockWeightBytes, &full[stage]);
       }
     }
     return;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
       wgmma::pin(partial);
       wgmma::fence();
       wgmma::multiply_block<kTileRows, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights,
-                                                                       t * kBlockWeightBytes);
+                                                                       t * O::kBlockWeightBytes);
       wgmma::commit();
       const float* weight_scales = scales + kNormalTokenTile + 2 * t;
       const float even = weight_scales[0], odd = weight_scales[1];
