@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_megamoe as mm
-from bench.presets import ROUTINGS, Shape
+from bench.presets import ROUTINGS
+from bench.shape import Shape
 from bench.timing import NUM_CALLS
 from jax_megamoe import mxfp4, weight_layout
 from jax_megamoe.weight_layout import Format

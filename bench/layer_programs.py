@@ -21,7 +21,8 @@ import jax_megamoe as mm
 from bench import records
 from bench.inputs import make_inputs, make_weights
 from bench.measure import difference, microseconds_per_call
-from bench.presets import SHAPES, Shape
+from bench.presets import SHAPES
+from bench.shape import Shape
 from bench.timing import NUM_CALLS
 
 Layer = Callable[[jax.Array, Any], jax.Array]

@@ -12,7 +12,7 @@ import numpy as np
 import jax_megamoe as mm
 from bench.inputs import Inputs
 from bench.metric import relative_difference
-from bench.presets import Shape
+from bench.shape import Shape
 from bench.timing import NUM_CALLS, Timing, time_per_call
 from jax_megamoe.primitives import _library
 

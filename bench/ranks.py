@@ -15,8 +15,9 @@ import jax_megamoe as mm
 from bench import presets, records
 from bench.inputs import Inputs, make_inputs, make_weights
 from bench.measure import ceiling_program, difference, microseconds_per_call, program_of
-from bench.presets import SHAPES, Shape
+from bench.presets import SHAPES
 from bench.progress import Progress
+from bench.shape import Shape
 from bench.table import text
 from bench.timing import NUM_CALLS
 from jax_megamoe.weight_layout import Format

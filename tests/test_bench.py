@@ -11,7 +11,8 @@ from bench.__main__ import main
 from bench.compare import compare
 from bench.inputs import make_inputs, make_weights
 from bench.measure import dense_layer, ragged_layer
-from bench.presets import MODELS, ROUTINGS, SHAPES, Shape
+from bench.presets import MODELS, ROUTINGS, SHAPES
+from bench.shape import Shape
 from bench.timing import NUM_CALLS, time_per_call
 from tests.support.bench_cases import SMALL, row_of
 

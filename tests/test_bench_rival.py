@@ -1,6 +1,7 @@
 """The benchmark's column of the rival, with stand-ins for its process."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_rival_that_hangs_is_ended(tmp_path):
     client.write_request(tmp_path, SMALL, [("uniform", 1)])
     found = client.run_rival(python_that(tmp_path, "import time; time.sleep(60)"), tmp_path, timeout=1)
     assert "no result after 1 s" in found["uniform-1"]["error"]
+
+
+def test_rivals_process_needs_no_jax():
+    """Its interpreter has none, and one that has would lend the rival's process a second set of CUDA libraries."""
+    code = """
+import sys
+sys.modules |= {"jax": None, "jaxlib": None, "jax_megamoe": None}  # whoever imports these fails
+import bench.rival.__main__
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_rival_says_what_is_missing():

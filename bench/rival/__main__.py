@@ -18,9 +18,9 @@ import sys
 import traceback
 from typing import TextIO
 
-from bench.presets import Shape
 from bench.rival.check import check_against_model
 from bench.rival.process import Rival, compile_kernels, run_cases, versions
+from bench.shape import Shape
 
 
 def main(argv: list[str] | None = None) -> int:

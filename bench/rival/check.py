@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.presets import Shape
 from bench.rival import MAX_DIFF
 from bench.rival.process import Rival, find_compiler, versions
+from bench.shape import Shape
 from bench.timing import NUM_CALLS
 
 SHAPE = Shape(hidden_size=1024, intermediate_size=512, num_experts=8, top_k=4)

@@ -15,8 +15,8 @@ import numpy as np
 
 import jax_megamoe as mm
 from bench.inputs import Inputs
-from bench.presets import Shape
 from bench.rival import MAX_DIFF
+from bench.shape import Shape
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from bench.metric import relative_difference
-from bench.presets import Shape
 from bench.rival import PACKAGES
+from bench.shape import Shape
 from bench.timing import time_per_call
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.presets import Shape
+from bench.shape import Shape
 
 SMALL = Shape(256, 128, 16, 4)
 
