@@ -1,14 +1,13 @@
 """Command line: `python -m bench` measures; its subcommands are described by --help."""
 
 import argparse
-import os
 import pathlib
 import sys
 from typing import Any
 
 from bench import buffer_sizes, compare, floor_figure, layers, plot, presets, ranks, readme, records
 from bench.measure import METHOD
-from bench.rival import INSTALL, client
+from bench.rival import client
 from bench.run import Plan, run
 
 COMMANDS = (
@@ -78,8 +77,7 @@ def run_measure(arguments: list[str]) -> int:
     parser.add_argument("--alternatives", action="store_true", help="also jnp reference, ragged_dot and dense bf16")
     invariant_help = "also `moe` with batch_invariant=True, and how many times as long that takes"
     parser.add_argument("--batch-invariant", action="store_true", help=invariant_help)
-    parser.add_argument("--rivals", action="store_true", help=f"also the public rival, with fp8_block ({INSTALL})")
-    parser.add_argument("--rival-python", default=sys.executable, help="an interpreter that has the rival and torch")
+    client.add_options(parser)
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
     options = parser.parse_args(arguments)
@@ -93,11 +91,8 @@ def run_measure(arguments: list[str]) -> int:
         options.rival_python if options.rivals else None,
         options.output,
     )
-    about_rivals: dict[str, Any] = {}
-    if plan.rival_python is not None:
-        # The rival's process needs memory of the same device.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        about_rivals["rivals"] = client.versions_of(plan.rival_python)
+    rivals = client.ask_versions(options)
+    about_rivals = {} if rivals is None else {"rivals": rivals}
     run(plan, {**records.describe(options.commit, METHOD), "routing": options.routing, **about_rivals, "shapes": {}})
     return 0
 

@@ -4,7 +4,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-from bench.records import label
+from bench.records import label, rival_name, rival_us
 
 # What a row holds beside our own time, and its name in the legend.
 ALTERNATIVES = {"ragged_us": "ragged_dot, bf16", "dense_us": "dense, bf16"}
@@ -34,8 +34,8 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[Line]]:
                 lines = [
                     _line(f"jax_megamoe, {where}", [(row, row["us"]) for row in kept], is_ours=True),
                     _line(
-                        f"sgl-deep-gemm, {where}",
-                        [(row, row["rival"]["us"]) for row in kept if "us" in row.get("rival", {})],
+                        f"{rival_name(result)}, {where}",
+                        [(row, us) for row in kept if (us := rival_us(row)) is not None],
                     ),
                     *(
                         _line(f"{title}, {where}", [(row, row[key]) for row in kept if key in row])

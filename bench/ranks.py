@@ -1,10 +1,13 @@
-"""`python -m bench ranks`: the expert layer over the GPUs of a host, fused and with XLA's collectives."""
+"""`python -m bench ranks`: the expert layer over the GPUs of a host, fused, with XLA's collectives, and the rival's."""
 
 import argparse
 import functools
 import itertools
 import pathlib
-from typing import Any
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,14 +15,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from bench import presets, records
+from bench import presets, records, table
 from bench.inputs import Inputs, make_inputs, make_weights
 from bench.measure import ceiling_program, difference, microseconds_per_call, program_of
 from bench.presets import SHAPES
 from bench.progress import Progress
+from bench.rival import client
 from bench.shape import Shape
 from bench.table import text
-from bench.timing import NUM_CALLS
+from bench.timing import NUM_CALLS, Timing
 from jax_megamoe.weight_layout import Format
 
 METHOD = (
@@ -29,7 +33,10 @@ METHOD = (
     "`python -m bench`, until all ranks are done. The ceiling is the time to read, on one of the GPUs, the weights of "
     "the experts that are hit on the rank where most of them are, on average over the calls; beyond is what the fused "
     "call takes more than that. Collective is implementation='collective' on the same inputs, and diff the distance "
-    "between both results."
+    "between both results. The rival, where it was asked for, has a process for each of the same GPUs, after ours, and "
+    "gets the same weights and inputs; each process replays a CUDA graph of as many calls, each with its "
+    "quantise-and-stage kernel. A run starts when all processes have come to it; it is timed alike, and counts with "
+    "what the slowest of them took."
 )
 COLUMNS = (
     "ranks",
@@ -58,9 +65,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--routing", default="uniform", help=f"of {', '.join(presets.ROUTINGS)}, or all")
     invariant_help = "all of it with batch_invariant=True, where diff has to be 0"
     parser.add_argument("--batch-invariant", action="store_true", help=invariant_help)
+    client.add_options(parser)
     parser.add_argument("--commit", default=None, help="where there is no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file, written after each row")
     options = parser.parse_args(arguments)
+    rivals = client.ask_versions(options)
     num_devices = len(jax.devices())
     try:
         shapes, routings = presets.select_shapes(options.shapes), presets.select_routings(options.routing)
@@ -77,38 +86,91 @@ def main(arguments: list[str]) -> int:
     result: dict[str, Any] = {
         **records.describe(options.commit, METHOD),
         "batch_invariant": options.batch_invariant,
+        **({} if rivals is None else {"rivals": rivals}),
         "rows": {},
     }
-    progress = Progress(len(shapes) * len(ranks) * len(formats) * len(routings) * len(tokens))
+    asks_rival = rivals is not None and client.FORMAT in formats
+    runs_rival = asks_rival and "error" not in result["rivals"]
+    num_rows = len(shapes) * len(ranks) * len(routings) * len(tokens)
+    progress = Progress(num_rows * (len(formats) + runs_rival))
+
+    def write() -> None:
+        if options.output is not None:
+            records.write(options.output, result)
+
     for name in shapes:
-        result["rows"][name] = []
+        rows: list[dict[str, Any]] = []
+        result["rows"][name] = rows
         print(f"{name} {SHAPES[name]} on each of the ranks, {result['device']}")
         print(" ".join(f"{column:>13}" for column in COLUMNS))
         for num_ranks, format in itertools.product(ranks, formats):
-            for row in measure(SHAPES[name], num_ranks, format, routings, tokens, options.batch_invariant):
-                result["rows"][name].append(row)
+            plan = Plan(name, num_ranks, format, routings, tokens, options.batch_invariant)
+            first = len(rows)
+            with_rival = runs_rival and format == client.FORMAT
+            for row in measure_with_rival(plan, options.rival_python, progress) if with_rival else measure(plan):
+                rows.append(row)
                 print(" ".join(f"{text(row.get(column)):>13}" for column in COLUMNS), flush=True)
-                progress.step(
-                    f"{records.label(name, row['routing'], format)}: {num_ranks} ranks, {row['tokens']} tokens"
-                )
-                if options.output is not None:
-                    records.write(options.output, result)
+                title = records.label(name, row["routing"], format)
+                progress.step(f"{title}: {num_ranks} ranks, {row['tokens']} tokens")
+                write()
+            if asks_rival and not runs_rival and format == client.FORMAT:
+                client.merge(rows[first:], {}, why=result["rivals"]["error"])
+        if asks_rival:
+            beside = [row for row in rows if "rival" in row]
+            for row in beside:
+                row["winner"] = table.winner(row)
+            table.print_rivals(f"{name}: ours and {records.rival_name(result)}", beside, table.RIVALS_OF_RANKS)
+        write()
     return 0
 
 
-def measure(
-    share: Shape, num_ranks: int, format: Format, routings: list[str], token_counts: list[int], batch_invariant: bool
-) -> Any:
-    """Yields the rows of one shape, that of each rank, number of ranks and format of the weights."""
-    mesh = jax.make_mesh((num_ranks,), ("expert",), devices=jax.devices()[:num_ranks])
-    whole = share._replace(num_experts=share.num_experts * num_ranks)
+class Plan(NamedTuple):
+    """What is measured with one set of weights: the shape is that of each rank."""
+
+    name: str
+    num_ranks: int
+    format: Format
+    routings: list[str]
+    tokens: list[int]
+    batch_invariant: bool
+
+    @property
+    def share(self) -> Shape:
+        """The sizes of each rank's layer."""
+        return SHAPES[self.name]
+
+
+def measure_with_rival(plan: Plan, python: str, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `measure`; after the last one they have the rival's records, too."""
+    with tempfile.TemporaryDirectory(prefix="jax-megamoe-bench-") as name:
+        folder = pathlib.Path(name)
+        client.write_request(folder, plan.share, list(itertools.product(plan.routings, plan.tokens)))
+        title = f"{plan.name}: the rival, {plan.num_ranks} ranks"
+        print(f"{title}, compiles its kernels", file=sys.stderr, flush=True)
+        # Before anything is timed: it loads the processors and the devices.
+        client.compile_ahead(python, folder, plan.share, plan.tokens, plan.num_ranks)
+        rows = []
+        for row in measure(plan, folder):
+            rows.append(row)
+            yield row
+        found = client.run_rival(python, folder, lambda case: progress.step(f"{title}, {case} tokens"), plan.num_ranks)
+        client.merge(rows, found)
+
+
+def measure(plan: Plan, folder: pathlib.Path | None = None) -> Iterator[dict[str, Any]]:
+    """Yields a row for each routing and number of tokens; into `folder` goes what the rival needs to do the same."""
+    mesh = jax.make_mesh((plan.num_ranks,), ("expert",), devices=jax.devices()[: plan.num_ranks])
+    whole = plan.share._replace(num_experts=plan.share.num_experts * plan.num_ranks)
     split = NamedSharding(mesh, P("expert"))
-    weights = jax.jit(functools.partial(make_weights, whole, format), out_shardings=split)()
-    for routing in routings:
-        for tokens in token_counts:
-            inputs = make_inputs(whole, tokens * num_ranks, routing, seed=tokens, num_calls=_calls_of(tokens))
-            row = _row(share, num_ranks, tokens, mesh, weights, inputs, batch_invariant)
-            yield {"ranks": num_ranks, "routing": routing, "format": format, **row}
+    weights = jax.jit(functools.partial(make_weights, whole, plan.format), out_shardings=split)()
+    if folder is not None:
+        client.write_weights(folder, weights)
+    for routing, tokens in itertools.product(plan.routings, plan.tokens):
+        inputs = make_inputs(whole, tokens * plan.num_ranks, routing, seed=tokens, num_calls=_calls_of(tokens))
+        row, results = _row(plan, tokens, mesh, weights, inputs)
+        if folder is not None:
+            client.write_case(folder, client.case_name(routing, tokens), inputs, results)
+        yield {"ranks": plan.num_ranks, "routing": routing, "format": plan.format, **row}
 
 
 def _calls_of(tokens: int) -> int:
@@ -116,23 +178,21 @@ def _calls_of(tokens: int) -> int:
 
 
 def _row(
-    share: Shape,
-    num_ranks: int,
-    tokens: int,
-    mesh: Any,
-    weights: mm.ExpertWeights,
-    inputs: Inputs,
-    batch_invariant: bool,
-) -> Any:
-    touched = float(np.mean([_most_touched(np.asarray(ids), share.num_experts, num_ranks) for ids in inputs.topk_ids]))
+    plan: Plan, tokens: int, mesh: Any, weights: mm.ExpertWeights, inputs: Inputs
+) -> tuple[dict[str, Any], list[jax.Array]]:
+    """A row, and the results of its fused calls."""
+    touched = float(
+        np.mean([_most_touched(np.asarray(ids), plan.share.num_experts, plan.num_ranks) for ids in inputs.topk_ids])
+    )
     placed = jax.device_put(inputs, NamedSharding(mesh, P("expert")))
     on_gpu = mesh.devices.flat[0].platform == "gpu"
-    times, results = {}, {}
+    times: dict[str, Timing] = {}
+    results: dict[str, list[jax.Array]] = {}
     with jax.set_mesh(mesh):
         # "cuda" is an error, not collectives, where GPUs don't reach each other's memory.
         implementations: dict[str, Any] = {"fused": "cuda" if on_gpu else None, "collective": "collective"}
         for name, implementation in implementations.items():
-            layer = functools.partial(mm.moe, implementation=implementation, batch_invariant=batch_invariant)
+            layer = functools.partial(mm.moe, implementation=implementation, batch_invariant=plan.batch_invariant)
             program = program_of(layer)
             times[name] = microseconds_per_call(program, weights, placed, num_calls=_calls_of(tokens))
             results[name] = program(weights, placed)
@@ -146,7 +206,7 @@ def _row(
             ceiling_program(own.size, round(touched * weights.nbytes / weights.num_experts)), own
         ).us
         row["beyond_us"] = row["us"] - row["ceiling_us"]
-    return row
+    return row, results["fused"]
 
 
 def _most_touched(ids: np.ndarray, num_local_experts: int, num_ranks: int) -> int:

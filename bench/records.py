@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from bench.rival import PACKAGE
 from jax_megamoe import provenance
 
 
@@ -36,6 +37,19 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
 def label(name: str, routing: str, format: str = "fp8_block") -> str:
     """A shape, its routing and the format of its weights in a title; the latter two only where not the usual ones."""
     return ", ".join([name, *([routing] if routing != "uniform" else []), *([format] if format != "fp8_block" else [])])
+
+
+def rival_name(result: dict[str, Any]) -> str:
+    """The rival of a result and its version; the latter only where it is known."""
+    version = result.get("rivals", {}).get(PACKAGE)
+    return PACKAGE if version is None else f"{PACKAGE} {version}"
+
+
+def rival_us(row: dict[str, Any]) -> float | None:
+    """The rival's time in a row; None where it has none, or computed something else."""
+    rival = row.get("rival", {})
+    us: float | None = None if "error" in rival else rival.get("us")
+    return us
 
 
 def _name_the_rival(row: dict[str, Any]) -> None:

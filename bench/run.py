@@ -15,8 +15,6 @@ from bench.progress import Progress
 from bench.rival import client
 from jax_megamoe.weight_layout import Format
 
-RIVAL_FORMAT: Format = "fp8_block"  # the only one that the rival is asked for
-
 
 class Plan(NamedTuple):
     """What to measure; `rival_python` is None where the rival was not asked for."""
@@ -37,22 +35,23 @@ def run(plan: Plan, result: dict[str, Any]) -> None:
         print("No GPU: a dry run of the program. These are no figures of the kernel.")
     has_rival = plan.rival_python is not None and "error" not in result["rivals"]
     num_rows = len(plan.shapes) * len(plan.routings) * len(plan.tokens)
-    progress = Progress(num_rows * (len(plan.formats) + (has_rival and RIVAL_FORMAT in plan.formats)))
+    progress = Progress(num_rows * (len(plan.formats) + (has_rival and client.FORMAT in plan.formats)))
     for name in plan.shapes:
         rows: list[dict[str, Any]] = []
         result["shapes"][name] = rows
         for format in plan.formats:
-            if has_rival and format == RIVAL_FORMAT:
+            if has_rival and format == client.FORMAT:
                 with tempfile.TemporaryDirectory(prefix="jax-megamoe-bench-") as folder:
                     _measure_with_rival(plan, name, result, progress, pathlib.Path(folder))
                 continue
             _measure_shape(plan, name, format, result, progress, None)
-            if plan.rival_python is not None and format == RIVAL_FORMAT:
+            if plan.rival_python is not None and format == client.FORMAT:
                 client.merge(_rows_with_rival(rows), {}, why=result["rivals"]["error"])
         if plan.alternatives or plan.rival_python is not None:
             for row in rows:
                 row["winner"] = table.winner(row)
-            table.print_rivals(name, rows, plan.alternatives)
+            columns = (*table.RIVALS, *(table.ALTERNATIVES if plan.alternatives else ()))
+            table.print_rivals(f"{name}: ours and {records.rival_name(result)}", rows, columns)
         _write(plan, result)
 
 
@@ -97,13 +96,13 @@ def _measure_with_rival(
     print(f"{name}: the rival compiles its kernels", file=sys.stderr, flush=True)
     # Before anything is timed: it loads the processor and the device.
     client.compile_ahead(plan.rival_python, folder, shape, plan.tokens)
-    _measure_shape(plan, name, RIVAL_FORMAT, result, progress, folder)
+    _measure_shape(plan, name, client.FORMAT, result, progress, folder)
     found = client.run_rival(plan.rival_python, folder, lambda case: progress.step(f"{name}: the rival, {case} tokens"))
     client.merge(_rows_with_rival(result["shapes"][name]), found)
 
 
 def _rows_with_rival(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["format"] == RIVAL_FORMAT]
+    return [row for row in rows if row["format"] == client.FORMAT]
 
 
 def _write(plan: Plan, result: dict[str, Any]) -> None:

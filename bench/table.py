@@ -21,6 +21,7 @@ COLUMNS = (
 ALTERNATIVES = ("reference_us", "ragged_us", "dense_us")
 INVARIANT = ("invariant_us", "invariant/us")  # with `batch_invariant`, and over the time without it
 RIVALS = ("format", "routing", "tokens", "us", "ratio", "rival us", "rival ratio", "rival diff", "ours/rival")
+RIVALS_OF_RANKS = ("ranks", "tokens", "routing", "us", "collective_us", "rival us", "diff to ours", "ours/rival")
 
 
 def print_header(title: str, alternatives: bool, batch_invariant: bool) -> None:
@@ -34,15 +35,16 @@ def print_row(row: dict[str, Any], alternatives: bool, batch_invariant: bool) ->
     print(_line(cells.get(column) for column in _columns(alternatives, batch_invariant)), flush=True)
 
 
-def print_rivals(name: str, rows: list[dict[str, Any]], alternatives: bool) -> None:
+def print_rivals(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """Who wins, row by row, and below why a column is empty."""
-    columns = (*RIVALS, *(ALTERNATIVES if alternatives else ()), "winner")
-    print(f"\n{name}: ours and the rivals\n{_line(columns)}")
+    columns = (*columns, "winner")
+    print(f"\n{title}\n{_line(columns)}")
     errors: list[str] = []
     for row in rows:
         rival = row.get("rival", {})
         cells = {**row, "ours/rival": row.get("ours_over_rival"), "rival us": rival.get("us")}
-        cells |= {f"rival {key}": rival.get(key) for key in ("ratio", "diff")}
+        cells |= {"rival ratio": rival.get("ratio"), "rival diff": rival.get("diff")}
+        cells["diff to ours"] = rival.get("diff_to_ours")
         if "error" in rival:
             cells["rival us"] = "absent" if "not installed" in rival["error"] else "failed"
             errors.append(rival["error"].strip().splitlines()[-1])

@@ -19,18 +19,33 @@ class Timing(NamedTuple):
     us_most: float
 
 
-def time_per_call(enqueue: Callable[[], Any], wait: Callable[[Any], Any], num_calls: int = NUM_CALLS) -> Timing:
-    """Times a program of `num_calls` calls; `wait` waits for what `enqueue` returned."""
+def itself(seconds: float) -> float:
+    """What the slowest process took, where there is one only."""
+    return seconds
+
+
+def time_per_call(
+    enqueue: Callable[[], Any],
+    wait: Callable[[Any], Any],
+    num_calls: int = NUM_CALLS,
+    slowest: Callable[[float], float] = itself,
+) -> Timing:
+    """Times a program of `num_calls` calls; `wait` waits for what `enqueue` returned.
+
+    Where several processes run it together, all of them come here, and `slowest` tells each of them the most of what
+    they took. It returns when all have called it, so that they also start a run together.
+    """
     for _ in range(3):  # compiles, then captures
         wait(enqueue())
+    slowest(0.0)
     start = time.perf_counter()
     wait(enqueue())
-    repeats = max(1, min(MAX_REPEATS, int(RUN_SECONDS / (time.perf_counter() - start)) + 1))
+    repeats = max(1, min(MAX_REPEATS, int(RUN_SECONDS / slowest(time.perf_counter() - start)) + 1))
     times = []
     for _ in range(NUM_RUNS):
         start = time.perf_counter()
         for _ in range(repeats):
             result = enqueue()
         wait(result)
-        times.append((time.perf_counter() - start) * 1e6 / (repeats * num_calls))
+        times.append(slowest(time.perf_counter() - start) * 1e6 / (repeats * num_calls))
     return Timing(statistics.median(times), min(times), max(times))

@@ -56,7 +56,7 @@ def test_table_of_rivals_says_what_is_missing(capsys):
         row_of(100.0, routing="uniform", winner="-", rival={"error": "not installed: torch"}),
         row_of(100.0, routing="uniform", winner="-", rival={"error": "Traceback\nRuntimeError: it broke\n"}),
     ]
-    table.print_rivals("flash", rows, alternatives=False)
+    table.print_rivals("flash", rows, table.RIVALS)
     out = capsys.readouterr().out
     assert "absent" in out and "failed" in out
     assert "RuntimeError: it broke" in out and INSTALL in out

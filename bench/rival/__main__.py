@@ -5,6 +5,9 @@
     python -m bench.rival FOLDER              times the cases that `bench.rival.client` wrote there
     python -m bench.rival FOLDER --compile 8  only compiles the kernels for 8 tokens, so that many can do so at a time
 
+With --place RANK,RANKS,PORT it is one of RANKS processes that run the layer together, on the GPU number RANK; the
+first of them reports.
+
 The kernels are compiled at the first call: nvcc has to be on PATH or in CUDA_HOME, and DG_JIT_CACHE_DIR may name where
 they are kept. Prints one JSON object a line on the standard output, and everything else, that of libraries too, on the
 standard error.
@@ -19,6 +22,7 @@ import traceback
 from typing import TextIO
 
 from bench.rival.check import check_against_model
+from bench.rival.place import Place
 from bench.rival.process import Rival, compile_kernels, run_cases, versions
 from bench.shape import Shape
 
@@ -30,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=pathlib.Path, nargs="?")
     parser.add_argument("--compile", type=int, metavar="TOKENS", help="only compile")
+    place_help = "which of several processes this is, and where they meet"
+    parser.add_argument("--place", type=Place.parse, metavar="RANK,RANKS,PORT", help=place_help)
     parser.add_argument("--check", action="store_true", help="one small case against a quantisation model")
     parser.add_argument("--versions", action="store_true", help="what is installed")
     options = parser.parse_args(argv)
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             report = check_against_model()
         else:
             request = json.loads((options.folder / "request.json").read_text())
-            rival = Rival()
+            rival = Rival(options.place or Place.alone())
             if options.compile is None:
                 run_cases(rival, options.folder, request, output)
             else:
