@@ -1,4 +1,4 @@
-"""README's figure: time over the memory floor against tokens, of ours, the rivals and `ragged_dot` on one H200."""
+"""README's figure: time over the memory floor against tokens, of ours, the rival and `ragged_dot` on one H200."""
 
 import math
 from typing import NamedTuple
@@ -22,23 +22,20 @@ class Line(NamedTuple):
 
 
 def lines_of(shape: str) -> list[Line]:
-    """The lines of a shape, the rivals' first, so that ours lies on top."""
-    rivals = records.read(CURRENT / TABLES["rivals"].files[0])["shapes"][shape]
+    """The lines of a shape, the others' first, so that ours lies on top."""
+    beside = records.read(CURRENT / TABLES["rivals"].files[0])
+    rival = [(row["tokens"], records.rival_us(row), row["ceiling_us"]) for row in beside["shapes"][shape]]
     alternatives = records.read(CURRENT / TABLES["jax"].files[0])["shapes"][shape]
     ours = []
     for table in (TABLES["few"], TABLES["many"]):
         rows = records.read(CURRENT / table.files[0])["shapes"][shape]
         ours += [(row["tokens"], row["ratio"]) for row in rows if table.least <= row["tokens"] <= table.most]
 
-    def rival(version: str) -> list[tuple[int, float]]:
-        known = [(row, row.get("rivals", {}).get(version)) for row in rivals]
-        return [(row["tokens"], us / row["ceiling_us"]) for row, us in known if us is not None]
-
     return [
         Line("ragged_dot, BF16", [(row["tokens"], row["ragged_us"] / row["ceiling_us"]) for row in alternatives],
              "#8a8f98", "2 3"),
-        Line("sgl-deep-gemm 0.1.4", rival("0.1.4"), "#d08770", "6 3"),
-        Line("sgl-deep-gemm 0.2.5", rival("0.2.5"), "#b0413e", "6 3"),
+        Line(records.rival_name(beside), [(tokens, us / floor) for tokens, us, floor in rival if us is not None],
+             "#b0413e", "6 3"),
         Line("jax_megamoe", ours, "#1f5fa8", ""),
     ]  # fmt: skip
 

@@ -18,7 +18,10 @@ Cell = Callable[[dict[str, Row]], float | None]
 
 
 class Column(NamedTuple):
-    """One column for each shape: its title, its cells, and how many digits follow the point (None: of a time)."""
+    """One column for each shape: its title, its cells, and how many digits follow the point (None: of a time).
+
+    Tables leave out a column that has no cells.
+    """
 
     title: str
     cell: Cell
@@ -55,14 +58,20 @@ def _quotient(above: Cell, below: Cell) -> Cell:
     return cell
 
 
+def _rival_us(rows: dict[str, Row]) -> float | None:
+    row = rows.get("fp8_block")
+    return None if row is None else records.rival_us(row)
+
+
 US = Column("us", _of("us"))
+RIVAL = Column("rival", _rival_us)
 FLOOR = Column("over the floor", _of("ratio"), 2)
 MXFP4 = (
     Column("us", _of("us", format="mxfp4")),
     Column("over its floor", _of("ratio", format="mxfp4"), 2),
     Column("times as fast as FP8", _quotient(_of("us"), _of("us", format="mxfp4")), 2),
 )
-RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_us")))
+RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_us")), RIVAL)
 TABLES = {
     "few": Table(("h200-2026-11-29-f8c007c.json",), "python -m bench", (US, FLOOR), most=128),
     "many": Table(("h200-2026-11-29-bca3f71.json",), "python -m bench", (US,), least=512),
@@ -75,11 +84,7 @@ TABLES = {
         "python -m bench`, from 256 tokens on with `--rivals",
         (US, FLOOR),
     ),
-    "rivals": Table(
-        ("h200-2026-11-28-74de068-rivals.json",),
-        "",
-        (US, Column("0.2.5", _of("rivals", "0.2.5")), Column("0.1.4", _of("rivals", "0.1.4"))),
-    ),
+    "rivals": Table(("h200-2026-11-28-74de068-rivals.json",), "", (US, RIVAL)),
     "jax": Table(
         ("h200-2026-11-24-c1fa5d4-alternatives.json",),
         "python -m bench --alternatives",
@@ -136,18 +141,24 @@ def lines_of(table: Table) -> str:
     """The table in Markdown: what it was measured on above its rows."""
     results = [records.read(CURRENT / name) for name in table.files]
     first = results[0]
-    if any((result["commit"], result["device"]) != (first["commit"], first["device"]) for result in results):
+    if len({(result["commit"], result["device"]) for result in results}) > 1:
         raise ValueError(f"{', '.join(table.files)} are of several commits or devices, wanted a table of one")
+    rivals = {records.rival_name(result) for result in results}
+    if RIVAL in table.columns and len(rivals) > 1:
+        raise ValueError(f"{', '.join(table.files)} have {' and '.join(sorted(rivals))}, wanted a table of one rival")
+    rows = _rows(table, results)
+    columns = [column for column in table.columns if any(any(_cells(column, row)) for row in rows.values())]
     about = f"{first['device'].removeprefix('NVIDIA ')}, {first['date']}, commit {first['commit']}"
     about += f", `{table.command}`" if table.command else ""
-    titles = [f"{shape}, {column.title}" for shape in SHAPES.values() for column in table.columns]
+    about += f", the rival is {records.rival_name(first)}" if RIVAL in columns else ""
+    titles = [f"{shape}, {column.title}" for shape in SHAPES.values() for column in columns]
     return "\n".join(
         [
             f"{about}:",
             "",
             f"| tokens | {' | '.join(titles)} |",
             "| --- " * (1 + len(titles)) + "|",
-            *(f"| {tokens} | {' | '.join(_cells(table, rows))} |" for tokens, rows in _rows(table, results).items()),
+            *(f"| {tokens} | {' | '.join(_line(columns, row))} |" for tokens, row in rows.items()),
         ]
     )
 
@@ -163,8 +174,14 @@ def _rows(table: Table, results: list[dict[str, Any]]) -> dict[int, dict[str, di
     return dict(sorted(found.items()))
 
 
-def _cells(table: Table, rows: dict[str, dict[str, Row]]) -> list[str]:
-    return [_text(column.cell(rows.get(shape, {})), column.digits) for shape in SHAPES for column in table.columns]
+def _line(columns: list[Column], rows: dict[str, dict[str, Row]]) -> list[str]:
+    cells = [_cells(column, rows) for column in columns]
+    return [cell for of_shape in zip(*cells, strict=True) for cell in of_shape]
+
+
+def _cells(column: Column, rows: dict[str, dict[str, Row]]) -> list[str]:
+    """A column's cell of each shape."""
+    return [_text(column.cell(rows.get(shape, {})), column.digits) for shape in SHAPES]
 
 
 def _text(value: float | None, digits: int | None) -> str:

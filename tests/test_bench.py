@@ -294,6 +294,13 @@ def test_plot_has_a_panel_for_each_shape_with_ours_first(tmp_path):
     assert image.stat().st_size > 1000
 
 
+def test_plot_names_the_rivals_version_and_leaves_wrong_results_out():
+    wrong = row_of(10.0, tokens=2, ceiling_us=8.0, rival={**row_of(1.0), "error": "wrong result"})
+    result = result_of(row_of(10.0, tokens=1, ceiling_us=8.0, rival=row_of(12.0)), wrong)
+    drawn = plot.panels([{**result, "rivals": {"sgl-deep-gemm": "0.2.9"}}])["flash"]
+    assert [(line.name, line.ratios) for line in drawn[1:]] == [("sgl-deep-gemm 0.2.9, d", [1.5])]
+
+
 def test_plot_without_a_ceiling_is_refused(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     source = tmp_path / "result.json"

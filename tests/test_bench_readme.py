@@ -67,6 +67,29 @@ def test_a_table_says_what_it_is_of(tmp_path, monkeypatch):
     ]
 
 
+def test_a_table_beside_the_rival_names_its_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "CURRENT", tmp_path)
+    rows = [
+        row_of(41.26, tokens=1, rival=row_of(60.0)),
+        row_of(150.0, tokens=8, rival={**row_of(1.0), "error": "wrong result"}),
+    ]
+    written(tmp_path, "one.json", shapes={"flash": rows}, rivals={"sgl-deep-gemm": "0.2.9"})
+    written(tmp_path, "older.json")
+    table = readme.Table(("one.json",), "python -m bench --rivals", (readme.US, readme.RIVAL))
+    assert readme.lines_of(table).split("\n") == [
+        "H200, 2026-11-30, commit 1234567, `python -m bench --rivals`, the rival is sgl-deep-gemm 0.2.9:",
+        "",
+        "| tokens | Flash, us | Flash, rival | Pro, us | Pro, rival |",
+        "| --- | --- | --- | --- | --- |",
+        "| 1 | 41.3 | 60.0 |  |  |",
+        "| 8 | 150 |  |  |  |",
+    ]
+    # Files of before there was such a column do without.
+    assert "rival" not in readme.lines_of(table._replace(files=("older.json",), command=""))
+    with pytest.raises(ValueError, match=r"have sgl-deep-gemm and sgl-deep-gemm 0\.2\.9, wanted a table of one rival"):
+        readme.lines_of(table._replace(files=("one.json", "older.json")))
+
+
 def test_a_table_is_of_one_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "CURRENT", tmp_path)
     written(tmp_path, "one.json")
