@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "guards.h"
 #include "host/launch.h"
 #include "reference.cuh"
 #include "timing.h"
@@ -20,11 +21,17 @@ namespace probe {
 using megamoe::MoeArguments;
 using megamoe::Problem;
 
+// `name` is what a report of damaged guard bands says.
 template <typename T>
-inline T* device_array(size_t count) {
+inline T* device_array(size_t count, const char* name = "an array of the reference") {
+  if (guards != nullptr) return static_cast<T*>(guards->allocate(name, count * sizeof(T)));
   void* pointer;
   CHECK(cudaMalloc(&pointer, std::max<size_t>(count, 1) * sizeof(T)));
   return static_cast<T*>(pointer);
+}
+
+inline void device_free(const void* pointer) {
+  if (guards == nullptr || !guards->release(pointer)) CHECK(cudaFree(const_cast<void*>(pointer)));
 }
 
 static __global__ void fill_e4m3(uint8_t* out, size_t count, uint32_t seed) {
@@ -107,10 +114,10 @@ struct Weights {
     const size_t gate_up_count = static_cast<size_t>(e) * 2 * i * h, down_count = gate_up_count / 2;
     const size_t scales = static_cast<size_t>(e) * (i / 64) * (h / 128) * 4;
     const size_t down_scales = static_cast<size_t>(e) * (h / 64) * ((i / 128 + 1) / 2) * 4;
-    gate_up = device_array<uint8_t>(gate_up_count);
-    down = device_array<uint8_t>(down_count);
-    gate_up_scale = device_array<float>(scales);
-    down_scale = device_array<float>(down_scales);
+    gate_up = device_array<uint8_t>(gate_up_count, "gate_up");
+    down = device_array<uint8_t>(down_count, "down");
+    gate_up_scale = device_array<float>(scales, "gate_up_scale");
+    down_scale = device_array<float>(down_scales, "down_scale");
     fill_e4m3<<<1024, 256>>>(gate_up, gate_up_count, 1);
     fill_e4m3<<<1024, 256>>>(down, down_count, 2);
     const float size = 0.1f / std::sqrt(static_cast<float>(h));
@@ -122,10 +129,10 @@ struct Weights {
   }
 
   void make_row_scaled(const megamoe::WeightLeaves& leaves, int e) {
-    gate_up = device_array<uint8_t>(e * leaves[0].expert_bytes());
-    gate_up_scale = device_array<float>(e * leaves[1].expert_bytes() / sizeof(float));
-    down = device_array<uint8_t>(e * leaves[2].expert_bytes());
-    down_scale = device_array<float>(e * leaves[3].expert_bytes() / sizeof(float));
+    gate_up = device_array<uint8_t>(e * leaves[0].expert_bytes(), "gate_up");
+    gate_up_scale = device_array<float>(e * leaves[1].expert_bytes() / sizeof(float), "gate_up_scale");
+    down = device_array<uint8_t>(e * leaves[2].expert_bytes(), "down");
+    down_scale = device_array<float>(e * leaves[3].expert_bytes() / sizeof(float), "down_scale");
     const auto fill = format == megamoe::WeightFormat::kMxfp4 ? fill_mxfp4 : fill_e4m3;
     fill<<<1024, 256>>>(gate_up, e * leaves[0].expert_bytes(), 1);
     fill<<<1024, 256>>>(down, e * leaves[2].expert_bytes(), 2);
@@ -138,10 +145,29 @@ struct Weights {
   }
 
   void release() const {
-    for (void* pointer : {(void*)gate_up, (void*)down, (void*)gate_up_scale, (void*)down_scale})
-      CHECK(cudaFree(pointer));
+    for (const void* pointer : {(void*)gate_up, (void*)down, (void*)gate_up_scale, (void*)down_scale}) {
+      device_free(pointer);
+    }
   }
 };
+
+// PROBE_BARE in the environment: no guard bands and no poison, for compute-sanitizer. It looks for the same by itself,
+// and would take a band for a part of its buffer, and poison for values that somebody has set.
+inline bool is_bare() { return std::getenv("PROBE_BARE") != nullptr; }
+
+// What the kernel may read without anybody having written it, as it copies images whole and sources in pairs: rows with
+// which chunks are padded to eight. Nothing comes of them. All else of a workspace has to be written before it is read,
+// which initcheck sees.
+inline void set_padding(const Problem& p, const megamoe::Workspace& workspace) {
+  const size_t rows = p.max_rows(), hidden = p.hidden_size, inter = p.intermediate_size;
+  const size_t images = p.assembles_images() ? static_cast<size_t>(p.image_slots()) * p.token_tile() : rows;
+  const size_t scales = inter / megamoe::activation_scale_columns(p.swap_operands());
+  CHECK(cudaMemset(workspace.token_planes, 0xff, images * hidden));
+  CHECK(cudaMemset(workspace.token_scales, 0xff, images * (hidden / megamoe::kBlockK) * sizeof(float)));
+  CHECK(cudaMemset(workspace.row_sources, 0xff, rows * sizeof(megamoe::RowSource)));
+  CHECK(cudaMemset(workspace.activation_planes, 0xff, rows * inter));
+  CHECK(cudaMemset(workspace.activation_scales, 0xff, rows * scales * sizeof(float)));
+}
 
 // One set of inputs and outputs, on the device, with the host's copy of the ids.
 struct Call {
@@ -170,23 +196,23 @@ struct Call {
     args.problem = p;
     args.problem.format = w.format;
     args.num_layers = 1;
-    auto upload = [](const auto& host) {
+    auto upload = [](const auto& host, const char* name) {
       using T = typename std::decay_t<decltype(host)>::value_type;
-      T* device = device_array<T>(host.size());
+      T* device = device_array<T>(host.size(), name);
       CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
       return device;
     };
-    uint16_t* x = device_array<uint16_t>(y_count);
+    uint16_t* x = device_array<uint16_t>(y_count, "x");
     fill_normal<<<1024, 256>>>(x, y_count, seed * 2246822519u);
     args.x = x;
-    args.topk_ids = upload(ids);
-    args.topk_weights = upload(weights);
-    args.layer = upload(std::vector<int>{0});
+    args.topk_ids = upload(ids, "topk_ids");
+    args.topk_weights = upload(weights, "topk_weights");
+    args.layer = upload(std::vector<int>{0}, "layer");
     args.weights = {w.gate_up, w.gate_up_scale, w.down, w.down_scale};
     args.activation.clamp = 10.0f;
     args.routed_scaling_factor = 1.5f;
-    args.y = device_array<uint16_t>(y_count);
-    args.load = device_array<int>(p.num_local_experts);
+    args.y = device_array<uint16_t>(y_count, "y");
+    args.load = device_array<int>(p.num_local_experts, "load");
     args.y_is_f32 = false;
   }
 
@@ -194,6 +220,33 @@ struct Call {
     args.workspace.carve(args.problem, workspace);
     args.control = control;
     args.counter_words = megamoe::CounterSet::words(args.problem);
+  }
+
+  // Before a launch that has the workspace for itself: NaN everywhere that is not written.
+  void poison(void* workspace, size_t bytes) const {
+    poison_results();
+    if (is_bare()) {
+      set_padding(args.problem, args.workspace);
+    } else {
+      CHECK(cudaMemsetAsync(workspace, 0xff, bytes, nullptr));
+    }
+  }
+
+  // ... of y and load alone.
+  void poison_results() const {
+    if (is_bare()) return;
+    CHECK(cudaMemsetAsync(args.y, 0xff, y_count * sizeof(uint16_t), nullptr));
+    CHECK(cudaMemsetAsync(args.load, 0xff, args.problem.num_local_experts * sizeof(int), nullptr));
+  }
+
+  // Whether the load is the number of routes of each expert.
+  bool load_is_right() const {
+    std::vector<int> wanted(args.problem.num_local_experts), found(wanted.size());
+    for (int id : ids) {
+      if (id >= 0 && id < args.problem.num_local_experts) ++wanted[id];
+    }
+    CHECK(cudaMemcpy(found.data(), args.load, found.size() * sizeof(int), cudaMemcpyDeviceToHost));
+    return found == wanted;
   }
 
   int touched() const {
@@ -223,6 +276,7 @@ struct Call {
     float* values = device_array<float>(y_count);
     float* scales = device_array<float>(y_count / 128);
     float* h = device_array<float>(pairs * s.inter);
+    CHECK(cudaMemset(h, 0, pairs * s.inter * sizeof(float)));  // unused routes leave theirs as it is
     float* h_scales = device_array<float>(pairs * s.inter / 64);
     float* out = device_array<float>(pairs * s.hidden);
     float* y = device_array<float>(y_count);
@@ -242,7 +296,7 @@ struct Call {
     std::vector<float> host(y_count);
     CHECK(cudaMemcpy(host.data(), y, y_count * 4, cudaMemcpyDeviceToHost));
     for (void* pointer : {(void*)values, (void*)scales, (void*)h, (void*)h_scales, (void*)out, (void*)y}) {
-      CHECK(cudaFree(pointer));
+      device_free(pointer);
     }
     return host;
   }
@@ -255,8 +309,7 @@ inline double difference(const std::vector<float>& a, const std::vector<float>& 
 }
 
 inline megamoe::Control* make_control(const Problem& p) {
-  void* control;
-  CHECK(cudaMalloc(&control, megamoe::Control::bytes(p)));
+  void* control = device_array<uint8_t>(megamoe::Control::bytes(p), "the counters");
   CHECK(cudaMemset(control, 0, megamoe::Control::bytes(p)));
   return static_cast<megamoe::Control*>(control);
 }

@@ -1,6 +1,9 @@
 // Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph
 // beside the device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
-//   probe check H I E k T [routing [ctas]]  routing: uniform, one (all on one expert), masked, none; more CTAs than SMs start late
+//   probe check H I E k T [routing [ctas]]
+//     between guard bands, over poisoned memory; routing: uniform, one (all on one expert), masked, none; more CTAs than
+//     SMs start late
+//   probe overrun H I E k T             results are made too small for the launch: the bands have to show it
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
 //   probe apart H I E k T...            ... and scratch of its own for each call, as a compiler may place it
@@ -21,8 +24,10 @@
 
 namespace {
 
+using probe::bands_are_whole;
 using probe::Call;
 using probe::device_array;
+using probe::device_free;
 using probe::difference;
 using probe::graph_microseconds;
 using probe::kInputs;
@@ -36,27 +41,57 @@ int check(const Problem& p, const std::string& routing, int ctas) {
   const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts, p.format);
   Call call(p, w, routing, 11);
   const size_t bytes = megamoe::Workspace::bytes(p);
-  void* workspace = device_array<uint8_t>(bytes);
+  void* workspace = device_array<uint8_t>(bytes, "the workspace");
   call.share(workspace, make_control(p));
   std::vector<float> first;
-  bool same = true;
+  bool same = true, whole = true, counted = true;
   for (int launch = 0; launch < 3; ++launch) {
-    CHECK(cudaMemset(workspace, 0xff, bytes));  // NaN everywhere that is not written
-    CHECK(cudaMemset(call.args.y, 0xff, call.y_count * 2));
+    call.poison(workspace, bytes);
     CHECK(megamoe::launch_moe(call.args, call.args.problem.num_tokens, ctas, nullptr));
     CHECK(cudaDeviceSynchronize());
     const auto y = call.result();
     if (launch == 0) first = y;
     same = same && std::memcmp(first.data(), y.data(), y.size() * 4) == 0;
+    whole = whole && bands_are_whole();
+    counted = counted && call.load_is_right();
   }
   const double diff = difference(first, call.reference());
-  const bool good = diff < 1e-4 && same;
-  std::printf("%-4s H %d I %d E %d k %d T %d %s: diff %.2e, %s\n", good ? "ok" : "BAD", p.hidden_size,
+  const bool good = diff < 1e-4 && same && whole && counted;
+  std::printf("%-4s H %d I %d E %d k %d T %d %s: diff %.2e, %s%s%s\n", good ? "ok" : "BAD", p.hidden_size,
               p.intermediate_size, p.num_local_experts, p.top_k, p.num_tokens, routing.c_str(), diff,
-              same ? "bitwise stable" : "CHANGES BETWEEN LAUNCHES");
-  CHECK(cudaFree(workspace));
+              same ? "bitwise stable" : "CHANGES BETWEEN LAUNCHES", whole ? "" : ", WRITES BEYOND ITS BUFFERS",
+              counted ? "" : ", WRONG LOAD");
+  device_free(workspace);
   w.release();
   return good ? 0 : 1;
+}
+
+// Launches that write beyond a result, since that is smaller than it should be or begins later: each has to be reported,
+// and nothing else.
+int overrun(const Problem& p) {
+  const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts, p.format);
+  const size_t row = p.hidden_size * sizeof(uint16_t);
+  const char* const wanted[] = {"y is written behind its end", "y is written before its begin",
+                                "load is written behind its end"};
+  int missed = 0;
+  for (int fault = 0; fault < 3; ++fault) {
+    probe::Guards bands;  // its buffers go with the process
+    probe::guards = &bands;
+    Call call(p, w, "uniform", 11);
+    call.share(device_array<uint8_t>(megamoe::Workspace::bytes(p), "the workspace"), make_control(p));
+    if (fault == 0) call.args.y = device_array<uint8_t>(p.num_tokens * row - row, "y");
+    if (fault == 1) call.args.y = static_cast<uint8_t*>(call.args.y) - row;
+    if (fault == 2) call.args.load = device_array<int>(p.num_local_experts - 1, "load");
+    CHECK(megamoe::launch_moe(call.args, p.num_tokens, num_sms(), nullptr));
+    CHECK(cudaDeviceSynchronize());
+    const std::string damage = bands.damage();
+    const bool is_seen = damage.rfind(wanted[fault], 0) == 0 && damage.find('\n') + 1 == damage.size();
+    std::printf("%-4s wanted that %s; found: %s\n", is_seen ? "ok" : "BAD", wanted[fault],
+                damage.empty() ? "nothing" : damage.c_str());
+    missed += !is_seen;
+    probe::guards = nullptr;
+  }
+  return missed == 0 ? 0 : 1;
 }
 
 // Per call in a graph of calls with different inputs. Several layers take turns, as in a model: what one call leaves in
@@ -170,14 +205,18 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
 int main(int argc, char** argv) {
   if (argc < 7) {
     std::fprintf(stderr,
-                 "usage: probe check H I E k T [routing] | probe (time | turns | apart | crossover) H I E k T...\n");
+                 "usage: probe check H I E k T [routing] | probe overrun H I E k T | "
+                 "probe (time | turns | apart | crossover) H I E k T...\n");
     return 2;
   }
   CHECK(megamoe::prepare_moe(weight_format()));
   auto number = [&](int i) { return std::atoi(argv[i]); };
-  if (std::string(argv[1]) == "check") {
+  if (std::string(argv[1]) == "check" || std::string(argv[1]) == "overrun") {
     Problem p{number(6), number(5), number(2), number(3), number(4)};
     p.format = weight_format();
+    if (std::string(argv[1]) == "overrun") return overrun(p);
+    probe::Guards bands;
+    if (!probe::is_bare()) probe::guards = &bands;
     return check(p, argc > 7 ? argv[7] : "uniform", argc > 8 ? number(8) : num_sms());
   }
 #ifdef MEGAMOE_TRACE

@@ -159,6 +159,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   fakes::tell("cudaMemsetAsync");
   return std::memset(to, value, bytes), cudaSuccess;
