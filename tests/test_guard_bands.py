@@ -3,6 +3,8 @@
 That a launch on a GPU is seen to do so: `build/probe overrun`, a part of `scripts/probe check`.
 """
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.native_program import NATIVE, TESTS, compile_program, cuda_include
@@ -14,7 +16,7 @@ BENCH = TESTS.parent / "bench" / "native"
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What is reported of a buffer `y` of 1001 bytes after a write."""
-    flags = [f"-I{BENCH}", "-isystem", cuda_include()]
+    flags: list[str | Path] = ["-O0", f"-I{BENCH}", "-isystem", cuda_include()]
     program = compile_program(tmp_path_factory.mktemp("native"), "guards_test", NATIVE / "fake_cuda.cc", flags=flags)
     return lambda side, offset, count: program(f"{side} {offset} {count}\n").splitlines()
 

@@ -46,6 +46,8 @@ struct Driver {
   std::set<CUcontext> contexts;               // that some thread has had; device d's is d + 1
   std::set<std::pair<int, int>> unreachable;  // (from, to)
   std::map<int, size_t> limits;               // bytes of one allocation, by device
+  cudaError_t status = cudaSuccess;           // what choosing a device returns
+  bool forbids_ipc = false;                   // of other processes' memory
   std::function<void(const std::string& function, int device)> on_call;
   std::vector<std::string> faults;  // what would hang or be undefined on a real machine
 

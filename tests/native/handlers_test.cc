@@ -1,11 +1,13 @@
-// The handlers of one device as XLA calls them, on a machine without a GPU: a launch looks at what it was given
-// instead. In: a call each line, in parts apart by semicolons: "moe" or "route", "a type dims..." an operand, "r type
-// dims..." a result, "n name i64|f32|s32|str value" an attribute. Out: "refused: " and the error, "launched", or
-// "overrun: " and what the launch would touch beyond its buffer.
+// The FFI handlers as XLA calls them, on a machine without a GPU: a launch looks at what it was given instead
+// (fake_launches.cc). In: a call each line, in parts apart by semicolons: "moe", "route", "moe_peers" or "wire_test", "a
+// type dims..." an operand, "r type dims..." a result, "n name i64|i64s|f32|s32|str value" an attribute, and what is wrong
+// with the machine: "f extension none" or "f extension 0.3" of XLA, "f capability 8" of the GPU, "f memory BYTES" at most in an
+// allocation, "f driver" that is too old. Out: "refused: " and the error, "launched", or "overrun: " and what the launch
+// would touch beyond its buffer.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <iostream>
 #include <map>
@@ -14,11 +16,10 @@
 #include <string>
 #include <vector>
 
+#include "fake_launches.h"
+#include "fakes.h"
 #include "ffi/handlers.h"
-#include "host/launch.h"
-#include "layout/weights.h"
-#include "layout/workspace.h"
-#include "router/route.h"
+#include "xla/ffi/api/collectives_c_api.h"
 
 using namespace megamoe;
 
@@ -41,19 +42,32 @@ const std::map<std::string, Type> kTypes = {
     {"c64", {XLA_FFI_DataType_C64, 8}},      {"f8e4m3fn", {XLA_FFI_DataType_F8E4M3FN, 1}},
     {"f8e5m2", {XLA_FFI_DataType_F8E5M2, 1}}};
 
-// Nothing reads or writes them: addresses far apart, each with its buffer's bytes.
-constexpr uint64_t kApart = uint64_t{1} << 56;
-std::map<uint64_t, __uint128_t> bytes_at;
-std::string overrun;
-bool launched;
-
-void touch(const char* name, const void* pointer, __uint128_t bytes) {
-  const auto found = bytes_at.find(reinterpret_cast<uint64_t>(pointer));
-  const bool fits = found != bytes_at.end() && bytes <= found->second;
-  if (!fits && bytes > 0) overrun += std::string(overrun.empty() ? "" : ", ") + name;
-}
+int compute_capability = 9;  // its first number
 
 void* instance;  // what the call keeps; never freed, as one of a program that lives on
+
+// The communicator of a call's groups, of which this process is the last rank of the first.
+fakes::Communicator communicator;
+XLA_FFI_Collectives_Extension collectives;
+bool has_collectives;
+
+XLA_FFI_Error* get_communicator(const XLA_FFI_Collectives_Extension*, XLA_FFI_Communicator_Get_Args* args) {
+  communicator.num_ranks = static_cast<int>(args->groups[0].size);
+  args->communicator = reinterpret_cast<XLA_FFI_Communicator*>(&communicator);
+  return nullptr;
+}
+
+void offer_collectives(int major, int minor) {
+  has_collectives = true;
+  collectives = {};
+  collectives.extension_base = {
+      sizeof(collectives),
+      {XLA_FFI_Extension_Collectives, static_cast<int32_t>(major), static_cast<int32_t>(minor)},
+      nullptr};
+  collectives.request_communicator = [](const XLA_FFI_Collectives_Extension*,
+                                        XLA_FFI_Communicator_Request_Args*) -> XLA_FFI_Error* { return nullptr; };
+  collectives.get_communicator = get_communicator;
+}
 
 bool has_failed(XLA_FFI_Error* error, std::string* text) {
   const std::unique_ptr<XLA_FFI_Error> owned(error);
@@ -84,6 +98,14 @@ const XLA_FFI_Api* api() {
       args->device_ordinal = 0;
       return nullptr;
     };
+    made.XLA_FFI_RunId_Get = [](XLA_FFI_RunId_Get_Args* args) -> XLA_FFI_Error* {
+      args->run_id = 1;
+      return nullptr;
+    };
+    made.XLA_FFI_InvokeContext_FindExtension = [](XLA_FFI_InvokeContext_FindExtension_Args* args) -> XLA_FFI_Error* {
+      args->extension = has_collectives ? &collectives.extension_base : nullptr;
+      return nullptr;
+    };
     return made;
   }();
   return &fake;
@@ -97,6 +119,8 @@ struct Call {
   std::deque<std::string> texts;
   std::deque<XLA_FFI_ByteSpan> spans;
   std::deque<XLA_FFI_Scalar> scalars;
+  std::deque<XLA_FFI_Array> arrays;
+  std::deque<std::vector<int64_t>> lists;
   std::deque<int64_t> words;
   std::vector<void*> args, rets, attrs;
   std::vector<XLA_FFI_ArgType> arg_types;
@@ -117,10 +141,10 @@ struct Call {
     made = {};
     made.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
     made.dtype = kTypes.at(type).type;
-    made.data = reinterpret_cast<void*>(kApart + buffers.size() * (kApart >> 6));
+    made.data = reinterpret_cast<void*>(fakes::kNowhere + buffers.size() * (fakes::kNowhere >> 6));
     made.rank = static_cast<int64_t>(sizes.size());
     made.dims = sizes.data();
-    bytes_at[reinterpret_cast<uint64_t>(made.data)] = bytes;
+    fakes::bytes_at[reinterpret_cast<uint64_t>(made.data)] = bytes;
     return &made;
   }
 
@@ -136,6 +160,14 @@ struct Call {
     if (kind == "str") {
       attr_types.push_back(XLA_FFI_AttrType_STRING);
       attrs.push_back(span(value));
+      return;
+    }
+    if (kind == "i64s") {  // apart by commas
+      std::vector<int64_t>& list = lists.emplace_back();
+      std::istringstream numbers(value);
+      for (std::string number; std::getline(numbers, number, ',');) list.push_back(std::stoll(number));
+      attr_types.push_back(XLA_FFI_AttrType_ARRAY);
+      attrs.push_back(&arrays.emplace_back(XLA_FFI_Array{XLA_FFI_DataType_S64, list.size(), list.data()}));
       return;
     }
     int64_t& word = words.emplace_back(0);
@@ -178,6 +210,16 @@ struct Call {
   }
 };
 
+void break_machine(std::istream& in) {
+  std::string what, value;
+  in >> what >> value;
+  has_collectives = has_collectives && value != "none";
+  if (what == "extension" && has_collectives) offer_collectives(value[0] - '0', value[2] - '0');
+  if (what == "capability") compute_capability = std::stoi(value);
+  if (what == "memory") fakes::driver().limits[0] = std::stoull(value);
+  if (what == "driver") fakes::driver().status = cudaErrorInsufficientDriver;
+}
+
 std::string outcome(const std::string& line) {
   Call call;
   std::istringstream parts(line);
@@ -192,90 +234,51 @@ std::string outcome(const std::string& line) {
     } else if (what == 'r') {
       call.rets.push_back(call.buffer(words));
       call.ret_types.push_back(XLA_FFI_RetType_BUFFER);
+    } else if (what == 'f') {
+      break_machine(words);
     } else {
       call.attribute(words);
     }
   }
   call.sort_attributes();
   const std::map<std::string, XLA_FFI_ExecutionStage> stages = {{"instantiate", XLA_FFI_ExecutionStage_INSTANTIATE},
+                                                                {"prepare", XLA_FFI_ExecutionStage_PREPARE},
                                                                 {"initialize", XLA_FFI_ExecutionStage_INITIALIZE},
                                                                 {"execute", XLA_FFI_ExecutionStage_EXECUTE}};
-  const Target target = call.target == "moe" ? moe_target() : route_target();
+  const Target target = call.target == "moe"         ? moe_target()
+                        : call.target == "moe_peers" ? moe_peers_target()
+                        : call.target == "wire_test" ? wire_test_target()
+                                                     : route_target();
   // As XLA does while it registers the type.
   if (target.type_id != nullptr) static_cast<XLA_FFI_TypeId*>(target.type_id)->type_id = 1;
   std::string text;
   for (const auto& [name, handler] : target.stages) {
     XLA_FFI_CallFrame frame = call.frame(stages.at(name));
-    if (has_failed(handler(&frame), &text)) return (launched ? "launched and refused: " : "refused: ") + text;
+    if (!has_failed(handler(&frame), &text)) continue;
+    if (cudaGetLastError() != cudaSuccess) return "an error is left behind for whoever asks for the last one: " + text;
+    return (fakes::launched ? "launched and refused: " : "refused: ") + text;
   }
-  if (!launched) return "neither refused nor launched";
-  return overrun.empty() ? "launched" : "overrun: " + overrun;
+  if (!fakes::launched) return "neither refused nor launched";
+  return fakes::overrun.empty() ? "launched" : "overrun: " + fakes::overrun;
 }
 
 }  // namespace
 
 extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 132 : 0;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? compute_capability
+           : attribute == cudaDevAttrMultiProcessorCount  ? 132
+                                                          : 0;
   return cudaSuccess;
 }
-
-namespace megamoe {
-
-cudaError_t prepare_moe(WeightFormat) { return cudaSuccess; }
-
-// What the kernel touches follows from the problem alone.
-cudaError_t launch_moe(const MoeArguments& a, int tokens_per_launch, int, cudaStream_t) {
-  launched = true;
-  const Problem& p = a.problem;
-  const __uint128_t tokens = p.num_tokens, slots = tokens * p.top_k;
-  touch("x", a.x, tokens * p.hidden_size * 2);
-  touch("y", a.y, tokens * p.hidden_size * (a.y_is_f32 ? 4 : 2));
-  touch("topk_ids", a.topk_ids, slots * 4);
-  touch("topk_weights", a.topk_weights, slots * 4);
-  touch("layer", a.layer, 4);
-  touch("load", a.load, __uint128_t{4} * p.num_local_experts);
-  const auto leaves = weight_leaves(p.format, p.hidden_size, p.intermediate_size);
-  const __uint128_t routed = p.num_local_experts - p.num_shared_experts, layers = a.num_layers;
-  for (int i = 0; i < kNumLeaves; ++i) {
-    __uint128_t bytes = leaves[i].element == Element::kF32 ? 4 : 1;
-    for (int64_t size : leaves[i].dims) bytes *= static_cast<uint64_t>(size);
-    touch(leaves[i].name, a.weights.leaves()[i], bytes * routed * layers);
-    if (p.num_shared_experts > 0) {
-      touch("shared", a.shared_weights.leaves()[i], bytes * p.num_shared_experts * layers);
-    }
-  }
-  Problem part = p;
-  part.num_tokens = tokens_per_launch;
-  // The workspace is carved into parts, of which the first begins at its address.
-  const bool has_room = [&] {
-    for (const auto& [address, bytes] : bytes_at) {
-      Workspace carved = {};
-      carved.carve(part, reinterpret_cast<void*>(address));
-      if (std::memcmp(&carved, &a.workspace, sizeof(carved)) == 0) return bytes >= Workspace::bytes(part);
-    }
-    return false;
-  }();
-  if (!has_room) overrun += " workspace";
-  return cudaSuccess;
-}
-
-cudaError_t launch_route(const RouteArguments& a, cudaStream_t) {
-  launched = true;
-  const __uint128_t tokens = a.num_tokens;
-  touch("logits", a.logits, tokens * a.num_experts * 4);
-  touch("ids", a.ids, tokens * a.top_k * 4);
-  touch("weights", a.weights, tokens * a.top_k * 4);
-  if (a.bias != nullptr) touch("bias", a.bias, __uint128_t{4} * a.num_experts);
-  return cudaSuccess;
-}
-
-}  // namespace megamoe
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    bytes_at.clear();
-    overrun.clear();
-    launched = false;
-    std::cout << outcome(line) << std::endl;
+    fakes::forget();
+    fakes::driver().limits.clear();
+    fakes::driver().status = cudaSuccess;
+    compute_capability = 9;
+    offer_collectives(0, 2);
+    const std::string found = outcome(line);
+    std::cout << found.substr(0, found.find('\n')) << std::endl;
   }
 }

@@ -1,8 +1,11 @@
-"""FFI calls of the handlers of one device, as a program may write them: right ones, hostile ones, and generated ones."""
+"""FFI calls of the handlers, as a program may write them: right ones, hostile ones, and generated ones.
+
+Those of one device are `RIGHT` and `HOSTILE`, those of groups `RIGHT_OF_GROUPS` and `HOSTILE_OF_GROUPS`.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jax_megamoe.primitives import _library
+from jax_megamoe.primitives import wire_test as wire_test_primitive
 
 Shape = tuple[int, ...]
 Typed = tuple[str, Shape]
@@ -19,7 +23,16 @@ DTYPES: dict[str, Any] = {
     **{"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32, "f64": jnp.float64, "c64": jnp.complex64},
     **{"f8e4m3fn": jnp.float8_e4m3fn, "f8e5m2": jnp.float8_e5m2},
 }
-TARGETS = {"moe": _library.MOE_TARGET, "route": _library.ROUTE_TARGET}
+TARGETS = {
+    "moe": _library.MOE_TARGET,
+    "route": _library.ROUTE_TARGET,
+    "moe_peers": _library.MOE_PEERS_TARGET,
+    "wire_test": _library.WIRE_TEST_TARGET,
+}
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    **{"i64": np.int64, "s32": np.int32, "f32": np.float32, "str": str},
+    "i64s": lambda text: np.array([int(number) for number in text.split(",") if number], np.int64),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +43,7 @@ class FfiCall:
     operands: tuple[Typed, ...]
     results: tuple[Typed, ...]
     attributes: tuple[tuple[str, str, Any], ...]
+    faults: tuple[str, ...] = ()  # of the machine, for the host's test only
 
     @property
     def line(self) -> str:
@@ -38,13 +52,13 @@ class FfiCall:
         for letter, arrays in (("a", self.operands), ("r", self.results)):
             parts += [" ".join(map(str, (letter, type_name, *shape))) for type_name, shape in arrays]
         parts += [f"n {name} {kind} {value}" for name, kind, value in self.attributes]
+        parts += [f"f {fault}" for fault in self.faults]
         return ";".join(parts)
 
     @property
     def function(self) -> Callable[..., Any]:
         """As a function of the operands, for programs."""
-        kinds: dict[str, Callable[..., Any]] = {"i64": np.int64, "s32": np.int32, "f32": np.float32, "str": str}
-        attributes = {name: kinds[kind](value) for name, kind, value in self.attributes}
+        attributes = {name: _KINDS[kind](value) for name, kind, value in self.attributes}
         results = [jax.ShapeDtypeStruct(shape, DTYPES[type_name]) for type_name, shape in self.results]
         return lambda *operands: jax.ffi.ffi_call(TARGETS[self.target], results)(*operands, **attributes)
 
@@ -101,6 +115,28 @@ def route(experts: int = 16, biased: bool = True) -> FfiCall:
         (("s32", (T, K)), ("f32", (T, K))),
         tuple((name, "i64", value) for name, value in attributes.items()),
     )
+
+
+RANKS = 2
+_GROUPS: tuple[tuple[str, str, Any], ...] = (
+    ("replica_groups", "i64s", ",".join(map(str, range(RANKS)))),
+    ("group_size", "i64", RANKS),
+)
+
+
+def moe_peers(format: str = "fp8_block", shared: bool = False, layers: int | None = None) -> FfiCall:
+    """Of a rank; with its place in the mesh as the last operand."""
+    alone = moe(format, shared, layers)
+    numbers = {"timeout_microseconds": 3_000_000, "setup_timeout_microseconds": 20_000_000, "call_id": 7}
+    more = tuple((name, "i64", value) for name, value in numbers.items())
+    operands = (*alone.operands, ("s32", ()))
+    return FfiCall("moe_peers", operands, alone.results, (*alone.attributes, *more, *_GROUPS))
+
+
+def wire_test(**changes: int) -> FfiCall:
+    numbers = {**wire_test_primitive.WireTest(bytes=4096, timeout_microseconds=3_000_000)._asdict(), **changes}
+    attributes = tuple((name, "i64", value) for name, value in numbers.items())
+    return FfiCall("wire_test", (("s32", (1,)),), (("u32", (RANKS, 16)),), (*attributes, *_GROUPS))
 
 
 def with_operand(call: FfiCall, index: int, type_name: str, *shape: int) -> FfiCall:
@@ -198,15 +234,87 @@ HOSTILE = {
     "scoring of 32 bits": with_attribute(route(), "scoring", "s32", 1),
     "no scoring": without_attribute(route(), "scoring"),
 }
+RIGHT_OF_GROUPS = {
+    "group's moe": moe_peers(),
+    "group's moe of mxfp4 in layers with shared experts": moe_peers("mxfp4", shared=True, layers=3),
+    "group's batch-invariant moe": with_attribute(moe_peers(), "batch_invariant", "i64", 1),
+    "wire test": wire_test(),
+    "pushes to one rank": wire_test(mode=2, shift=1, iterations=3),
+}
+# Small enough to be compiled and run on two GPUs too.
+HOSTILE_OF_GROUPS = {
+    "group: tokens of ids": with_operand(moe_peers(), 5, "s32", T + 1, K),
+    "group: experts of down": with_operand(moe_peers(), 3, "f8e4m3fn", E - 1, 4, 3, 8192),
+    "group: scale of another format": with_operand(moe_peers(), 2, "f32", E, 6, 128, 2),
+    "group: shared experts of other layers": with_operand(
+        moe_peers(shared=True, layers=3), 8, "f8e4m3fn", 2, S, 6, 2, 16384
+    ),
+    "group: y is short": with_result(moe_peers(), 0, "bf16", T - 1, H),
+    "group: load is short": with_result(moe_peers(), 1, "s32", E - 1),
+    "group: workspace is short": with_result(moe_peers(), 2, "u8", 1024),
+    "group: no place in the mesh": dataclasses.replace(moe_peers(), operands=moe_peers().operands[:-1]),
+    "group: two places in the mesh": with_operand(moe_peers(), 8, "s32", 2),
+    "group: a place of 64 bits": with_operand(moe_peers(), 8, "s64"),
+    "group: a place with fractions": with_operand(moe_peers(), 8, "f32"),
+    "group: more experts than are served": dataclasses.replace(
+        moe_peers(),
+        operands=(moe_peers().operands[0], *_leaves("fp8_block", 513), *moe_peers().operands[5:]),
+        results=(("bf16", (T, H)), ("s32", (513,)), ("u8", (WORKSPACE,))),
+    ),
+    "group: no timeout": without_attribute(moe_peers(), "timeout_microseconds"),
+    "group: a timeout of nothing": with_attribute(moe_peers(), "timeout_microseconds", "i64", 0),
+    "group: a negative timeout": with_attribute(moe_peers(), "timeout_microseconds", "i64", -1),
+    "group: a timeout without end": with_attribute(moe_peers(), "timeout_microseconds", "i64", (1 << 63) - 1),
+    "group: a set-up without end": with_attribute(moe_peers(), "setup_timeout_microseconds", "i64", (1 << 40) + 1),
+    "group: a timeout of 32 bits": with_attribute(moe_peers(), "timeout_microseconds", "s32", 1000),
+    "group: no number of the call": without_attribute(moe_peers(), "call_id"),
+    "group: the number is text": with_attribute(moe_peers(), "call_id", "str", "seven"),
+    "group: no groups": without_attribute(moe_peers(), "replica_groups"),
+    "group: no size": without_attribute(moe_peers(), "group_size"),
+    "group: groups are a number": with_attribute(moe_peers(), "replica_groups", "i64", 2),
+    "group: groups of nobody": with_attribute(moe_peers(), "replica_groups", "i64s", ""),
+    "group: groups of no size": with_attribute(moe_peers(), "group_size", "i64", 0),
+    "group: groups of a negative size": with_attribute(moe_peers(), "group_size", "i64", -2),
+    "group: three ids in groups of two": with_attribute(moe_peers(), "replica_groups", "i64s", "0,1,2"),
+    "group: a device twice": with_attribute(moe_peers(), "replica_groups", "i64s", "0,0"),
+    "group: a device twice in other groups": with_attribute(moe_peers(), "replica_groups", "i64s", "0,1,1,0"),
+    "group: a negative device": with_attribute(moe_peers(), "replica_groups", "i64s", "0,-1"),
+    "wires: 17 bytes": wire_test(bytes=17),
+    "wires: no bytes": wire_test(bytes=0),
+    "wires: bytes below zero": wire_test(bytes=-16),
+    "wires: more bytes than there can be": wire_test(bytes=(1 << 30) + 16),
+    "wires: unknown mode": wire_test(mode=3),
+    "wires: negative mode": wire_test(mode=-1),
+    "wires: no iterations": wire_test(iterations=0),
+    "wires: iterations without end": wire_test(iterations=1 << 40),
+    "wires: a shift beyond the ranks": wire_test(shift=RANKS),
+    "wires: a negative shift": wire_test(shift=-1),
+    "wires: a silent rank that is none": wire_test(mute=1 << 32),
+    "wires: no timeout": wire_test(timeout_microseconds=0),
+    "wires: a timeout without end": wire_test(timeout_microseconds=(1 << 63) - 1),
+    "wires: unknown transport": wire_test(transport=3),
+    "wires: transport is a float": with_attribute(wire_test(), "transport", "f32", 1.0),
+    "wires: rows are short": with_result(wire_test(), 0, "u32", RANKS, 15),
+    "wires: rows for more ranks": with_result(wire_test(), 0, "u32", RANKS + 1, 16),
+    "wires: two places in the mesh": with_operand(wire_test(), 0, "s32", 2),
+    "wires: a place of 64 bits": with_operand(wire_test(), 0, "s64", 1),
+    "wires: an operand more": dataclasses.replace(wire_test(), operands=(("s32", (1,)), ("s32", (1,)))),
+    "wires: a result more": dataclasses.replace(wire_test(), results=(("u32", (RANKS, 16)), ("s32", (1,)))),
+    "wires: no groups": without_attribute(wire_test(), "replica_groups"),
+    "wires: a device twice": with_attribute(wire_test(), "replica_groups", "i64s", "1,1"),
+}
 SIZES = [0, 1, 2, 3, 4, 6, 32, 33, 64, 128, 129, 256, 384, 1024, 1025, 4352, 8192, 8704, 16384]
 SIZES += [1 << 20, (1 << 20) + 1, 1 << 28, (1 << 28) + 1, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 32) + 3, 1 << 40]
 VALUES = [0, 1, 2, 3, 4, 5, -1, 16, 17, 1 << 31, 1 << 32, (1 << 32) + 4, (1 << 63) - 1, -(1 << 63)]
 
 
+GROUPS = ["0,1", "1,0", "0", "", "0,0", "0,1,2", "0,1,2,3", "-1,0", ",".join(map(str, range(65)))]
+
+
 @st.composite
-def changed_calls(draw: st.DrawFn) -> FfiCall:
+def changed_calls(draw: st.DrawFn, right: Mapping[str, FfiCall] = RIGHT) -> FfiCall:
     """A right call with one to four changes, some of which fit each other."""
-    call = draw(st.sampled_from(list(RIGHT.values())))
+    call = draw(st.sampled_from(list(right.values())))
     for _ in range(draw(st.integers(1, 4))):
         arrays = [*call.operands, *call.results]
         what = draw(st.sampled_from(["size", "everywhere", "everywhere", "type", "rank", "attribute", "swap", "count"]))
@@ -218,8 +326,11 @@ def changed_calls(draw: st.DrawFn) -> FfiCall:
                     call = without_attribute(call, name)
                 else:
                     kind = draw(st.sampled_from(["i64", "i64", "f32", "s32", "str"]))
-                    value = draw(st.sampled_from(VALUES))
-                    call = with_attribute(call, name, kind, value if abs(value) < 1 << 31 or kind == "i64" else 7)
+                    value: Any = draw(st.sampled_from(VALUES))
+                    value = value if abs(value) < 1 << 31 or kind == "i64" else 7
+                    if name == "replica_groups" and draw(st.booleans()):
+                        kind, value = "i64s", draw(st.sampled_from(GROUPS))
+                    call = with_attribute(call, name, kind, value)
             continue
         place = draw(st.integers(0, len(arrays) - 1))
         type_name, shape = arrays[place]
@@ -245,5 +356,5 @@ def changed_calls(draw: st.DrawFn) -> FfiCall:
             split += len(arrays) - len(call.operands) - len(call.results) if place < split else 0
         call = dataclasses.replace(call, operands=tuple(arrays[:split]), results=tuple(arrays[split:]))
         if not call.results or not call.operands:
-            return RIGHT["moe"]
+            return next(iter(right.values()))
     return call

@@ -68,10 +68,13 @@ def compile_program(folder: Path, name: str, *sources: Path, flags: Sequence[str
 
 
 def compile_handlers(folder: Path) -> Callable[[str], str]:
-    """The FFI handlers of one device, `handlers_test`, with a fake runtime."""
+    """The FFI handlers, `handlers_test`, with a fake runtime, fake launches and groups that are fakes."""
     jaxlib = importlib.util.find_spec("jaxlib")
     assert jaxlib is not None and jaxlib.origin is not None
     flags: list[str | Path] = ["-isystem", Path(jaxlib.origin).parent / "include", "-isystem", cuda_include()]
-    handlers = [CUDA / "ffi" / f"{name}.cc" for name in ("moe_handler", "route_handler", "moe_call", "call_site")]
-    others = [CUDA / "host" / "limits.cc", CUDA / "host" / "counter_arena.cc", NATIVE / "fake_cuda.cc"]
-    return compile_program(folder, "handlers_test", *handlers, *others, flags=flags)
+    names = ("moe_handler", "moe_peers_handler", "route_handler", "wire_test_handler", "moe_call", "call_site")
+    sources = [CUDA / "ffi" / f"{name}.cc" for name in names]
+    sources += [CUDA / "host" / f"{name}.cc" for name in ("limits", "counter_arena", "peers")]
+    sources += [NATIVE / f"{name}.cc" for name in ("fake_cuda", "fake_launches")]
+    # What XLA's headers are made into is compiled for long and runs for a moment: -O0.
+    return compile_program(folder, "handlers_test", *sources, flags=["-fno-access-control", "-O0", *flags])

@@ -109,12 +109,11 @@ ffi::Error execute(cudaStream_t stream, MoePeersInstance* instance, int32_t ordi
 }  // namespace
 
 Target moe_peers_target() {
-  XLA_FFI_DEFINE_HANDLER(kPrepare, request_communicator,
-                         ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
+  XLA_FFI_DEFINE_HANDLER(kPrepare, request_communicator, ffi::Ffi::BindPrepare().Ctx<Collectives>().Attrs());
   XLA_FFI_DEFINE_HANDLER(kInitialize, initialize,
                          ffi::Ffi::BindInitialize()
                              .Ctx<ffi::State<MoePeersInstance>>()
-                             .Ctx<ffi::Extension<Collectives>>()
+                             .Ctx<Collectives>()
                              .Ctx<ffi::RunId>()
                              .Ctx<ffi::DeviceOrdinal>()
                              .RemainingArgs()

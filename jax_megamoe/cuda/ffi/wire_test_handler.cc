@@ -27,6 +27,7 @@ void fill_table(void* view, void* const* mapped, int /*rank*/, int num_ranks, ui
 // "wire": the buffers of no other handler. The view is the table of peers.
 constexpr transport::Layout kWireTestLayout = {0x77697265, kWireTestMaxRanks * sizeof(void*), fill_table, nullptr};
 constexpr double kSetupSeconds = 120;
+constexpr int64_t kMostMicroseconds = int64_t{1} << 40;  // far below what would overflow as nanoseconds
 
 ffi::Error failure(const std::string& what) { return ffi::Error::InvalidArgument("jax_megamoe.wire_test: " + what); }
 
@@ -60,6 +61,9 @@ ffi::Error initialize(WireTestInstance* instance, CollectivesContext collectives
     return failure("there are " + std::to_string(num_ranks) + " ranks and bytes is " + std::to_string(bytes) +
                    "; wanted 64 ranks at most and a multiple of 16 up to 2^30.");
   }
+  if (options.value().transport < 0 || options.value().transport > static_cast<int>(transport::Wanted::kWindow)) {
+    return failure("transport is " + std::to_string(options.value().transport) + "; wanted 0 to 2.");
+  }
   ffi::ErrorOr<int> device = ExpertGroup::cuda_device(collectives, groups.value());
   if (device.has_error()) return std::move(device).error();
   DeviceScope scope(device.value());
@@ -86,8 +90,10 @@ ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordi
                    std::to_string(wanted_bytes) + ".");
   }
   if (options.mode < 0 || options.mode > 2 || options.iterations < 1 || options.iterations >= kWireTestMaxIterations ||
-      options.shift < 0 || options.shift >= member->num_ranks() || options.timeout_microseconds < 1) {
-    return failure("mode, iterations, shift or timeout_microseconds is out of range.");
+      options.shift < 0 || options.shift >= member->num_ranks() || options.mute < -1 ||
+      options.mute >= member->num_ranks() || options.timeout_microseconds < 1 ||
+      options.timeout_microseconds > kMostMicroseconds) {
+    return failure("mode, iterations, shift, mute or timeout_microseconds is out of range.");
   }
   WireTestArguments arguments = {};
   arguments.peers = static_cast<void* const*>(member->view());
@@ -110,12 +116,11 @@ ffi::Error execute(cudaStream_t stream, WireTestInstance* instance, int32_t ordi
 }  // namespace
 
 Target wire_test_target() {
-  XLA_FFI_DEFINE_HANDLER(kPrepare, request_communicator,
-                         ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Attrs());
+  XLA_FFI_DEFINE_HANDLER(kPrepare, request_communicator, ffi::Ffi::BindPrepare().Ctx<Collectives>().Attrs());
   XLA_FFI_DEFINE_HANDLER(kInitialize, initialize,
                          ffi::Ffi::BindInitialize()
                              .Ctx<ffi::State<WireTestInstance>>()
-                             .Ctx<ffi::Extension<Collectives>>()
+                             .Ctx<Collectives>()
                              .Ctx<ffi::DeviceOrdinal>()
                              .Ctx<ffi::RunId>()
                              .Arg<ffi::AnyBuffer>()
