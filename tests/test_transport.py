@@ -3,6 +3,9 @@
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.support.native_program import (
     CUDA,
@@ -15,31 +18,51 @@ from tests.support.native_program import (
 )
 
 
-def test_transport(tmp_path):
-    include, compiler = cuda_include(), host_compiler()
-    flags = [
-        *sanitizer_flags(),
-        "-std=c++17",
-        "-O0",
-        "-Wall",
-        "-Wextra",
-        f"-I{CUDA}",
-        f"-I{NATIVE}",
-        "-isystem",
-        str(include),
-    ]
-    nccl, program = tmp_path / "libnccl.so.2", tmp_path / "transport_test"
-    library = [compiler, *flags, "-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", NATIVE / "fake_nccl.cc", "-o", nccl]
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """The program, and what stands for libnccl.so.2; and how such a library is made of a source."""
+    folder, include, compiler = tmp_path_factory.mktemp("native"), cuda_include(), host_compiler()
+    warnings = ["-Wall", "-Wextra"]
+    flags = [*sanitizer_flags(), "-std=c++17", "-O0", *warnings, f"-I{CUDA}", f"-I{NATIVE}", "-isystem", str(include)]
+
+    def library(source: Path, name: str = "libnccl.so.2") -> Path:
+        options = ["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"]
+        subprocess.run([compiler, *flags, *options, source, "-o", folder / name], check=True, timeout=120)
+        return folder / name
+
     parts = ("transport_test", "set_up_test", "late_ranks_test", "recovery_test", "fake_cuda")
     # Of the real sources, all but those that say which process this is: here one plays several.
     sources = [source for source in sorted((CUDA / "transport").glob("*.cc")) if source.name != "identity.cc"]
     sources += [NATIVE / f"{part}.cc" for part in parts]
-    subprocess.run(library, check=True, timeout=120)
+    program = folder / "transport_test"
     subprocess.run([compiler, *flags, *sources, "-o", program, "-ldl", "-pthread"], check=True, timeout=280)
-    command, environment = [program, nccl], sanitizer_environment()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    return program, library(NATIVE / "fake_nccl.cc"), library
+
+
+def run(*command: Any) -> "subprocess.CompletedProcess[str]":
+    environment = sanitizer_environment()
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def test_transport(build):
+    program, nccl, _ = build
+    result = run(program, nccl)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(Path("/dev/shm").glob("jax_megamoe-*")), "a mailbox keeps no name once all have it"
+
+
+def test_without_nccl(build):
+    program, _, _ = build
+    wanted = "libnccl.so.2 is not loaded in this process; JAX's CUDA plugin loads it"
+    assert run(program, "place").stdout.strip() == wanted
+
+
+def test_an_nccl_that_lacks_functions(build, tmp_path):
+    program, _, library = build
+    source = tmp_path / "old.cc"
+    source.write_text('extern "C" int ncclGetVersion(int* version) { return *version = 21300, 0; }\n')
+    found = run(program, "place", library(source, "old.so"))
+    assert found.stdout.strip() == "libnccl.so.2 lacks a function that every version since 2.14 has"
 
 
 def test_hosts_are_told_apart_by_their_boot(tmp_path):

@@ -139,6 +139,29 @@ void test_windows_where_there_is_no_peer_access() {
   fakes::driver().unreachable.clear();
 }
 
+// As in a container that does not share its host's namespace: handles of other processes' memory cannot be opened.
+void test_ipc_is_forbidden() {
+  const int before = buffers();
+  fakes::driver().forbids_ipc = true;
+  World without(2, 2), together(2, 1), with(2, 2, true);
+  without.run(kMiB);
+  for (const Result& result : without.results) {
+    EXPECT(result.state == State::kNotSetUp);
+    EXPECT_CONTAINS(result.text, "no rank can reach the memory of all others (CUDA IPC: rank 0: cudaIpcOpenMemHandle");
+    EXPECT_CONTAINS(result.text, "of rank 1's buffer failed");
+    EXPECT_CONTAINS(result.text, "implementation=\"collective\"");
+  }
+  EXPECT(buffers() == before);
+  // One process needs none, and windows do without.
+  together.run(kMiB);
+  EXPECT(together.is_whole(kMiB));
+  with.run(kMiB);
+  EXPECT(with.is_whole(kMiB) && std::string(with.members[0]->transport()) == "NCCL window");
+  fakes::driver().forbids_ipc = false;
+  without.run(kMiB);
+  EXPECT(without.is_whole(kMiB));
+}
+
 void test_no_memory_for_nccl() {
   for (const int num_processes : {1, 2}) {
     World world(2, num_processes);
@@ -226,6 +249,7 @@ void test_set_up() {
   test_what_other_processes_map_is_kept();
   test_ranks_that_disagree();
   test_windows_where_there_is_no_peer_access();
+  test_ipc_is_forbidden();
   test_no_memory();
   test_no_memory_for_nccl();
   test_another_communicator_at_the_same_address();

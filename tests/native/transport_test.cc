@@ -1,4 +1,5 @@
-// Expert groups with ranks as threads: plans, watcher and the end of a process here, the rest in the other parts.
+// Expert groups with ranks as threads: plans, watcher and the end of a process here, the rest in the other parts. The
+// argument is the library that stands for NCCL. With "place" before it, or alone: what comes of asking for a rank's place.
 #include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -159,7 +160,13 @@ void test_size_classes() {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
+  if (std::string(arguments[1]) == "place") {
+    if (count > 2 && dlopen(arguments[2], RTLD_NOW | RTLD_GLOBAL) == nullptr) return 2;
+    Place place;
+    std::printf("%s\n", place_of(nullptr, &place).c_str());
+    return 0;
+  }
   // Before any group, as the driver does.
   std::atexit([] {
     is_driver_gone = true;
