@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     if jax.default_backend() != "gpu":
         print("this process sees no GPU, wanted some whose wires can be measured", file=sys.stderr)
         return 1
-    return _report(options)
+    try:
+        return _report(options)
+    except (MegaMoEError, jax.errors.JaxRuntimeError) as error:
+        print(f"process {jax.process_index()}: FAILED: {error}", file=sys.stderr)
+        return 1
 
 
 def _launch(processes: int, arguments: list[str]) -> int:
@@ -101,26 +105,22 @@ def _report(options: argparse.Namespace) -> int:
     test = WireTest(bytes=options.bytes, transport=wire_test.TRANSPORTS[options.transport], mute=options.mute)
     if options.mute >= 0:
         test = test._replace(timeout_microseconds=2_000_000)
-    try:
-        # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
-        first = wire_test.program(mesh, _AXES, test, 1)
-        wire_test.check_rows(wire_test.gather_rows(first()), mesh, _AXES)
-        # While `first` is there: inside one process the memory goes with the last program that uses it.
-        result["transports"] = sorted({memory["transport"] for memory in _library.symmetric_memories()})
-        say(f"transport: {', '.join(result['transports'])}")
-        for _ in range(-(-options.launches // 20)):
-            _run(mesh, test, 20)
-        say(f"{options.launches} launches of {options.bytes} bytes to every peer: all words right, ranks as axis_index")
-        result["round_trip_us"] = _round_trips(mesh, test)
-        _print_matrix(say, "flag round trip, us", result["round_trip_us"])
-        result["push_us"], result["push_gb_per_s"] = _pushes(mesh, test)
-        _print_matrix(say, f"one push of {options.bytes} bytes and its acknowledgement, us", result["push_us"])
-        _print_matrix(say, "pushes to one peer, GB/s", result["push_gb_per_s"])
-        result["push_to_all_gb_per_s"] = _push_to_all(mesh, test)
-        say(f"pushes to all peers at once, GB/s out of each rank: {_cells(result['push_to_all_gb_per_s'])}")
-    except (MegaMoEError, jax.errors.JaxRuntimeError) as error:
-        print(f"process {jax.process_index()}: FAILED: {error}", file=sys.stderr)
-        return 1
+    # Once alone, so that the set-up is seen to work before anything is captured, then many in one program.
+    first = wire_test.program(mesh, _AXES, test, 1)
+    wire_test.check_rows(wire_test.gather_rows(first()), mesh, _AXES)
+    # While `first` is there: inside one process the memory goes with the last program that uses it.
+    result["transports"] = sorted({memory["transport"] for memory in _library.symmetric_memories()})
+    say(f"transport: {', '.join(result['transports'])}")
+    for _ in range(-(-options.launches // 20)):
+        _run(mesh, test, 20)
+    say(f"{options.launches} launches of {options.bytes} bytes to every peer: all words right, ranks as axis_index")
+    result["round_trip_us"] = _round_trips(mesh, test)
+    _print_matrix(say, "flag round trip, us", result["round_trip_us"])
+    result["push_us"], result["push_gb_per_s"] = _pushes(mesh, test)
+    _print_matrix(say, f"one push of {options.bytes} bytes and its acknowledgement, us", result["push_us"])
+    _print_matrix(say, "pushes to one peer, GB/s", result["push_gb_per_s"])
+    result["push_to_all_gb_per_s"] = _push_to_all(mesh, test)
+    say(f"pushes to all peers at once, GB/s out of each rank: {_cells(result['push_to_all_gb_per_s'])}")
     if options.output is not None and is_first:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -244,6 +244,20 @@ def test_gpus_without_a_kernel(monkeypatch, core, capability, module, reason):
     assert verdict.choose(found)[0] == "none"
 
 
+def test_a_driver_that_does_not_answer(monkeypatch):
+    """As one that is too old for this build, which is met before a layer is tried; the doctor says so."""
+
+    def refuse(one: int, other: int) -> bool:
+        raise RuntimeError("jax_megamoe: asking whether device 0 reaches device 1 failed: the driver is insufficient")
+
+    smi = "00000000:1B:00.0, NVIDIA H200, 9.0, 550.54, 143771, 30000\n"
+    found = gather_with(monkeypatch, [fake_gpu(0), fake_gpu(1)], fake_core(can_access_peer=refuse), smi)
+    report = verdict.judge(found, Check(2, None, 1.0, "PlatformError"))
+    reason, driver = report.problems
+    assert reason.startswith("asking whether device 0 reaches device 1 failed: the driver is insufficient, wanted")
+    assert driver.startswith("the driver is 550.54, wanted 580 or newer")
+
+
 def test_the_headers_of_jaxlib_have_versions():
     found = facts._ffi_versions()
     assert set(found) == {"XLA FFI", "Collectives extension"}

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe import _compat
+from jax_megamoe.errors import GroupError
 from jax_megamoe.primitives import _gpus, _library, _reachability, moe_peers
 from jax_megamoe.primitives._reachability import Place
 from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
@@ -244,6 +245,21 @@ def test_an_abstract_mesh_in_a_job(job):
 def test_facts_of_one_process_are_its_own():
     assert _compat.share_between_processes("key", "value", [0], 1) == ["value"]
     assert np.array(jax.process_index()) == 0
+
+
+def test_a_process_that_does_not_tell(monkeypatch):
+    """It died before it lowered the program: the others say who is missing, in a sentence."""
+
+    def wait(*arguments: Any) -> list[str]:
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out\nand more")
+
+    monkeypatch.setattr(_reachability, "_own_facts", dict)
+    monkeypatch.setattr(_compat, "share_between_processes", wait)
+    wanted = (
+        r"a process of 0, 3 has not told of its GPUs \(DEADLINE_EXCEEDED: [^\n]*\), wanted [^\n]* within 300 s: see "
+    )
+    with pytest.raises(GroupError, match=wanted):
+        _reachability._facts_of([0, 3])
 
 
 @pytest.fixture

@@ -172,10 +172,10 @@ def _ways(gpus: Sequence[Any]) -> tuple[str | None, str | None, list[list[bool]]
         return None, None, []
     try:
         _library.check_kernel_available()
+        ids = [device.local_hardware_id for device in gpus]
+        access = [[_library.can_access_peer(one, other) for other in ids] for one in ids]
     except PlatformError as error:
         return str(error), None, []
-    ids = [device.local_hardware_id for device in gpus]
-    access = [[_library.can_access_peer(one, other) for other in ids] for one in ids]
     return None, _reachability.reason_for_collectives(gpus, {"expert": len(gpus)}, ("expert",)), access
 
 

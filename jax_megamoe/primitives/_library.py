@@ -139,9 +139,18 @@ def symmetric_memories() -> list[dict[str, Any]]:
 
 
 def can_access_peer(from_device: int, to_device: int) -> bool:
-    """Whether a device of this process can reach the memory of another; both are local hardware ids."""
+    """Whether a device of this process can reach the memory of another; both are local hardware ids.
+
+    Raises `PlatformError` where the driver does not answer, as one that is too old for this build.
+    """
     assert _core is not None, "check_kernel_available comes first"
-    return bool(_core.can_access_peer(from_device, to_device))
+    try:
+        return bool(_core.can_access_peer(from_device, to_device))
+    except RuntimeError as error:
+        reason = str(error).removeprefix("jax_megamoe: ").rstrip(".")
+        raise PlatformError(
+            f"{reason}, wanted an answer of the GPU's driver: see what `python -m jax_megamoe doctor` says of it."
+        ) from error
 
 
 def host_identity() -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_megamoe import _compat
+from jax_megamoe.errors import GroupError
 from jax_megamoe.primitives import _gpus, _groups, _library
 
 # Processes may differ by so much in how long they trace and compile.
@@ -96,10 +97,15 @@ def _reason_of_group(subject: str, members: Sequence[Place], facts: Mapping[int,
 
 def _facts_of(processes: Sequence[int]) -> list[dict[str, Any]]:
     own = json.dumps(_own_facts())
-    return [
-        json.loads(text)
-        for text in _compat.share_between_processes("jax_megamoe/peers", own, processes, _TIMEOUT_SECONDS)
-    ]
+    try:
+        texts = _compat.share_between_processes("jax_megamoe/peers", own, processes, _TIMEOUT_SECONDS)
+    except jax.errors.JaxRuntimeError as error:  # of the store where they meet
+        reason = (str(error).splitlines() or ["no reason"])[0]
+        raise GroupError(
+            f"a process of {', '.join(map(str, processes))} has not told of its GPUs ({reason}), wanted all of them to "
+            f"lower this program within {_TIMEOUT_SECONDS:g} s: see whether they are alive and run the same one."
+        ) from error
+    return [json.loads(text) for text in texts]
 
 
 @functools.cache
