@@ -48,7 +48,7 @@ class Session:
     """The ranks of this process, and a program that is right on them before anything goes wrong."""
 
     def __init__(self, place: Place, captured: bool) -> None:
-        self.place = place
+        self.place, self.is_captured = place, captured
         self.options = chains.CAPTURED if captured else chains.NOT_CAPTURED
         self.mesh = mesh_of(jax.devices()[:RANKS], {"expert": RANKS})
         self.problem, self.placed = self.make_problem(TOKENS)

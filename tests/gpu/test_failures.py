@@ -1,4 +1,4 @@
-"""Ranks on two GPUs that part ways: `python -m pytest -m gpu -s tests/gpu/test_failures.py`.
+"""Ranks on two GPUs that part ways, or are killed, interrupted, forked: `python -m pytest -m gpu tests/gpu/test_failures.py`.
 
 In one process with both GPUs, and in one for each. What is asked of every rank: a failed call is NaN, or, where the
 rank's own part came about, right; the next run of any program raises an error that names rank, peer, phase and epoch;
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu import failure_worker
+from tests.gpu import failure_worker, fault_worker
 from tests.gpu.failure_worker import COMMON, LATE, LAYERS, MORE
 from tests.support import processes
 from tests.support.processes import Outcome
@@ -38,7 +38,7 @@ captured = pytest.mark.parametrize("captured", ["captured"])
 Key = tuple[str, int, str]
 # A set-up that a test waits for to end in vain; a limit that a rank is not to come to.
 SETTINGS = {
-    "dead": {"JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": "5"},
+    **{name: {"JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": "5"} for name in ("dead", "killed", "killed_in_set_up")},
     "set_up_again": {"JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": "5"},
     "patient": {"JAX_MEGAMOE_TIMEOUT_SECONDS": "120"},
 }
@@ -48,8 +48,9 @@ def run_worker(scenario: str, layout: int, captured: str) -> list[Outcome]:
     settings = {"JAX_MEGAMOE_TIMEOUT_SECONDS": f"{LIMIT:g}", "JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS": f"{SETUP:g}"}
     environment = {**settings, **SETTINGS.get(scenario, {})}
     limit = 120 if scenario == "patient" else 75
+    worker = fault_worker if scenario in fault_worker.SCENARIOS else failure_worker
     return processes.run(
-        failure_worker.__name__, scenario, captured, processes=layout, limit=limit, share=0.02, environment=environment
+        worker.__name__, scenario, captured, processes=layout, limit=limit, share=0.02, environment=environment
     )
 
 
@@ -264,3 +265,64 @@ def test_wrong_order(outcome, layout, captured):
     sentence = r"rank \d of XLA's communicator is rank \d of the mesh, epoch \d+:"
     calls.check_sentences("parted", *(f"(rank {rank} was told that )?{sentence}" for rank in range(2)))
     calls.check_recovery(sentence)
+
+
+# Faults from outside.
+
+
+@two_processes
+@captured_or_not
+def test_killed(outcome, layout, captured):
+    """In mid-launch. The other rank says so, and another pair of processes works at once, on the same GPUs."""
+    calls, setup = outcome(0, -9), float(SETTINGS["killed"]["JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS"])
+    calls.right("before")
+    line = calls.line(0, "parted")
+    assert line["error"] is None and line["ranks"]["0"]["outcome"] == "nan from some launch on", line
+    assert calls.seconds(0, "parted") < LIMIT + SLACK + 15, "with the launches before and after"
+    sentence = r"rank 0 waited in vain for rank 1, phase [a-z ]+, epoch \d+:"
+    calls.check_sentences("parted", sentence)
+    for call in ("next", "rebuilt"):
+        line = calls.line(0, call)
+        assert line["error"] is not None and line["seconds"] < setup + SLACK, f"{call}: {line}"
+    assert re.search(sentence, calls.line(0, "next")["error"])
+    Calls(run_worker("works", layout, captured)).right("first", "again")
+
+
+@two_processes
+@captured
+def test_killed_in_set_up(outcome, layout, captured):
+    calls, setup = outcome(0, -9), float(SETTINGS["killed_in_set_up"]["JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS"])
+    calls.right("before")
+    for call in ("parted", "next"):
+        line = calls.line(0, call)
+        assert "the other ranks did not come within 5 s" in str(line["error"]), line
+        assert line["seconds"] < setup + SLACK
+    Calls(run_worker("works", layout, captured)).right("first", "again")
+
+
+@two_processes
+@captured
+def test_interrupted(outcome, layout, captured):
+    calls, epoch = outcome(), LAYERS + 1
+    calls.right("before")
+    (seconds,) = [line["interrupted"] for line in calls.outcomes[0].lines if "interrupted" in line]
+    assert seconds < LIMIT + SLACK, "Ctrl-C has to come through within the limit"
+    assert calls.line(1, "parted")["ranks"]["1"]["outcome"] == "nan"
+    calls.check_recovery(waited(0, epoch), told(1, epoch))
+
+
+@both_layouts
+@captured
+def test_forked(outcome, layout, captured):
+    calls = outcome()
+    calls.right("before", "again")
+    for each in calls.outcomes:
+        lines = [line for line in each.lines if line["call"] == "beside a child"]
+        assert len(lines) == 3
+        assert all(rank["outcome"] == "right" for line in lines for rank in line["ranks"].values()), lines
+
+
+@one_process
+@captured
+def test_second_client(outcome, layout, captured):
+    outcome().right("before", "second", "again")
