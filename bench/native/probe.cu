@@ -1,8 +1,8 @@
 // Development probe of the fused kernel without JAX: checks it against naive kernels and times it in a CUDA graph
 // beside the device's read ceiling. Starts in a second, which makes it the program to run under compute-sanitizer.
 //   probe check H I E k T [routing [ctas]]
-//     between guard bands, over poisoned memory; routing: uniform, one (all on one expert), masked, none; more CTAs than
-//     SMs start late
+//     between guard bands, over poisoned memory; routing: uniform, one (all on one expert), masked, none; more CTAs
+//     than SMs start late
 //   probe overrun H I E k T             results are made too small for the launch: the bands have to show it
 //   probe time H I E k T...             per call in a graph of 12 calls with 12 inputs
 //   probe turns H I E k T...            the same with the weights of two layers in turn
@@ -66,8 +66,8 @@ int check(const Problem& p, const std::string& routing, int ctas) {
   return good ? 0 : 1;
 }
 
-// Launches that write beyond a result, since that is smaller than it should be or begins later: each has to be reported,
-// and nothing else.
+// Launches that write beyond a result, since that is smaller than it should be or begins later: each has to be
+// reported, and nothing else.
 int overrun(const Problem& p) {
   const Weights w(p.hidden_size, p.intermediate_size, p.num_local_experts, p.format);
   const size_t row = p.hidden_size * sizeof(uint16_t);

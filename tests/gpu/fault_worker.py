@@ -103,7 +103,7 @@ def forked(session: Session) -> None:
 
 
 def second_client(session: Session) -> None:
-    """Another client of JAX in the same process, with a group of its own: first beside what is left of the other one."""
+    """Another client of JAX in the same process, with a group of its own, beside what is left of the first."""
     session.call("before")
     jax.extend.backend.clear_backends()
     make_weights.cache_clear()  # they are the first client's

@@ -1,6 +1,6 @@
-"""Hostile calls of the group handlers on two GPUs: `python -m tests.gpu.group_handlers_worker`, see test_group_handlers.py.
+"""Hostile calls of the group handlers on two GPUs, and after each of them the layer as it should be called.
 
-After each of them the layer is called as it should be.
+`python -m tests.gpu.group_handlers_worker`, see test_group_handlers.py.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Ranks on two GPUs that part ways, or are killed, interrupted, forked: `python -m pytest -m gpu tests/gpu/test_failures.py`.
+"""Ranks on two GPUs that part ways, or are killed: `python -m pytest -m gpu -s tests/gpu/test_failures.py`.
 
 In one process with both GPUs, and in one for each. What is asked of every rank: a failed call is NaN, or, where the
 rank's own part came about, right; the next run of any program raises an error that names rank, peer, phase and epoch;

@@ -1,6 +1,6 @@
 // The guard bands of bench/native over a fake runtime, where memory is the host's. In: "SIDE OFFSET COUNT" each line, a
-// buffer of which so many bytes from there on are written, before its begin, inside it, or behind its end. Out: what the
-// guards report, or "whole".
+// buffer of which so many bytes from there on are written, before its begin, inside it, or behind its end. Out: what
+// the guards report, or "whole".
 #include "guards.h"
 
 #include <cstring>

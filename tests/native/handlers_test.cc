@@ -1,9 +1,9 @@
 // The FFI handlers as XLA calls them, on a machine without a GPU: a launch looks at what it was given instead
-// (fake_launches.cc). In: a call each line, in parts apart by semicolons: "moe", "route", "moe_peers" or "wire_test", "a
-// type dims..." an operand, "r type dims..." a result, "n name i64|i64s|f32|s32|str value" an attribute, and what is wrong
-// with the machine: "f extension none" or "f extension 0.3" of XLA, "f capability 8" of the GPU, "f memory BYTES" at most in an
-// allocation, "f driver" that is too old. Out: "refused: " and the error, "launched", or "overrun: " and what the launch
-// would touch beyond its buffer.
+// (fake_launches.cc). In: a call each line, in parts apart by semicolons: "moe", "route", "moe_peers" or "wire_test",
+// "a type dims..." an operand, "r type dims..." a result, "n name i64|i64s|f32|s32|str value" an attribute, and what is
+// wrong with the machine: "f extension none" or "f extension 0.3" of XLA, "f capability 8" of the GPU, "f memory BYTES"
+// at most in an allocation, "f driver" that is too old. Out: "refused: " and the error, "launched", or "overrun: " and
+// what the launch would touch beyond its buffer.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 // Expert groups with ranks as threads: plans, watcher and the end of a process here, the rest in the other parts. The
-// argument is the library that stands for NCCL. With "place" before it, or alone: what comes of asking for a rank's place.
+// argument is the library that stands for NCCL. With "place" before it, or alone: what comes of asking for a rank's
+// place.
 #include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>

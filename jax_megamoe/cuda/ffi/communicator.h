@@ -1,8 +1,8 @@
 // XLA as the process group: the communicator of a call's replica group, through the FFI's Collectives extension.
 //
-// A handler binds `.Ctx<Collectives>()` and `.Attrs()` for `ReplicaGroups`, requests the communicator
-// in Prepare (XLA creates it there, once per process and group) and gets it in Initialize, where it may be used: all
-// ranks of a group are in Initialize at the same time then, one host thread each.
+// A handler binds `.Ctx<Collectives>()` and `.Attrs()` for `ReplicaGroups`, requests the communicator in Prepare (XLA
+// creates it there, once per process and group) and gets it in Initialize, where it may be used: all ranks of a group
+// are in Initialize at the same time then, one host thread each.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct CollectivesExtension : ffi::internal::CollectivesExtensionBase<Collective
   static bool Support(int32_t major, int32_t minor) { return major == 0 && (minor == 1 || minor == 2); }
 };
 
-// What handlers bind: the extension, or the reason why this XLA has none that serves, for an error of the package's own.
+// What handlers bind: the extension, or the reason why this XLA has none that serves, for an error of our own.
 struct Collectives {};
 
 }  // namespace megamoe
