@@ -13,8 +13,9 @@ A CTA is two threads, which go on independently:
 - the weight producer claims the CTA's first unit at once, and queues it and those that it draws. Before it queues its first
   down unit, or one whose image waits for a place, or ends, it looks through the first units of all CTAs and queues those that nobody has claimed.
 
-Gate/up units wait for the tokens of all ranks, and where images go through a ring, for the unit that had the place before;
-down units wait for all gate/up units. A claim counts launches. A CTA adds one
+Gate/up units wait for the tokens of all ranks; down units wait for all gate/up units. Where images go through rings, both take
+turns, one chunk after the other: gate/up unit c waits for the gate/up unit and the down unit that had its places before, and
+down unit c for gate/up unit c. A claim counts launches. A CTA adds one
 to its own; if it finds that somebody has taken over, it subtracts it again and has nothing. Who takes over sets the claim by
 compare-and-swap. CTAs wait for a while before they take over: here that is any time at all.
 
@@ -71,12 +72,14 @@ class Blocker(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to do on each rank, and what stands in the way. Units are numbered from the gate/up units on."""
+    """What there is to do on each rank, and what stands in the way. Units are numbered as tickets: gate/up units come first."""
 
     ctas: tuple[int, ...] = (2, 2)
     gate_up: tuple[int, ...] = (2, 2)
     down: tuple[int, ...] = (1, 1)
-    image_slots: int = 8  # of the ring of images: that of gate/up unit u is free when unit u - image_slots is complete
+    # Of the rings of images, those of tokens and of activations; then each chunk has a unit of both kinds, and gate/up units
+    # are one chunk further ahead than the first ring has slots.
+    slots_of_rings: tuple[int, int] | None = None
     num_launches: int = 2
     blockers: tuple[Blocker, ...] = (Blocker((0, 1)),)
     spare_slots: int = 1  # that blockers leave free on each GPU
@@ -85,9 +88,27 @@ class Scene:
         """Gate/up and down units."""
         return self.gate_up[rank] + self.down[rank]
 
-    def down_units(self, rank: int) -> range:
-        """Their numbers."""
-        return range(self.gate_up[rank], self.num_units(rank))
+    def tickets(self, rank: int) -> list[tuple[bool, int]]:
+        """Whether it is a down unit, and which of its kind, by ticket."""
+        ahead = self.slots_of_rings[0] + 1 if self.slots_of_rings else self.gate_up[rank]
+        gate_up = [(False, number) for number in range(self.gate_up[rank])]
+        down = [(True, number) for number in range(self.down[rank])]
+        turns = [unit for pair in zip(down, gate_up[ahead:], strict=False) for unit in pair]
+        return [*gate_up[:ahead], *turns, *down[len(turns) // 2 :]]
+
+    def down_units(self, rank: int) -> frozenset[int]:
+        """Their tickets."""
+        return frozenset(ticket for ticket, (is_down, _) in enumerate(self.tickets(rank)) if is_down)
+
+    def waits_for(self, rank: int, ticket: int) -> frozenset[int]:
+        """The units that one needs, besides tokens."""
+        tickets = self.tickets(rank)
+        is_down, number = tickets[ticket]
+        if self.slots_of_rings is None:
+            return frozenset(range(self.gate_up[rank])) if is_down else frozenset()
+        images, activations = self.slots_of_rings
+        wanted = {(False, number)} if is_down else {(False, number - images), (True, number - activations)}
+        return frozenset(other for other, unit in enumerate(tickets) if unit in wanted)
 
     def slots(self, gpu: int) -> int:
         """For the CTAs of a launch and for blockers."""

@@ -105,10 +105,9 @@ class CtaSteps:
         launch, multiplied = rank.memory.launch, rank.memory.multiplied
         unit, *others = rank.ctas[b].queue
         is_down = unit in self.scene.down_units(r)
-        if is_down:
-            if not multiplied.issuperset(range(self.scene.gate_up[r])):
-                return
-        else:
+        if not multiplied.issuperset(self.scene.waits_for(r, unit)):
+            return
+        if not is_down:
             images = {
                 (s, share): memories[s].stamp(share in memories[s].dispatched)
                 for s in self.ranks
@@ -116,14 +115,13 @@ class CtaSteps:
             }
             if any(found < launch for found in images.values()):
                 return  # the flag of the tokens comes with the last share
-            if unit >= self.scene.image_slots and unit - self.scene.image_slots not in multiplied:
-                return
             for (s, share), found in images.items():
                 _expect(f"share {share} of rank {s}", found, launch)
         if unit in multiplied:
             raise Wrong(f"unit {unit} is multiplied twice")
         rank = _write(rank, multiplied=multiplied | {unit})
-        yield Step(f"multiplies unit {unit}", _with(rank, b, queue=tuple(others)), is_down)
+        commutes = is_down and self.scene.slots_of_rings is None  # nothing waits for it but its rank's end
+        yield Step(f"multiplies unit {unit}", _with(rank, b, queue=tuple(others)), commutes)
 
     def _columns(self, d: int, memory: Memory) -> int:
         """The flag of a rank's results, which comes with the last of them."""
@@ -176,7 +174,7 @@ class CtaSteps:
         """The ticket is next, unless the CTA has to look at the first units before."""
         is_end = ticket >= self.scene.num_units(r)
         is_down = ticket in self.scene.down_units(r)
-        is_in_ring = self.scene.image_slots <= ticket < self.scene.gate_up[r]
+        is_in_ring = not is_end and not is_down and bool(self.scene.waits_for(r, ticket))
         m = self.mechanism
         looks = is_end and m.looks_before_end or is_down and m.looks_before_down or is_in_ring and m.looks_before_ring
         if looks and rank.ctas[b].looks == 0:

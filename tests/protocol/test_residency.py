@@ -18,7 +18,7 @@ SCENES = {
     "a kernel on each GPU, for ever": Scene(blockers=(FOREVER_ON_0, FOREVER_ON_1)),
     "first units of both kinds": Scene(gate_up=(1, 1), down=(1, 2)),
     "many units": Scene(gate_up=(3, 2), down=(1, 1), num_launches=1),
-    "a ring of images": Scene(gate_up=(4, 1), down=(1, 1), image_slots=2, num_launches=1),
+    "rings of images": Scene(gate_up=(4, 1), down=(2, 1), slots_of_rings=(2, 3), num_launches=1),
     "an idle rank": Scene(gate_up=(2, 0), down=(1, 0)),
     "idle ranks": Scene(gate_up=(0, 0), down=(0, 0)),
     "three CTAs": Scene(ctas=(3, 1), gate_up=(1, 1), down=(3, 1), num_launches=1, blockers=(FOREVER_ON_0,)),
@@ -55,7 +55,12 @@ BROKEN = {
     ),
     "no look before images wait for a place": (
         Mechanism(looks_before_ring=False),
-        SCENES["a ring of images"],
+        SCENES["rings of images"],
+        DEADLOCK,
+    ),
+    "the ring of activations is as short as that of tokens": (
+        Mechanism(),
+        Scene(gate_up=(4, 1), down=(2, 1), slots_of_rings=(2, 1), num_launches=1),
         DEADLOCK,
     ),
     "one place for ids": (Mechanism(id_places=1), Scene(), r"ids of rank 1 are 2, wanted 1"),

@@ -26,7 +26,10 @@ struct LaunchConstants {
   bool assembles_images;  // while units run (kernels/image_assembly.cuh)
   int stages_in_flight;   // at most, of weights
   uint8_t stages[kWideTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
-  Divisor image_slots;                 // of the ring of assembled images
+  // Where images are assembled: of both rings, and tickets of both projections that take turns (layout/unit_order.h).
+  Divisor image_slots;
+  Divisor activation_slots;
+  Divisor turn_tickets;
 };
 
 struct MoeArguments {

@@ -67,7 +67,7 @@ class ImageAssembler {
   __device__ __forceinline__ void await_slot(int chunk) const {
     const int earlier = chunk - static_cast<int>(args_.constants.image_slots.value());
     if (earlier >= 0) {
-      Group::wait_local(args_, counters_.gate_up_done(earlier),
+      Group::wait_local(args_, counters_.units_done(earlier),
                         args_.constants.gate_up_units.value() * Orientation::kGateUpSignals);
       ptx::fence_proxy_async_global();  // the copy engine has read what it is to write now
     }

@@ -8,7 +8,7 @@
 
 namespace megamoe {
 
-// What the unit's gate/up epilogue writes and its chunk's down units read.
+// What the unit's gate/up epilogue writes and its chunk's down units read, where it is not in a ring.
 template <typename Orientation>
 __device__ __forceinline__ Image activation_image(const MoeArguments& args, const UnitNote& note) {
   const int columns = args.problem.intermediate_size;
@@ -29,13 +29,26 @@ __device__ __forceinline__ bool assembles_images(const MoeArguments& args) {
   return kMayAssembleImages<Orientation, Group> && args.constants.assembles_images;
 }
 
-// Such an image, of `rows` padded rows: a place in a ring, of 128 rows each.
+// The first row of a chunk's place in a ring, of 128 rows each.
+__device__ __forceinline__ int row_in_ring(const Divisor& slots, int chunk) {
+  return (chunk - static_cast<int>(slots.divide(chunk) * slots.value())) * kNormalTokenTile;
+}
+
+// Such an image, of `rows` padded rows.
 __device__ __forceinline__ Image assembled_image(const MoeArguments& args, int chunk, int rows, int k_blocks) {
-  const Divisor& slots = args.constants.image_slots;
-  const int slot = chunk - static_cast<int>(slots.divide(chunk) * slots.value());
-  return {args.workspace.token_planes, args.workspace.token_scales,
-          slot * kNormalTokenTile,     rows,
-          k_blocks * kBlockK,          k_blocks};
+  return {args.workspace.token_planes,
+          args.workspace.token_scales,
+          row_in_ring(args.constants.image_slots, chunk),
+          rows,
+          k_blocks * kBlockK,
+          k_blocks};
+}
+
+// The first row of a chunk's activations, whose first token has row `row_base` of all chunks'.
+template <typename Orientation, typename Group>
+__device__ __forceinline__ int activation_row_base(const MoeArguments& args, int chunk, int row_base) {
+  if (!assembles_images<Orientation, Group>(args)) return row_base;
+  return row_in_ring(args.constants.activation_slots, chunk);
 }
 
 // What a gate/up unit multiplies where images are not assembled.

@@ -6,8 +6,8 @@
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
 //   token producer     images or rows into the same stages once they exist (gate/up: `dispatched_shares` of all CTAs;
-//                      down: `gate_up_done[chunk]`)
-//   consumers          multiply, promote; gate/up epilogue -> activation images -> `gate_up_done[chunk]`;
+//                      down: `units_done[chunk]`)
+//   consumers          multiply, promote; gate/up epilogue -> activation images -> `units_done[chunk]`;
 //                      down epilogue -> BF16 row per (token, slot) -> `down_done[tile]`; then combine
 //
 // Waits form no cycle: a unit only waits for units with lower tickets, which are already being worked on. With many

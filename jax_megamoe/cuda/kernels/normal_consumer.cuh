@@ -17,6 +17,7 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
+#include "kernels/images.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
 #include "kernels/shared_map.cuh"
@@ -103,7 +104,10 @@ class NormalConsumer {
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     if (threadIdx.x % kWarpgroupThreads != 0) return;
     const CounterSet& counters = map_.counters(args_);
-    signaller_.post(kDown ? counters.down_done(note_.tile) : counters.gate_up_done(map_.header().chunk[warpgroup()]));
+    if (kDown) signaller_.post(counters.down_done(note_.tile));
+    if (!kDown || assembles_images<Normal, Group>(args_)) {
+      signaller_.post(counters.units_done(map_.header().chunk[warpgroup()]));
+    }
   }
 
   // Scales and biases of the unit's rows, out of its first stage, for this warpgroup's epilogue.
@@ -240,10 +244,11 @@ class NormalConsumer {
     if constexpr (kTiles == 1) exchange_maxima(amax);
 
     // activation_image's plane and scales, written out: through it, nvcc moves other code around.
-    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
+    const int row_base = activation_row_base<Normal, Group>(args_, map_.header().chunk[warpgroup()], note_.row_base);
+    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(row_base) * p.intermediate_size +
                      static_cast<size_t>(note_.tile) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / Normal::kActivationScaleColumns) +
+                    static_cast<size_t>(row_base) * (p.intermediate_size / Normal::kActivationScaleColumns) +
                     static_cast<size_t>(note_.tile) * padded;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -27,7 +27,7 @@ struct Unit {
   int shares_tokens;
 };
 
-// All gate/up units, then all down units, in the order of layout/unit_order.h. The tail are the last two rounds of down
+// All gate/up units, then all down units, or both in turns, in the order of layout/unit_order.h. The tail are the last two rounds of down
 // units in the normal orientation; there is none where that would be more than half of all down units, which would then
 // all wait for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
 template <typename Orientation>
@@ -35,8 +35,8 @@ class UnitSchedule {
  public:
   __device__ UnitSchedule(const MoeArguments& args, const Plan& plan)
       : constants_(args.constants), cluster_(args), plan_(plan), first_tail_chunk_(num_chunks()) {
-    if (Orientation::kSwapsOperands || cluster_.has_partner())
-      return;  // two CTAs share an expert's chunks in an order of their own
+    if (Orientation::kSwapsOperands || cluster_.has_partner() || takes_turns())
+      return;  // two CTAs share an expert's chunks in an order of their own, and so do runs
     const int chunks = ceil_div(kTailUnitsPerCta * static_cast<int>(gridDim.x), constants_.down_tickets.value());
     if (2 * chunks > num_chunks()) return;
     first_tail_chunk_ = plan_.chunk_base(expert_of_chunk(plan_, num_chunks() - chunks));
@@ -47,13 +47,11 @@ class UnitSchedule {
     return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
   }
   // Tickets below it wait for no other unit. Gate/up units do where images go through a ring, and its first round is
-  // over; a ticket may be for any chunk of its run.
+  // over; a ticket may be for any chunk of its run. The first down unit comes after that.
   __device__ uint32_t independent_end() const {
-    if constexpr (Orientation::kMayAssembleImages) {
-      const int slots = constants_.image_slots.value();
-      if (constants_.assembles_images && num_chunks() > slots) {
-        return static_cast<uint32_t>(slots - kRunChunks) * constants_.gate_up_tickets.value();
-      }
+    const int slots = constants_.image_slots.value();
+    if (takes_turns() && num_chunks() > slots) {
+      return static_cast<uint32_t>(slots - kRunChunks) * constants_.gate_up_tickets.value();
     }
     return num_gate_up();
   }
@@ -66,19 +64,24 @@ class UnitSchedule {
     Unit u;
     const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
-    const int index = ticket - (u.down ? first_down : 0);
+    int index = ticket - (u.down ? first_down : 0);
+    if (takes_turns()) {
+      const ProjectionTicket one =
+          in_turns(ticket, num_chunks(), constants_.image_slots.value(), constants_.gate_up_tickets.value(),
+                   constants_.down_tickets.value(), constants_.turn_tickets);
+      u.down = one.down;
+      index = one.index;
+    }
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
     TicketPlace place = ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
     u.expert = place.expert;
     const int first_chunk = plan_.chunk_base(u.expert);
     int count = plan_.count(plan_.first_expert() + u.expert);
     int run = 0;  // the first chunk of the unit's run, which is from here on like an expert
-    if constexpr (Orientation::kMayAssembleImages) {
-      if (constants_.assembles_images && !u.down) {
-        const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-        place = place_in_run(place, num_chunks, tickets.value(), kRunChunks, &run);
-        count = min(count - run * kTile, kRunChunks * kTile);
-      }
+    if (takes_turns()) {
+      const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
+      place = place_in_run(place, num_chunks, tickets.value(), kRunChunks, &run);
+      count = min(count - run * kTile, kRunChunks * kTile);
     }
     ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {
@@ -97,6 +100,9 @@ class UnitSchedule {
 
  private:
   static constexpr int kTile = Orientation::kTokenTile;
+
+  // Where images go through rings.
+  __device__ bool takes_turns() const { return Orientation::kMayAssembleImages && constants_.assembles_images; }
 
   const LaunchConstants& constants_;
   Cluster<Orientation> cluster_;

@@ -287,7 +287,7 @@ class SwapConsumer {
     }
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).units_done(note_.chunk));
   }
 
   // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns

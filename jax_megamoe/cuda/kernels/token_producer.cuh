@@ -82,12 +82,19 @@ class TokenProducer {
   __device__ __forceinline__ void await_tokens(const UnitNote& note) {
     if (note.down() && brings_images()) {
       const uint32_t signals = args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
-      Group::wait_local(args_, SharedMap<Orientation>::counters(args_).gate_up_done(note.chunk), signals);
+      Group::wait_local(args_, SharedMap<Orientation>::counters(args_).units_done(note.chunk), signals);
     }
     if constexpr (kMayAssembleImages<Orientation, Group>) {
       if (!note.down() && args_.constants.assembles_images) {
-        Group::wait_local(args_, SharedMap<Orientation>::counters(args_).assembled(note.chunk),
-                          note.padded_rows() / kAssemblyPieceRows);
+        const CounterSet& counters = SharedMap<Orientation>::counters(args_);
+        Group::wait_local(args_, counters.assembled(note.chunk), note.padded_rows() / kAssemblyPieceRows);
+        // The place of the unit's activations: units of the chunk that had it have lower tickets.
+        const int earlier = note.chunk - static_cast<int>(args_.constants.activation_slots.value());
+        if (earlier >= 0) {
+          Group::wait_local(args_, counters.units_done(earlier),
+                            args_.constants.gate_up_units.value() * Orientation::kGateUpSignals +
+                                args_.constants.down_units.value() * Orientation::kDownSignals);
+        }
       }
     }
     ptx::fence_proxy_async_global();
@@ -123,11 +130,14 @@ class TokenProducer {
     const int blocks = k_blocks(note);
     const int scales_per_block = note.down() ? Orientation::kActivationScalesPerBlock : 1;
     // An Image, written out: through it, nvcc moves other code around.
+    const int row_base = kMayAssembleImages<Orientation, Group>
+                             ? activation_row_base<Orientation, Group>(args_, note.chunk, note.row_base)
+                             : note.row_base;
     const uint8_t* planes =
         (note.down() ? args_.workspace.activation_planes : Group::own(args_.workspace.token_planes)) +
-        static_cast<size_t>(note.row_base) * (blocks * kBlockK);
+        static_cast<size_t>(row_base) * (blocks * kBlockK);
     const float* scales = (note.down() ? args_.workspace.activation_scales : Group::own(args_.workspace.token_scales)) +
-                          static_cast<size_t>(note.row_base) * blocks * scales_per_block;
+                          static_cast<size_t>(row_base) * blocks * scales_per_block;
     if constexpr (kMayAssembleImages<Orientation, Group>) {
       if (!note.down() && args_.constants.assembles_images) {
         const Image image = assembled_image(args_, note.chunk, rows, blocks);

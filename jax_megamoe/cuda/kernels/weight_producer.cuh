@@ -157,7 +157,7 @@ class WeightProducer {
   // and these wait for it anyway: they leave the memory to it. Units are taken chunk by chunk, so that the last chunk
   // is the last one to be complete.
   __device__ __forceinline__ bool gate_up_complete(const UnitSchedule<Orientation>& schedule) const {
-    return ptx::load_relaxed(map_.counters(args_).gate_up_done(schedule.num_chunks() - 1)) >=
+    return ptx::load_relaxed(map_.counters(args_).units_done(schedule.num_chunks() - 1)) >=
            args_.constants.gate_up_units.value() * Orientation::kGateUpSignals;
   }
 

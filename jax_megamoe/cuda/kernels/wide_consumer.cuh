@@ -211,7 +211,7 @@ class WideConsumer {
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     if (threadIdx.x == 0) exchange.end();
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).gate_up_done(note_.chunk));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).units_done(note_.chunk));
   }
 
   // Of 32 tokens, those of which this lane has sums, by number.

@@ -49,12 +49,10 @@ struct Problem {
     return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
            num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
   }
-  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks.
-  int image_slots() const {
-    const int chunks_at_work = ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns));
-    const int wanted = 2 * (chunks_at_work + kRunChunks);
-    return wanted < max_chunks() ? wanted : max_chunks();
-  }
+  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks. Gate/up units
+  // are as many chunks ahead of down units, and no more, so that a ring twice as long holds the activations.
+  int image_slots() const { return most_chunks(ring_chunks()); }
+  int activation_slots() const { return most_chunks(2 * ring_chunks()); }
   // Those whose weights differ from rank to rank.
   __host__ __device__ int num_routed_experts() const { return num_local_experts - num_shared_experts; }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
@@ -67,6 +65,13 @@ struct Problem {
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
   int max_rows() const { return group_routes() + 7 * max_chunks(); }
+
+ private:
+  int ring_chunks() const {
+    const int chunks_at_work = ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns));
+    return 2 * (chunks_at_work + kRunChunks);
+  }
+  int most_chunks(int wanted) const { return wanted < max_chunks() ? wanted : max_chunks(); }
 };
 
 }  // namespace megamoe

@@ -36,7 +36,7 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
 constexpr int kWideTokenTile = 256;
-// Where images are assembled into a ring, gate/up units take so many chunks of an expert in turns, and then the next.
+// Where images go through rings, units take so many chunks of an expert in turns, and then the next.
 constexpr int kRunChunks = 8;
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 

@@ -8,7 +8,8 @@
 //   - Normal: the last experts, the tail, go tile by tile over all of them, so that columns are complete one after the
 //     other and the combine can start on finished ones.
 //
-// And one for gate/up units, whose images may go through a ring (place_in_run).
+// Where images go through rings, those of tokens and those of activations, gate/up and down tickets take turns
+// (in_turns), and an expert's chunks are divided into runs (place_in_run).
 //
 // All of it is three small maps: from the place in the order to a chunk, from there to the run of chunks that take
 // turns, and from the number in the run to a tile and a chunk. tests/test_unit_order.py compares them with one formula.
@@ -80,9 +81,40 @@ __host__ __device__ inline TicketPlace ticket_place(const Chunks& chunks, bool d
   return at;
 }
 
-// The same ticket where images of tokens go through a ring, for gate/up units: of an expert with `num_chunks`, runs of
-// `run_chunks` one after the other, so that all of a run are complete soon after its first is begun. `place` has the
-// ticket's number in `group` and `member`; afterwards these are of the run whose first chunk `first` is.
+// A ticket of both projections together: which of them, and its number there.
+struct ProjectionTicket {
+  bool down;
+  int index;
+};
+
+// Where images go through rings: gate/up tickets of `ahead` chunks, then in turns down tickets of kRunChunks chunks and
+// gate/up tickets of the next kRunChunks, and the other down tickets at the end. `gate_up` and `down` are the tickets of
+// a chunk, and `turn` those of a turn, kRunChunks * (gate_up + down).
+//
+// A ticket may be for any chunk of its run, which has up to kRunChunks. So that no ticket waits for a higher one, `ahead`
+// has to be at least 2 * kRunChunks - 1, and the ring of activations longer than that by 2 * kRunChunks - 2.
+__host__ __device__ inline ProjectionTicket in_turns(int ticket, int num_chunks, int ahead, int gate_up, int down,
+                                                     const Divisor& turn) {
+  if (ahead > num_chunks) ahead = num_chunks;
+  const int first = ahead * gate_up;
+  if (ticket < first) return {false, ticket};
+  ticket -= first;
+  const int whole_turns = (num_chunks - ahead) / kRunChunks;
+  int turns = turn.divide(ticket);  // before this one
+  if (turns > whole_turns) turns = whole_turns;
+  ticket -= turns * static_cast<int>(turn.value());
+  // Of this turn, the last of which may have fewer gate/up tickets, or none.
+  const int down_tickets = kRunChunks * down, left = num_chunks - ahead - turns * kRunChunks;
+  const int gate_up_tickets = (left < kRunChunks ? left : kRunChunks) * gate_up;
+  if (ticket < down_tickets) return {true, turns * down_tickets + ticket};
+  ticket -= down_tickets;
+  if (ticket < gate_up_tickets) return {false, first + turns * kRunChunks * gate_up + ticket};
+  return {true, (turns + 1) * down_tickets + ticket - gate_up_tickets};
+}
+
+// The same ticket of a projection where images go through rings: of an expert with `num_chunks`, runs of `run_chunks`
+// one after the other, so that all of a run are complete soon after its first is begun. `place` has the ticket's number
+// in `group` and `member`; afterwards these are of the run whose first chunk `first` is.
 __host__ __device__ inline TicketPlace place_in_run(const TicketPlace& place, int num_chunks, int tickets,
                                                     int run_chunks, int* first) {
   const int within = place.group * num_chunks + place.member;

@@ -27,6 +27,7 @@ struct Workspace {
   uint8_t* token_planes;  // [max_rows * H] e4m3
   float* token_scales;    // [max_rows * H/128]
   // The rest, in one buffer that XLA owns.
+  // Images of activations: those of all chunks, or where images of tokens are assembled, a ring like theirs.
   uint8_t* activation_planes;  // [max_rows * I] e4m3
   float* activation_scales;    // [max_rows * I / activation_scale_columns]
 
@@ -59,9 +60,12 @@ struct Workspace {
     return carver.bytes();
   }
   size_t carve_local(const Problem& p, void* base) {
-    const size_t rows = p.max_rows();
+    size_t rows = p.max_rows();
     Carver carver(base);
-    if (p.assembles_images()) carve_images(p, static_cast<size_t>(p.image_slots()) * p.token_tile(), carver);
+    if (p.assembles_images()) {
+      carve_images(p, static_cast<size_t>(p.image_slots()) * p.token_tile(), carver);
+      rows = static_cast<size_t>(p.activation_slots()) * p.token_tile();
+    }
     activation_planes = carver.take<uint8_t>(rows * p.intermediate_size);
     activation_scales = carver.take<float>(rows * (p.intermediate_size / activation_scale_columns(p.swap_operands())));
     return carver.bytes();
@@ -119,8 +123,8 @@ class CounterSet {
   // `set_words`: of each of the two sets, at least `words` of every problem that uses them.
   CounterSet(const Problem& p, Control* control, int index, int set_words)
       : base_(reinterpret_cast<uint32_t*>(control + 1) + static_cast<size_t>(index) * set_words),
-        gate_up_offset_(3 * kLineWords + p.hidden_size / kDownUnitColumns),
-        assembled_offset_(gate_up_offset_ + p.max_chunks()) {}
+        units_offset_(3 * kLineWords + p.hidden_size / kDownUnitColumns),
+        assembled_offset_(units_offset_ + p.max_chunks()) {}
 
   static int words(const Problem& p) {
     return round_up(3 * kLineWords + p.hidden_size / kDownUnitColumns + 2 * p.max_chunks(), kLineWords);
@@ -136,8 +140,9 @@ class CounterSet {
   __host__ __device__ uint32_t* next_piece() const { return base_ + 2 * kLineWords; }
   // [H/128] signals of finished down units of these columns.
   __host__ __device__ uint32_t* down_done(int unit) const { return base_ + 3 * kLineWords + unit; }
-  // [max_chunks] gate/up units finished for each chunk.
-  __host__ __device__ uint32_t* gate_up_done(int chunk) const { return base_ + gate_up_offset_ + chunk; }
+  // [max_chunks] signals of finished units of each chunk: of its gate/up units, and then, where activations go through
+  // a ring, of its down units.
+  __host__ __device__ uint32_t* units_done(int chunk) const { return base_ + units_offset_ + chunk; }
   // [max_chunks] pieces of each chunk's image that are in place, where images are assembled.
   __host__ __device__ uint32_t* assembled(int chunk) const { return base_ + assembled_offset_ + chunk; }
 
@@ -145,7 +150,7 @@ class CounterSet {
   static constexpr int kLineWords = 32;  // hot counters get a 128-byte line of their own
 
   uint32_t* base_ = nullptr;
-  int gate_up_offset_ = 0, assembled_offset_ = 0;
+  int units_offset_ = 0, assembled_offset_ = 0;
 };
 
 inline size_t Control::bytes(const Problem& p) {
