@@ -68,7 +68,7 @@ LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoi
   c.assembles_images = choice.assembles_images;
   c.image_slots = Divisor(p.image_slots());
   c.activation_slots = Divisor(p.activation_slots());
-  c.turn_tickets = Divisor(kRunChunks * (c.gate_up_tickets.value() + c.down_tickets.value()));
+  c.turns = Turns(p.chunks_ahead(), kTurnChunks, c.gate_up_tickets.value(), c.down_tickets.value());
   c.activations_stay = choice.activations_stay;
   const Plan plan(p.num_local_experts, p.num_ranks, 0);
   for (int rows = 8; rows <= Orientation::kTokenTile; rows += 8) {

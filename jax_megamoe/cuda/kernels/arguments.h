@@ -6,6 +6,7 @@
 #include "common/divisor.h"
 #include "layout/activation.h"
 #include "layout/peer_buffer.h"
+#include "layout/unit_order.h"
 #include "layout/weights.h"
 #include "layout/workspace.h"
 
@@ -26,10 +27,10 @@ struct LaunchConstants {
   bool assembles_images;  // while units run (kernels/image_assembly.cuh)
   int stages_in_flight;   // at most, of weights
   uint8_t stages[kWideTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
-  // Where images are assembled: of both rings, and tickets of both projections that take turns (layout/unit_order.h).
+  // Where images are assembled: of both rings.
   Divisor image_slots;
   Divisor activation_slots;
-  Divisor turn_tickets;
+  Turns turns;
 };
 
 struct MoeArguments {

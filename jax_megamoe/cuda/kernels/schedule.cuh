@@ -66,9 +66,7 @@ class UnitSchedule {
     u.down = ticket >= first_down;
     int index = ticket - (u.down ? first_down : 0);
     if (takes_turns()) {
-      const ProjectionTicket one =
-          in_turns(ticket, num_chunks(), constants_.image_slots.value(), constants_.gate_up_tickets.value(),
-                   constants_.down_tickets.value(), constants_.turn_tickets);
+      const ProjectionTicket one = in_turns(ticket, num_chunks(), constants_.turns);
       u.down = one.down;
       index = one.index;
     }
@@ -80,8 +78,9 @@ class UnitSchedule {
     int run = 0;  // the first chunk of the unit's run, which is from here on like an expert
     if (takes_turns()) {
       const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-      place = place_in_run(place, num_chunks, tickets.value(), kRunChunks, &run);
-      count = min(count - run * kTile, kRunChunks * kTile);
+      const int run_chunks = u.down ? kDownRunChunks : kRunChunks;
+      place = place_in_run(place, num_chunks, tickets.value(), run_chunks, &run);
+      count = min(count - run * kTile, run_chunks * kTile);
     }
     ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {

@@ -49,10 +49,12 @@ struct Problem {
     return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
            num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
   }
-  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks. Gate/up units
-  // are as many chunks ahead of down units, and no more, so that a ring twice as long holds the activations.
-  int image_slots() const { return most_chunks(ring_chunks()); }
-  int activation_slots() const { return most_chunks(2 * ring_chunks()); }
+  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks.
+  int image_slots() const { return most_chunks(2 * (chunks_at_work() + kRunChunks)); }
+  // Then gate/up units are at most so many chunks ahead of down units (layout/unit_order.h), and a ring holds the
+  // activations.
+  int chunks_ahead() const { return kTurnChunks + chunks_in_hand(); }
+  int activation_slots() const { return most_chunks(chunks_ahead() + chunks_in_hand()); }
   // Those whose weights differ from rank to rank.
   __host__ __device__ int num_routed_experts() const { return num_local_experts - num_shared_experts; }
   __host__ __device__ int num_routes() const { return num_tokens * top_k; }
@@ -67,10 +69,9 @@ struct Problem {
   int max_rows() const { return group_routes() + 7 * max_chunks(); }
 
  private:
-  int ring_chunks() const {
-    const int chunks_at_work = ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns));
-    return 2 * (chunks_at_work + kRunChunks);
-  }
+  int chunks_at_work() const { return ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns)); }
+  // A run of both projections, and those on which CTAs work.
+  int chunks_in_hand() const { return kRunChunks + kDownRunChunks + chunks_at_work(); }
   int most_chunks(int wanted) const { return wanted < max_chunks() ? wanted : max_chunks(); }
 };
 

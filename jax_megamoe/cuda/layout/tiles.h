@@ -36,8 +36,12 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 constexpr int kSwapTokenTile = 56;  // 64 would spill registers
 constexpr int kNormalTokenTile = 128;
 constexpr int kWideTokenTile = 256;
-// Where images go through rings, units take so many chunks of an expert in turns, and then the next.
+// Where images go through rings, gate/up and down units take so many chunks of an expert one after the other, and then
+// the next, and both take turns after so many chunks.
 constexpr int kRunChunks = 8;
+constexpr int kDownRunChunks = 64;
+constexpr int kTurnChunks = 128;
+static_assert(kDownRunChunks % kRunChunks == 0);
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 
 constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it

@@ -87,28 +87,42 @@ struct ProjectionTicket {
   int index;
 };
 
-// Where images go through rings: gate/up tickets of `ahead` chunks, then in turns down tickets of kRunChunks chunks and
-// gate/up tickets of the next kRunChunks, and the other down tickets at the end. `gate_up` and `down` are the tickets of
-// a chunk, and `turn` those of a turn, kRunChunks * (gate_up + down).
+// How both projections take turns where images go through rings. Each turn costs time: the L2 has to hold weights of
+// both.
+struct Turns {
+  int ahead;        // chunks that gate/up tickets are ahead of down tickets, before a turn
+  int chunks;       // of a turn
+  int gate_up;      // tickets of a chunk
+  int down;         // likewise
+  Divisor tickets;  // of a turn
+
+  Turns() = default;
+  Turns(int ahead, int chunks, int gate_up, int down)
+      : ahead(ahead), chunks(chunks), gate_up(gate_up), down(down), tickets(chunks * (gate_up + down)) {}
+};
+
+// Gate/up tickets of `ahead` chunks, then in turns down tickets of some chunks and gate/up tickets of as many later ones,
+// and the other down tickets at the end.
 //
-// A ticket may be for any chunk of its run, which has up to kRunChunks. So that no ticket waits for a higher one, `ahead`
-// has to be at least 2 * kRunChunks - 1, and the ring of activations longer than that by 2 * kRunChunks - 2.
-__host__ __device__ inline ProjectionTicket in_turns(int ticket, int num_chunks, int ahead, int gate_up, int down,
-                                                     const Divisor& turn) {
-  if (ahead > num_chunks) ahead = num_chunks;
-  const int first = ahead * gate_up;
+// A ticket may be for any chunk of its run (place_in_run), of up to G or D chunks, a multiple of G. So that no ticket
+// waits for a higher one, `ahead` has to be at least a turn and D - 1, and the ring of activations longer than that by
+// G + D - 2.
+__host__ __device__ inline ProjectionTicket in_turns(int ticket, int num_chunks, const Turns& by) {
+  const int ahead = by.ahead < num_chunks ? by.ahead : num_chunks;
+  const int first = ahead * by.gate_up;
   if (ticket < first) return {false, ticket};
   ticket -= first;
-  const int whole_turns = (num_chunks - ahead) / kRunChunks;
-  int turns = turn.divide(ticket);  // before this one
-  if (turns > whole_turns) turns = whole_turns;
-  ticket -= turns * static_cast<int>(turn.value());
-  // Of this turn, the last of which may have fewer gate/up tickets, or none.
-  const int down_tickets = kRunChunks * down, left = num_chunks - ahead - turns * kRunChunks;
-  const int gate_up_tickets = (left < kRunChunks ? left : kRunChunks) * gate_up;
+  // The turns before this one. The last may have fewer gate/up tickets, or none, and all down tickets that are left.
+  int left = num_chunks - ahead;
+  int turns = by.tickets.divide(ticket);
+  if (turns * by.chunks > left) turns = left / by.chunks;
+  left -= turns * by.chunks;
+  ticket -= turns * static_cast<int>(by.tickets.value());
+  const int down_tickets = by.chunks * by.down;
+  const int gate_up_tickets = (left < by.chunks ? left : by.chunks) * by.gate_up;
   if (ticket < down_tickets) return {true, turns * down_tickets + ticket};
   ticket -= down_tickets;
-  if (ticket < gate_up_tickets) return {false, first + turns * kRunChunks * gate_up + ticket};
+  if (ticket < gate_up_tickets) return {false, first + turns * by.chunks * by.gate_up + ticket};
   return {true, (turns + 1) * down_tickets + ticket - gate_up_tickets};
 }
 
