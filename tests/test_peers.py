@@ -178,3 +178,15 @@ def test_buffer_bytes_of_this_build():
             expert_parallel.buffer_bytes(128, 6, hidden_size, 3072, 384, 8)
     with pytest.raises(ValueError):
         expert_parallel.buffer_bytes(128, 33, 7168, 3072, 384, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"), [((6, 4096, 2048, 256), 0.9e9), ((6, 7168, 3072, 384), 1.3e9)], ids=["flash", "pro"]
+)
+def test_memory_of_large_batches(sizes, most):
+    """8192 tokens on each of eight ranks: images of tokens and of activations go through rings."""
+    core: Any = _library._core
+    if not hasattr(core, "peer_buffer_bytes"):
+        pytest.skip("jax_megamoe._core has no peer_buffer_bytes")
+    found = expert_parallel.buffer_bytes(8192, *sizes, 8)
+    assert found.symmetric + found.scratch <= most

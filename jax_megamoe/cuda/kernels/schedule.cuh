@@ -65,10 +65,12 @@ class UnitSchedule {
     const uint32_t first_down = num_gate_up();
     u.down = ticket >= first_down;
     int index = ticket - (u.down ? first_down : 0);
-    if (takes_turns()) {
-      const ProjectionTicket one = in_turns(ticket, num_chunks(), constants_.turns);
-      u.down = one.down;
-      index = one.index;
+    if constexpr (Orientation::kMayAssembleImages) {
+      if (takes_turns()) {
+        const ProjectionTicket one = in_turns(ticket, num_chunks(), constants_.turns);
+        u.down = one.down;
+        index = one.index;
+      }
     }
     const Divisor& tickets = u.down ? constants_.down_tickets : constants_.gate_up_tickets;
     TicketPlace place = ticket_place<Orientation::kSwapsOperands>(plan_, u.down, index, tickets, first_tail_chunk_);
@@ -76,11 +78,13 @@ class UnitSchedule {
     const int first_chunk = plan_.chunk_base(u.expert);
     int count = plan_.count(plan_.first_expert() + u.expert);
     int run = 0;  // the first chunk of the unit's run, which is from here on like an expert
-    if (takes_turns()) {
-      const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
-      const int run_chunks = u.down ? kDownRunChunks : kRunChunks;
-      place = place_in_run(place, num_chunks, tickets.value(), run_chunks, &run);
-      count = min(count - run * kTile, run_chunks * kTile);
+    if constexpr (Orientation::kMayAssembleImages) {
+      if (takes_turns()) {
+        const int num_chunks = plan_.chunk_base(u.expert + 1) - first_chunk;
+        const int run_chunks = u.down ? kDownRunChunks : kRunChunks;
+        place = place_in_run(place, num_chunks, tickets.value(), run_chunks, &run);
+        count = min(count - run * kTile, run_chunks * kTile);
+      }
     }
     ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {
