@@ -24,13 +24,23 @@ if on_cpu_only and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax_programs")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def add_xla_flag(flag: str) -> None:
+    """Unless the environment has one of that name."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-# LLVM's optimisation takes 40 % of the time to compile, for programs that run once and briefly. `.ci/run` leaves it on for
-# one of its two runs, because users have it; the fixture `optimized` does for programs that compute much.
-if on_cpu_only:
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+add_xla_flag("--xla_force_host_platform_device_count=8")
+# Most programs of tests run once and briefly. LLVM's optimisation takes 40 % of the time to compile, and XLA's newer way to
+# write loops for CPUs, through MLIR, more than half of the rest; a jax that no longer has the older way ignores the flag.
+# `.ci/run` leaves XLA as users have it for one of its two runs; the fixture `optimized` lets LLVM optimise programs that
+# compute much.
+if on_cpu_only and os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    add_xla_flag("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 
 def pytest_collection_finish() -> None:

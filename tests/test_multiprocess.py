@@ -30,7 +30,9 @@ def free_port() -> int:
 
 
 def run_processes(processes: int, folder: Path) -> None:
-    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // processes}"
+    number = "--xla_force_host_platform_device_count="
+    others = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(number)]
+    flags = " ".join([*others, f"{number}{NUM_DEVICES // processes}"])  # bits are compared: programs are made alike
     folders = os.pathsep.join(sys.path)
     environment = {**os.environ, "PYTHONPATH": folders, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     port = free_port()
