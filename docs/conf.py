@@ -1,7 +1,7 @@
 """The site of these pages, which `scripts/docs` builds: Sphinx, with the pages as they are, in Markdown.
 
 Docstrings are Markdown as well, with sections as Google's style has them: `_as_restructured_text` is between them and
-Sphinx. The package is imported from the checkout; its compiled module is not needed.
+Sphinx. The package is imported from the checkout, without its compiled module, whether or not there is one.
 """
 
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+missing: Any = None  # to Python, a module that cannot be found
+sys.modules["jax_megamoe._core"] = missing
 
 project = "jax_megamoe"
 copyright = "the jax_megamoe authors, Apache-2.0"
