@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from bench import buffer_sizes, layers, plot, presets, progress, ranks, records
+from bench import buffer_sizes, layers, plot, presets, progress, ranks, records, timing
 from bench.__main__ import main
 from bench.compare import compare
 from bench.inputs import make_inputs, make_weights
@@ -15,6 +15,13 @@ from bench.presets import MODELS, ROUTINGS, SHAPES
 from bench.shape import Shape
 from bench.timing import NUM_CALLS, time_per_call
 from tests.support.bench_cases import SMALL, row_of
+
+
+@pytest.fixture
+def few_runs(monkeypatch):
+    """A dry run shows that everything runs; its times are nobody's."""
+    monkeypatch.setattr(timing, "NUM_RUNS", 2)
+
 
 # Presets
 
@@ -166,7 +173,7 @@ def result_of(*rows, device="d"):
     return {"device": device, "commit": "c", "shapes": {"flash": list(rows)}}
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("few_runs")
 def test_dry_run_writes_results_that_compare(tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--shapes", "tiny", "--tokens", "3", "--routing", "masked30,uniform", "--output", str(path)]
@@ -191,6 +198,7 @@ def test_dry_run_writes_results_that_compare(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("few_runs")
 def test_rows_have_the_cost_of_batch_invariance(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert main(["--shapes", "tiny", "--tokens", "3", "--batch-invariant", "--output", str(path)]) == 0
@@ -202,6 +210,7 @@ def test_rows_have_the_cost_of_batch_invariance(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("few_runs")
 def test_rows_of_several_formats(tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--shapes", "tiny", "--tokens", "3", "--weights", "fp8_channel,mxfp4,fp8_block", "--output", str(path)]
@@ -351,7 +360,6 @@ def test_variant_that_fails_is_named():
     assert "2 layers" in lines[0] and lines[-1].startswith("Recommendation: set no flags")
 
 
-@pytest.mark.usefixtures("optimized")
 def test_layers_dry_run(tmp_path, capsys):
     path = tmp_path / "layers.json"
     arguments = ["layers", "--shape", "tiny", "--tokens", "2", "--layers", "3", "--commit", "abc"]
@@ -384,7 +392,7 @@ def test_programs_of_few_tokens_have_more_calls():
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("few_runs")
 def test_ranks_dry_run(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     # From eight tokens on a program has a quarter of the calls to compile.
