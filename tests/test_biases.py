@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -113,6 +115,13 @@ def test_packing_loses_nothing(format, data):
     assert (again.hidden_size, again.intermediate_size) == (hidden, intermediate)
 
 
+def pairs(*choices: Sequence[Any]) -> list[Any]:
+    """All combinations of three choices, every other one marked `exhaustive`: any two values meet in the rest, too."""
+    numbered = itertools.product(*(list(enumerate(values)) for values in choices))
+    combinations = [(sum(number for number, _ in each), [value for _, value in each]) for each in numbered]
+    return [pytest.param(*each, marks=pytest.mark.exhaustive if number % 2 else []) for number, each in combinations]
+
+
 def floats_with_biases(format: str) -> tuple[list[np.ndarray], tuple[Any, Any]]:
     """Matrices of a hidden size of 160 and an intermediate size of 96, and biases where the format holds any."""
     rng = np.random.default_rng(0)
@@ -133,9 +142,9 @@ def padded_by_hand(format: Any) -> tuple[mm.ExpertWeights, jax.Array]:
     return weights, moe(np.pad(x, [(0, 0), (0, 96)]), weights, ids, probs)
 
 
-@pytest.mark.parametrize("order", ["out_in", "in_out"])
-@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "convert", "order"), pairs(FORMATS, [np.asarray, jnp.asarray], ["out_in", "in_out"])
+)
 def test_quantizing_pads_like_zeros(format, convert, order):
     """Weights padded by hand are the same bytes, whose layer is the same."""
     matrices, biases = floats_with_biases(format)
@@ -238,9 +247,11 @@ def quantized_wide(format: Any, sizes: tuple[int, int]) -> mm.ExpertWeights:
     return quantize_experts(*wide, format=format)
 
 
-@pytest.mark.parametrize("order", ["out_in", "in_out"])
-@pytest.mark.parametrize("sizes", [(32, 32), (64, 160), (416, 96), (288, 800)], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "sizes", "order"),
+    pairs(FORMATS, [(32, 32), (64, 160), (416, 96), (288, 800)], ["out_in", "in_out"]),
+    ids=str,
+)
 def test_quantizing_any_size_is_like_zeros_behind(format, sizes, order):
     matrices = random_matrices(sizes)
     if order == "in_out":
