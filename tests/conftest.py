@@ -35,17 +35,36 @@ def add_xla_flag(flag: str) -> None:
 
 # Only the host platform reads it: tests of sharding find eight CPU devices, beside a GPU too.
 add_xla_flag("--xla_force_host_platform_device_count=8")
-# Most programs of tests run once and briefly. LLVM's optimisation takes 40 % of the time to compile, and XLA's newer way to
-# write loops for CPUs, through MLIR, more than half of the rest; a jax that no longer has the older way ignores the flag.
-# `.ci/run` leaves XLA as users have it for one of its two runs; the fixture `optimized` lets LLVM optimise programs that
-# compute much.
+# Most programs of tests run once and briefly. LLVM's optimisation takes 40 % of the time to compile, and XLA's newer
+# way to write loops for CPUs, through MLIR, more than half of the rest; a jax that no longer has the older way ignores
+# the flag. `.ci/run` leaves XLA as users have it for one of its two runs; the fixture `optimized` lets LLVM optimise
+# programs that compute much.
 if on_cpu_only and os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     add_xla_flag("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run only the first and the last case of each parametrised test"
+    parser.addoption("--first-and-last", action="store_true", help=text)
+
+
+@pytest.hookimpl(trylast=True)  # after marks have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`--first-and-last`: each test in two forms, for what is tried in all its forms elsewhere."""
+    if not config.getoption("first_and_last"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {case for each in cases.values() for case in (each[0], each[-1])}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_collection_finish() -> None:
-    """What modules and tests consist of stays: Python need not search it for garbage while JAX traces."""
+    """What modules and tests consist of stays: Python need not search it for garbage while JAX traces, nor so often."""
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope="module")
