@@ -83,17 +83,19 @@ def test_every_ticket_waits_for_lower_ones(program, several):
     for plan, tickets in zip(several, order(program, several), strict=True):
         found = Order(plan, tickets)
         each = [(projection, plan.tickets[projection]) for projection in range(2)]
-        units = [(p, chunk, group) for p, groups in each for chunk in range(found.num_chunks) for group in range(groups)]
+        units = [
+            (p, chunk, group) for p, groups in each for chunk in range(found.num_chunks) for group in range(groups)
+        ]
         assert sorted(tickets) == units, "every unit is there once"
         assert found.has_activations()
         assert found.has_places_of_activations(plan.ahead + least_beyond(plan.runs))
         slots = 2 * plan.runs[0] - 1
         assert found.has_places_of_tokens(slots)
         # Tickets that wait for no other (UnitSchedule::independent_end), with a ring of as many images or more.
-        for slots in {slots, min(slots + 3, plan.ahead)}:
-            chunks = slots - plan.runs[0] if found.num_chunks > slots else found.num_chunks
+        for places in {slots, min(slots + 3, plan.ahead)}:
+            chunks = places - plan.runs[0] if found.num_chunks > places else found.num_chunks
             independent = tickets[: min(chunks, plan.ahead) * plan.tickets[0]]
-            assert all(projection == 0 and chunk < slots for projection, chunk, _ in independent)
+            assert all(projection == 0 and chunk < places for projection, chunk, _ in independent)
 
 
 def test_one_turn_is_all_gate_up_units_before_all_down_units(program):
