@@ -1,10 +1,10 @@
 """README's figure: time over the memory floor against tokens, of ours, the rival and `ragged_dot` on one H200."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench import records
-from bench.readme import CURRENT, ROOT, SHAPES, TABLES
+from bench.readme import ROOT, SHAPES, TABLES, results_of, rows_of
 from figures.svg import Drawing
 
 FILE = ROOT / "docs" / "time-over-floor.svg"
@@ -23,21 +23,22 @@ class Line(NamedTuple):
 
 def lines_of(shape: str) -> list[Line]:
     """The lines of a shape, the others' first, so that ours lies on top."""
-    beside = records.read(CURRENT / TABLES["rivals"].files[0])
-    rival = [(row["tokens"], records.rival_us(row), row["ceiling_us"]) for row in beside["shapes"][shape]]
-    alternatives = records.read(CURRENT / TABLES["jax"].files[0])["shapes"][shape]
-    ours = []
-    for table in (TABLES["few"], TABLES["many"]):
-        rows = records.read(CURRENT / table.files[0])["shapes"][shape]
-        ours += [(row["tokens"], row["ratio"]) for row in rows if table.least <= row["tokens"] <= table.most]
+    rival = [(row["tokens"], records.rival_us(row), row["ceiling_us"]) for row in _fp8_rows("rivals", shape)]
+    ours = [(row["tokens"], row["ratio"]) for name in ("few", "many") for row in _fp8_rows(name, shape)]
+    alternatives = [(row["tokens"], row["ragged_us"] / row["ceiling_us"]) for row in _fp8_rows("jax", shape)]
+    rival_name = records.rival_name(results_of(TABLES["rivals"])[0])
 
     return [
-        Line("ragged_dot, BF16", [(row["tokens"], row["ragged_us"] / row["ceiling_us"]) for row in alternatives],
-             "#8a8f98", "2 3"),
-        Line(records.rival_name(beside), [(tokens, us / floor) for tokens, us, floor in rival if us is not None],
-             "#b0413e", "6 3"),
+        Line("ragged_dot, BF16", alternatives, "#8a8f98", "2 3"),
+        Line(rival_name, [(tokens, us / floor) for tokens, us, floor in rival if us is not None], "#b0413e", "6 3"),
         Line("jax_megamoe", ours, "#1f5fa8", ""),
-    ]  # fmt: skip
+    ]
+
+
+def _fp8_rows(name: str, shape: str) -> list[dict[str, Any]]:
+    """The rows of block FP8 that a table has of a shape, by the number of tokens."""
+    by_format = [shapes.get(shape, {}) for shapes in rows_of(TABLES[name]).values()]
+    return [formats["fp8_block"] for formats in by_format if "fp8_block" in formats]
 
 
 def draw() -> str:

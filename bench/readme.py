@@ -72,9 +72,11 @@ MXFP4 = (
     Column("times as fast as FP8", _quotient(_of("us"), _of("us", format="mxfp4")), 2),
 )
 RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_us")), RIVAL)
+ONE_H200 = ("h200-2026-11-30-57b1800-flash.json", "h200-2026-11-30-57b1800-pro.json")
+ONE_H200_COMMAND = "python -m bench --weights all --rivals"
 TABLES = {
-    "few": Table(("h200-2026-11-29-f8c007c.json",), "python -m bench", (US, FLOOR), most=128),
-    "many": Table(("h200-2026-11-29-bca3f71.json",), "python -m bench", (US,), least=512),
+    "few": Table(ONE_H200, ONE_H200_COMMAND, (US, FLOOR), most=256),
+    "many": Table(ONE_H200, ONE_H200_COMMAND, (US,), least=512),
     "h100": Table(
         (
             "h100-2026-11-26-677e921.json",
@@ -84,7 +86,7 @@ TABLES = {
         "python -m bench`, from 256 tokens on with `--rivals",
         (US, FLOOR),
     ),
-    "rivals": Table(("h200-2026-11-28-74de068-rivals.json",), "", (US, RIVAL)),
+    "rivals": Table(ONE_H200, ONE_H200_COMMAND, (US, RIVAL)),
     "jax": Table(
         ("h200-2026-11-24-c1fa5d4-alternatives.json",),
         "python -m bench --alternatives",
@@ -94,16 +96,9 @@ TABLES = {
             Column("times as fast", _quotient(_of("ragged_us"), _of("us")), 1),
         ),
     ),
-    "mxfp4-few": Table(
-        ("h200-2026-11-29-55125e2-formats.json",),
-        "python -m bench --weights fp8_block,mxfp4,fp8_channel",
-        MXFP4,
-        most=128,
-    ),
-    "mxfp4-many": Table(
-        ("h200-2026-11-29-83b268c-wide.json",), "python -m bench --weights fp8_block,mxfp4", MXFP4, least=256
-    ),
-    "two-h200": Table(("h200x2-2026-11-29-f4dbe53-ranks.json",), "python -m bench ranks", RANKS),
+    "mxfp4-few": Table(ONE_H200, ONE_H200_COMMAND, MXFP4, most=128),
+    "mxfp4-many": Table(ONE_H200, ONE_H200_COMMAND, MXFP4, least=256),
+    "two-h200": Table(("h200x2-2026-11-30-57b1800-ranks.json",), "python -m bench ranks --rivals", RANKS),
     "two-h100": Table(("h100x2-2026-11-25-2a17533-ranks.json",), "python -m bench ranks", RANKS),
 }
 
@@ -139,14 +134,14 @@ def render(text: str) -> str:
 
 def lines_of(table: Table) -> str:
     """The table in Markdown: what it was measured on above its rows."""
-    results = [records.read(CURRENT / name) for name in table.files]
+    results = results_of(table)
     first = results[0]
     if len({(result["commit"], result["device"]) for result in results}) > 1:
         raise ValueError(f"{', '.join(table.files)} are of several commits or devices, wanted a table of one")
     rivals = {records.rival_name(result) for result in results}
     if RIVAL in table.columns and len(rivals) > 1:
         raise ValueError(f"{', '.join(table.files)} have {' and '.join(sorted(rivals))}, wanted a table of one rival")
-    rows = _rows(table, results)
+    rows = rows_of(table)
     columns = [column for column in table.columns if any(any(_cells(column, row)) for row in rows.values())]
     about = f"{first['device'].removeprefix('NVIDIA ')}, {first['date']}, commit {first['commit']}"
     about += f", `{table.command}`" if table.command else ""
@@ -163,10 +158,15 @@ def lines_of(table: Table) -> str:
     )
 
 
-def _rows(table: Table, results: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Row]]]:
-    """Rows by tokens, shape and format. The first file that has a row counts."""
+def results_of(table: Table) -> list[dict[str, Any]]:
+    """The contents of the table's files."""
+    return [records.read(CURRENT / name) for name in table.files]
+
+
+def rows_of(table: Table) -> dict[int, dict[str, dict[str, Row]]]:
+    """Rows of all files by tokens, shape and format. The first file that has a row counts."""
     found: dict[int, dict[str, dict[str, Row]]] = {}
-    for result in results:
+    for result in results_of(table):
         for shape in SHAPES:
             for row in result["shapes"].get(shape, []):
                 if table.least <= row["tokens"] <= table.most and row["routing"] == "uniform":
