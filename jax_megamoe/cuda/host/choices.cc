@@ -53,11 +53,11 @@ LaunchChoice choose(const Problem& p, const Problem& largest, const Device& devi
   choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest
   choice.cluster_ctas = cluster_ctas(p, device);
-  // With fewer units than SMs nothing hides that rows are found late. What other ranks send, they write where it is
-  // used.
   choice.assembles_images = largest.assembles_images();
-  choice.gathers_rows = !choice.assembles_images && !has_peers && !is_decoded(p.format) &&
-                        waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
+  // With fewer units than SMs nothing hides that rows are found late.
+  choice.gathers_rows =
+      has_peers ? p.sends_rows() && !choice.assembles_images
+                : !is_decoded(p.format) && waits_for_memory(p, device) && p.normal_units() >= device.num_sms;
   choice.activations_stay = waits_for_memory(p, device) && gate_up_bytes(p) <= kMostGateUpBytesBesideActivations;
   return choice;
 }

@@ -99,7 +99,7 @@ __device__ __forceinline__ void discard_rows(const MoeArguments& args, const int
   if (column % ptx::kLineBytes != 0) return;
 #pragma unroll
   for (int token : tokens) {
-    if (token < args.problem.num_tokens) ptx::discard_line(token_row(args, token) + column);
+    if (token < args.problem.num_tokens) ptx::discard_line(token_row<OneRank>(args, 0, token) + column);
   }
 }
 
@@ -298,7 +298,7 @@ class CombineStream {
         store_nothing(args_, at.tokens, at.column);
       } else {
         discard_slots<Group>(args_, at.tokens, here_.base, at.column);
-        if (here_.base == 0 && gathers_rows<Normal, Group>(args_)) discard_rows(args_, at.tokens, at.column);
+        if (!Group::kHasPeers && here_.base == 0 && gathers_rows<Normal, Group>(args_)) discard_rows(args_, at.tokens, at.column);
         if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {

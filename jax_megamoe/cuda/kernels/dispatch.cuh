@@ -209,8 +209,8 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
 }
 
 // Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it:
-// as a row, or for each of the token's used slots into an image. Where rows are gathered, their scales go into
-// images.
+// as a row, or for each of the token's used slots into an image. Where rows are gathered, they go to each rank once, and
+// their scales into images.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
                                               const ItemPieces<Orientation>& item,
@@ -261,10 +261,11 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
       if (lane % kLanesPerScale == 0) Group::own(args.workspace.row_scales)[place / kBlockK] = scale;
       return;
     }
-    if (gathers) ptx::store_keep(token_row(args, at.token) + column, packed);
+    if (gathers && !Group::kHasPeers) ptx::store_keep(token_row<Group>(args, 0, at.token) + column, packed);
   }
   // Some slots at a time, without branches, so that the loads of their targets overlap.
   constexpr int kSlotsAtOnce = 3;
+  [[maybe_unused]] uint32_t ranks_sent = 0;  // those that have the row
 #pragma unroll 1
   for (int slot = 0; slot < p.top_k; slot += kSlotsAtOnce) {
     typename SharedMap<Orientation>::Target target[kSlotsAtOnce];
@@ -285,6 +286,14 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
           ptx::store(place[i], make_uint2(bytes[0], bytes[1]), !Group::kHasPeers);
         } else {
           *reinterpret_cast<uint4*>(place[i]) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+        }
+      }
+      if constexpr (kMayGatherRows<Orientation, Group> && Group::kHasPeers) {
+        const uint32_t rank = 1u << target[i].rank();
+        if (used && gathers && (ranks_sent & rank) == 0) {
+          ranks_sent |= rank;
+          *reinterpret_cast<uint4*>(token_row<Group>(args, target[i].rank(), at.token) + column) =
+              make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
         }
       }
       if (used && lane % kLanesPerScale == 0) *scales[i] = scale;

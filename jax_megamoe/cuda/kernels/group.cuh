@@ -91,6 +91,8 @@ struct OneRank {
     return args.workspace.slot_outputs + static_cast<size_t>(route) * args.problem.hidden_size;
   }
   __device__ static int route_with_rank(const MoeArguments&, int route) { return route; }
+  // Counted over the group, of a route with its rank.
+  __device__ static int token_of_route(const MoeArguments& args, int route) { return route / args.problem.top_k; }
   __device__ static int route_in_group(const MoeArguments&, int route) { return route; }
   __device__ static int id_of_route(const MoeArguments& args, int route) { return __ldg(args.topk_ids + route); }
   __device__ static bool has_ids() { return true; }
@@ -138,6 +140,10 @@ struct PeerRanks {
   __device__ static const T* row_of_route(const MoeArguments& args, const T* rows, int route, int length) {
     const int own = route & ((1 << kRouteRankShift) - 1);
     return on(route >> kRouteRankShift, rows) + static_cast<size_t>(own / args.problem.top_k) * length;
+  }
+  __device__ static int token_of_route(const MoeArguments& args, int route) {
+    const int own = route & ((1 << kRouteRankShift) - 1);
+    return (route >> kRouteRankShift) * args.problem.num_tokens + own / args.problem.top_k;
   }
   // Counted over the group.
   __device__ static int route_in_group(const MoeArguments& args, int route) {

@@ -3,7 +3,8 @@
 // A plane of a chunk's image comes by one copy. But a token is in the images of all its experts, and these are written
 // to the device's memory before the first unit and read from there. Tokens that are quantised once, and kept in the L2,
 // save that. The price: two warps find 64 rows each and bring them by copies of 16 bytes a lane, which pays while units
-// wait for their weights (host/choices.h).
+// wait for their weights (host/choices.h). In a group a token crosses the wires once for each rank, too, instead of once
+// for each of its experts there.
 #pragma once
 
 #include <cstdint>
@@ -15,23 +16,25 @@
 
 namespace megamoe {
 
-// Not with peers, whose tokens are written into images on the expert's rank or assembled there, and not for swapAB,
-// whose chunks are too small to gain.
+// Not for swapAB, whose chunks are too small to gain.
 template <typename Orientation, typename Group>
-constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::kWide && !Group::kHasPeers;
+constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::kWide;
 
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {
   return kMayGatherRows<Orientation, Group> && args.constants.gathers_rows;
 }
 
-__device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int token) {
-  return args.workspace.token_planes + static_cast<size_t>(token) * args.problem.hidden_size;
+// The row of one of this rank's tokens on `rank`, where the tokens of all ranks follow each other.
+template <typename Group>
+__device__ __forceinline__ uint8_t* token_row(const MoeArguments& args, int rank, int token) {
+  const size_t row = Group::rank(args) * args.problem.num_tokens + token;
+  return Group::on(rank, args.workspace.token_planes) + row * args.problem.hidden_size;
 }
 
 // One warp's half of a gate/up unit's rows: the first warp has rows 0 to 3 of each eight, the second one rows 4 to 7. A
 // copy of the warp brings 128 columns of four rows, 16 bytes a lane. What pads the chunk is its last row again.
-template <typename Normal>
+template <typename Normal, typename Group>
 class RowGather {
   static constexpr int kLanesPerRow = kBlockK / sizeof(uint4);
   static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
@@ -49,14 +52,14 @@ class RowGather {
 #pragma unroll
     for (int i = lane; i < kRowsPerCopy * kCopies; i += 32) {
       const int row = i % kCopies * kRowStep + row_warp * kRowsPerCopy + i / kCopies;
-      const int route = __ldcg(&args.workspace.row_sources[note.row_base + min(row, rows_ - 1)].route);
+      const int route = __ldcg(&Group::own(args.workspace.row_sources)[note.row_base + min(row, rows_ - 1)].route);
       // Fits, as scratch memory has a limit (host/limits.h).
-      offsets[i] = static_cast<uint32_t>(route / args.problem.top_k) * args.problem.hidden_size;
+      offsets[i] = static_cast<uint32_t>(Group::token_of_route(args, route)) * args.problem.hidden_size;
     }
     __syncwarp();
     offsets_ = reinterpret_cast<const uint4*>(offsets + lane / kLanesPerRow * kCopies);
     const int column = lane % kLanesPerRow * sizeof(uint4);
-    columns_ = args.workspace.token_planes + column;
+    columns_ = Group::own(args.workspace.token_planes) + column;
     place_ = swizzled_offset(row_warp * kRowsPerCopy + lane / kLanesPerRow, column);
   }
 

@@ -181,7 +181,7 @@ class TokenProducer {
     const int blocks = k_blocks(note);
     const float* scales = token_image<Group>(args_, note, blocks).scales(0);
     const int scale_bytes = rows * static_cast<int>(sizeof(float));
-    RowGather<Orientation> gather(args_, map_, row_warp_, note);
+    RowGather<Orientation, Group> gather(args_, map_, row_warp_, note);
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block, cursor_.advance(map_.num_stages)) {
       if (block != 0) await_claim();

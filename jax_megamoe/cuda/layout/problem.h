@@ -49,7 +49,13 @@ struct Problem {
     return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
            num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
   }
-  // ... into a ring of so many images: of the chunks that CTAs work on, twice, and of two runs of chunks.
+  // ... or each rank with experts of a token has it as a row once, and rows are gathered as units need them: while the
+  // memory is what these wait for. The same for all devices, since a rank writes for another one.
+  bool sends_rows() const {
+    return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
+           num_routes() <= kMostRoutesPerExpertSent * num_local_experts && normal_units() >= kMeasuredSms;
+  }
+  // Assembled images go into a ring of so many: of the chunks that CTAs work on, twice, and of two runs of chunks.
   int image_slots() const { return most_chunks(2 * (chunks_at_work() + kRunChunks)); }
   // Then gate/up units are at most so many chunks ahead of down units (layout/unit_order.h), and a ring holds the
   // activations.

@@ -57,6 +57,10 @@ constexpr long long kMostGateUpBytesBesideActivations = 1LL << 30;
 // Unit: routes per expert. Measured: "Images put together while units run".
 constexpr int kLeastRoutesPerExpertAssembled = 256;
 
+// Up to so many, a group's tokens go to each rank as a row, and rows are gathered as units need them.
+// Unit: routes per expert. Measured: "Rows over the wires".
+constexpr int kMostRoutesPerExpertSent = 80;
+
 // Known to the kernels when they are compiled.
 
 // The first stages come one by one: tokens are being dispatched, and their way through the memory matters more.
