@@ -52,7 +52,13 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
   if (!ptx::elect_one()) return;
   if (warp == kWeightProducerWarp) {
     const SharedMap<Orientation> map(args, plan);
-    WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, plan));
+    if constexpr (Group::kHasPeers && kMayGatherRows<Orientation, Group>) {
+      // A plan of its own: the thread has no registers to spare, and these numbers are in constant memory.
+      const Plan own(args.problem.num_local_experts, Group::num_ranks(args), Group::rank(args));
+      WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, own));
+    } else {
+      WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, plan));
+    }
   } else if (warp == kTokenProducerWarp) {
     const SharedMap<Orientation> map(args, plan);
     TokenProducer<Orientation, Group, false>(args, map, 0).run();
