@@ -100,7 +100,26 @@ CASES = {
         H100._replace(bytes_per_microsecond=0),
         (False, 1, False, False, False, 64 * KB),
     ),
-    "peers write rows where they are used": (flash(200, has_peers=True), H100, (False, 1, False, False, True, 64 * KB)),
+    "a group of one writes rows where they are used": (
+        flash(200, has_peers=True),
+        H100,
+        (False, 1, False, False, True, 64 * KB),
+    ),
+    "the last whose rows are sent": (
+        flash(341, ranks=8, has_peers=True),
+        H100,
+        (False, 1, True, False, True, 64 * KB),
+    ),
+    "the first whose rows are not": (
+        flash(342, ranks=8, has_peers=True),
+        H100,
+        (False, 1, False, False, True, 64 * KB),
+    ),
+    "fewer units than SMs send no rows": (
+        Problem(100, 8, 2048, 768, 16, ranks=8, has_peers=True),
+        H100._replace(sms=96),
+        (False, 1, False, False, True, 69840),
+    ),
     "fewer units than SMs": (Problem(100, 8, 2048, 768, 16), H100, (False, 1, False, False, True, 64 * KB)),
     "... of this device": (Problem(100, 8, 2048, 768, 16), H100._replace(sms=96), (False, 1, True, False, True, 69840)),
     "alone": (flash(1023), H100, (False, 1, False, False, False, 64 * KB)),
@@ -191,7 +210,7 @@ def test_what_goes_together(choose, problem, device, has_peers):
         assert not choice.gathers_rows, "rows are gathered for a CTA that is alone"
     assert not (choice.gathers_rows and choice.assembles_images), "one warp would have to do both"
     if choice.gathers_rows:
-        assert not has_peers and problem.experts * (problem.inter // 128) >= device.sms
+        assert problem.experts * (problem.inter // 128) >= (132 if has_peers else device.sms)
     assert choice.bytes_in_flight >= 64 * KB
     (faster,) = choose([(problem, device._replace(bytes_per_microsecond=2 * device.bytes_per_microsecond))])
     assert faster.bytes_in_flight >= choice.bytes_in_flight
@@ -210,7 +229,8 @@ def test_ranks_and_devices_do_not_change_the_orientation(choose, problem, device
 def test_all_ranks_have_images_of_one_kind(choose, problem, device, other):
     """Whatever their devices: one rank's tokens are looked for where the other one has put them."""
     problem = problem._replace(ranks=2, has_peers=True)
-    assert len({choice.assembles_images for choice in choose([(problem, device), (problem, other)])}) == 1
+    choices = choose([(problem, device), (problem, other)])
+    assert len({(choice.assembles_images, choice.gathers_rows) for choice in choices}) == 1
 
 
 @settings(deadline=None, max_examples=50)

@@ -59,7 +59,7 @@ constexpr int kLeastRoutesPerExpertAssembled = 256;
 
 // Up to so many, a group's tokens go to each rank as a row, and rows are gathered as units need them.
 // Unit: routes per expert. Measured: "Rows over the wires".
-constexpr int kMostRoutesPerExpertSent = 80;
+constexpr int kMostRoutesPerExpertSent = 64;
 
 // Known to the kernels when they are compiled.
 
