@@ -58,7 +58,7 @@ class Order:
 
     def __init__(self, plan, tickets):
         self.num_chunks = sum(plan.counts)
-        found = [[[] for _ in range(self.num_chunks)] for _ in range(2)]
+        found: list[list[list[int]]] = [[[] for _ in range(self.num_chunks)] for _ in range(2)]
         for number, (projection, chunk, _) in enumerate(tickets):
             found[projection][chunk].append(number)
         self.first_gate_up, self.first_down = ([min(numbers) for numbers in of_chunks] for of_chunks in found)
