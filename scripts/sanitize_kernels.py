@@ -38,6 +38,7 @@ CASES = {
     "4 ranks, swapAB": "ranks check 512 384 16 4 5 4 uniform 4 0 4",
     "2 ranks, swapAB, late CTAs": "ranks check 512 384 16 4 16 2 uniform 3 7 64 40",
     "2 ranks, many tokens": "ranks check 512 384 16 4 150 2 masked 2 0 8",
+    "2 ranks, many tokens, rows sent": "ranks check 256 2048 32 4 220 2 uniform 2",
     "2 ranks, many tokens, images assembled": "ranks check 512 384 8 2 800 2 uniform 2",
 }
 CLEAN, FOUND, FAILED, LATE, NOT_RUN = "clean", "FOUND", "FAILED", "NOT IN TIME", "not run"
