@@ -1,6 +1,7 @@
 """`python -m jax_megamoe doctor` on this machine, and what it says of machines that are only described."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from jax_megamoe import doctor
 from jax_megamoe.doctor import check, facts, text, verdict
 from jax_megamoe.doctor.check import Check
 from jax_megamoe.doctor.facts import Device, Facts, Gpu
+from jax_megamoe.errors import MegaMoEError
 from jax_megamoe.primitives import _gpus, _library, _reachability
 
 GB = 10**9
@@ -48,6 +50,7 @@ CPU = Facts(
     recommended_xla_flags=FLAGS,
     missing_xla_flags=FLAGS,
     environment={},
+    passed_over=[],
 )
 
 
@@ -155,6 +158,10 @@ def test_an_old_driver_that_serves_is_none():
             dataclasses.replace(CPU, gpus=[h200()], environment={"JAX_PLATFORMS": "cpu"}),
             "JAX_PLATFORMS keeps JAX from 1",
         ),
+        (
+            dataclasses.replace(CPU, module="not built", passed_over=["/checkout", "/site-packages"]),
+            "installed in /site-packages is not the one that was tried: start Python in another folder than /checkout",
+        ),
     ],
 )
 def test_notes(machine, note):
@@ -172,7 +179,8 @@ def test_lines_of_a_gpu_machine():
     assert lines["JAX"].endswith("at 0000:01:00.0, 110.0 GB for XLA, 30.0 GB left for buffers that ranks share")
     assert lines["peer"] == "access  1 has none to 0"
     assert lines["NCCL"] == "2.29.2" and lines["XLA_FLAGS"] == "--xla_a=1" and lines["A"] == "b"
-    assert lines["recommended"] == f"{FLAGS} (set)" and "1.0e-03" in lines["check"]
+    assert lines["recommended"] == f"{FLAGS} (set)" and "by 1.0e-03 (allowed: 2.0e-03;" in lines["check"]
+    assert f"{FLAGS} (for loops on GPUs)" in "\n".join(text.lines_of(verdict.judge(CPU, WELL)))
 
 
 def test_what_the_driver_tells():
@@ -242,6 +250,23 @@ def test_gpus_without_a_kernel(monkeypatch, core, capability, module, reason):
     assert found.module == module and found.why_no_kernel is not None and reason in found.why_no_kernel
     assert found.peer_access == [] and found.devices[0].bytes_beside_xla is None
     assert verdict.choose(found)[0] == "none"
+
+
+def test_a_checkout_that_is_found_before_the_package(monkeypatch, tmp_path):
+    """As in the folder in which `pip install .` was run: Python takes its files, beside which there is no module."""
+    (tmp_path / "jax_megamoe").mkdir()
+    distribution = types.SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
+    monkeypatch.setattr(_library, "_core", None)
+    assert _library.installed_elsewhere() is None
+    (tmp_path / "jax_megamoe" / "_core.cpython-312-x86_64-linux-gnu.so").touch()
+    with pytest.raises(MegaMoEError, match=r"start Python in another folder than .*installed in .*, or pass impl"):
+        _library.check_kernel_available()
+    assert facts._passed_over()[1] == str(tmp_path)
+    with pytest.raises(
+        MegaMoEError, match=r"version as the Python files: start Python in another folder than .*installed in .*\.$"
+    ):
+        mm.expert_parallel.buffer_bytes(8, 6, 4096, 2048, 256, 8)
 
 
 def test_a_driver_that_does_not_answer(monkeypatch):

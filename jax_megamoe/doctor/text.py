@@ -1,5 +1,6 @@
 """The report as lines to read."""
 
+from jax_megamoe.doctor.check import LIMIT
 from jax_megamoe.doctor.facts import Device, Facts
 from jax_megamoe.doctor.verdict import Report
 
@@ -15,7 +16,7 @@ def lines_of(report: Report) -> list[str]:
         *_devices(facts),
         ("NCCL", facts.nccl or "not installed as a package"),
         ("XLA_FLAGS", facts.xla_flags or "not set"),
-        ("recommended", facts.recommended_xla_flags + ("" if facts.missing_xla_flags else " (set)")),
+        ("recommended", facts.recommended_xla_flags + _about_flags(facts)),
         *((name, value) for name, value in facts.environment.items()),
         ("moe", f"implementation=None is {report.implementation!r}: {report.why}"),
         ("check", _check(report)),
@@ -55,6 +56,12 @@ def _device(device: Device) -> str:
     return text
 
 
+def _about_flags(facts: Facts) -> str:
+    if not facts.missing_xla_flags:
+        return " (set)"
+    return "" if facts.backend == "gpu" else " (for loops on GPUs)"
+
+
 def _access(rows: list[list[bool]]) -> str:
     missing = [
         f"{one} has none to {other}"
@@ -72,4 +79,7 @@ def _check(report: Report) -> str:
     if check.difference is None:
         return f"no result after {check.seconds:.1f} s"
     devices = f"{check.num_devices} devices" if check.num_devices > 1 else "one device"
-    return f"a tiny layer on {devices} differs from float32 by {check.difference:.1e} ({check.seconds:.1f} s)"
+    return (
+        f"a tiny layer on {devices} differs from float32 by {check.difference:.1e} "
+        f"(allowed: {LIMIT:.1e}; {check.seconds:.1f} s)"
+    )

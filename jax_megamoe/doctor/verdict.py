@@ -82,6 +82,12 @@ def _problems(facts: Facts, check: Check | None) -> list[str]:
 
 def _notes(facts: Facts) -> list[str]:
     notes = []
+    if facts.passed_over and facts.why_no_kernel is None:
+        here, installed = facts.passed_over
+        notes.append(
+            f"the package that is installed in {installed} is not the one that was tried: start Python in another "
+            f"folder than {here}, whose Python files come before it."
+        )
     if facts.backend == "gpu" and facts.missing_xla_flags:
         notes.append(
             f"for jax.lax.while_loop set XLA_FLAGS='{facts.missing_xla_flags}' (jax_megamoe.recommended_xla_flags)."

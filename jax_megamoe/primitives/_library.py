@@ -1,6 +1,7 @@
 """The compiled module: registers its FFI handlers, and says what it cannot do."""
 
 import importlib
+import importlib.metadata
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ ROUTE_TARGET = "jax_megamoe.route.v1"
 WIRE_TEST_TARGET = "jax_megamoe.wire_test.v1"
 _PLATFORM = "CUDA"
 _MAX_INT32 = (1 << 31) - 1
+_FOLDER = Path(__file__).parent.parent  # that of `jax_megamoe`
 
 
 class UnservedError(ShapeError):
@@ -47,6 +49,29 @@ def _load() -> ModuleType | None:
     return core
 
 
+def installed_elsewhere() -> Path | None:
+    """The folder of an installed package that has the module, where Python took these files of a checkout instead.
+
+    Python looks into the folder in which it was started first, and a checkout has a `jax_megamoe` without the module.
+    """
+    try:
+        folder = Path(str(importlib.metadata.distribution("jax_megamoe").locate_file("jax_megamoe")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    has_module = any(folder.glob("_core.*"))
+    return folder if has_module and folder.resolve() != _FOLDER.resolve() else None
+
+
+def _how_to_install(otherwise: str) -> str:
+    """What to do where the module is not found: `otherwise`, unless it is there and was passed over."""
+    if _core is not None or (folder := installed_elsewhere()) is None:
+        return otherwise
+    return (
+        f"start Python in another folder than {_FOLDER.parent}, whose Python files come before the package that is "
+        f"installed in {folder.parent}"
+    )
+
+
 # At import, since XLA wants the handlers before it loads an executable from the compilation cache.
 _core = _load()
 
@@ -57,7 +82,7 @@ def check_kernel_available() -> None:
         state = "is not built" if _core is None else "was built without CUDA"
         raise PlatformError(
             f"jax_megamoe._core {state}, wanted its CUDA kernels for a GPU: "
-            "install the package with MEGAMOE_CUDA=ON, or pass implementation='reference'."
+            f"{_how_to_install('install the package with MEGAMOE_CUDA=ON')}, or pass implementation='reference'."
         )
     try:
         devices = jax.local_devices(backend="cuda")
@@ -128,7 +153,8 @@ def _host_function(name: str) -> Callable[..., Any]:
     if _core is None or not hasattr(_core, name):
         state = "is not built" if _core is None else f"has no {name}"
         raise PlatformError(
-            f"jax_megamoe._core {state}, wanted a build of the same version as the Python files: install the package."
+            f"jax_megamoe._core {state}, wanted a build of the same version as the Python files: "
+            f"{_how_to_install('install the package')}."
         )
     return getattr(_core, name)
 
