@@ -60,6 +60,13 @@ def test_prose_is_wrapped(page):
     assert [line for line in lines if len(line) > MOST_COLUMNS and not line.startswith("|")] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_is_python(page):
+    """Also what does not run here, for want of a model."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        ast.parse(block, name_of(page))
+
+
 # Examples. Fences without a language are commands, or parts that need files.
 
 # README's checkpoint is one that a reader has.
