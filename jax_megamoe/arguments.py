@@ -119,7 +119,10 @@ def check_weights(weights: object, name: str = "weights") -> ExpertWeights:
         if layers and all(isinstance(element, ExpertWeights) for element in layers):
             remedy = "pass one, or all of them through stack_experts and which one as layer."
         else:
-            remedy = "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
+            remedy = (
+                "make them with quantize_experts from float weights, pack_experts from quantised ones, or load_experts "
+                "from files."
+            )
         raise LayoutError(f"{name} is {type_of(weights)}, wanted ExpertWeights: {remedy}")
     if weights.hidden_size > MAX_HIDDEN_SIZE:
         raise ShapeError(

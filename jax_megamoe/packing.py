@@ -338,7 +338,8 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
         if not isinstance(one, ExpertWeights):
             raise LayoutError(
                 f"weights[{layer}] is {type_of(one)}, wanted ExpertWeights: "
-                "make them with quantize_experts from float weights, or with pack_experts from FP8 blocks."
+                "make them with quantize_experts from float weights, pack_experts from quantised ones, or load_experts "
+                "from files."
             )
         one = one.checked()
         for name, leaf in one.leaves._asdict().items():

@@ -18,6 +18,7 @@ import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.__main__ import main
 from jax_megamoe.checkpoints import cache, cache_writing, convert, writing
+from jax_megamoe.checkpoints.folder import MANIFEST, Tensors
 from jax_megamoe.checkpoints.safetensors import File
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import build, file_bytes, octets, write
@@ -46,6 +47,14 @@ def assert_alike(found: mm.ExpertWeights | None, wanted: mm.ExpertWeights | None
     for one, other in zip(found.leaves, wanted.leaves, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(octets(one), octets(other))
+
+
+def test_a_cache_is_no_checkpoint(made):
+    """Its layers have tensors of the same names: nobody should be told to remove one of them."""
+    out = convert(*made)
+    for use in (lambda: convert(out, out.parent / "again"), lambda: Tensors(out)):
+        with pytest.raises(CheckpointError, match="is of experts that are packed already: pass the checkpoint"):
+            use()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +109,7 @@ def edit(path: Path, **fields: Any) -> None:
 
 def test_another_layout_is_refused(made, monkeypatch):
     out = convert(*made)
-    edit(out / cache.MANIFEST, layout="sm90_mxfp4_v0")
+    edit(out / MANIFEST, layout="sm90_mxfp4_v0")
     for call in (lambda: mm.read_checkpoint(out), lambda: convert(*made)):
         with pytest.raises(
             CheckpointError, match="has layout 'sm90_mxfp4_v0', this version of the package wants one of"
@@ -115,7 +124,7 @@ def test_another_layout_in_a_layers_file_is_refused(made, monkeypatch):
     monkeypatch.setitem(weight_layout.LAYOUT_TAGS, "mxfp4", later)
     with pytest.raises(CheckpointError, match=rf"jax_megamoe\.json: has layout '{written}'"):
         mm.read_checkpoint(out)
-    edit(out / cache.MANIFEST, layout=later)
+    edit(out / MANIFEST, layout=later)
     with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: has layout '{written}'"):
         mm.read_checkpoint(out).experts(1)
     with pytest.raises(CheckpointError, match=rf"layer-00000\.safetensors: has layout '{written}'"):
@@ -124,7 +133,7 @@ def test_another_layout_in_a_layers_file_is_refused(made, monkeypatch):
 
 def test_another_version_of_caches_is_refused(made):
     out = convert(*made)
-    edit(out / cache.MANIFEST, version=0)
+    edit(out / MANIFEST, version=0)
     with pytest.raises(CheckpointError, match="has version 0 of caches, wanted 1"):
         mm.read_checkpoint(out)
 
@@ -290,7 +299,7 @@ def repair(folder: Path) -> Path:
 def test_a_checkpoint_that_was_repaired_is_noticed(is_complete, made, small_samples):
     folder, out = made
     convert(folder, out)
-    edit(out / cache.MANIFEST, complete=is_complete)
+    edit(out / MANIFEST, complete=is_complete)
     before = listing(out)
     times = {path: path.stat() for path in folder.glob("*.safetensors")}
     path = repair(folder)
@@ -322,9 +331,9 @@ def test_a_checkpoint_that_changes_meanwhile_makes_no_cache(made, small_samples)
 def test_a_cache_of_before_that_knows_no_times_is_read_and_not_gone_on_with(made):
     folder, out = made
     convert(folder, out)
-    fields = json.loads((out / cache.MANIFEST).read_text())
+    fields = json.loads((out / MANIFEST).read_text())
     del fields["written"]
-    (out / cache.MANIFEST).write_text(json.dumps(fields))
+    (out / MANIFEST).write_text(json.dumps(fields))
     assert_alike(mm.load_experts(out), mm.load_experts(folder))
     with pytest.raises(CheckpointError, match="not known to be what the cache was made of"):
         convert(folder, out)

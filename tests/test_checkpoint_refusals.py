@@ -118,8 +118,12 @@ EXPERTS: dict[str, tuple[str, Change, str]] = {
         replace(".weight_scale_inv", (".weight_scale_inv", np.full((I // 64, H // 64), 127, np.uint8))),
         r"with a scale U8 \(2, 4\) \('_scale_inv'\), wanted one of: floats, FP8 with a scale for each 128x128 block",
     ),
-    "no scale": ("kimi-k2", replace(".weight_scale_inv"), r"is F8_E4M3 \(128, 256\) without a scale beside it"),
-    "another type": ("qwen3-bf16", replace(".weight", (".weight", FLOATS.astype(np.int64))), r"is I64 \(128, 256\) without"),
+    "no scale": (
+        "kimi-k2",
+        replace(".weight_scale_inv"),
+        r"is F8_E4M3 \(128, 256\) without a scale beside it, wanted .*: download all files of the checkpoint, or dequant",
+    ),
+    "another type": ("qwen3-bf16", replace(".weight", (".weight", FLOATS.astype(np.int64))), r"is I64 \(128, 256\) without.*block: dequant"),
     "biases": (
         "qwen3-bf16",
         with_tensor(f"{STEM}.0.up_proj.bias", np.zeros(I, np.float32)),

@@ -306,8 +306,8 @@ def test_boxed_arguments_in_jit():
         (
             {"weights": np.zeros(3)},
             LayoutError,
-            "weights is an array, wanted ExpertWeights: make them with quantize_experts from float weights, or with "
-            "pack_experts from FP8 blocks.",
+            "weights is an array, wanted ExpertWeights: make them with quantize_experts from float weights, "
+            "pack_experts from quantised ones, or load_experts from files.",
         ),
         (
             {"weights": [packed_weights(0), boxes.Param(packed_weights(1))]},

@@ -28,7 +28,7 @@ from jax_megamoe.activations import SiTU, SwiGLU, can_bound
 from jax_megamoe.arrays import text_of
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config, families_of
-from jax_megamoe.checkpoints.folder import CONFIG, read_json
+from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, read_json
 from jax_megamoe.checkpoints.layers import Recipe
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import File, Tensor
@@ -37,7 +37,6 @@ from jax_megamoe.operands import Leaves
 from jax_megamoe.routing_arrays import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
-MANIFEST = "jax_megamoe.json"
 VERSION = 1
 METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
 _FIELDS: Mapping[str, Any] = {

@@ -20,7 +20,6 @@ import numpy as np
 from jax_megamoe import weight_checks, weight_layout
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.cache import (
-    MANIFEST,
     METADATA,
     ROUTER,
     SAFETENSORS_DTYPES,
@@ -33,7 +32,7 @@ from jax_megamoe.checkpoints.cache import (
     is_cache,
     short,
 )
-from jax_megamoe.checkpoints.folder import CONFIG, read_json
+from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, read_json
 from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
 from jax_megamoe.checkpoints.loading import on_purpose
 from jax_megamoe.checkpoints.progress import Progress, Report, check_progress

@@ -233,7 +233,9 @@ def _blocks(shape: tuple[int, ...], rows: int, columns: int) -> set[Block]:
 
 def _unknown(weight: Tensor, scale: Tensor | None) -> CheckpointError:
     known = ", ".join(encoding.title for encoding in ENCODINGS if encoding.refusal is None)
-    with_scale = "without a scale beside it"
+    with_scale, remedy = "without a scale beside it", _DEQUANTIZE
     if scale is not None:
         with_scale = f"with a scale {scale.dtype} {scale.shape} ({scale.name.removeprefix(weight.name)!r})"
-    return weight.error(f"is {weight.dtype} {weight.shape} {with_scale}, wanted one of: {known}: {_DEQUANTIZE}.")
+    elif any(weight.dtype in encoding.weight for encoding in ENCODINGS if encoding.scale):
+        remedy = f"download all files of the checkpoint, or {remedy}"
+    return weight.error(f"is {weight.dtype} {weight.shape} {with_scale}, wanted one of: {known}: {remedy}.")

@@ -11,6 +11,7 @@ from jax_megamoe.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+MANIFEST = "jax_megamoe.json"  # of a cache (cache.py), which is none of a stock checkpoint's files
 # Of JSON beside the weights: the index of a model with 100,000 tensors has 10 MB.
 _MAX_JSON_BYTES = 200_000_000
 
@@ -19,12 +20,18 @@ class Tensors(Mapping[str, Tensor]):
     """The tensors of a folder by name, from the headers of its files.
 
     With an index those that it lists, in the files that it says; without one all of all `*.safetensors` files there.
-    Raises `CheckpointError` for files that are missing or no safetensors files, for tensors that are missing or twice,
-    and for an index that leads out of the folder.
+    Raises `CheckpointError` for a cache, for files that are missing or no safetensors files, for tensors that are
+    missing or twice, and for an index that leads out of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if os.path.exists(folder / MANIFEST):
+            raise CheckpointError(
+                folder / MANIFEST,
+                None,
+                "is of experts that are packed already: pass the checkpoint that they were made of.",
+            )
         index = folder / INDEX
         if index.exists():
             file_of = _read_index(index)
