@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if runs(python):
             pythons.append(python)
         else:
-            problems.append(f"{python} does not start: install it, or name others by --python.")
+            problems.append(f"{python} does not start: install it, or name all that you want by --python.")
+            # At once as well as at the end, which is minutes away.
+            print(f"problem: {problems[-1]}", file=sys.stderr, flush=True)
     sdist = build_sdist(options.dist)
     print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB", flush=True)
     for kind in options.kinds or KINDS:

@@ -61,6 +61,15 @@ def test_prose_is_wrapped(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_are_whole(page):
+    """A row that an empty line parts from its table is shown as text."""
+    lines = ["", *without_code(page.read_text()).splitlines(), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not before.startswith("|"):
+            assert re.fullmatch(r"[|\s:-]+", after), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_is_python(page):
     """Also what does not run here, for want of a model."""
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
