@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +34,15 @@ def main(
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
 
-    mesh = make_mesh(*arguments.mesh) if arguments.mesh else None
-    dtype = jnp.dtype(arguments.dtype)
-    config, parameters, experts = load(arguments.folder, experts_folder=arguments.experts, mesh=mesh, dtype=dtype)
-    config = dataclasses.replace(config, is_unrolled=arguments.unroll)
-    cache = empty_cache(config, arguments.slots, arguments.length, dtype, mesh)
+    try:
+        mesh = make_mesh(*arguments.mesh) if arguments.mesh else None
+        dtype = jnp.dtype(arguments.dtype)
+        config, parameters, experts = load(arguments.folder, experts_folder=arguments.experts, mesh=mesh, dtype=dtype)
+        config = dataclasses.replace(config, is_unrolled=arguments.unroll)
+        cache = empty_cache(config, arguments.slots, arguments.length, dtype, mesh)
+        _check_prompts(arguments.prompt, len(parameters.embedding), arguments.length)
+    except (ValueError, OSError) as error:  # whatever the package refuses is a ValueError, too
+        parser.error(str(error))
     requests = [Request(prompt, arguments.new_tokens) for prompt in arguments.prompt]
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         step = functools.partial(greedy_step, functools.partial(decode_step, config), parameters, experts)
@@ -51,10 +55,25 @@ def main(
     print(f"{num_steps} steps, {generated} tokens, {generated / seconds:.1f} a second, compiling included")
 
 
+def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, length: int) -> None:
+    """Gathers clamp: a token that the embedding lacks would be another one."""
+    for prompt in prompts:
+        if not all(0 <= token < vocabulary for token in prompt):
+            raise ValueError(f"--prompt has ids {list(prompt)}, wanted ids of the vocabulary, 0 to {vocabulary - 1}.")
+        if len(prompt) > length:
+            raise ValueError(f"--prompt has {len(prompt)} ids, wanted at most --length {length}: pass a larger one.")
+
+
 def _ids(text: str) -> list[int]:
-    return [int(token) for token in text.split(",")]
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted token ids, as 1,2,3: use the model's tokenizer") from None
 
 
 def _sizes(text: str) -> tuple[int, int]:
-    data, tensor = map(int, text.split("x"))
+    try:
+        data, tensor = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted data x tensor, as 2x4") from None
     return data, tensor

@@ -17,6 +17,11 @@ EXPERT_AXIS = TOKEN_AXES = (DATA, TENSOR)
 def make_mesh(data: int, tensor: int) -> Mesh:
     """A mesh of the first `data * tensor` devices."""
     devices = jax.devices()[: data * tensor]
+    if not 0 < data * tensor <= len(devices):
+        raise ValueError(
+            f"the mesh is {data} x {tensor}, wanted one of at most {jax.device_count()} devices: choose another, or on "
+            "a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=8."
+        )
     return jax.make_mesh((data, tensor), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         process = int(os.environ[_PROCESS])
         jax.distributed.initialize(os.environ[_ADDRESS], options.processes, process, local_device_ids=[process])
     if jax.default_backend() != "gpu":
-        print("this process sees no GPU, wanted some whose wires can be measured", file=sys.stderr)
+        print(
+            "error: this process sees no GPU, wanted some whose wires can be measured: run it where "
+            "`python -m jax_megamoe doctor` lists them.",
+            file=sys.stderr,
+        )
         return 1
     try:
         return _report(options)
