@@ -48,6 +48,8 @@ class NormalConsumer {
         source_[half] = {raw.x, __int_as_float(raw.y)};
       }
     }
+    // From here on, of the activations.
+    note_.row_base = activation_row_base<Normal, Group>(args, note.chunk, note.row_base);
   }
 
   __device__ __forceinline__ void run(StageCursor& cursor) {
@@ -244,11 +246,10 @@ class NormalConsumer {
     if constexpr (kTiles == 1) exchange_maxima(amax);
 
     // activation_image's plane and scales, written out: through it, nvcc moves other code around.
-    const int row_base = activation_row_base<Normal, Group>(args_, map_.header().chunk[warpgroup()], note_.row_base);
-    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(row_base) * p.intermediate_size +
+    uint8_t* plane = args_.workspace.activation_planes + static_cast<size_t>(note_.row_base) * p.intermediate_size +
                      static_cast<size_t>(note_.tile) * padded * kBlockK;
     float* scales = args_.workspace.activation_scales +
-                    static_cast<size_t>(row_base) * (p.intermediate_size / Normal::kActivationScaleColumns) +
+                    static_cast<size_t>(note_.row_base) * (p.intermediate_size / Normal::kActivationScaleColumns) +
                     static_cast<size_t>(note_.tile) * padded;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
