@@ -16,6 +16,9 @@ from tests.support.virtual_ranks import assert_as_one_rank, on_virtual_ranks, on
 pytestmark = gpu_tests(why_no_hopper() or why_no_testing())
 
 
+SENT_AS_ROWS = Sizes(hidden=256, inter=2048, num_experts=64, top_k=4)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 128, 150, 800])
 def test_same_as_one_rank(num_ranks, tokens):
@@ -94,9 +97,10 @@ def test_stress(tokens, repeats):
         np.testing.assert_array_equal(bits(got), bits(wanted))
 
 
-@pytest.mark.parametrize("tokens", [16, 800])
-def test_a_missing_rank_ends_in_an_error(tokens):
-    problem = make_problem(tokens, SHARED)
+# Tokens of all ranks: swapAB, images, rows.
+@pytest.mark.parametrize(("tokens", "sizes"), [(16, SHARED), (800, SHARED), (1000, SENT_AS_ROWS)])
+def test_a_missing_rank_ends_in_an_error(tokens, sizes):
+    problem = make_problem(tokens, sizes)
     call = functools.partial(on_virtual_ranks, *problem, num_ranks=4, present=3, ctas=6, timeout_microseconds=200_000)
     y, _ = call()
     assert np.isnan(np.asarray(y[: tokens * 3 // 4], np.float32)).all()
@@ -106,11 +110,11 @@ def test_a_missing_rank_ends_in_an_error(tokens):
     assert_as_one_rank(5, 2)
 
 
-@pytest.mark.parametrize("tokens", [16, 800])
+@pytest.mark.parametrize(("tokens", "sizes"), [(16, SHARED), (800, SHARED), (1000, SENT_AS_ROWS)])
 @pytest.mark.parametrize("odd_rank", [0, 2])
-def test_ranks_that_disagree_on_the_shape_end_in_an_error(odd_rank, tokens):
+def test_ranks_that_disagree_on_the_shape_end_in_an_error(odd_rank, tokens, sizes):
     """One rank's words have another tag; all else is right, so that without the tags nobody would notice."""
-    problem = make_problem(tokens, SHARED)
+    problem = make_problem(tokens, sizes)
     call = functools.partial(
         on_virtual_ranks, *problem, num_ranks=4, odd_rank=odd_rank, ctas=6, timeout_microseconds=200_000
     )

@@ -141,9 +141,10 @@ struct PeerRanks {
     const int own = route & ((1 << kRouteRankShift) - 1);
     return on(route >> kRouteRankShift, rows) + static_cast<size_t>(own / args.problem.top_k) * length;
   }
+  // Of what is no route, since tokens did not come: of some token, whose row is there to be read.
   __device__ static int token_of_route(const MoeArguments& args, int route) {
-    const int own = route & ((1 << kRouteRankShift) - 1);
-    return (route >> kRouteRankShift) * args.problem.num_tokens + own / args.problem.top_k;
+    const uint32_t own = route & ((1 << kRouteRankShift) - 1), tokens = args.problem.num_tokens;
+    return min((route >> kRouteRankShift) * tokens + own / args.problem.top_k, args.peers.num_ranks * tokens - 1);
   }
   // Counted over the group.
   __device__ static int route_in_group(const MoeArguments& args, int route) {
