@@ -127,3 +127,35 @@ def test_nothing_less_is_enough(program, less_ahead, less_beyond):
     ]
     found = [Order(plan, tickets) for plan, tickets in zip(several, order(program, several), strict=True)]
     assert not all(one.has_activations() and one.has_places_of_activations(ahead + beyond) for one in found)
+
+
+@pytest.fixture(scope="module")
+def ring_sizes(tmp_path_factory):
+    return compile_program(tmp_path_factory.mktemp("native"), "ring_sizes_test")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 20_000),  # tokens
+            st.integers(1, 8),  # of k experts
+            st.integers(1, 32).map(lambda blocks: 128 * blocks),
+            st.sampled_from([1, 4, 32, 48]),  # experts of a rank
+            st.integers(2, 8),  # ranks
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_rings_are_as_long_as_the_order_needs(ring_sizes, calls):
+    """Of 128 intermediate columns there is one gate/up unit for a chunk, and the CTAs work on the most chunks."""
+    calls.append((20_000, 4, 128, 4, 2))
+    lines = ring_sizes("\n".join(" ".join(map(str, call)) for call in calls)).split("\n")
+    for (tokens, top_k, _, experts, _), line in zip(calls, lines, strict=False):
+        assembles, ahead, images, activations, most_chunks, turn, *runs = map(int, line.split())
+        assert assembles == (tokens * top_k >= 256 * experts)
+        assert ahead >= least_ahead(turn, runs)
+        assert images >= min(most_chunks, 2 * runs[0] - 1)
+        assert images <= ahead, "UnitSchedule::independent_end would have down units"
+        assert activations >= min(most_chunks, ahead + least_beyond(runs))

@@ -55,7 +55,11 @@ def test_images_go_round_the_rings(hidden, routing, options):
     assert_as_one_rank(tokens, 2, routing, sizes, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"ctas": 32, "seed": 5, "late_ctas": 6}], ids=["", "late CTAs and pauses"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ctas": 32, "seed": 5, "late_ctas": 6}, {"ctas": 16, "late_ctas": 15}],
+    ids=["", "late CTAs and pauses", "all CTAs but one are late"],
+)
 @pytest.mark.parametrize("weight_format", ["fp8_block", "fp8_channel"])
 @pytest.mark.parametrize(
     ("hidden", "tokens", "num_ranks", "routing"),
@@ -107,6 +111,20 @@ def test_a_missing_rank_ends_in_an_error(tokens, sizes):
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"waited in vain for rank 3, phase routing, epoch 1"):
         jax.block_until_ready(call())
     # The process goes on, and so do other calls.
+    assert_as_one_rank(5, 2)
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(800, SHARED), (1000, SENT_AS_ROWS)])
+def test_a_missing_rank_while_ctas_are_late(tokens, sizes):
+    """Nobody writes over what those who take the late CTAs' shares over have noted."""
+    problem = make_problem(tokens, sizes)
+    call = functools.partial(
+        on_virtual_ranks, *problem, num_ranks=4, present=3, ctas=16, late_ctas=15, timeout_microseconds=200_000
+    )
+    y, _ = call()
+    assert np.isnan(np.asarray(y[: tokens * 3 // 4], np.float32)).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"waited in vain for rank 3"):
+        jax.block_until_ready(call())
     assert_as_one_rank(5, 2)
 
 

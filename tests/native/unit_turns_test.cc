@@ -1,5 +1,6 @@
 // Reads lines "ahead turn gate_up_run down_run gate_up down experts", where gate_up and down are tickets of a chunk, and
-// the number of chunks of each expert; writes "down chunk group" for every ticket of both projections, in their order, a line for each plan.
+// the number of chunks of each expert; writes "down chunk group" for every ticket of both projections, in their order, a
+// line for each plan.
 #include <cstdio>
 #include <vector>
 

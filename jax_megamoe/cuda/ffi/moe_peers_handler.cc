@@ -24,8 +24,8 @@ void write_view(void* image, void* const* mapped, int /*rank*/, int num_ranks, u
   *static_cast<PeerView*>(image) = PeerBuffer::view(mapped, num_ranks, bytes);
 }
 
-// "moe3": the buffers of this version of layout/peer_buffer.h.
-constexpr transport::Layout kMoeLayout = {0x6d6f6533, sizeof(PeerView), write_view, failure_text};
+// "moe4": the buffers of this version of layout/peer_buffer.h.
+constexpr transport::Layout kMoeLayout = {0x6d6f6534, sizeof(PeerView), write_view, failure_text};
 
 // What a call says beside its operands and the numerics.
 struct Options {

@@ -36,9 +36,8 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
   const int warp = threadIdx.x / 32;
   if constexpr (kMayGatherRows<Orientation, Group>) {
     if (args.constants.gathers_rows && (warp == kTokenProducerWarp || warp == kSecondRowWarp)) {
-      if constexpr (Group::kHasPeers) {
-        if (warp == kSecondRowWarp) Group::await_rows(args);  // the first has waited for tokens
-      }
+      // The first has waited for tokens, or in vain; what they take is free, and all shares are dispatched.
+      if constexpr (Group::kHasPeers) ptx::named_barrier_sync(kRowWarpsBarrier, kRowWarps * 32);
       const SharedMap<Orientation> map(args, plan);
       return TokenProducer<Orientation, Group, true>(args, map, warp == kSecondRowWarp ? 1 : 0).run();
     }

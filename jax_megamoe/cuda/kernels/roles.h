@@ -33,6 +33,7 @@ constexpr int kAssemblyPlanes = 8;
 enum NamedBarrier : uint32_t {
   kConsumersBarrier = 1,       // all consumers
   kFirstWarpgroupBarrier = 2,  // consumer warpgroup w: this + w
+  kRowWarpsBarrier = 4,        // the warps that gather rows
 };
 
 // For compute-sanitizer's racecheck, which does not see that a lane that arrives after __syncwarp does so for its whole

@@ -27,9 +27,9 @@ struct Unit {
   int shares_tokens;
 };
 
-// All gate/up units, then all down units, or both in turns, in the order of layout/unit_order.h. The tail are the last two rounds of down
-// units in the normal orientation; there is none where that would be more than half of all down units, which would then
-// all wait for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
+// All gate/up units, then all down units, or both in turns, in the order of layout/unit_order.h. The tail are the last
+// two rounds of down units in the normal orientation; there is none where that would be more than half of all down
+// units, which would then all wait for the last gate/up unit. A ticket is a unit, or one for each CTA of a cluster.
 template <typename Orientation>
 class UnitSchedule {
  public:
@@ -47,7 +47,8 @@ class UnitSchedule {
     return static_cast<uint32_t>(num_chunks()) * constants_.gate_up_tickets.value();
   }
   // Tickets below it wait for no other unit. Gate/up units do where images go through a ring, and its first round is
-  // over; a ticket may be for any chunk of its run. The first down unit comes after that.
+  // over; a ticket may be for any chunk of its run. The first down unit comes after that, since the ring has no more
+  // images than gate/up units are chunks ahead.
   __device__ uint32_t independent_end() const {
     const int slots = constants_.image_slots.value();
     if (takes_turns() && num_chunks() > slots) {

@@ -55,8 +55,12 @@ struct Problem {
     return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
            num_routes() <= kMostRoutesPerExpertSent * num_local_experts && normal_units() >= kMeasuredSms;
   }
-  // Assembled images go into a ring of so many: of the chunks that CTAs work on, twice, and of two runs of chunks.
-  int image_slots() const { return most_chunks(2 * (chunks_at_work() + kRunChunks)); }
+  // Assembled images go into a ring of so many: of the chunks that CTAs work on, twice, and of two runs of chunks. No
+  // more than gate/up units are ahead, or UnitSchedule would take the first down units for some that wait for nothing.
+  int image_slots() const {
+    const int wanted = 2 * (chunks_at_work() + kRunChunks);
+    return most_chunks(wanted < chunks_ahead() ? wanted : chunks_ahead());
+  }
   // Then gate/up units are at most so many chunks ahead of down units (layout/unit_order.h), and a ring holds the
   // activations.
   int chunks_ahead() const { return kTurnChunks + chunks_in_hand(); }
