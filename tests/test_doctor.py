@@ -258,11 +258,12 @@ def test_a_checkout_that_is_found_before_the_package(monkeypatch, tmp_path):
     distribution = types.SimpleNamespace(locate_file=lambda name: tmp_path / name)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
     monkeypatch.setattr(_library, "_core", None)
-    assert _library.installed_elsewhere() is None
+    assert _library.passed_over() is None
     (tmp_path / "jax_megamoe" / "_core.cpython-312-x86_64-linux-gnu.so").touch()
     with pytest.raises(MegaMoEError, match=r"start Python in another folder than .*installed in .*, or pass impl"):
         _library.check_kernel_available()
-    assert facts._passed_over()[1] == str(tmp_path)
+    passed_over = _library.passed_over()
+    assert passed_over is not None and passed_over[1] == tmp_path
     with pytest.raises(
         MegaMoEError, match=r"version as the Python files: start Python in another folder than .*installed in .*\.$"
     ):

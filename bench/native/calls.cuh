@@ -159,14 +159,12 @@ inline bool is_bare() { return std::getenv("PROBE_BARE") != nullptr; }
 // which chunks are padded to eight. Nothing comes of them. All else of a workspace has to be written before it is read,
 // which initcheck sees.
 inline void set_padding(const Problem& p, const megamoe::Workspace& workspace) {
-  const size_t rows = p.max_rows(), hidden = p.hidden_size, inter = p.intermediate_size;
-  const bool rings = p.assembles_images();
-  const size_t images = rings ? static_cast<size_t>(p.image_slots()) * p.token_tile() : rows;
-  const size_t activations = rings ? static_cast<size_t>(p.activation_slots()) * p.token_tile() : rows;
+  const size_t hidden = p.hidden_size, inter = p.intermediate_size;
+  const size_t images = p.image_rows(), activations = p.activation_rows();
   const size_t scales = inter / megamoe::activation_scale_columns(p.swap_operands());
   CHECK(cudaMemset(workspace.token_planes, 0xff, images * hidden));
   CHECK(cudaMemset(workspace.token_scales, 0xff, images * (hidden / megamoe::kBlockK) * sizeof(float)));
-  CHECK(cudaMemset(workspace.row_sources, 0xff, rows * sizeof(megamoe::RowSource)));
+  CHECK(cudaMemset(workspace.row_sources, 0xff, p.max_rows() * sizeof(megamoe::RowSource)));
   CHECK(cudaMemset(workspace.activation_planes, 0xff, activations * inter));
   CHECK(cudaMemset(workspace.activation_scales, 0xff, activations * scales * sizeof(float)));
 }

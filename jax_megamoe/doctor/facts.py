@@ -118,7 +118,7 @@ def gather(jax_here: Jax) -> Facts:
         recommended_xla_flags=recommended_xla_flags(),
         missing_xla_flags=missing_xla_flags(),
         environment={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        passed_over=_passed_over(),
+        passed_over=[str(folder) for folder in _library.passed_over() or ()],
     )
 
 
@@ -188,12 +188,6 @@ def _module() -> str:
     if not core.has_cuda:
         return "built without CUDA"
     return "built with CUDA" + (", and with what only tests and benchmarks call" if core.has_testing else "")
-
-
-def _passed_over() -> list[str]:
-    if _library._core is not None or (installed := _library.installed_elsewhere()) is None:
-        return []
-    return [str(pathlib.Path(jax_megamoe.__file__).parent.parent), str(installed.parent)]
 
 
 def _ffi_targets() -> list[str]:

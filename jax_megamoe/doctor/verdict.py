@@ -122,7 +122,8 @@ def _old_nccl(facts: Facts) -> str | None:
     if _numbers(jax_version) < _JAX_OF_NEW_NCCL or _numbers(facts.nccl) >= _OLDEST_NCCL:
         return None
     return (
-        f"NCCL is {facts.nccl}, wanted 2.29.2 or newer for XLA's collectives of jax {jax_version}: "
+        f"NCCL is {facts.nccl}, wanted {'.'.join(map(str, _OLDEST_NCCL))} or newer for XLA's collectives of jax "
+        f"{jax_version}: "
         "pip install --upgrade nvidia-nccl-cu13."
     )
 

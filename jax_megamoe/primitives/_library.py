@@ -49,26 +49,30 @@ def _load() -> ModuleType | None:
     return core
 
 
-def installed_elsewhere() -> Path | None:
-    """The folder of an installed package that has the module, where Python took these files of a checkout instead.
+def passed_over() -> tuple[Path, Path] | None:
+    """The folders of these files, beside which there is no module, and of an installed package that has it.
 
-    Python looks into the folder in which it was started first, and a checkout has a `jax_megamoe` without the module.
+    None elsewhere. Python looks into the folder in which it was started first, and a checkout has a `jax_megamoe`
+    without the module.
     """
+    if _core is not None:
+        return None
     try:
         folder = Path(str(importlib.metadata.distribution("jax_megamoe").locate_file("jax_megamoe")))
     except importlib.metadata.PackageNotFoundError:
         return None
     has_module = any(folder.glob("_core.*"))
-    return folder if has_module and folder.resolve() != _FOLDER.resolve() else None
+    return (_FOLDER.parent, folder.parent) if has_module and folder.resolve() != _FOLDER.resolve() else None
 
 
 def _how_to_install(otherwise: str) -> str:
     """What to do where the module is not found: `otherwise`, unless it is there and was passed over."""
-    if _core is not None or (folder := installed_elsewhere()) is None:
+    if (folders := passed_over()) is None:
         return otherwise
+    here, installed = folders
     return (
-        f"start Python in another folder than {_FOLDER.parent}, whose Python files come before the package that is "
-        f"installed in {folder.parent}"
+        f"start Python in another folder than {here}, whose Python files come before the package that is installed in "
+        f"{installed}"
     )
 
 

@@ -298,8 +298,10 @@ class CombineStream {
         store_nothing(args_, at.tokens, at.column);
       } else {
         discard_slots<Group>(args_, at.tokens, here_.base, at.column);
-        if (!Group::kHasPeers && here_.base == 0 && gathers_rows<Normal, Group>(args_))
+        // Not in a group, where most rows are of other ranks' tokens, which nobody sums here.
+        if (!Group::kHasPeers && here_.base == 0 && gathers_rows<Normal, Group>(args_)) {
           discard_rows(args_, at.tokens, at.column);
+        }
         if (here_.base + kSlots >= args_.problem.top_k) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {

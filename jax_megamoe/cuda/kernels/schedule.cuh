@@ -105,7 +105,7 @@ class UnitSchedule {
  private:
   static constexpr int kTile = Orientation::kTokenTile;
 
-  // Where images go through rings.
+  // Where images go through rings. Code for it is behind an `if constexpr`, too: else ptxas spills in other kernels.
   __device__ bool takes_turns() const { return Orientation::kMayAssembleImages && constants_.assembles_images; }
 
   const LaunchConstants& constants_;

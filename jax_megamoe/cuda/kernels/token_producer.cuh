@@ -130,9 +130,7 @@ class TokenProducer {
     const int blocks = k_blocks(note);
     const int scales_per_block = note.down() ? Orientation::kActivationScalesPerBlock : 1;
     // An Image, written out: through it, nvcc moves other code around.
-    const int row_base = kMayAssembleImages<Orientation, Group>
-                             ? activation_row_base<Orientation, Group>(args_, note.chunk, note.row_base)
-                             : note.row_base;
+    const int row_base = activation_row_base<Orientation, Group>(args_, note.chunk, note.row_base);
     const uint8_t* planes =
         (note.down() ? args_.workspace.activation_planes : Group::own(args_.workspace.token_planes)) +
         static_cast<size_t>(row_base) * (blocks * kBlockK);

@@ -46,14 +46,13 @@ struct Problem {
   // In a group: images of tokens are put together from rows on the expert's rank (kernels/image_assembly.cuh),
   // instead of written by the token's.
   bool assembles_images() const {
-    return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
-           num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
+    return is_normal_in_group() && num_routes() >= kLeastRoutesPerExpertAssembled * num_local_experts;
   }
   // ... or each rank with experts of a token has it as a row once, and rows are gathered as units need them: while the
   // memory is what these wait for. The same for all devices, since a rank writes for another one.
   bool sends_rows() const {
-    return num_ranks > 1 && !swap_operands() && !is_decoded(format) &&
-           num_routes() <= kMostRoutesPerExpertSent * num_local_experts && normal_units() >= kMeasuredSms;
+    return is_normal_in_group() && num_routes() <= kMostRoutesPerExpertSent * num_local_experts &&
+           normal_units() >= kMeasuredSms;
   }
   // Assembled images go into a ring of so many: of the chunks that CTAs work on, twice, and of two runs of chunks. No
   // more than gate/up units are ahead, or UnitSchedule would take the first down units for some that wait for nothing.
@@ -77,8 +76,12 @@ struct Problem {
   }
   // Chunks are padded to eight rows, the granularity of a swizzled image and of WGMMA's N.
   int max_rows() const { return group_routes() + 7 * max_chunks(); }
+  // Of the memory of images: as many, or those of a ring.
+  int image_rows() const { return assembles_images() ? image_slots() * token_tile() : max_rows(); }
+  int activation_rows() const { return assembles_images() ? activation_slots() * token_tile() : max_rows(); }
 
  private:
+  bool is_normal_in_group() const { return num_ranks > 1 && !swap_operands() && !is_decoded(format); }
   int chunks_at_work() const { return ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns)); }
   // A run of both projections, and those on which CTAs work.
   int chunks_in_hand() const { return kRunChunks + kDownRunChunks + chunks_at_work(); }

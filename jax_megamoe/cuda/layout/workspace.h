@@ -16,7 +16,7 @@ struct RowSource {
 };
 
 // Scratch of one call: images (layout/image.h) of tokens and of activations, chunk after chunk. Tokens that are
-// gathered by row have the scales of their images, and lie as [T, H] in the place of these.
+// gathered by row have the scales of their images, and lie as [T, H], those of all ranks, in the place of these.
 struct Workspace {
   // What other ranks read or write: in the group's buffer, or with the rest.
   uint8_t* token_rows;     // [T, H] e4m3, where images are assembled
@@ -47,25 +47,21 @@ struct Workspace {
 
   // Both return the number of bytes; a null base only measures.
   size_t carve_shared(const Problem& p, void* base) {
-    const size_t rows = p.max_rows();
     Carver carver(base);
     if (p.assembles_images()) {
       token_rows = carver.take<uint8_t>(static_cast<size_t>(p.num_tokens) * p.hidden_size);
       row_scales = carver.take<float>(static_cast<size_t>(p.num_tokens) * (p.hidden_size / kBlockK));
     } else {
-      carve_images(p, rows, carver);
+      carve_images(p, carver);
     }
-    row_sources = carver.take<RowSource>(rows);
+    row_sources = carver.take<RowSource>(p.max_rows());
     slot_outputs = carver.take<uint16_t>(static_cast<size_t>(p.num_routes()) * p.hidden_size);
     return carver.bytes();
   }
   size_t carve_local(const Problem& p, void* base) {
-    size_t rows = p.max_rows();
+    const size_t rows = p.activation_rows();
     Carver carver(base);
-    if (p.assembles_images()) {
-      carve_images(p, static_cast<size_t>(p.image_slots()) * p.token_tile(), carver);
-      rows = static_cast<size_t>(p.activation_slots()) * p.token_tile();
-    }
+    if (p.assembles_images()) carve_images(p, carver);
     activation_planes = carver.take<uint8_t>(rows * p.intermediate_size);
     activation_scales = carver.take<float>(rows * (p.intermediate_size / activation_scale_columns(p.swap_operands())));
     return carver.bytes();
@@ -74,7 +70,8 @@ struct Workspace {
  private:
   class Carver;
 
-  void carve_images(const Problem& p, size_t rows, Carver& carver) {
+  void carve_images(const Problem& p, Carver& carver) {
+    const size_t rows = p.image_rows();
     token_planes = carver.take<uint8_t>(rows * p.hidden_size);
     token_scales = carver.take<float>(rows * (p.hidden_size / kBlockK));
   }
