@@ -29,6 +29,7 @@ class DecodedProduct {
         padded_rows_(note.padded_rows()),
         token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)) {}
 
+  // The unit's first stage has landed.
   __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc) const {
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation::stages(k_blocks);
@@ -36,7 +37,6 @@ class DecodedProduct {
     for (float& value : acc) value = 0.0f;
     Fragments even, odd;
     wgmma::Descriptor tokens(map_.tokens(cursor.stage));
-    wait_stage(map_.header(), cursor);
     keep_row_terms(map_, cursor.stage);
     E2m1Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
     first.decode(even);

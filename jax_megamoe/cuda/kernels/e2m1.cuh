@@ -21,7 +21,7 @@ class E2m1Table {
  public:
   // `exponents`: the d of a row's four groups.
   __device__ __forceinline__ E2m1Table(uint32_t exponents, int group) {
-    const uint32_t d = __byte_perm(exponents, 0, 0x4440 + group);
+    const uint32_t d = __dp4a(exponents, 1u << 8 * group, 0u);
     low_ = d * 0x04040400u + 0x0a080400u;
     high_ = d * 0x04040404u + 0x12100e0cu;
   }
@@ -31,7 +31,7 @@ class E2m1Table {
     constexpr uint32_t kSigns = 0x80808080u;
     const uint32_t codes = word & 0x77777777u;
     first = look_up(codes) | (word & kSigns);
-    second = look_up(codes >> 16) | (word << 4 & kSigns);
+    second = look_up(upper_half(codes)) | (word << 4 & kSigns);
   }
 
  private:
@@ -39,6 +39,17 @@ class E2m1Table {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low_), "r"(high_), "r"(codes));
     return bytes;
+  }
+
+  // Its low half is the high half of `codes`, which is a finite FP16 number: times one, subnormal or not, it stays itself.
+  __device__ __forceinline__ static uint32_t upper_half(uint32_t codes) {
+    uint32_t one, upper;
+    asm volatile("mov.b32 %0, 0x3c003c00;" : "=r"(one));
+    asm("{\n.reg .b16 low, high;\n.reg .b32 both;\nmov.b32 {low, high}, %1;\nmov.b32 both, {high, high};\n"
+        "mul.rn.f16x2 %0, both, %2;\n}\n"
+        : "=r"(upper)
+        : "r"(codes), "r"(one));
+    return upper;
   }
 
   uint32_t low_, high_;

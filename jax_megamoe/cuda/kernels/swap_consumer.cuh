@@ -226,8 +226,19 @@ class SwapConsumer {
     cursor.advance(map_.num_stages);
   }
 
-  // The next token group's values to the front. Epilogues loop over the groups this way instead of unrolling: moving
-  // registers costs less than fetching instructions.
+  // Calls `visit(j, sums)` for every token group j; its sums are the first four of `sums`. A rolled loop moves the next
+  // group's to the front: that costs less than fetching instructions, which come from the same memory as the weights.
+  // Decoding keeps the consumers busier than the memory, and there unrolled groups hide each other's latencies.
+  template <bool kUnrolls = Format::kDecodes, typename Visit>
+  __device__ __forceinline__ static void for_token_groups(Partial& acc, int rows, const Visit& visit) {
+    if constexpr (kUnrolls) {
+#pragma unroll
+      for (int j = 0; j < kTokenGroups; ++j) visit(j, acc + 4 * j);
+    } else {
+#pragma unroll 1
+      for (int j = 0; 8 * j < rows; ++j, rotate(acc)) visit(j, acc + 0);
+    }
+  }
   __device__ __forceinline__ static void rotate(Partial& acc) {
     const float front[4] = {acc[0], acc[1], acc[2], acc[3]};
 #pragma unroll
@@ -243,21 +254,30 @@ class SwapConsumer {
     ptx::wait_copies<0>();  // the sources
     RowTerms row;
     if constexpr (Format::kRowScales) row = map_.quad_row_terms();
-#pragma unroll 1
-    for (int j = 0; j < kTokenGroups; ++j, rotate(acc)) {
+    const auto put_group = [&](int j, float* sums, const auto& activation) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if constexpr (Format::kRowScales) {
-          acc[c] = row.low(acc[c]);
-          acc[2 + c] = row.high(acc[2 + c]);
+          sums[c] = row.low(sums[c]);
+          sums[2 + c] = row.high(sums[2 + c]);
         }
-        acc[c] = activate(acc[c], acc[2 + c], args_.activation);
-        float amax = fabsf(acc[c]);
+        sums[c] = activation(sums[c], sums[2 + c]);
+        float amax = fabsf(sums[c]);
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 4));
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 8));
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 16));
         if (quad_row() == 0) map_.row_amax()[consumer_warp * kN + 8 * j + quad_token() + c] = amax;
       }
+    };
+    const Activation& a = args_.activation;
+    if constexpr (!Format::kDecodes) {
+      for_token_groups(acc, kN, [&](int j, float* sums) {
+        put_group(j, sums, [&](float gate, float up) { return activate(gate, up, a); });
+      });
+    } else if (a.beta != 0.0f) {
+      for_token_groups<false>(acc, kN, [&](int j, float* sums) { put_group(j, sums, SiTu(a)); });
+    } else {
+      for_token_groups(acc, kN, [&](int j, float* sums) { put_group(j, sums, SwiGlu<false>(a)); });
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
@@ -265,8 +285,7 @@ class SwapConsumer {
     const Image image = activation_image<Orientation>(args_, note_);
     uint8_t* plane = image.plane(column / kBlockK);
     float* scales = image.scales(note_.tile);
-#pragma unroll 1
-    for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
+    for_token_groups(acc, padded, [&](int j, const float* values) {
       float2 amax = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) {
@@ -277,14 +296,14 @@ class SwapConsumer {
       const float weight[2] = {sources()[8 * j + quad_token()].weight, sources()[8 * j + quad_token() + 1].weight};
       const float scale[2] = {fp8::activation_scale(amax.x * fabsf(weight[0])),
                               fp8::activation_scale(amax.y * fabsf(weight[1]))};
-      const uint32_t mine = fp8::pack2(acc[0] * weight[0] * fp8::reciprocal_of_power_of_two(scale[0]),
-                                       acc[1] * weight[1] * fp8::reciprocal_of_power_of_two(scale[1]));
+      const uint32_t mine = fp8::pack2(values[0] * weight[0] * fp8::reciprocal_of_power_of_two(scale[0]),
+                                       values[1] * weight[1] * fp8::reciprocal_of_power_of_two(scale[1]));
       store_activations(plane, column, j, mine);
       if (consumer_warp == 0 && quad_row() < 2) {
         const int token = 8 * j + quad_token() + quad_row();
         if (token < note_.rows()) scales[token] = quad_row() == 0 ? scale[0] : scale[1];
       }
-    }
+    });
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
     if (threadIdx.x == 0) signaller_.post(map_.counters(args_).units_done(note_.chunk));
@@ -323,21 +342,20 @@ class SwapConsumer {
       ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // those that other threads have copied
     }
     const int tile_column = (warp_in_group() * 16 + 2 * quad_row()) * static_cast<int>(sizeof(uint16_t));
-#pragma unroll 1
-    for (int j = 0; 8 * j < padded; ++j, rotate(acc)) {
+    for_token_groups(acc, padded, [&](int j, float* sums) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = 8 * j + quad_token() + c;
         if constexpr (Format::kRowScales) {
           // What padding tokens have here is dropped.
           const float weight = sources()[token].weight;
-          acc[c] = row.low(acc[c], weight);
-          acc[2 + c] = row.high(acc[2 + c], weight);
+          sums[c] = row.low(sums[c], weight);
+          sums[2 + c] = row.high(sums[2 + c], weight);
         }
         *reinterpret_cast<__nv_bfloat162*>(tile + swizzled_offset(token, tile_column)) =
-            __floats2bfloat162_rn(acc[c], acc[2 + c]);
+            __floats2bfloat162_rn(sums[c], sums[2 + c]);
       }
-    }
+    });
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     constexpr int kLanesPerRow = kDownTileRowBytes / sizeof(uint4);
     const int piece = thread_in_group() % kLanesPerRow;
