@@ -295,6 +295,9 @@ def _unpack_tiles(leaves: Leaves, format: Format, intermediate_size: int) -> Lea
 jax.tree_util.register_dataclass(ExpertWeights, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)
 
 
+_MAX_HEADER_BYTES = 10_000  # `write_header` makes some 100.
+
+
 def write_header(fields: tuple[Any, ...]) -> bytes:
     """The values of `META_FIELDS` as bytes."""
     return json.dumps(dict(zip(META_FIELDS, fields, strict=True))).encode()
@@ -303,6 +306,8 @@ def write_header(fields: tuple[Any, ...]) -> bytes:
 def read_header(header: bytes) -> tuple[Any, ...]:
     """The inverse of `write_header`. Raises `LayoutError` for another version of the layout, and for other bytes."""
     try:
+        if len(header) > _MAX_HEADER_BYTES:  # Python's objects for JSON take 25 times its size.
+            raise ValueError
         fields = json.loads(header)
         *sizes, tag = (fields[name] for name in META_FIELDS)
         if not all(type(size) is int and size > 0 for size in sizes):

@@ -140,7 +140,7 @@ class LayerFile:
         self.file = File(path)
         try:
             header = json.loads(self.file.metadata[METADATA])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise CheckpointError(path, None, "is no file of a cache: make the cache anew.") from error
         if not isinstance(header, dict) or not all(isinstance(header.get(name, ()), k) for name, k in _FIELDS.items()):
             raise CheckpointError(path, None, "has other fields than a cache: make the cache anew.")

@@ -219,7 +219,7 @@ def _fingerprint(model: StockModel, config: bytes) -> str:
     digest = hashlib.sha256(config)
     for name, file in sorted(model.tensors.files.items()):
         digest.update(f"{name} {file.size}\n".encode(errors="backslashreplace"))
-        for tensor in file.tensors.values():
+        for tensor in map(file.tensor, range(len(file.tensors))):
             text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
             digest.update(text.encode(errors="backslashreplace"))
         octets = memoryview(file.mapped())

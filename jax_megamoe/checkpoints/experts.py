@@ -1,14 +1,15 @@
 """The experts of a layer in a checkpoint: where their matrices are, by headers alone, and reading one of them."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jax_megamoe.checkpoints.encodings import ALL, WEIGHT_NAMES, Encoding, Matrix, find_bias, find_matrix, refuse_bias
 from jax_megamoe.checkpoints.families import Family, Projections
 from jax_megamoe.checkpoints.folder import Tensors
-from jax_megamoe.checkpoints.safetensors import Array, Tensor
+from jax_megamoe.checkpoints.safetensors import Array, File, Tensor
 from jax_megamoe.errors import CheckpointError
 from jax_megamoe.weight_checks import Order
 
@@ -84,38 +85,41 @@ class Part:
         return array[tuple(part)]
 
 
-class LayerExperts:
-    """The experts of a layer: `parts[e]` are gate, up and down of expert e.
+Parts = tuple[Part, Part, Part]  # gate, up and down of an expert
 
-    Raises `CheckpointError` unless all are there, of one shape and encoding.
+
+class LayerExperts:
+    """The experts of a layer, of which `parts(e)` are made when they are asked for: a file may name any number.
+
+    Raises `CheckpointError` unless all are there, of one shape and encoding. `is_one`: they are, being in one tensor.
     """
 
-    def __init__(self, parts: Sequence[tuple[Part, Part, Part]], order: Order = "out_in") -> None:
+    def __init__(
+        self, num_experts: int, parts: Callable[[int], Parts], order: Order = "out_in", *, is_one: bool = False
+    ) -> None:
+        self.num_experts = num_experts
         self.parts = parts
         self.order: Order = order
-        self.num_experts = len(parts)
-        first = parts[0]
+        first = parts(0)
         self.encoding: Encoding = first[0].matrix.encoding
-        for one in parts:
-            for part, expected in zip(one, first, strict=True):
+        self.files: set[File] = set()
+        for expert in range(1 if is_one else num_experts):
+            for part, expected in zip(parts(expert), first, strict=True):
                 _require_alike(part.matrix, expected.matrix)
+                self.files.update(tensor.file for tensor in part.tensors)
         if any(part.matrix.encoding != self.encoding for part in first):
             titles = [part.matrix.encoding.title for part in first]
             raise first[2].matrix.weight.error(
                 f"and those of gate and up are of {' and '.join(dict.fromkeys(titles))}, wanted one: convert them."
             )
-        self.hidden_size, self.intermediate_size = self._sizes()
+        self.hidden_size, self.intermediate_size = self._sizes(first)
         self.nbytes = sum(part.nbytes for part in first)  # of one expert
+        self.has_biases = first[0].bias is not None  # added to the projections
 
     def read(self, expert: int) -> Raw:
         """The matrices of one expert, views of mapped files."""
-        weights, scales, biases = zip(*(part.read() for part in self.parts[expert]), strict=True)
+        weights, scales, biases = zip(*(part.read() for part in self.parts(expert)), strict=True)
         return Raw(weights[0], scales[0], weights[1], scales[1], weights[2], scales[2], *biases)
-
-    @property
-    def has_biases(self) -> bool:
-        """Whether biases are added to the projections."""
-        return self.parts[0][0].bias is not None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -124,14 +128,13 @@ class LayerExperts:
 
     def error(self, expert: int, problem: str) -> CheckpointError:
         """An error about an expert, which names its gate."""
-        return self.parts[expert][0].matrix.weight.error(problem)
+        return self.parts(expert)[0].matrix.weight.error(problem)
 
-    def _sizes(self) -> tuple[int, int]:
-        gate, up, down = ((part.matrix.rows, part.matrix.columns) for part in self.parts[0])
-        gate, up, down = (_divided(size, part) for size, part in zip((gate, up, down), self.parts[0], strict=True))
+    def _sizes(self, first: Parts) -> tuple[int, int]:
+        gate, up, down = (_divided((part.matrix.rows, part.matrix.columns), part) for part in first)
         if self.order == "in_out":
             gate, up, down = gate[::-1], up[::-1], down[::-1]
-        for part, size, wanted in ((self.parts[0][1], up, gate), (self.parts[0][2], down, gate[::-1])):
+        for part, size, wanted in ((first[1], up, gate), (first[2], down, gate[::-1])):
             if size != wanted:
                 raise part.matrix.weight.error(
                     f"is of a matrix {size}, wanted {wanted} beside gate's {gate}: it is damaged."
@@ -170,12 +173,15 @@ def find_experts(tensors: Tensors, stem: str, family: Family, num_experts: int, 
         return _find_fused(tensors, fused, family, num_experts, hidden_size)
     for name in fused:
         refuse_bias(tensors, name)
-    parts = []
-    for expert in range(num_experts):
+
+    @functools.lru_cache(maxsize=32)  # An expert that is read was prefetched before, one for each device.
+    def parts(expert: int) -> Parts:
         gate, up, down = (Part(find_matrix(tensors, f"{stem}.{expert}.{projection}")) for projection in family.expert)
-        parts.append((gate, up, down))
-    _require_hidden_size(parts[0][0].matrix, parts[0][0].matrix.columns, hidden_size)
-    return LayerExperts(parts)
+        return gate, up, down
+
+    first = parts(0)[0].matrix
+    _require_hidden_size(first, first.columns, hidden_size)
+    return LayerExperts(num_experts, parts)
 
 
 def find_shared(tensors: Tensors, stem: str, projections: Projections, intermediate_size: int) -> LayerExperts:
@@ -188,11 +194,11 @@ def find_shared(tensors: Tensors, stem: str, projections: Projections, intermedi
     count = gate.rows // intermediate_size if gate.rows % intermediate_size == 0 else 1
     if not all(_is_cut_evenly(matrix, axis, count) for matrix, axis in ((gate, 0), (up, 0), (down, 1))):
         count = 1
-    parts = [
-        (Part(gate, None, 0, place, count), Part(up, None, 0, place, count), Part(down, None, 1, place, count))
-        for place in range(count)
-    ]
-    return LayerExperts(parts)
+
+    def parts(place: int) -> Parts:
+        return Part(gate, None, 0, place, count), Part(up, None, 0, place, count), Part(down, None, 1, place, count)
+
+    return LayerExperts(count, parts, is_one=True)
 
 
 def _is_cut_evenly(matrix: Matrix, axis: int, count: int) -> bool:
@@ -229,18 +235,14 @@ def _find_fused(tensors: Tensors, names: list[str], family: Family, num_experts:
             find_bias(tensors, name, num_experts, size[axis]) for name, size in zip(names, sizes, strict=True)
         )
 
-    def parts_of(count: int) -> list[tuple[Part, Part, Part]]:
-        return [
-            (
-                Part(gate_up, expert, axis, 0, 2, gate_up_bias, family.is_interleaved),
-                Part(gate_up, expert, axis, 1, 2, gate_up_bias, family.is_interleaved),
-                Part(down, expert, bias=down_bias),
-            )
-            for expert in range(count)
-        ]
+    def parts(expert: int) -> Parts:
+        return (
+            Part(gate_up, expert, axis, 0, 2, gate_up_bias, family.is_interleaved),
+            Part(gate_up, expert, axis, 1, 2, gate_up_bias, family.is_interleaved),
+            Part(down, expert, bias=down_bias),
+        )
 
-    LayerExperts(parts_of(1), order)  # Their sizes are looked at before a number of experts that no file can hold.
-    return LayerExperts(parts_of(num_experts), order)
+    return LayerExperts(num_experts, parts, order, is_one=True)
 
 
 def _require_hidden_size(matrix: Matrix, found: int, hidden_size: int) -> None:

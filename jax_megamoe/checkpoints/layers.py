@@ -1,6 +1,6 @@
 """What can be loaded: a layer's experts as a checkpoint has them, and how they become packed leaves."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +10,7 @@ import numpy as np
 from jax_megamoe import mxfp4
 from jax_megamoe.checkpoints import conversion
 from jax_megamoe.checkpoints.encodings import Encoding
-from jax_megamoe.checkpoints.experts import LayerExperts, Part, Raw
-from jax_megamoe.checkpoints.safetensors import File
+from jax_megamoe.checkpoints.experts import LayerExperts, Raw
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import quantize_and_pack
@@ -55,10 +54,6 @@ class Layer(Protocol):
 
     def explain(self, expert: int, format: Format) -> None:
         """Raises the error about an expert that a recipe found wrong, if it is one."""
-
-
-def _files(parts: Iterable[Part]) -> Iterator[File]:
-    return (tensor.file for part in parts for tensor in part.tensors)
 
 
 def sizes_of(layer: Layer) -> tuple[int, int, int]:
@@ -112,7 +107,7 @@ class StockLayer:
 
     def recipe(self, format: Format) -> PackRecipe:
         encoding = self.experts.encoding
-        bias = self.experts.parts[0][0].bias
+        bias = self.experts.parts(0)[0].bias
         if bias is not None and format == "fp8_block":
             raise bias.error(
                 f"is a bias, which {format} has no place for, wanted mxfp4 or fp8_channel: load it with "
@@ -140,17 +135,17 @@ class StockLayer:
         return Raw(*(None if parts[0] is None else np.stack(parts) for parts in zip(*arrays, strict=True)))
 
     def prefetch(self, first: int, count: int) -> None:
-        for parts in self.experts.parts[first : first + count]:
-            for part in parts:
+        for expert in range(first, min(first + count, self.num_experts)):
+            for part in self.experts.parts(expert):
                 part.prefetch()
 
     def release_pages(self) -> None:
-        for file in {id(file): file for parts in self.experts.parts for file in _files(parts)}.values():
+        for file in self.experts.files:
             file.release_pages()
 
     def explain(self, expert: int, format: Format) -> None:
         if self.experts.encoding.format == "mxfp4":
-            for name, part in zip(("gate", "up", "down"), self.experts.parts[expert], strict=True):
+            for name, part in zip(("gate", "up", "down"), self.experts.parts(expert), strict=True):
                 codes, exponents, _ = part.read()
                 of = "" if part.index is None else f" of expert {part.index}'s {name}"
                 if (problem := conversion.explain_exponents(codes.view(np.uint8), exponents, format, of)) is not None:

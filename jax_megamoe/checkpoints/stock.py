@@ -71,10 +71,11 @@ class StockModel:
 
 def _find(rows: Sequence[Family], tensors: Tensors) -> tuple[Family, str, dict[int, int]]:
     """The row and the prefix that the tensors' names go by, and by layer, how many experts they count."""
+    counted = _count_experts(rows, tensors)
     found: list[tuple[Family, str, dict[int, int]]] = []
-    for family in rows:
+    for row, family in enumerate(rows):
         for prefix in _PREFIXES:
-            if held := _count_experts(family, prefix, tensors):
+            if held := counted.get((row, prefix)):
                 found.append((family, prefix, held))
                 break
     # Rows may differ in their routers alone.
@@ -85,17 +86,24 @@ def _find(rows: Sequence[Family], tensors: Tensors) -> tuple[Family, str, dict[i
     return found[0] if found else (rows[0], _PREFIXES[0], {})
 
 
-def _count_experts(family: Family, prefix: str, tensors: Tensors) -> dict[int, int]:
-    pattern = re.compile(
-        rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.{re.escape(family.block)}\.experts\.(?:(\d{{1,6}})\.)?(\w+)"
-    )
-    held: dict[int, int] = {}
+def _count_experts(rows: Sequence[Family], tensors: Tensors) -> dict[tuple[int, str], dict[int, int]]:
+    """By number of the row and prefix, how many experts a layer has, 0 where they are in one tensor.
+
+    Layers of more than four digits are none: what is kept of them would be more than their names.
+    """
+    prefixes = "|".join(map(re.escape, _PREFIXES))
+    pattern = re.compile(rf"({prefixes})layers\.(\d{{1,4}})\.(\w+)\.experts\.(?:(\d{{1,6}})\.)?(\w+)")
+    counted: dict[tuple[int, str], dict[int, int]] = {}
     for name in tensors:
         if (match := pattern.match(name)) is None:
             continue
-        layer, expert, projection = match.groups()
-        if expert is not None and projection in family.expert:
-            held[int(layer)] = max(held.get(int(layer), 0), int(expert) + 1)
-        elif expert is None and projection.startswith(("gate_up_proj", "down_proj")):
-            held.setdefault(int(layer), 0)
-    return held
+        prefix, layer, block, expert, projection = match.groups()
+        for row, family in enumerate(rows):
+            if family.block != block:
+                continue
+            if expert is not None and projection in family.expert:
+                held = counted.setdefault((row, prefix), {})
+                held[int(layer)] = max(held.get(int(layer), 0), int(expert) + 1)
+            elif expert is None and projection.startswith(("gate_up_proj", "down_proj")):
+                counted.setdefault((row, prefix), {}).setdefault(int(layer), 0)
+    return counted

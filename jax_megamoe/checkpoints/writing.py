@@ -12,7 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from jax_megamoe.checkpoints.safetensors import DTYPE_BITS, Array
+from jax_megamoe.checkpoints.header import DTYPE_BITS
+from jax_megamoe.checkpoints.safetensors import Array
 from jax_megamoe.errors import CheckpointError
 
 _LOCK = ".lock"
