@@ -244,7 +244,17 @@ def test_take_experts(data):
         assert found.format == format and found.num_layers == layers
 
 
-HEADERS = [b"", b"{}", b"[1]", b"\xff", b'{"num_experts": 2}', b"null", b"1" * 5000, b"[" * 100_000]
+HEADERS = [
+    b"",
+    b"{}",
+    b"[1]",
+    b"\xff",
+    b'{"num_experts": 2}',
+    b"null",
+    b"1" * 5000,
+    b"[" * 100_000,
+    b"[" + b"[]," * 10_000 + b"1]",
+]
 
 
 @cases(150)

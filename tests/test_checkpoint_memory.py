@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jax_megamoe.checkpoints import json_entries
+from jax_megamoe.checkpoints.cache import METADATA, LayerFile
 from jax_megamoe.checkpoints.folder import INDEX, MAX_JSON_BYTES, Tensors, read_json
 from jax_megamoe.checkpoints.json_entries import JsonEntries
 from jax_megamoe.checkpoints.safetensors import File
@@ -82,6 +83,15 @@ def test_configurations(name, tmp_path):
     path.write_bytes(b" " * (MAX_JSON_BYTES + 1))
     with pytest.raises(CheckpointError, match="has 1000001 bytes, wanted up to 1000000: look what it is"):
         read_json(path)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_cache_says_of_a_layer(name, tmp_path):
+    path = tmp_path / "layer-00000.safetensors"
+    text = json.dumps(VALUES[name](120_000), ensure_ascii=False)
+    path.write_bytes(file_of(f'{{"__metadata__":{{"{METADATA}":{text}}}}}'))
+    peak, problem = peak_of(lambda: LayerFile(path))
+    assert peak <= path.stat().st_size + CONSTANT and "make the cache anew" in problem and len(problem) < 1000
 
 
 CONFIG = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts_per_tok": 1, "hidden_size": 1}

@@ -2,7 +2,7 @@
 
 `checkpoint` has what users call. Below it: `stock` (a model as published) and `cache` (one that was packed before);
 `families` (names), `encodings` (how matrices are held), `experts` and `router`; `layers` and `conversion` (from files
-to packed leaves), `loading` (onto devices); `safetensors`, `folder` and `writing` (files), with `header`, `tensor_table` and
+to packed leaves), `loading` (onto devices); `safetensors`, `folder` and `writing` (files), `header`, `tensor_table` and
 `json_entries` (what they say, in little memory); `progress`.
 """
 
