@@ -72,8 +72,34 @@ def power_of_two_scale(amax: jax.Array) -> jax.Array:
 def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Hidden states, float [..., H] -> f8e4m3fn[..., H], f32[..., H/128] scales: one per token and 128 columns."""
     blocks = _blocked(x, TOKEN_BLOCK)
-    scale = divide(jnp.maximum(_amax(blocks), TOKEN_AMAX_FLOOR), E4M3_MAX)
+    scale = _token_scale(_amax(blocks))
     return to_e4m3(divide(blocks, scale[..., None])).reshape(x.shape), scale
+
+
+def quantize_tokens_to_send(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states bf16[..., H] -> f8e4m3fn[..., H] of `quantize_tokens`, bf16[..., H/128] largest magnitudes.
+
+    A largest magnitude is one of the BF16 numbers of x: two bytes from which the FP32 scale follows, bit by bit.
+    """
+    values, _ = quantize_tokens(x)
+    return values, _amax(_blocked(x, TOKEN_BLOCK)).astype(jnp.bfloat16)
+
+
+def restore_tokens(values: jax.Array, amax: jax.Array) -> jax.Array:
+    """What `quantize_tokens_to_send` returns -> bf16[..., H], of which the same FP8 values and scales are made again.
+
+    The same values: BF16 moves value * scale by at most 2^-8 of itself, and E4M3 rounds back what has moved less than
+    2^-5. The same scales: the largest magnitude is 448 as FP8, and 448 * scale rounds to it in BF16. Only where the
+    floor of 1e-4 is in force may a product be larger. It is cut to the largest magnitude, whose own FP8 value is the
+    same: it lies between that value's number in x and the product. A block with NaN or an infinity is restored as
+    nothing but such.
+    """
+    products = _blocked(values.astype(jnp.float32), TOKEN_BLOCK) * _token_scale(amax.astype(jnp.float32))[..., None]
+    # By bits, so that a compiler that is free to keep more precision than asked for rounds to BF16 here.
+    bits = jax.lax.bitcast_convert_type(products.astype(jnp.bfloat16), jnp.uint16)
+    largest = jax.lax.bitcast_convert_type(amax, jnp.uint16)[..., None]
+    bits = (bits & jnp.uint16(0x8000)) | jnp.minimum(bits & jnp.uint16(0x7FFF), largest)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(values.shape)
 
 
 def quantize_activations(a: jax.Array, block: int = ACTIVATION_BLOCK) -> tuple[jax.Array, jax.Array]:
@@ -150,6 +176,10 @@ def _weight_blocks(weight: jax.Array) -> jax.Array:
 
 def _blocked(x: jax.Array, size: int) -> jax.Array:
     return jnp.asarray(x, jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def _token_scale(amax: jax.Array) -> jax.Array:
+    return divide(jnp.maximum(amax, TOKEN_AMAX_FLOOR), E4M3_MAX)
 
 
 def _amax(blocks: jax.Array) -> jax.Array:

@@ -108,6 +108,57 @@ def test_a_row_of_nan_or_infinity_stays_in_its_block():
         np.testing.assert_array_equal(finite, ~touched)
 
 
+def bf16_bits(value: float) -> int:
+    return int(np.array(value, ml_dtypes.bfloat16).view(np.uint16))
+
+
+def blocks_of_any_amax() -> np.ndarray:
+    """Bits of BF16 numbers, [32640, 128]: each finite largest magnitude, with any magnitudes below, most of them near."""
+    random, amax = np.random.default_rng(0), np.arange(bf16_bits(np.inf))[:, None]
+    bits = (random.random((len(amax), 128)) * (amax + 1)).astype(int)
+    near = np.maximum(amax - random.integers(0, 2500, bits.shape), 0)
+    bits = np.where(random.random(bits.shape) < 0.7, near, bits)
+    bits[amax[:, 0], random.integers(0, 128, len(amax))] = amax[:, 0]
+    return bits | (random.random(bits.shape) < 0.5) << 15
+
+
+def blocks_of_all_pairs() -> np.ndarray:
+    """Bits of BF16 numbers, [N, 128]: largest magnitudes of a binade, and all below the floor whose FP8 values are not
+    zero, each with all magnitudes below it that have FP8 values.
+    """
+    one, binade = bf16_bits(1.0), 128
+    amax = np.concatenate([np.arange(bf16_bits(1e-10), bf16_bits(1e-4) + binade), np.arange(one, one + binade)])
+    # 448 is 2^18 times the least number that is not rounded to zero, which is half a subnormal step.
+    below = np.maximum(amax[:, None] - np.arange(20 * 127), 0).reshape(-1, 127)
+    return np.concatenate([np.repeat(amax, 20)[:, None], below], 1) | (np.arange(128) % 2) << 15
+
+
+@pytest.mark.parametrize("blocks", [blocks_of_any_amax, blocks_of_all_pairs])
+@pytest.mark.parametrize("in_one_program", [False, True])
+@pytest.mark.usefixtures("optimized")
+def test_tokens_that_are_restored_have_the_same_values_and_scales(in_one_program, blocks):
+    def restore(x: jax.Array) -> jax.Array:
+        return quantization.restore_tokens(*quantization.quantize_tokens_to_send(x))
+
+    x = blocks().astype(np.uint16).view(ml_dtypes.bfloat16)
+    quantize = jax.jit(quantization.quantize_tokens)
+    # In one program a compiler that optimises might skip what rounds in between.
+    again = jax.jit(lambda x: quantize(restore(x))) if in_one_program else lambda x: quantize(jax.jit(restore)(x))
+    values, scales = again(x)
+    wanted, wanted_scales = numpy_model.quantize_rows(x.astype(np.float32), 128, 1e-4, False)
+    np.testing.assert_array_equal(as_bytes(values), as_bytes(wanted))
+    np.testing.assert_array_equal(np.asarray(scales).view(np.uint32), wanted_scales.view(np.uint32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_nan_or_infinity_is_restored_as_such(bad):
+    x = np.ones((2, 256), ml_dtypes.bfloat16)
+    x[1, 130] = bad
+    restored = jax.jit(quantization.restore_tokens)(*jax.jit(quantization.quantize_tokens_to_send)(x))
+    finite = np.isfinite(np.asarray(restored, np.float32))
+    assert finite[0].all() and finite[1, :128].all() and not finite[1, 128:].any()
+
+
 @settings(max_examples=20, deadline=None)
 @given(exponent=st.integers(-40, 30), seed=st.integers(0, 99))
 def test_blocks_use_their_whole_range(exponent, seed):
