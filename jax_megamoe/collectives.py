@@ -1,5 +1,7 @@
 """What one device does inside a manual region, and how XLA's collectives give it other ranks' tokens and results."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_megamoe import _compat
+from jax_megamoe import _compat, quantization
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.operands import Leaves, Operands
 from jax_megamoe.primitives._specs import axes_text
@@ -159,29 +161,61 @@ def through_collectives(
 
     x bf16[T, H], leaves of E_local experts, topk_ids int32[T, k] (global), topk_weights f32[T, k], layer int32[] ->
     y bf16[T, H], load int32[E_local] of all tokens along `expert_axes`. Over `gathered_axes`, some of the former, the
-    tokens are split: they are gathered, and results go back to their ranks. Along the others every rank has the same
-    tokens, so that results are only added up. How a rank's slots are added before that depends on how many ranks there
-    are: with `batch_invariant` each slot's result travels, and they are added in slot order at the end.
+    tokens are split: they are gathered, in FP8, and each rank's sums of slots go back to their ranks, in BF16 in
+    programs for GPUs and in FP32 elsewhere. Along the others every rank has the same tokens, so that sums are only
+    added up, in FP32. How a rank's slots are added before that depends on how many ranks there are: with
+    `batch_invariant` each slot's result travels, in BF16, and they are added in slot order at the end.
     """
     (num_tokens, top_k), num_local_experts = operands.topk_ids.shape, operands.num_local_experts
     if gathered_axes:
-        operands = operands.map_tokens(lambda value: jax.lax.all_gather(value, gathered_axes, axis=0, tiled=True))
+        operands = _gather_tokens(operands, gathered_axes)
     # Ids of other ranks' experts fall outside [0, E_local), as do unused slots.
     local_ids = operands.topk_ids - jax.lax.axis_index(expert_axes) * num_local_experts
     operands = operands._replace(topk_ids=local_ids)
     if batch_invariant:
         operands = _one_slot_each(operands)
-    # Sums of slots are rounded once, after all ranks' have been added; a slot's result is in BF16 anyway.
+    # Sums of slots are rounded after all ranks' have been added, but on their way to other GPUs. A slot's result is in
+    # BF16 anyway.
     dtype = jnp.bfloat16 if batch_invariant else jnp.float32
     y, load = local_op(operands, out_dtype=dtype, batch_invariant=batch_invariant, **params)
     if gathered_axes:
         y = _sum_over_ranks(y, gathered_axes, num_tokens * (top_k if batch_invariant else 1))
+    if batch_invariant:
+        # One rank had a slot's expert, and the others added zeros to it: in whatever order, nothing is rounded.
+        y = y.astype(jnp.bfloat16)
     if added_axes := tuple(axis for axis in expert_axes if axis not in gathered_axes):
         y = jax.lax.psum(y, added_axes)
     if batch_invariant:
-        # One rank had a slot's expert, and the others added zeros to it: so far nothing was rounded, in any order.
         y = _sum_of_slots(y.reshape(num_tokens, top_k, -1))
     return y.astype(jnp.bfloat16), load
+
+
+def _gather_tokens(operands: Operands, axes: tuple[str, ...]) -> Operands:
+    """The tokens of all ranks along the axes, x bf16[ranks * T, H] of the same FP8 values and scales as theirs.
+
+    One collective of bytes: FP8 is no type of every backend's collectives, and few tokens wait for each of them.
+    """
+    values, amax = quantization.quantize_tokens_to_send(operands.x)
+    parts = (values, amax, operands.topk_ids, operands.topk_weights)
+    rows = jnp.concatenate([_to_bytes(part) for part in parts], axis=1)
+    rows = jax.lax.all_gather(rows, axes, axis=0, tiled=True)
+    ends = list(itertools.accumulate(part.shape[1] * part.dtype.itemsize for part in parts))
+    pieces = jnp.split(rows, ends[:-1], axis=1)
+    values, amax, ids, weights = (_from_bytes(piece, part.dtype) for piece, part in zip(pieces, parts, strict=True))
+    return operands._replace(x=quantization.restore_tokens(values, amax), topk_ids=ids, topk_weights=weights)
+
+
+def _to_bytes(array: jax.Array) -> jax.Array:
+    """[T, N] of any type -> uint8[T, N * its size]."""
+    return jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(array.shape[0], -1)
+
+
+def _from_bytes(rows: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `_to_bytes`."""
+    size = jnp.dtype(dtype).itemsize
+    # Bytes of one number are a dimension of their own, unless it has but one.
+    numbers = rows if size == 1 else rows.reshape(rows.shape[0], -1, size)
+    return jax.lax.bitcast_convert_type(numbers, dtype)
 
 
 def _one_slot_each(operands: Operands) -> Operands:
@@ -200,13 +234,40 @@ def _sum_of_slots(results: jax.Array) -> jax.Array:
 
 
 def _sum_over_ranks(y: jax.Array, axes: tuple[str, ...], num_tokens: int) -> jax.Array:
-    """Contributions f32[ranks * T, H] of this rank to all ranks' tokens -> the sum over ranks for its own T.
+    """What this rank has for all ranks' tokens, f32 or bf16[ranks * T, H] -> f32[T, H], the sum over ranks for its own.
 
     An all-to-all and additions in the order of the ranks: as many bytes out of each device as a reduce-scatter, whose
-    order is the library's choice, of the topology, and of where in the group a token's rank stands.
+    order is the library's choice, of the topology, and of where in the group a token's rank stands, and which would
+    round each sum of two where they travel in BF16.
     """
-    parts = jax.lax.all_to_all(y.reshape(-1, num_tokens, y.shape[-1]), axes, split_axis=0, concat_axis=0)
-    total: jax.Array = parts[0]
+    parts = y.reshape(-1, num_tokens, y.shape[-1])
+    exchange = _exchange_bf16 if y.dtype == jnp.bfloat16 else _exchange_for_platform
+    parts = exchange(parts, axes)
+    total: jax.Array = parts[0].astype(jnp.float32)
     for rank in range(1, parts.shape[0]):
-        total = total + parts[rank]
+        total = total + parts[rank].astype(jnp.float32)
     return total
+
+
+def _exchange_for_platform(parts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`_exchange` of FP32 numbers, rounded to BF16 in programs for GPUs.
+
+    There half the bytes are worth a rounding, since wires between hosts are slow. Elsewhere nothing is rounded.
+    """
+    exchanged: jax.Array = jax.lax.platform_dependent(
+        parts, cuda=functools.partial(_exchange_bf16, axes=axes), default=functools.partial(_exchange, axes=axes)
+    )
+    return exchanged
+
+
+def _exchange(parts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[ranks, T, H], what this rank has for each of them -> [ranks, T, H], what each of them has for this one."""
+    exchanged: jax.Array = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0)
+    return exchanged
+
+
+def _exchange_bf16(parts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`_exchange` of numbers rounded to BF16, if they are not BF16; of the same type as before."""
+    # As integers: for CPUs XLA would make FP32 of it, twice the bytes, and skip the rounding.
+    bits = jax.lax.bitcast_convert_type(parts.astype(jnp.bfloat16), jnp.uint16)
+    return jax.lax.bitcast_convert_type(_exchange(bits, axes), jnp.bfloat16).astype(parts.dtype)

@@ -218,7 +218,7 @@ def test_collectives_bring_the_result_of_each_slot():
     (call,) = [line for line in text.splitlines() if LOCAL in line]
     assert f"tensor<{16 * K}x{H}xbf16>" in call and f"tensor<{16 * K}x1xi32>" in call
     (exchange,) = re.findall(r'"?stablehlo\.all_to_all"?\(.*?-> tensor<([^>]*)>', text, re.DOTALL)
-    assert exchange.endswith("bf16") and int(np.prod([int(n) for n in exchange.split("x")[:-1]])) == 16 * K * H
+    assert exchange.endswith("ui16") and int(np.prod([int(n) for n in exchange.split("x")[:-1]])) == 16 * K * H
 
 
 # Arguments, and memory.

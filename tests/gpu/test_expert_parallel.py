@@ -20,7 +20,7 @@ from tests.gpu import process_worker
 from tests.support import processes
 from tests.support.cases import GATHERED, ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
 from tests.support.compare import bits, difference
-from tests.support.hlo import is_fused, opcodes_of_large_results
+from tests.support.hlo import is_fused, opcodes_of_large_results, types_of_collectives
 from tests.support.layer_with_options import OPTIONS, make_problem, moe, reference
 from tests.support.meshes import AUTO, EXPLICIT, gpu_mesh, place, place_all
 from tests.support.problems import Problem, make_weights
@@ -316,8 +316,23 @@ def test_implementations_agree(num_ranks, tokens):
         results[implementation] = function(*arguments)
     np.testing.assert_array_equal(bits(results[None][0]), bits(results["cuda"][0]))
     np.testing.assert_array_equal(results[None][1], results["collective"][1])
-    # The same tiles, added up in another order.
+    # The same tiles, but each rank's sums are rounded to BF16.
     assert difference(results[None][0], results["collective"][0]) < 1e-5
+
+
+@all_ranks
+@pytest.mark.parametrize("tokens", [3, 128])
+def test_collectives_are_near_one_gpu(num_ranks, tokens):
+    """Not its bits: each rank's sums are rounded to BF16 before they travel."""
+    mesh, problem = gpu_mesh(expert=num_ranks), make_problem(tokens * num_ranks, "masked")
+    alone, load_alone = moe(*problem)
+    function = jax.jit(functools.partial(mm.moe, implementation="collective", **OPTIONS))
+    arguments = place_all(mesh, problem)
+    y, load = function(*arguments)
+    np.testing.assert_array_equal(load, load_alone)
+    assert difference(y, alone) < 1e-5
+    (sums,) = types_of_collectives(function.lower(*arguments).as_text())["all_to_all"]
+    assert sums.endswith("xui16")
 
 
 @all_ranks

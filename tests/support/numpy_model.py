@@ -3,6 +3,7 @@
 Shares no code with `jax_megamoe`, so that one misreading of the numerics does not pass as agreement.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,18 +120,20 @@ def moe(
     gate_up_bias: Array | None = None,
     down_bias: Array | None = None,
     activation_block: int = 64,
+    num_ranks: int = 1,
     quantized: bool = True,
 ) -> tuple[Array, Array]:
     """x bf16[T, H], ids [T, k], weights [T, k] -> y (bf16, or float64 unless `quantized`) [T, H], load [E].
 
     `activate`: of gate and up, after the clamp. Biases [E, 2I], gate's first, and [E, H]. `activation_block`:
-    intermediate columns that share a scale. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
+    intermediate columns that share a scale. `num_ranks`: that share the experts, and whose sums of a token's slots meet
+    as BF16. Not `quantized`: the dequantised weights, with nothing rounded anywhere.
     """
     gate_up = dequantize_gate_up(experts.gate_up, experts.gate_up_scale)
     down = dequantize_matrices(experts.down, experts.down_scale)
     num_experts, hidden_size, intermediate_size = down.shape
     load = np.zeros(num_experts, np.int64)
-    y = np.zeros((len(x), hidden_size), np.float32 if quantized else np.float64)
+    sums = np.zeros((num_ranks, len(x), hidden_size), np.float32 if quantized else np.float64)
 
     rows = x.astype(np.float64)
     if quantized:
@@ -153,5 +156,9 @@ def moe(
             result = down[expert] @ activation
             if down_bias is not None:
                 result = result + factor * down_bias[expert].astype(np.float64)
-            y[token] += result.astype(BF16).astype(np.float32) if quantized else result
+            rank = expert * num_ranks // num_experts
+            sums[rank, token] += result.astype(BF16).astype(np.float32) if quantized else result
+    if num_ranks > 1:
+        sums = sums.astype(BF16).astype(np.float32)
+    y = functools.reduce(np.add, sums)
     return (y.astype(BF16) if quantized else y), load
