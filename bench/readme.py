@@ -72,7 +72,7 @@ MXFP4 = (
     Column("times as fast as FP8", _quotient(_of("us"), _of("us", format="mxfp4")), 2),
 )
 RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_us")), RIVAL)
-ONE_H200 = ("h200-2026-11-30-57b1800-flash.json", "h200-2026-11-30-57b1800-pro.json")
+ONE_H200 = ("h200-2026-11-30-2ca5d4c-flash.json", "h200-2026-11-30-2ca5d4c-pro.json")
 ONE_H200_COMMAND = "python -m bench --weights all --rivals"
 TABLES = {
     "few": Table(ONE_H200, ONE_H200_COMMAND, (US, FLOOR), most=256),
@@ -98,7 +98,7 @@ TABLES = {
     ),
     "mxfp4-few": Table(ONE_H200, ONE_H200_COMMAND, MXFP4, most=128),
     "mxfp4-many": Table(ONE_H200, ONE_H200_COMMAND, MXFP4, least=256),
-    "two-h200": Table(("h200x2-2026-11-30-57b1800-ranks.json",), "python -m bench ranks --rivals", RANKS),
+    "two-h200": Table(("h200x2-2026-11-30-2ca5d4c-ranks.json",), "python -m bench ranks --rivals", RANKS),
     "two-h100": Table(("h100x2-2026-11-25-2a17533-ranks.json",), "python -m bench ranks", RANKS),
 }
 
