@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
-from examples import bench_decode, maxtext_layer, qwen3_moe
+from examples import bench_decode, maxtext_layer, qwen3_moe, random_models
 from examples.expectations import tiny
 
 LAYER = 1  # has experts in both families
@@ -122,18 +122,66 @@ def test_maxtext_names_mean_what_they_mean_there(config, has_bias, is_sharded):
     assert error < 0.1
 
 
-@pytest.mark.parametrize("model", ["tiny-qwen3", pytest.param("tiny-deepseek", marks=pytest.mark.exhaustive)])
-def test_the_benchmark_times_both_ways_in_one_run(model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "model, layers, ways",
+    [
+        ("tiny-qwen3", 1, ["moe", "ragged_dot"]),
+        pytest.param("tiny-deepseek", 1, ["moe", "ragged_dot"], marks=pytest.mark.exhaustive),
+        pytest.param("tiny-deepseek-v4", 3, ["moe", "moe_fp8", "ragged_dot"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_benchmark_times_all_ways_in_one_run(model, layers, ways, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    arguments = f"--model {model} --layers 1 --tokens 2 --length 8 --steps 2 --repeats 1 --output {output}"
+    arguments = f"--model {model} --layers {layers} --tokens 2 --length 8 --steps 2 --repeats 1 --output {output}"
     bench_decode.main(arguments.split())
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(ways)
     figures = json.loads(output.read_text())
-    assert (figures["model"], figures["layers"], [row["tokens"] for row in figures["rows"]]) == (model, 1, [2])
-    for way in ("moe", "ragged_dot"):
-        row = figures["rows"][0][way]
-        assert row["step_us"] > 0 and row["tokens_per_second"] == pytest.approx(2e6 / row["step_us"])
-        assert row["experts_us_per_layer"] + row["rest_us_per_layer"] == pytest.approx(row["step_us"])
+    assert (figures["model"], figures["layers"]) == (model, layers)
+    (row,) = figures["rows"]
+    assert row["tokens"] == 2 and list(row) == ["tokens", *ways]
+    for way in ways:
+        times = row[way]
+        assert times["step_us"] > 0 and times["tokens_per_second"] == pytest.approx(2e6 / times["step_us"])
+        per_layer = times["experts_us_per_layer"] + times["rest_us_per_layer"]
+        assert layers * per_layer == pytest.approx(times["step_us"])
+
+
+def test_the_benchmark_times_all_layers_and_the_ways_that_are_wanted(capsys):
+    arguments = "--model tiny-qwen3 --layers all --ways ragged_dot --tokens 2 --length 8 --steps 2 --repeats 1"
+    bench_decode.main(arguments.split())
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("tiny-qwen3, 4 layers") and [row.split()[1] for row in rows] == ["ragged_dot"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--model tiny-qwen3 --layers 5", "tiny-qwen3 has 4"),
+        ("--model tiny-qwen3 --layers 0", "tiny-qwen3 has 4"),
+        ("--model tiny-qwen3 --layers some", "wanted a number, or all"),
+        ("--model tiny-qwen3 --ways moe_fp8", "tiny-qwen3 has moe,ragged_dot"),
+        ("--model tiny-deepseek-v4 --scan", "always unrolled"),
+    ],
+)
+def test_the_benchmark_says_what_a_model_has(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_decode.main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in random_models.MODELS if not name.startswith("tiny")])
+def test_decoders_take_random_models_of_real_sizes(name):
+    ways = random_models.ways_of(name)
+
+    def logits_of_step() -> list[jax.Array]:
+        model = random_models.make(name, 2, ways, jax.random.key(0))
+        cache = model.module.empty_cache(model.config, 4, 256, jnp.bfloat16)
+        tokens = jnp.zeros(4, jnp.int32)
+        return [model.module.decode_step(model.config, *model.ways[way], cache, tokens, tokens)[0] for way in ways]
+
+    # Their shapes alone: the arrays are gigabytes.
+    for logits in jax.eval_shape(logits_of_step):
+        assert logits.shape == (4, random_models.MODELS[name]["vocab_size"])
 
 
 def test_the_command_line_continues_prompts(tmp_path, monkeypatch, capsys):
