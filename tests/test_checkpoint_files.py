@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jax_megamoe.checkpoints.folder import INDEX, Tensors
+from jax_megamoe.checkpoints.header import DTYPE_BITS
 from jax_megamoe.checkpoints.safetensors import MAX_HEADER_BYTES, File
 from jax_megamoe.errors import CheckpointError, MegaMoEError
 from tests.support.checkpoints import DTYPES, file_bytes
@@ -110,6 +111,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "size of a bool": (with_header({"a": entry(shape=[True], offsets=(0, 1))}, b"1"), r"has shape \[True\]"),
     "huge size": (with_header({"a": entry(shape=[1 << 64])}, b"1234"), "has shape"),
     "overflowing sizes": (with_header({"a": entry(shape=[1 << 62, 4])}, b"1234"), "has 4 bytes, wanted those of U8"),
+    "no bytes of too many": (with_header({"a": entry(shape=[0, 1 << 62, 4], offsets=(0, 0))}), "wanted that of an array"),
     "many dimensions": (with_header({"a": entry(shape=[1] * 9)}, b"1234"), "wanted up to 8"),
     "offsets backwards": (with_header({"a": entry(offsets=(4, 0))}, b"1234"), "lies from 4 to 0"),
     "offsets past the end": (with_header({"a": entry(shape=[8], offsets=(0, 8))}, b"1234"), "lies from 0 to 8"),
@@ -141,6 +143,14 @@ def test_messages_are_short_whatever_is_in_the_file(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             File(put(tmp_path / "x.safetensors", with_header(header, b"1234")))
         assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2", "C64"])
+def test_what_no_array_is_made_of_is_named(dtype, tmp_path):
+    nbytes = 8 * DTYPE_BITS[dtype] // 8
+    file = File(put(tmp_path / "a.safetensors", with_header({"a": entry(dtype, (8,), (0, nbytes))}, bytes(nbytes))))
+    with pytest.raises(CheckpointError, match=f"tensor 'a' is of {dtype}, wanted a type that arrays have: convert it."):
+        file.tensors["a"].array()
 
 
 def test_brackets_in_names_do_not_nest(tmp_path):
@@ -255,6 +265,9 @@ INDICES: dict[str, tuple[str, str]] = {
     "a number": (index_of({"a": 3}), "is said to be in '3'"),
     "backslash": (index_of({"a": "..\\one.safetensors"}), "strange name"),
     "null": (index_of({"a": "one\0.safetensors"}), "strange name"),
+    "half a pair": (index_of({"a": "\ud800.safetensors"}), "tensor 'a' is said to be in a file with a strange name"),
+    "a long name": (index_of({"a": "a" * 256}), "tensor 'a' is said to be in a file with a strange name"),
+    "a name of many bytes": (index_of({"a": "\u0416" * 128}), "strange name"),
     "file missing": (index_of({"a": "two.safetensors"}), "two.safetensors: cannot be read"),
     "tensor missing": (index_of({"z": "one.safetensors"}), "one.safetensors: tensor 'z' is missing"),
     "no map": ("{}", "has no weight_map"),
@@ -285,6 +298,15 @@ def test_a_tensor_in_two_files_is_named(tmp_path):
     # A file that the index does not name is no part of the checkpoint.
     (tmp_path / INDEX).write_text(index_of({"a": "one.safetensors"}))
     assert len(Tensors(tmp_path)) == len(GOOD)
+
+
+def test_an_index_that_leads_nowhere_is_missing(tmp_path):
+    put(tmp_path / "one.safetensors", GOOD_BYTES)
+    for target in ("nothing", INDEX):
+        (tmp_path / INDEX).unlink(missing_ok=True)
+        (tmp_path / INDEX).symlink_to(target)
+        with pytest.raises(CheckpointError, match=f"{INDEX}: cannot be read"):
+            Tensors(tmp_path)
 
 
 def test_an_empty_folder_is_named(tmp_path):

@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import pickle
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jax_megamoe.checkpoints import json_entries
+from jax_megamoe.checkpoints import json_entries, tensor_table
 from jax_megamoe.checkpoints.cache import METADATA, LayerFile
 from jax_megamoe.checkpoints.folder import INDEX, MAX_JSON_BYTES, Tensors, read_json
 from jax_megamoe.checkpoints.json_entries import JsonEntries
@@ -23,7 +25,7 @@ from tests.support.hostile_json import EMPTY, HEADERS, INDICES, VALUES, file_of
 
 SIZE = 1_000_000
 # docs/reliability.md promises these.
-CONSTANT, CONSTANT_OF_CONFIG = 8_000_000, 32_000_000
+CONSTANT, CONSTANT_OF_INDEX, CONSTANT_OF_CONFIG = 16_000_000, 8_000_000, 32_000_000
 
 
 def peak_of(action: Callable[[], Any]) -> tuple[int, str]:
@@ -71,7 +73,7 @@ def test_indices(name, tmp_path):
     path.write_bytes(octets(INDICES[name](SIZE)))
     peak, problem = peak_of(lambda: Tensors(tmp_path))
     # Nothing is kept of an index but names of files.
-    assert peak <= CONSTANT and len(problem) < 1000
+    assert peak <= CONSTANT_OF_INDEX and len(problem) < 1000
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -95,6 +97,43 @@ def test_what_a_cache_says_of_a_layer(name, tmp_path):
 
 
 CONFIG = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts_per_tok": 1, "hidden_size": 1}
+
+
+def test_layers_of_a_configuration(tmp_path):
+    """A number that is no place for the first of them, and a long list of those without experts."""
+    (tmp_path / "x.safetensors").write_bytes(file_of('{"model.layers.1.mlp.experts.0.gate_proj.weight":' + EMPTY + "}"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "num_experts": 1, "first_k_dense_replace": -1_000_000}))
+    peak, problem = peak_of(lambda: StockModel(tmp_path))
+    assert not problem and peak <= CONSTANT_OF_CONFIG and StockModel(tmp_path).moe_layers == [0, 1]
+    path.write_text(json.dumps({**CONFIG, "num_experts": 1, "mlp_only_layers": [0, [1], "1", {}, *range(2, 1000)]}))
+    assert StockModel(tmp_path).moe_layers == [1]
+
+
+@pytest.mark.parametrize(
+    "field", ["model_type", "num_hidden_layers", "num_experts", "hidden_act", "num_experts_per_tok", "scoring_func"]
+)
+@pytest.mark.parametrize(
+    "value", ["z" * 100_000, [1] * 100_000, 10**4200, -(10**4200)], ids=lambda value: str(type(value))
+)
+def test_messages_about_a_configuration_are_short(field, value, tmp_path):
+    stem = "model.layers.1.mlp."
+    (tmp_path / "x.safetensors").write_bytes(
+        file_of(
+            f'{{"{stem}gate.weight":{{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}},'
+            f'"{stem}experts.0.gate_proj.weight":{{"dtype":"U8","shape":[0],"data_offsets":[4,4]}}}}',
+            bytes(4),
+        )
+    )
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": 1, field: value}))
+
+    def read() -> None:
+        model = StockModel(tmp_path)
+        model.moe_options(1), model.router(1)
+
+    with pytest.raises(CheckpointError) as caught:
+        read()
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_layer_of_many_small_experts(tmp_path):
@@ -188,9 +227,31 @@ def test_a_changed_object_means_what_it_means_to_json(fields, piece, data):
 def test_an_entry_has_a_limit(monkeypatch):
     monkeypatch.setattr(json_entries, "MAX_ENTRY", 1000)
     monkeypatch.setattr(json_entries, "_PIECE_BYTES", 100)
-    for length, is_read in ((900, True), (2500, False)):
-        text = json.dumps({"first": 1, "a" * length: 2}).encode()
-        assert (parsed(text, 1 << 20) is not None) == is_read
+    monkeypatch.setattr(json_entries, "_LEAST_BYTES", 10)
+    for first, letter, piece in itertools.product((0, 1, 90, 99, 100, 101, 950), ("a", "\u0416"), (7, 1 << 20)):
+        for length, is_read in ((900, True), (995, True), (996, False), (1900, False), (2500, False)):
+            entry = f'"{letter * length}": 2'  # Five characters more.
+            text = octets(f'{{"{"f" * first}":1,{entry},"last":3}}')
+            assert (parsed(text, piece) is not None) == is_read
+
+
+def test_no_value_is_kept_when_the_next_one_is_made():
+    made: list[weakref.ref[Any]] = []
+
+    class Value:
+        def __init__(self, _: str) -> None:
+            assert all(each() is None for each in made)
+            made.append(weakref.ref(self))
+
+    text = io.BytesIO(b'{"a":[0],"b":1,"c":{"d":[2],"e":3},"f":4 ,"g":5}')
+    # Each number is made again when what ends it has been read, too.
+    entries = JsonEntries(lambda count: text.read(min(count, 1)), decoder=json.JSONDecoder(parse_int=Value))
+    for name, value in entries.entries(inner="c"):
+        if name == "c":
+            for _, each in value:
+                del each
+        del value
+    assert len(made) > 6
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -206,3 +267,17 @@ def test_tensors_are_found_by_any_name(tmp_path, names):
     tensors = File(path).tensors
     assert list(tensors) == names and [tensors[name].name for name in names] == names
     assert "another" not in tensors and len(tensors) == len(names)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tensors_go_to_another_process(count, tmp_path, monkeypatch):
+    """Which has other hashes of the same names."""
+    for number in range(count):
+        header = "{" + ",".join(f'"{number}.{name}":{EMPTY}' for name in ("a", "b b", "\ud800")) + "}"
+        (tmp_path / f"{number}.safetensors").write_bytes(file_of(header))
+    tensors = Tensors(tmp_path)
+    kept = pickle.dumps((tensors, File(tmp_path / "0.safetensors")))
+    monkeypatch.setattr(tensor_table, "hash", lambda name: hash(name + "of another one"), raising=False)
+    for found, names in zip(pickle.loads(kept), (list(tensors), list(tensors)[:3]), strict=True):
+        held = found if isinstance(found, Tensors) else found.tensors
+        assert list(held) == names and [held[name].name for name in names] == names and "c" not in held

@@ -282,7 +282,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "Llama-4": (with_config(model_type="llama4_text"), "'llama4_text', which weighs the input of an expert"),
     "no number of experts": (lambda config, _: config.pop("n_routed_experts"), "n_routed_experts = None"),
     "more experts": (with_config(n_routed_experts=4), "has 4 experts, and layer 1 of the files has number 7"),
-    "a number of layers": (with_config(num_hidden_layers=10**12), "has 1000000000000 layers, wanted at most"),
+    "a number of layers": (with_config(num_hidden_layers=10**9), "has 1000000000 layers, wanted at most"),
     "a number in words": (with_config(num_hidden_layers="three"), "has num_hidden_layers = 'three'"),
 }  # fmt: skip
 

@@ -299,7 +299,7 @@ def check_version(path: Path, fields: Mapping[str, Any]) -> None:
     remedy = "remove the folder and run python -m jax_megamoe convert anew"
     if fields.get("version") != VERSION:
         raise CheckpointError(
-            path, None, f"has version {fields.get('version')!r} of caches, wanted {VERSION}: {remedy}."
+            path, None, f"has version {short(fields.get('version'))} of caches, wanted {VERSION}: {remedy}."
         )
     try:
         weight_layout.format_of_tag(str(fields.get("layout")))
@@ -308,7 +308,7 @@ def check_version(path: Path, fields: Mapping[str, Any]) -> None:
         raise CheckpointError(
             path,
             None,
-            f"has layout {fields.get('layout')!r}, this version of the package wants one of {known}: {remedy}.",
+            f"has layout {short(fields.get('layout'))}, this version of the package wants one of {known}: {remedy}.",
         ) from error
 
 

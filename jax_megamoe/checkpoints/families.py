@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_megamoe.activations import SwiGLU
+from jax_megamoe.arrays import text_of
 from jax_megamoe.errors import CheckpointError
 from jax_megamoe.routing_arrays import Scoring
 
@@ -143,6 +144,7 @@ FAMILIES = (
 )
 
 _MAX_LAYERS = 10_000
+_MAX_TEXT = 80  # of a value in a message, in characters
 
 # What is asked of a configuration, and the words that families have for it.
 _KEYS: Mapping[str, tuple[str, ...]] = {
@@ -184,7 +186,7 @@ class Config:
         for key in _KEYS[what]:
             if (value := self.fields.get(key)) is not None:
                 if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                    raise self.error(f"has {key} = {value!r}: look what it should be.")
+                    raise self.error(f"has {key} = {text_of(value, _MAX_TEXT)}: look what it should be.")
                 return value
         return None
 
@@ -192,9 +194,12 @@ class Config:
         """A positive number. Raises `CheckpointError` where there is none."""
         value = self.get(what, int)
         value = default if value is None else value
-        if value is None or value < 1:
+        if value is None or not 0 < value < 1 << 31:
             key = next((key for key in _KEYS[what] if self.fields.get(key) is not None), _KEYS[what][0])
-            raise self.error(f"has {key} = {value!r}, wanted a positive number: take it from its source.")
+            raise self.error(
+                f"has {key} = {text_of(value, _MAX_TEXT)}, wanted a positive number below 2**31: take it from its "
+                "source."
+            )
         return int(value)
 
     def error(self, problem: str) -> CheckpointError:
@@ -217,14 +222,15 @@ class Config:
             return [layer for layer, kind in enumerate(kinds[:num_layers]) if kind != "dense"]
         if isinstance(frequency, list):
             return [layer for layer, is_moe in enumerate(frequency[:num_layers]) if is_moe]
-        first = self.get("num_dense_layers", int) or 0
+        first = max(self.get("num_dense_layers", int) or 0, 0)
         step = frequency if isinstance(frequency, int) and frequency > 0 else 1
         layers: Iterable[int] = (layer for layer in range(first, num_layers) if layer % step == 0)
         # Qwen's words.
         sparse_step, dense = self.fields.get("decoder_sparse_step"), self.fields.get("mlp_only_layers")
         if isinstance(sparse_step, int) and sparse_step > 0:
             layers = (layer for layer in layers if (layer + 1) % sparse_step == 0)
-        return [layer for layer in layers if not (isinstance(dense, list) and layer in dense)]
+        left_out = {layer for layer in dense if isinstance(layer, int | float)} if isinstance(dense, list) else set()
+        return [layer for layer in layers if layer not in left_out]
 
 
 def families_of(config: Config) -> list[Family]:
@@ -233,13 +239,14 @@ def families_of(config: Config) -> list[Family]:
         rows = [family for family in FAMILIES if model_type in family.model_types]
         if rows and rows[0].refusal is not None:
             raise config.error(
-                f"has model_type {model_type!r}, which {rows[0].refusal}: "
+                f"has model_type {text_of(model_type, _MAX_TEXT)}, which {rows[0].refusal}: "
                 "this version cannot serve it, use another one."
             )
         if rows:
             return rows
+    found = " or ".join(text_of(name, _MAX_TEXT) for name in config.model_types) or None
     known = sorted({name for family in FAMILIES if family.refusal is None for name in family.model_types})
     raise config.error(
-        f"has model_type {' or '.join(map(repr, config.model_types)) or None}, wanted one of {', '.join(known)}: "
+        f"has model_type {found}, wanted one of {', '.join(known)}: "
         "where only the name is new, change it in a copy of config.json; see docs/checkpoints.md for new families."
     )

@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 1_000_000
 # Of an index, which is read entry by entry: that of a model with 100,000 tensors has 10 MB.
 _MAX_INDEX_BYTES = 200_000_000
 _WEIGHT_MAP = "weight_map"
+_MAX_NAME_BYTES = 255  # of file systems
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -43,7 +44,7 @@ class Tensors(Mapping[str, Tensor]):
                 None,
                 "is of experts that are packed already: pass the checkpoint that they were made of.",
             )
-        if (folder / INDEX).exists():
+        if os.path.lexists(folder / INDEX):  # A link that leads nowhere is an index that is missing.
             self.files = _read_files(folder / INDEX)
         else:
             self.files = {path.name: File(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -54,13 +55,19 @@ class Tensors(Mapping[str, Tensor]):
         self._held = list(self.files.values())
         # Tensors are numbered from file to file.
         *self._firsts, self._count = itertools.accumulate((len(file.table) for file in self._held), initial=0)
-        self._hashes = self._held[0].table.hashes
-        if len(self._held) > 1:
-            self._hashes = Hashes(np.concatenate([file.table.hashes.unsorted() for file in self._held]))
+        self._hashes = self._join_hashes()
         for number in map(int, self._hashes.repeated()):
             tensor = self._tensor(number)
             if (other := self[tensor.name]).file is not tensor.file:
                 raise tensor.error(f"is in {other.file.path.name} too, wanted once: remove one of the files.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hashes, which another process has others of."""
+        return {key: value for key, value in self.__dict__.items() if key != "_hashes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hashes = self._join_hashes()
 
     def __getitem__(self, name: str) -> Tensor:
         if (number := self._find(name)) is None:
@@ -81,6 +88,10 @@ class Tensors(Mapping[str, Tensor]):
         if (number := self._find(name)) is None:
             raise CheckpointError(self.folder, name, "is missing: download all files of the checkpoint.")
         return self._tensor(number)
+
+    def _join_hashes(self) -> Hashes:
+        hashes = [file.table.hashes for file in self._held]
+        return hashes[0] if len(hashes) == 1 else Hashes(np.concatenate([each.unsorted() for each in hashes]))
 
     def _find(self, name: str) -> int | None:
         for number in self._hashes.find(name):
@@ -140,6 +151,7 @@ def _read_files(index: Path) -> dict[str, File]:
                 raise CheckpointError(index, None, "is no JSON, or no object of JSON: download it again.")
             for field, value in entries.entries(inner=_WEIGHT_MAP):
                 if field != _WEIGHT_MAP:
+                    del value  # before the next one is made
                     continue
                 if has_map or not isinstance(value, Iterator):
                     raise CheckpointError(index, None, f"has no {_WEIGHT_MAP} of names: download it again.")
@@ -177,5 +189,13 @@ def _check_name(index: Path, name: str, file_name: object) -> None:
             f"is said to be in {str(file_name)[:80]!r}, wanted the name of a file of the folder: "
             "take the index from its source.",
         )
-    if "\\" in file_name or "\0" in file_name:
+    if "\\" in file_name or "\0" in file_name or not _can_be_named(file_name):
         raise CheckpointError(index, name, "is said to be in a file with a strange name: take it from its source.")
+
+
+def _can_be_named(file_name: str) -> bool:
+    """Whether a file can have this name: JSON may have half a pair, and any length."""
+    try:
+        return len(os.fsencode(file_name)) <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False

@@ -105,6 +105,9 @@ class Header:
             fail(f"has dtype {_short(dtype)}, wanted one of {', '.join(DTYPE_BITS)}: convert it.")
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
             fail(f"has shape {_short(shape)}, wanted up to {MAX_DIMENSIONS} sizes: take the file from its source.")
+        # No bytes, and still beyond what an array may be.
+        if 0 in shape and math.prod(size or 1 for size in shape) * DTYPE_BITS[dtype] >= 1 << 63:
+            fail(f"has shape {_short(shape)}, wanted that of an array: take the file from its source.")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
             fail(f"has data_offsets {_short(offsets)}, wanted two positions: take the file from its source.")
         begin, end = offsets

@@ -13,9 +13,10 @@ from typing import Any
 
 from jax_megamoe.errors import MegaMoEError
 
-# Of one entry, in characters, and of what is read at once, in bytes.
+# Of one entry, from its name to its value's end, in characters.
 MAX_ENTRY = 1 << 18
-_PIECE_BYTES = 1 << 16
+# What is read at once, at most and at least. What an entry needs is never read much further: all of it may be parsed.
+_PIECE_BYTES, _LEAST_BYTES = 1 << 16, 1 << 12
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
@@ -51,6 +52,7 @@ class JsonEntries:
         """Names and values of the object that begins here.
 
         The value of an object by the name `inner` is an iterator of its entries, to be used up before the next one.
+        No value is kept here when the next one is made: who does not need it should not keep it either.
         """
         if self.next() != "{":
             raise ValueError("no object")
@@ -61,6 +63,7 @@ class JsonEntries:
         while mark != "}":
             name, value, mark = self._entry(inner)
             yield name, value
+            del value
             if not mark:
                 mark = self.next()
                 if mark not in (",", "}"):
@@ -80,9 +83,11 @@ class JsonEntries:
                         return name, self.entries(), ""
                     value, end = self._scan(text, at)
                     # What ends at the end of the text may go on: a number.
-                    if (mark := _NEXT.match(text, end)) is not None:
+                    mark = _NEXT.match(text, end)
+                    if mark is not None and end - self._at <= MAX_ENTRY:
                         self._at = mark.end()
                         return name, value, mark[1]
+                    del value
             except MegaMoEError:
                 raise
             except ValueError:  # Wrong, or cut off: what comes next tells.
@@ -98,7 +103,9 @@ class JsonEntries:
         rest = self._text[self._at :]
         if self._is_all or len(rest) > MAX_ENTRY:
             raise ValueError("no entry")
-        octets = self._read(max(_PIECE_BYTES, len(rest)))  # Twice as much each time: all tries cost two.
+        # Twice as much each time: all tries cost two.
+        count = min(max(_PIECE_BYTES, len(rest)), max(_LEAST_BYTES, MAX_ENTRY - len(rest)))
+        octets = self._read(count)
         self._is_all = not octets
         self._text = rest + self._decode(octets, self._is_all)
         self._at = _end_of_space(self._text, 0)

@@ -39,6 +39,8 @@ _NUMPY_DTYPES: Mapping[str, Any] = {
     "I64": np.int64,
     "F64": np.float64,
 }
+# What no array is made of: nobody asks for it but by hand.
+_NO_ARRAYS = ("F6_E2M3", "F6_E3M2", "C64")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,6 +72,8 @@ class Tensor:
 
         Types of one byte are uint8 of the tensor's shape, F4 is uint8 with half as many columns.
         """
+        if self.dtype in _NO_ARRAYS:
+            raise self.error(f"is of {self.dtype}, wanted a type that arrays have: convert it.")
         shape = self.shape if self.dtype != "F4" else (*self.shape[:-1], self.shape[-1] // 2)
         dtype = np.dtype(_NUMPY_DTYPES.get(self.dtype, np.uint8))
         shape = shape if index is None else shape[1:]

@@ -79,6 +79,15 @@ class TensorTable:
         self.hashes = Hashes(np.frombuffer(self._hashes, np.uint64))
         del self._hashes
 
+    def __getstate__(self) -> tuple[bytearray, "array[int]"]:
+        """Without hashes, which another process has others of."""
+        return self._records, self._ends
+
+    def __setstate__(self, state: tuple[bytearray, "array[int]"]) -> None:
+        self._records, self._ends = state
+        self._hashes = array("q", map(hash, self.names()))
+        self.close()
+
     def __len__(self) -> int:
         return len(self._ends)
 

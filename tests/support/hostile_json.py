@@ -65,6 +65,16 @@ def _header(pieces: Callable[[int], Iterator[str]]) -> Callable[[int], str]:
     return lambda size: _filled(size, pieces(size))
 
 
+# The largest objects for their text, and what keeps most: all of an entry that fits.
+_SMALL = VALUES["small objects"](262_100)
+_WIDE = [chr(0x1F000 + at) for at in range(200)]
+_METADATA = (
+    "{" + ",".join(f'"{a}{b}":"{a}"' for a, b in itertools.islice(itertools.product(_WIDE, repeat=2), 29_000)) + "}"
+)
+# Of entries that are too long, too, no more than one that fits is ever parsed.
+_LARGE = ("empty lists", "empty objects", "small objects", "keys")
+
+
 def _tensor(name: str, fields: str = EMPTY) -> str:
     return f'"{name}":{fields}'
 
@@ -109,6 +119,12 @@ HEADERS: dict[str, Callable[[int], str]] = {
         f"an entry of {name}": lambda size, make=value: '{"a":' + make(min(size, 260_000) - 6) + "}"  # type: ignore[misc]
         for name, value in VALUES.items()
     },
+    "large metadata": lambda _: f'{{"__metadata__":{_METADATA}}}',
+    "large metadata and an entry": lambda _: f'{{"__metadata__":{_METADATA},"a":{_SMALL}}}',
+    **{
+        f"too long an entry of {name}": lambda size, make=VALUES[name]: '{"a":' + make(520_000) + "}"  # type: ignore[misc]
+        for name in _LARGE
+    },
     **VALUES,
 }  # fmt: skip
 
@@ -128,6 +144,15 @@ INDICES: dict[str, Callable[[int], str]] = {
     ),
     "maps": lambda size: _filled(size, itertools.repeat('"weight_map":{}')),
     "fields": lambda size: _filled(size, (f'"{name}":[]' for name in _names())),
+    "large fields": lambda _: f'{{"y":{_SMALL},"z":{_SMALL},"weight_map":{{"a":"one.safetensors"}}}}',
+    **{
+        f"a large field of which {cut} is cut off": lambda _, cut=cut: '{"y":' + _SMALL + " " * (262_144 - 5 - len(_SMALL) + cut) + "}"  # type: ignore[misc]
+        for cut in (0, 1)
+    },
+    **{
+        f"too large a field of {name}": lambda _, make=VALUES[name]: '{"y":' + make(520_000) + "}"  # type: ignore[misc]
+        for name in _LARGE
+    },
     "a long name": lambda size: index_of('{"' + "a" * (size - 60) + '":"one.safetensors"}'),
     **VALUES,
 }  # fmt: skip
