@@ -187,7 +187,7 @@ def through_collectives(
         y = jax.lax.psum(y, added_axes)
     if batch_invariant:
         y = _sum_of_slots(y.reshape(num_tokens, top_k, -1))
-    return y.astype(jnp.bfloat16), load
+    return quantization.round_to_bf16(y).astype(jnp.bfloat16), load
 
 
 def _gather_tokens(operands: Operands, axes: tuple[str, ...]) -> Operands:

@@ -76,11 +76,20 @@ def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return to_e4m3(divide(blocks, scale[..., None])).reshape(x.shape), scale
 
 
+def round_to_bf16(values: jax.Array) -> jax.Array:
+    """f32[...] or bf16[...] -> f32[...], rounded to BF16, which numbers that are said to be BF16 may not be yet.
+
+    Where a program makes BF16 numbers of FP32 ones, XLA on GPUs hands the latter to whatever widens the former again.
+    """
+    return jax.lax.reduce_precision(jnp.asarray(values, jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
 def quantize_tokens_to_send(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Hidden states bf16[..., H] -> f8e4m3fn[..., H] of `quantize_tokens`, bf16[..., H/128] largest magnitudes.
 
     A largest magnitude is one of the BF16 numbers of x: two bytes from which the FP32 scale follows, bit by bit.
     """
+    x = round_to_bf16(x)
     values, _ = quantize_tokens(x)
     return values, _amax(_blocked(x, TOKEN_BLOCK)).astype(jnp.bfloat16)
 
@@ -91,14 +100,16 @@ def restore_tokens(values: jax.Array, amax: jax.Array) -> jax.Array:
     The same values: BF16 moves value * scale by at most 2^-8 of itself, and E4M3 rounds back what has moved less than
     2^-5. The same scales: the largest magnitude is 448 as FP8, and 448 * scale rounds to it in BF16. Only where the
     floor of 1e-4 is in force may a product be larger. It is cut to the largest magnitude, whose own FP8 value is the
-    same: it lies between that value's number in x and the product. A block with NaN or an infinity is restored as
-    nothing but such.
+    same: it lies between that value's number in x and the product. NaN is not cut: largest magnitudes may lack it. A
+    block with an infinity is restored as nothing but NaN.
     """
     products = _blocked(values.astype(jnp.float32), TOKEN_BLOCK) * _token_scale(amax.astype(jnp.float32))[..., None]
     # By bits, so that a compiler that is free to keep more precision than asked for rounds to BF16 here.
     bits = jax.lax.bitcast_convert_type(products.astype(jnp.bfloat16), jnp.uint16)
     largest = jax.lax.bitcast_convert_type(amax, jnp.uint16)[..., None]
-    bits = (bits & jnp.uint16(0x8000)) | jnp.minimum(bits & jnp.uint16(0x7FFF), largest)
+    sign, magnitude = bits & jnp.uint16(0x8000), bits & jnp.uint16(0x7FFF)
+    is_nan = magnitude > jnp.uint16(0x7F80)
+    bits = sign | jnp.where(is_nan, magnitude, jnp.minimum(magnitude, largest))
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(values.shape)
 
 

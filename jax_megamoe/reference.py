@@ -193,7 +193,7 @@ def moe_local(
     activation_block = (
         quantization.BATCH_INVARIANT_ACTIVATION_BLOCK if batch_invariant else quantization.ACTIVATION_BLOCK
     )
-    quantized, token_scales = quantization.quantize_tokens(x)
+    quantized, token_scales = quantization.quantize_tokens(quantization.round_to_bf16(x))
     tokens = quantized.astype(jnp.bfloat16)
     routing = (jnp.where(used, topk_weights.astype(jnp.float32), 0.0) * routed_scaling_factor).reshape(num_pairs)
     # One tile more than there are pairs, so that the last tile's write is not moved to fit.
@@ -224,6 +224,8 @@ def moe_local(
     y = jnp.zeros((num_tokens, hidden_size), jnp.float32)
     for slot in range(top_k):
         y += jnp.where(used[:, slot, None], results[row_of_pair[:, slot]].astype(jnp.float32), 0.0)
+    if out_dtype == jnp.bfloat16:
+        y = quantization.round_to_bf16(y)
     return y.astype(out_dtype), load
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -105,6 +106,36 @@ def test_every_way_to_trace(check_vma, function):
         assert_matches_model(y, layer)
     text = cuda_text(mapped, *arguments, platforms=("cpu",))
     assert all(type_.endswith("xf32") for type_ in types_of_collectives(text)["all_to_all"])
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), mm.moe], ids=[*FUNCTIONS, "default"])
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd], ids=["grad", "jvp"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_there_is_no_derivative(check_vma, differentiate, function):
+    """What travels is integers, whose derivative would be zero."""
+    mesh, layer = make_mesh({"expert": 4}, AUTO), make_layer()
+    specs = (P("expert"),) * 4
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("expert"), check_vma=check_vma)
+    x, weights, ids, topk_weights = place_all(mesh, layer, "expert")
+
+    def loss(x: Any, topk_weights: Any) -> Any:
+        return mapped(x, weights, ids, topk_weights).astype(jnp.float32).sum()
+
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="inference only"):
+            jax.jit(differentiate(loss, argument))(x, topk_weights)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_roundings_that_no_compiler_may_skip(batch_invariant):
+    """Those of x before it is quantised, and of y: XLA on GPUs skips them where FP32 comes before and after."""
+    mesh, layer, specs = make_mesh({"expert": 4}, AUTO), make_layer(), (P("expert"),) * 4
+    function = functools.partial(collective, batch_invariant=batch_invariant)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("expert"))
+    text = cuda_text(mapped, *place_all(mesh, layer, "expert"))
+    types = re.findall(r"stablehlo.reduce_precision %\w+, format = e8m7 : tensor<(\w+)>", text)
+    assert types == [f"4x{H}xf32"] * 2
 
 
 def test_tokens_that_all_ranks_have_do_not_travel():

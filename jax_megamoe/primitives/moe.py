@@ -38,6 +38,8 @@ def moe(operands: Operands, *, mesh: AbstractMesh, axes: Axes, **params: Any) ->
     if not mesh.manual_axes:
         y, load = moe_p.bind(*operands.row, mesh=mesh, axes=axes, **params)
         return y, load
+    # Array code from here on, with collectives of integers, which would pass on no derivative, and no error.
+    operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
     if set(mesh.manual_axes) == set(mesh.axis_names):
         return _per_device(operands, mesh=mesh, axes=axes, **params)
     return _map_over_mesh(operands, mesh=mesh, axes=axes, **params)
