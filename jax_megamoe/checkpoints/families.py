@@ -144,7 +144,7 @@ FAMILIES = (
 )
 
 _MAX_LAYERS = 10_000
-_MAX_TEXT = 80  # of a value in a message, in characters
+MAX_TEXT = 80  # of a value in a message, in characters
 
 # What is asked of a configuration, and the words that families have for it.
 _KEYS: Mapping[str, tuple[str, ...]] = {
@@ -186,7 +186,7 @@ class Config:
         for key in _KEYS[what]:
             if (value := self.fields.get(key)) is not None:
                 if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                    raise self.error(f"has {key} = {text_of(value, _MAX_TEXT)}: look what it should be.")
+                    raise self.error(f"has {key} = {text_of(value, MAX_TEXT)}: look what it should be.")
                 return value
         return None
 
@@ -197,7 +197,7 @@ class Config:
         if value is None or not 0 < value < 1 << 31:
             key = next((key for key in _KEYS[what] if self.fields.get(key) is not None), _KEYS[what][0])
             raise self.error(
-                f"has {key} = {text_of(value, _MAX_TEXT)}, wanted a positive number below 2**31: take it from its "
+                f"has {key} = {text_of(value, MAX_TEXT)}, wanted a positive number below 2**31: take it from its "
                 "source."
             )
         return int(value)
@@ -239,12 +239,12 @@ def families_of(config: Config) -> list[Family]:
         rows = [family for family in FAMILIES if model_type in family.model_types]
         if rows and rows[0].refusal is not None:
             raise config.error(
-                f"has model_type {text_of(model_type, _MAX_TEXT)}, which {rows[0].refusal}: "
+                f"has model_type {text_of(model_type, MAX_TEXT)}, which {rows[0].refusal}: "
                 "this version cannot serve it, use another one."
             )
         if rows:
             return rows
-    found = " or ".join(text_of(name, _MAX_TEXT) for name in config.model_types) or None
+    found = " or ".join(text_of(name, MAX_TEXT) for name in config.model_types) or None
     known = sorted({name for family in FAMILIES if family.refusal is None for name in family.model_types})
     raise config.error(
         f"has model_type {found}, wanted one of {', '.join(known)}: "

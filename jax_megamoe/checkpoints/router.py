@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_megamoe.activations import SiTU, can_bound
 from jax_megamoe.arrays import as_array, clamp_to_int32, text_of
-from jax_megamoe.checkpoints.families import Config, Family
+from jax_megamoe.checkpoints.families import MAX_TEXT, Config, Family
 from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
 from jax_megamoe.errors import ArgumentError, ShapeError
@@ -134,7 +134,7 @@ def moe_options(family: Family, config: Config) -> dict[str, Any]:
     activation = config.get("activation", str) or _ACTIVATIONS[0]
     if activation not in (*_ACTIVATIONS, _SITU):
         raise config.error(
-            f"has hidden_act = {text_of(activation, 80)}, wanted {_ACTIVATIONS[0]!r} or {_SITU!r}: moe of this "
+            f"has hidden_act = {text_of(activation, MAX_TEXT)}, wanted {_ACTIVATIONS[0]!r} or {_SITU!r}: moe of this "
             "version computes no other."
         )
     options: dict[str, Any] = {}
@@ -178,7 +178,8 @@ def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]
     scoring = config.get("scoring", str) or family.scoring
     if scoring not in get_args(Scoring):
         raise config.error(
-            f"has scoring {text_of(scoring, 80)}, wanted one of {', '.join(get_args(Scoring))}: route has no other."
+            f"has scoring {text_of(scoring, MAX_TEXT)}, wanted one of {', '.join(get_args(Scoring))}: "
+            "route has no other."
         )
     renormalize = config.get("renormalize", bool)
     renormalize = family.renormalize if renormalize is None else renormalize
