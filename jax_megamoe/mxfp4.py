@@ -9,14 +9,16 @@ for the largest exponent e_max of its groups that are not all zeros (127 where a
 2^(base - 114). A row whose groups spread over more than 26 binades, or with an exponent of 255 (NaN), cannot be served:
 its scale is NaN, its base 0, so that its results are NaN and its bytes still come back.
 
-A plane is 64 rows of 128 columns in 4352 bytes; `weight_layout` says which weight row is row r of a plane. With
-s = 2h + s' one of its four groups, c = 0 to 3 and row r = 16w + 8 rh + r':
+A plane is 64 rows of 128 columns in 4352 bytes; `weight_layout` says which weight row is row r of a plane. With row
+r = 16w + 8 rh + r', h, s and g of 0 and 1, and c = 0 to 3:
 
-- Bytes 0 to 4095 are 32-bit little-endian words, word h*512 + w*128 + (4r' + c)*4 + 2s' + rh, so that a thread of WGMMA
-  loads two of its steps at once. A word holds columns 32s + 4c + i, the low half, and 32s + 16 + 4c + i, the high half,
+- Bytes 0 to 4095 are 32-bit little-endian words, word h*512 + w*128 + (4r' + c)*4 + 2s + rh, so that a thread of WGMMA
+  loads two of its steps at once. A word holds columns 64h + 16c + 8s + i, the low half, and 4 more, the high half,
   i = 0 to 3: magnitudes at bits 4i and 16 + 4i, signs at bits 8i + 7 (low half) and 8i + 3 (high half), where the
-  bytes of E5M2 want them.
-- Byte 4096 + 64w + 8r' + 4rh + s is d modulo 256: groups of zeros may have any exponent.
+  bytes of E5M2 want them. So a thread's four words of a row and h are of one group. That is not the order of columns in
+  which WGMMA would take them from memory: the kernel stores tokens and activations in the same one.
+- Byte 4096 + 64w + 8r' + 4g + 2h + rh is d, modulo 256, of columns 64h + 32g to 64h + 32g + 31: groups of zeros may
+  have any exponent.
 """
 
 import jax
@@ -172,9 +174,9 @@ def _at(x: jax.Array, axis: int, index: int) -> jax.Array:
 
 
 def _exchange_signs(x: jax.Array) -> jax.Array:
-    """Codes [..., half, c, pair] of a group -> the bytes of its words, of the same shape."""
-    low = [_at(_at(x, -3, 0), -1, pair) for pair in range(2)]
-    high = [_at(_at(x, -3, 1), -1, pair) for pair in range(2)]
+    """Codes [..., half, pair] -> the bytes of their words, of the same shape."""
+    low = [_at(_at(x, -2, 0), -1, pair) for pair in range(2)]
+    high = [_at(_at(x, -2, 1), -1, pair) for pair in range(2)]
     halves = [
         jnp.stack(
             [
@@ -185,18 +187,18 @@ def _exchange_signs(x: jax.Array) -> jax.Array:
         )
         for half, magnitudes in enumerate((low, high))
     ]
-    return jnp.stack(halves, axis=-3)
+    return jnp.stack(halves, axis=-2)
 
 
 def _restore_signs(x: jax.Array) -> jax.Array:
     """The inverse of `_exchange_signs`."""
-    of_half = [[_at(_at(x, -3, half), -1, pair) for pair in range(2)] for half in range(2)]
+    of_half = [[_at(_at(x, -2, half), -1, pair) for pair in range(2)] for half in range(2)]
     low, high = of_half
     halves = [
         jnp.stack([low[n] & 0x77 | (of_half[n][0] & 0x80) >> 4 | (of_half[n][1] & 0x80) for n in range(2)], axis=-1),
         jnp.stack([high[n] & 0x77 | (of_half[n][0] & 0x08) | (of_half[n][1] & 0x08) << 4 for n in range(2)], axis=-1),
     ]
-    return jnp.stack(halves, axis=-3)
+    return jnp.stack(halves, axis=-2)
 
 
 def _gate_up_planes(x: jax.Array) -> jax.Array:
@@ -223,9 +225,9 @@ def _down_rows(planes: jax.Array) -> jax.Array:
     return reshape_trailing(permute_trailing(planes, (0, 1, 2, 4, 3, 5)), lead, tiles * PLANE_ROWS, columns)
 
 
-# Of tile, plane, w, rh, r', K block, and then h, s', half, c, pair of the codes, or s of the exponents.
-_CODES_ORDER = (0, 5, 1, 6, 2, 4, 9, 7, 3, 8, 10)
-_EXPONENTS_ORDER = (0, 5, 1, 2, 4, 3, 6)
+# Of tile, plane, w, rh, r', K block, and then h, c, s, half, pair of the codes, or h, g of the exponents.
+_CODES_ORDER = (0, 5, 1, 6, 2, 4, 7, 8, 3, 9, 10)
+_EXPONENTS_ORDER = (0, 5, 1, 2, 4, 7, 6, 3)
 
 
 def _pack_planes(codes: jax.Array, d: jax.Array) -> jax.Array:
@@ -234,9 +236,9 @@ def _pack_planes(codes: jax.Array, d: jax.Array) -> jax.Array:
     tiles, planes = codes.shape[lead : lead + 2]
     blocks = d.shape[-1] // _GROUPS
     rows = (tiles, planes, 4, 2, 8)
-    words = _exchange_signs(reshape_trailing(codes, lead, *rows, blocks, 2, 2, 2, 4, 2))
+    words = _exchange_signs(reshape_trailing(codes, lead, *rows, blocks, 2, 4, 2, 2, 2))
     words = reshape_trailing(permute_trailing(words, _CODES_ORDER), lead, tiles, blocks, planes, _CODE_BYTES)
-    d = permute_trailing(reshape_trailing(d, lead, *rows, blocks, _GROUPS), _EXPONENTS_ORDER)
+    d = permute_trailing(reshape_trailing(d, lead, *rows, blocks, 2, 2), _EXPONENTS_ORDER)
     d = reshape_trailing(d, lead, tiles, blocks, planes, MXFP4_PLANE_BYTES - _CODE_BYTES)
     return reshape_trailing(jnp.concatenate([words, d], axis=-1), lead, tiles, blocks, planes * MXFP4_PLANE_BYTES)
 
@@ -248,7 +250,7 @@ def _unpack_planes(packed: jax.Array, planes: int) -> tuple[jax.Array, jax.Array
     x = reshape_trailing(packed, lead, tiles, blocks, planes, MXFP4_PLANE_BYTES)
     words = reshape_trailing(x[..., :_CODE_BYTES], lead, tiles, blocks, planes, 2, 4, 8, 4, 2, 2, 2, 2)
     codes = _restore_signs(permute_trailing(words, _inverse(_CODES_ORDER)))
-    d = reshape_trailing(x[..., _CODE_BYTES:], lead, tiles, blocks, planes, 4, 8, 2, _GROUPS)
+    d = reshape_trailing(x[..., _CODE_BYTES:], lead, tiles, blocks, planes, 4, 8, 2, 2, 2)
     d = permute_trailing(d, _inverse(_EXPONENTS_ORDER))
     rows = (tiles, planes, 4, 2, 8)
     return (

@@ -4,7 +4,7 @@
 |-------------|---------------------|---------------------------------------------------|---------------|
 | fp8_block   | sm90_v1             | E4M3 * f32 scale of its block of 128x128          | 8             |
 | fp8_channel | sm90_fp8_channel_v2 | E4M3 * f32 scale of its row                       | 8             |
-| mxfp4       | sm90_mxfp4_v2       | E2M1 * 2^(E8M0 - 127) of its 32 columns of a row  | 4.25          |
+| mxfp4       | sm90_mxfp4_v3       | E2M1 * 2^(E8M0 - 127) of its 32 columns of a row  | 4.25          |
 
 The kernel streams *planes*: 64 rows of 128 consecutive K. Of FP8 they are 8192 bytes, stored as the image that shared
 memory holds under the 128-byte swizzle: in row r the 16-byte chunk c lies at chunk position c ^ (r % 8), so a plane is
@@ -45,7 +45,7 @@ Format = Literal["fp8_block", "fp8_channel", "mxfp4"]
 LAYOUT_TAGS: dict[Format, str] = {
     "fp8_block": "sm90_v1",
     "fp8_channel": "sm90_fp8_channel_v2",
-    "mxfp4": "sm90_mxfp4_v2",
+    "mxfp4": "sm90_mxfp4_v3",
 }
 LEAF_DTYPES: dict[Format, Leaves] = {
     "fp8_block": Leaves(jnp.float8_e4m3fn, jnp.float32, jnp.float8_e4m3fn, jnp.float32),

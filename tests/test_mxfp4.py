@@ -84,12 +84,13 @@ def pack_naively(codes: np.ndarray, exponents: np.ndarray, *, is_gate_up: bool) 
         image = packed[tile, block, 4352 * plane : 4352 * (plane + 1)]
         w, rh = r // 16, r % 16 // 8
         for s in range(4):
-            image[4096 + w * 64 + (r % 8) * 8 + rh * 4 + s] = (exponents[row, 4 * block + s] - bases[row]) % 256
+            at = 4096 + w * 64 + (r % 8) * 8 + s % 2 * 4 + s // 2 * 2 + rh
+            image[at] = (exponents[row, 4 * block + s] - bases[row]) % 256
             for c in range(4):
                 word = 0
                 for i in range(4):
-                    low = int(nibbles[row, 128 * block + 32 * s + 4 * c + i])
-                    high = int(nibbles[row, 128 * block + 32 * s + 16 + 4 * c + i])
+                    column = 128 * block + 64 * (s // 2) + 16 * c + 8 * (s % 2) + i
+                    low, high = int(nibbles[row, column]), int(nibbles[row, column + 4])
                     word |= low % 8 << 4 * i | high % 8 << 16 + 4 * i | low // 8 << 8 * i + 7 | high // 8 << 8 * i + 3
                 lane = 4 * (r % 8) + c
                 index = s // 2 * 512 + w * 128 + lane * 4 + 2 * (s % 2) + rh
@@ -134,7 +135,7 @@ def test_the_low_nibble_is_the_lower_column():
 def test_all_forms_of_the_arrays_give_the_same_weights(convert):
     experts = random_experts(3)
     weights = mm.pack_experts(*experts)
-    assert (weights.format, weights.layout) == ("mxfp4", "sm90_mxfp4_v2")
+    assert (weights.format, weights.layout) == ("mxfp4", "sm90_mxfp4_v3")
     assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
     assert weights.nbytes == E * (3 * I * H * 17 // 32 + 2 * 4 * (2 * I + H))
 

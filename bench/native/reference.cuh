@@ -33,13 +33,13 @@ __device__ inline int plane_byte(int row, int k) { return row * 128 + (((k / 16)
 // The weight at (row, k) of a plane, but for scales of blocks or rows.
 __device__ inline float weight(const Sizes& s, const uint8_t* plane, int row, int k) {
   if (s.format != megamoe::WeightFormat::kMxfp4) return e4m3_to_float(plane[plane_byte(row, k)]);
-  const int group = k / 32, high = k % 32 / 16, quad = k % 16 / 4, i = k % 4;
-  const int word = group / 2 * 512 + row / 16 * 128 + (row % 8 * 4 + quad) * 4 + group % 2 * 2 + row % 16 / 8;
+  const int half = k / 64, quad = k % 64 / 16, step = k % 16 / 8, high = k % 8 / 4, i = k % 4;
+  const int word = half * 512 + row / 16 * 128 + (row % 8 * 4 + quad) * 4 + step * 2 + row % 16 / 8;
   const uint32_t bits = reinterpret_cast<const uint32_t*>(plane)[word];
   const float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
   const float magnitude = magnitudes[bits >> (16 * high + 4 * i) & 7];
   const bool negative = bits >> (8 * i + (high ? 3 : 7)) & 1;
-  const int exponent = plane[4096 + row / 16 * 64 + row % 8 * 8 + row % 16 / 8 * 4 + group];
+  const int exponent = plane[4096 + row / 16 * 64 + row % 8 * 8 + k % 64 / 32 * 4 + half * 2 + row % 16 / 8];
   return ldexpf(negative ? -magnitude : magnitude, exponent - 13);
 }
 

@@ -21,6 +21,7 @@
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
+#include "kernels/word_transpose.cuh"
 
 namespace megamoe {
 
@@ -238,6 +239,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   }
 
   // Scale and quantise.
+  [[maybe_unused]] const uint32_t lanes =
+      Orientation::Format::kDecodes ? __ballot_sync(~0u, column < p.hidden_size) : 0;
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
   const float reciprocal = fp8::reciprocal(scale);
@@ -252,6 +255,8 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 
   // Store: once as a row, or for every used slot into an image.
   const uint32_t k_block = column / kBlockK;
+  int image_column = column;
+  if constexpr (Orientation::Format::kDecodes) transpose_words(lanes, bytes, image_column);
   const bool gathers = gathers_rows<Orientation, Group>(args), assembles = assembles_images<Orientation, Group>(args);
   if constexpr (kPieces == 2) {
     const uint4 packed = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
@@ -275,7 +280,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
     for (int i = 0; i < kSlotsAtOnce; ++i) target[i] = token_targets[min(slot + i, p.top_k - 1)];
 #pragma unroll
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      place[i] = Group::on(target[i].rank(), args.workspace.token_planes) + target[i].byte(k_block, column);
+      place[i] = Group::on(target[i].rank(), args.workspace.token_planes) + target[i].byte(k_block, image_column);
       scales[i] = Group::on(target[i].rank(), args.workspace.token_scales) + target[i].row(k_block);
     }
 #pragma unroll

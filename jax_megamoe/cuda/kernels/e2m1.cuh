@@ -19,7 +19,7 @@ namespace megamoe {
 // The eight magnitudes of a group.
 class E2m1Table {
  public:
-  // `exponents`: the d of a row's four groups.
+  // Of a group: its d is byte number `group`.
   __device__ __forceinline__ E2m1Table(uint32_t exponents, int group) {
     const uint32_t d = __dp4a(exponents, 1u << 8 * group, 0u);
     low_ = d * 0x04040400u + 0x0a080400u;
@@ -55,12 +55,12 @@ class E2m1Table {
   uint32_t low_, high_;
 };
 
-// What a thread reads of a plane: the words of its two rows.
+// What a thread reads of a plane: the words of its two rows, of which each half lies in one group.
 class E2m1Words {
  public:
   __device__ __forceinline__ explicit E2m1Words(const uint8_t* plane) {
     const int thread = threadIdx.x % kWarpgroupThreads;
-    exponents_ = *reinterpret_cast<const uint2*>(plane + Mxfp4::kCodeBytes + thread / 4 * sizeof(uint2));
+    exponents_ = *reinterpret_cast<const uint32_t*>(plane + Mxfp4::kCodeBytes + thread / 2 * sizeof(uint32_t));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       words_[half] = *reinterpret_cast<const uint4*>(plane + half * (Mxfp4::kCodeBytes / 2) + thread * sizeof(uint4));
@@ -71,21 +71,19 @@ class E2m1Words {
   __device__ __forceinline__ void decode(uint32_t (&fragments)[4][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      decode_group(words_[half].x, words_[half].y, 2 * half, fragments[2 * half]);
-      decode_group(words_[half].z, words_[half].w, 2 * half + 1, fragments[2 * half + 1]);
+      const E2m1Table low(exponents_, 2 * half), high(exponents_, 2 * half + 1);
+      uint32_t (&first)[4] = fragments[2 * half], (&second)[4] = fragments[2 * half + 1];
+      low.decode(words_[half].x, first[0], first[2]);
+      high.decode(words_[half].y, first[1], first[3]);
+      low.decode(words_[half].z, second[0], second[2]);
+      high.decode(words_[half].w, second[1], second[3]);
     }
     wgmma::pin(fragments);  // here, and not where they are needed
   }
 
  private:
-  // Of the low and of the high row.
-  __device__ __forceinline__ void decode_group(uint32_t low, uint32_t high, int group, uint32_t (&fragment)[4]) const {
-    E2m1Table(exponents_.x, group).decode(low, fragment[0], fragment[2]);
-    E2m1Table(exponents_.y, group).decode(high, fragment[1], fragment[3]);
-  }
-
   uint4 words_[2];
-  uint2 exponents_;
+  uint32_t exponents_;  // of the first half's low and high row, and the second's
 };
 
 }  // namespace megamoe

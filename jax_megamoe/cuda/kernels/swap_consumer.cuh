@@ -324,7 +324,8 @@ class SwapConsumer {
       const uint32_t word = (r & 1) == 0 ? __byte_perm(low, high, 0x5410) : __byte_perm(low, high, 0x7632);
       const int token = 8 * j + quad_token() + (r & 1);
       if (token < note_.rows()) {
-        ptx::store_keep(plane + swizzled_offset(token, column % kBlockK + (r & 4)), word);
+        const int first = column % kBlockK + (r & 4);
+        ptx::store_keep(plane + swizzled_offset(token, Format::kDecodes ? transposed_column(first) : first), word);
       }
     }
   }

@@ -251,8 +251,8 @@ class WideConsumer {
     }
   }
 
-  // Rows of 64 bytes, the unit's columns of a token; of four rows, pieces of 16 bytes are permuted so that eight rows
-  // meet all banks.
+  // Rows of 64 bytes, the unit's columns of a token; of four rows, pieces of 16 bytes are permuted so that words of eight
+  // rows meet all banks.
   __device__ static int activation_offset(int token, int column) {
     return token * kGateUpTileColumns + ((column >> 4 ^ token >> 1) & 3) * 16 + column % 16;
   }
@@ -278,7 +278,7 @@ class WideConsumer {
     }
   }
 
-  // Out of shared memory, 64 bytes of a token side by side.
+  // Out of shared memory, 64 bytes of a token side by side, which is where columns change places.
   __device__ __forceinline__ void store_activations() const {
     constexpr int kPieces = kGateUpTileColumns / 16;
     const int piece = threadIdx.x % kPieces * 16;
@@ -287,8 +287,11 @@ class WideConsumer {
 #pragma unroll 1
     for (int token = threadIdx.x / kPieces; token < note_.rows() && Group::has_tokens();
          token += kConsumerThreads / kPieces) {
-      ptx::store(plane + swizzled_offset(token, column % kBlockK),
-                 *reinterpret_cast<const uint4*>(map_.wide_tile(0) + activation_offset(token, piece)),
+      const auto word = [&](int i) {
+        return *reinterpret_cast<const uint32_t*>(map_.wide_tile(0) +
+                                                  activation_offset(token, transposed_column(piece + 4 * i)));
+      };
+      ptx::store(plane + swizzled_offset(token, column % kBlockK), make_uint4(word(0), word(1), word(2), word(3)),
                  args_.constants.activations_stay);
     }
   }

@@ -18,9 +18,18 @@ __host__ __device__ inline int swizzled_offset(int row, int column) {
   return row * kBlockK + swizzled_column(row, column);
 }
 
+// Where weights that are decoded meet column `column`: the 16 words of each 64 columns, four columns a word, are
+// transposed as a 4 x 4 matrix. WGMMA gives a thread every fourth word of an operand's row: so these are 16 columns side
+// by side, of one group of the weights with one exponent, instead of parts of two. Its own inverse.
+__host__ __device__ constexpr int transposed_column(int column) {
+  const int word = column / 4 % 16;
+  return column / 64 * 64 + (word % 4 * 4 + word / 4) * 4 + column % 4;
+}
+
 // The image of one chunk: its tokens, K = hidden columns, or its activations, K = intermediate columns.
 //
 //   planes  [K/128][rows][128] e4m3   a plane is 128 columns of all rows, swizzled
+//                                  (where weights are decoded, columns lie as `transposed_column` says)
 //   scales  [groups][rows] f32        a group is the 128 or 64 columns of a row that share a scale: K/128 or K/64 groups
 //
 // `rows` are the chunk's tokens, padded to eight. The images of all chunks follow each other without gaps: that of the

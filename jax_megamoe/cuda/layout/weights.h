@@ -23,7 +23,7 @@ struct WeightFormatNames {
 constexpr WeightFormatNames kWeightFormats[] = {
     {WeightFormat::kFp8Block, "fp8_block", "sm90_v1"},
     {WeightFormat::kFp8Channel, "fp8_channel", "sm90_fp8_channel_v2"},
-    {WeightFormat::kMxfp4, "mxfp4", "sm90_mxfp4_v2"},
+    {WeightFormat::kMxfp4, "mxfp4", "sm90_mxfp4_v3"},
 };
 
 // Null if no format has that name.

@@ -1,0 +1,34 @@
+// Tokens' columns on their way to where weights that are decoded want them (`transposed_column`): lanes of a warp,
+// which have columns in a row, exchange words of four, so that each stores as many bytes in a row as it had.
+#pragma once
+
+#include <cstdint>
+
+namespace megamoe {
+
+// Of eight lanes, 64 columns. `column` is the lane's first, and then where its words go. `lanes`: those that take part.
+__device__ __forceinline__ void transpose_words(uint32_t lanes, uint32_t (&words)[2], int& column) {
+  const int lane = threadIdx.x % 8;
+  // Lanes l and l + 2 have words that lie side by side, two of each.
+  const bool upper = (lane & 2) != 0;
+  const uint32_t other = __shfl_xor_sync(lanes, upper ? words[0] : words[1], 2);
+  (upper ? words[0] : words[1]) = other;
+  column += (lane % 2 * 2 + upper) * 16 + lane / 4 * 8 - lane * 8;
+}
+
+// Of four lanes: a lane's words go where its columns were.
+__device__ __forceinline__ void transpose_words(uint32_t lanes, uint32_t (&words)[4], int&) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) != 0) continue;
+      uint32_t &low = words[i], &high = words[i + distance];
+      const uint32_t other = __shfl_xor_sync(lanes, upper ? low : high, distance);
+      (upper ? low : high) = other;
+    }
+  }
+}
+
+}  // namespace megamoe
