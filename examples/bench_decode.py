@@ -9,7 +9,8 @@ that there are as many pairs as reach a rank on average; exchanges are left out.
 which are FP8, or, of DeepSeek-V4, MXFP4 ("moe") and FP8 ("moe_fp8"); `ragged_dot` multiplies the experts before they
 are quantised. Layers are unrolled, so that neither copies weights: `ragged_dot` has no other way, and `moe` has the
 decoders' scan with `--scan`, but for DeepSeek-V4. "rest" is the same step without experts but with the router;
-embedding and logits are shared out among the layers.
+embedding and logits are shared out among the layers. Times are medians of the repeats; "+-" is how far repeats are
+apart, of both steps together: experts that take less than that have not been measured.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,15 @@ import jax.numpy as jnp
 from examples.random_models import MODELS, Model, make, ways_of
 
 
-def seconds_per_step(step: Callable[[Any], Any], state: Any, num_steps: int, repeats: int) -> float:
-    """The median over repeats; a step takes the state, gives the next one, and is not waited for before the last."""
+class Measured(NamedTuple):
+    """What a step takes, in microseconds: the median of the repeats, and the most less the least of them."""
+
+    median: float
+    spread: float
+
+
+def time_steps(step: Callable[[Any], Any], state: Any, num_steps: int, repeats: int) -> Measured:
+    """A step takes the state, gives the next one, and is not waited for before the last."""
     state = jax.block_until_ready(step(state))
     measured = []
     for _ in range(repeats):
@@ -37,8 +45,8 @@ def seconds_per_step(step: Callable[[Any], Any], state: Any, num_steps: int, rep
         for _ in range(num_steps):
             state = step(state)
         jax.block_until_ready(state)
-        measured.append((time.perf_counter() - start) / num_steps)
-    return statistics.median(measured)
+        measured.append(1e6 * (time.perf_counter() - start) / num_steps)
+    return Measured(statistics.median(measured), max(measured) - min(measured))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
@@ -60,7 +68,7 @@ def measure(model: Model, num_tokens: int, length: int, num_steps: int, repeats:
     result: dict[str, Any] = {"tokens": num_tokens}
     for name, (parameters, experts) in model.ways.items():
 
-        def microseconds(parameters: Any, experts: Any) -> float:
+        def timed(parameters: Any, experts: Any) -> Measured:
             state = (
                 model.module.empty_cache(model.config, num_tokens, length, jnp.bfloat16),
                 jax.random.randint(jax.random.key(1), (num_tokens,), 0, model.vocabulary_size, jnp.int32),
@@ -68,17 +76,18 @@ def measure(model: Model, num_tokens: int, length: int, num_steps: int, repeats:
                 jnp.zeros(num_tokens, jnp.int32),
             )
             step = functools.partial(decode, model_step, length, parameters, experts)
-            return 1e6 * seconds_per_step(step, state, num_steps, repeats)
+            return time_steps(step, state, num_steps, repeats)
 
         no_experts = (None,) * num_layers if name == "ragged_dot" else None
         no_shared = parameters._replace(shared=no_experts) if "shared" in parameters._fields else parameters
-        whole, rest = microseconds(parameters, experts), microseconds(no_shared, no_experts)
+        whole, rest = timed(parameters, experts), timed(no_shared, no_experts)
         result[name] = {
-            "step_us": whole,
-            "tokens_per_second": 1e6 * num_tokens / whole,
-            "experts_us_per_layer": (whole - rest) / num_layers,
-            "rest_us_per_layer": rest / num_layers,
-            "experts_share": 1 - rest / whole,
+            "step_us": whole.median,
+            "tokens_per_second": 1e6 * num_tokens / whole.median,
+            "experts_us_per_layer": (whole.median - rest.median) / num_layers,
+            "spread_us_per_layer": (whole.spread + rest.spread) / num_layers,
+            "rest_us_per_layer": rest.median / num_layers,
+            "experts_share": 1 - rest.median / whole.median,
         }
     return result
 
@@ -119,14 +128,15 @@ def main(arguments: list[str] | None = None) -> None:
     device = jax.devices()[0]
     where = f"{device.device_kind}, jax {jax.__version__}"
     print(f"{options.model}, {num_layers} layers, cache of {options.length}, {where}")
-    print("tokens experts by   us a step  tokens/s   experts us/layer  rest us/layer  share of experts")
+    print("tokens experts by   us a step  tokens/s   experts us/layer      +-  rest us/layer  share of experts")
     rows = []
     for num_tokens in map(int, options.tokens.split(",")):
         row = measure(model, num_tokens, options.length, options.steps, options.repeats)
         rows.append(row)
         for name in ways:
-            step, rate, of_experts, rest, share = row[name].values()
-            print(f"{num_tokens:6} {name:11}{step:10.1f}{rate:10.0f}{of_experts:19.1f}{rest:15.1f}{share:18.0%}")
+            step, rate, of_experts, spread, rest, share = row[name].values()
+            text = f"{num_tokens:6} {name:11}{step:10.1f}{rate:10.0f}{of_experts:19.1f}{spread:8.1f}"
+            print(f"{text}{rest:15.1f}{share:18.0%}")
     if options.output:
         settings = {"model": options.model, "layers": num_layers, "length": options.length, "scan": options.scan}
         settings |= {"device": device.device_kind, "jax": jax.__version__}

@@ -132,7 +132,7 @@ def test_maxtext_names_mean_what_they_mean_there(config, has_bias, is_sharded):
 )
 def test_the_benchmark_times_all_ways_in_one_run(model, layers, ways, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    arguments = f"--model {model} --layers {layers} --tokens 2 --length 8 --steps 2 --repeats 1 --output {output}"
+    arguments = f"--model {model} --layers {layers} --tokens 2 --length 8 --steps 2 --repeats 2 --output {output}"
     bench_decode.main(arguments.split())
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(ways)
     figures = json.loads(output.read_text())
@@ -144,6 +144,7 @@ def test_the_benchmark_times_all_ways_in_one_run(model, layers, ways, tmp_path, 
         assert times["step_us"] > 0 and times["tokens_per_second"] == pytest.approx(2e6 / times["step_us"])
         per_layer = times["experts_us_per_layer"] + times["rest_us_per_layer"]
         assert layers * per_layer == pytest.approx(times["step_us"])
+        assert times["spread_us_per_layer"] > 0  # no two repeats take the same time
 
 
 def test_the_benchmark_times_all_layers_and_the_ways_that_are_wanted(capsys):

@@ -94,3 +94,13 @@ def test_unrolled_layers_copy_neither_weights_nor_cache(decoder):
     # But for a layer's bias of the router, 4 bytes an expert, whose kernel wants it by itself.
     bias = re.compile(rf"f32\[(1,)?{decoder.experts.num_experts}\]")
     assert not [text for text in moved if not bias.match(text)]
+
+
+def test_streams_are_mixed_in_few_rounds_of_a_loop(decoder):
+    if not decoder.config.is_unrolled:
+        pytest.skip("only DeepSeek-V4 has several streams")
+    text = compiled_text(decoder, 1, 1)
+    rounds = [int(count) for count in re.findall(r'"known_trip_count":\{"n":"(\d+)"', text)]
+    # Two of each layer, and nothing else of the step is a loop: what launches kernels one by one from the host.
+    assert len(rounds) == text.count(" while(") == 2 * decoder.config.num_layers
+    assert max(rounds) <= 6 < decoder.config.sinkhorn_steps
