@@ -2,10 +2,12 @@
 
     python -m examples.maxtext_layer
 
-MaxText itself is not needed: `config` may be its configuration, or any object with these fields. Inference only.
-Shapes: B batch, S length, H emb_dim, I moe_mlp_dim, E num_experts.
+MaxText itself is not needed: `config` may be its configuration, or any object with these fields. What they mean there
+depends on `model_name` and `decoder_block` (its `layers/moe.py`, 0.2.5); what is not served is a ValueError. Inference
+only. Shapes: B batch, S length, H emb_dim, I moe_mlp_dim, E num_experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,15 +24,28 @@ BATCH_AXES = ("data", "fsdp", "expert")
 EXPERT_AXIS = "expert"
 
 
+# Models whose router's bias has a say in the selection and none in the weights, and which may have groups.
+SELECTION_BIAS_MODELS = ("deepseek3", "deepseek4", "kimi-k2")
+# Decoder blocks whose weights are scores times `routed_scaling_factor`. Those of the others are a softmax over the
+# selected logits, whatever that factor is.
+SCORE_BLOCKS = ("deepseek", "deepseek4")
+# Decoder blocks with rules of their own.
+OTHER_BLOCKS = ("llama4", "gemma4", "gemma4_small")
+
+
 class RoutingConfig(Protocol):
     """The fields of MaxText's configuration that the layer reads."""
 
     num_experts_per_tok: int
-    routed_score_func: str  # "" is a softmax over the selected logits
+    model_name: str
+    decoder_block: Any  # a string, or MaxText's enumeration of these
+    routed_score_func: str
     routed_scaling_factor: float
-    n_routing_groups: int  # -1: none
+    n_routing_groups: int  # not above 0: none
     topk_routing_group: int
+    mlp_activations: Sequence[str]
     mlp_activations_limit: float  # not above 0: none
+    mlp_bias: bool
 
 
 @dataclass
@@ -38,16 +53,33 @@ class Config:
     """The same by itself, with MaxText's defaults."""
 
     num_experts_per_tok: int
+    model_name: str = "default"
+    decoder_block: Any = "llama2"
     routed_score_func: str = ""
     routed_scaling_factor: float = 1.0
     n_routing_groups: int = -1
     topk_routing_group: int = -1
+    mlp_activations: Sequence[str] = ("silu", "linear")
     mlp_activations_limit: float = -1.0
+    mlp_bias: bool = False
 
 
-def pack(wi_0: jax.Array, wi_1: jax.Array, wo: jax.Array, mesh: Mesh | None = None) -> mm.ExpertWeights:
-    """Quantises the parameters of `RoutedMoE`, `wi_0` and `wi_1` [E, H, I] and `wo` [E, I, H], onto the mesh, once."""
-    weights = mm.quantize_experts(wi_0, wi_1, wo, order="in_out")
+def pack(
+    wi_0: jax.Array,
+    wi_1: jax.Array,
+    wo: jax.Array,
+    mesh: Mesh | None = None,
+    biases: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> mm.ExpertWeights:
+    """Quantises the parameters of `RoutedMoE`, `wi_0` and `wi_1` [E, H, I] and `wo` [E, I, H], onto the mesh, once.
+
+    With `biases`, `wi_0_bias` and `wi_1_bias` [E, I] and `wo_bias` [E, H], FP8 has a scale for each row.
+    """
+    options: dict[str, Any] = {}
+    if biases is not None:
+        gate_up_bias = jnp.concatenate(biases[:2], axis=-1)
+        options = {"format": "fp8_channel", "gate_up_bias": gate_up_bias, "down_bias": biases[2]}
+    weights = mm.quantize_experts(wi_0, wi_1, wo, order="in_out", **options)
     return weights if mesh is None else jax.device_put(weights, NamedSharding(mesh, P(EXPERT_AXIS)))
 
 
@@ -59,12 +91,11 @@ def routed_moe(
     gate_bias: jax.Array | None,
     weights: mm.ExpertWeights,
 ) -> jax.Array:
-    """What `RoutedMoE.__call__` gives for inputs [B, S, H], with its `gate.kernel` [H, E].
-
-    `gate.bias` [E], or None, is that of DeepSeek's models: it has a say in the selection, and none in the weights.
-    """
+    """What `RoutedMoE.__call__` gives for inputs [B, S, H]; its `gate.kernel` [H, E], and `gate.bias` [E] or None."""
+    if config.mlp_bias and weights.format == "fp8_block":
+        raise ValueError("config.mlp_bias is set, and weights have no biases: give them to pack.")
     logits = jnp.matmul(inputs.astype(jnp.float32), gate_kernel.astype(jnp.float32), precision="highest")
-    ids, topk_weights = mm.route(logits, config.num_experts_per_tok, bias=gate_bias, **route_options(config))
+    ids, topk_weights = route(config, logits, gate_bias)
     # Of a mesh without some of the axes, those that it has.
     names = BATCH_AXES if mesh is None else tuple(name for name in BATCH_AXES if name in mesh.axis_names)
     y = mm.moe(
@@ -72,24 +103,62 @@ def routed_moe(
         weights,
         ids,
         topk_weights,
-        routed_scaling_factor=config.routed_scaling_factor,
-        activation_clamp=config.mlp_activations_limit if config.mlp_activations_limit > 0 else None,
         expert_axis=EXPERT_AXIS if mesh is None or EXPERT_AXIS in mesh.axis_names else None,
         token_axes=names,
+        **moe_options(config),
     )
     return y.astype(inputs.dtype)
 
 
-def route_options(config: RoutingConfig) -> dict[str, Any]:
-    """Keywords of `mm.route`, but `top_k` and the bias.
-
-    Without a score function, MaxText takes a softmax over the selected logits, which is what `route` does with
-    "softmax" and `renormalize`: its scores of all experts, divided by the sum of the selected ones.
-    """
-    options: dict[str, Any] = {"scoring": config.routed_score_func or "softmax"}
-    if config.n_routing_groups > 0:
+def route(config: RoutingConfig, logits: jax.Array, gate_bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Experts int32[B, S, k] and weights f32[B, S, k] of logits f32[B, S, E], as `RoutedMoE.get_topk`."""
+    block, score = _block_of(config), config.routed_score_func
+    has_selection_bias = config.model_name.startswith(SELECTION_BIAS_MODELS)
+    if block not in SCORE_BLOCKS:
+        if score or has_selection_bias:
+            raise ValueError(
+                f"config has decoder_block {block!r} with routed_score_func {score!r} and model_name "
+                f"{config.model_name!r}, wanted the first two of one family: a softmax over scores is not served."
+            )
+        logits = logits if gate_bias is None else logits + gate_bias
+        # A softmax over all, divided by the sum of the selected ones, is one over these.
+        return mm.route(logits, config.num_experts_per_tok, scoring="softmax")
+    if score not in ("sigmoid", "sqrtsoftplus", "softmax"):
+        raise ValueError(f"config.routed_score_func is {score!r}, wanted 'sigmoid', 'sqrtsoftplus' or 'softmax'.")
+    if gate_bias is not None and not has_selection_bias:
+        raise ValueError(
+            f"config.model_name is {config.model_name!r}, whose router's bias is in the weights too, wanted one of "
+            f"{', '.join(SELECTION_BIAS_MODELS)}, or no bias."
+        )
+    options: dict[str, Any] = {"scoring": score, "bias": gate_bias, "renormalize": score != "softmax"}
+    if has_selection_bias and config.n_routing_groups > 0:
         options |= {"num_groups": config.n_routing_groups, "top_groups": config.topk_routing_group}
-    return options
+    return mm.route(logits, config.num_experts_per_tok, **options)
+
+
+def moe_options(config: RoutingConfig) -> dict[str, Any]:
+    """Keywords of `mm.moe`: factor and activation, as `RoutedMoE.apply_ffn_activation`."""
+    block, limit = _block_of(config), config.mlp_activations_limit
+    wanted = ["sigmoid", "linear"] if block == "gpt_oss" else ["silu", "linear"]
+    if list(config.mlp_activations) != wanted:
+        raise ValueError(f"config.mlp_activations is {config.mlp_activations}, wanted {wanted} with {block!r}.")
+    if block == "gpt_oss":
+        if limit <= 0:
+            raise ValueError(f"config.mlp_activations_limit is {limit}, wanted a positive one with 'gpt_oss'.")
+        return {"activation": mm.SwiGLU(alpha=1.702, up_offset=1.0), "activation_clamp": limit}
+    if block not in SCORE_BLOCKS:
+        return {}  # the others have neither limit nor factor
+    return {
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "activation_clamp": limit if limit > 0 else None,
+    }
+
+
+def _block_of(config: RoutingConfig) -> str:
+    block = str(getattr(config.decoder_block, "value", config.decoder_block))
+    if block in OTHER_BLOCKS:
+        raise ValueError(f"config.decoder_block is {block!r}, whose router is not served here.")
+    return block
 
 
 def main() -> None:
@@ -99,7 +168,7 @@ def main() -> None:
     wi_0, wi_1, wo = (jax.random.normal(k, s) / s[1] ** 0.5 for k, s in zip(keys[:3], shapes, strict=True))
     gate = jax.random.normal(keys[3], (256, 16)) / 16
     inputs = jax.random.normal(keys[4], (8, 2, 256), jnp.bfloat16)
-    config = Config(num_experts_per_tok=4, routed_score_func="sigmoid", routed_scaling_factor=2.5)
+    config = Config(4, "deepseek3-671b", "deepseek", routed_score_func="sigmoid", routed_scaling_factor=2.5)
     mesh = None
     if len(jax.devices()) >= 8:
         axes = ("data", "fsdp", "tensor", "expert")
