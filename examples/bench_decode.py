@@ -110,6 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
+    if options.repeats < 2:
+        parser.error(f"--repeats {options.repeats}: wanted two or more, whose spread says what was measured")
     fields, ways = MODELS[options.model], ways_of(options.model)
     if options.layers != "all" and not options.layers.isdecimal():
         parser.error(f"--layers {options.layers}: wanted a number, or all")

@@ -237,7 +237,7 @@ def _doubly_stochastic(config: Config, matrix: jax.Array) -> jax.Array:
     launches. All steps in one round would take XLA half a minute to compile.
     """
     epsilon, each = config.stream_epsilon, range(config.num_streams)
-    rounds, left = divmod(config.sinkhorn_steps - 1, _STEPS_OF_A_ROUND)
+    rounds, left = divmod(max(config.sinkhorn_steps - 1, 0), _STEPS_OF_A_ROUND)
 
     def balance_columns(rows: list[list[jax.Array]]) -> list[list[jax.Array]]:
         sums = [sum(row[k] for row in rows) + epsilon for k in each]

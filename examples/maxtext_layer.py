@@ -29,8 +29,11 @@ SELECTION_BIAS_MODELS = ("deepseek3", "deepseek4", "kimi-k2")
 # Decoder blocks whose weights are scores times `routed_scaling_factor`. Those of the others are a softmax over the
 # selected logits, whatever that factor is.
 SCORE_BLOCKS = ("deepseek", "deepseek4")
-# Decoder blocks with rules of their own.
-OTHER_BLOCKS = ("llama4", "gemma4", "gemma4_small")
+# The others that are served. Llama-4's and Gemma-4's have rules of their own.
+SOFTMAX_BLOCKS = (
+    *("default", "llama2", "mistral", "mixtral", "gpt_oss", "olmo3", "envy"),
+    *("qwen2", "qwen3", "qwen3_moe", "qwen3_custom_moe", "qwen3_next", "qwen3_5"),
+)
 
 
 class RoutingConfig(Protocol):
@@ -41,11 +44,14 @@ class RoutingConfig(Protocol):
     decoder_block: Any  # a string, or MaxText's enumeration of these
     routed_score_func: str
     routed_scaling_factor: float
-    n_routing_groups: int  # not above 0: none
+    routed_bias: bool
+    n_routing_groups: int  # -1: none
     topk_routing_group: int
     mlp_activations: Sequence[str]
     mlp_activations_limit: float  # not above 0: none
     mlp_bias: bool
+    capacity_factor: float  # above 0, tokens are dropped there; refused
+    use_random_routing: bool  # refused
 
 
 @dataclass
@@ -57,11 +63,14 @@ class Config:
     decoder_block: Any = "llama2"
     routed_score_func: str = ""
     routed_scaling_factor: float = 1.0
+    routed_bias: bool = False
     n_routing_groups: int = -1
     topk_routing_group: int = -1
     mlp_activations: Sequence[str] = ("silu", "linear")
     mlp_activations_limit: float = -1.0
     mlp_bias: bool = False
+    capacity_factor: float = -1.0
+    use_random_routing: bool = False
 
 
 def pack(
@@ -73,14 +82,17 @@ def pack(
 ) -> mm.ExpertWeights:
     """Quantises the parameters of `RoutedMoE`, `wi_0` and `wi_1` [E, H, I] and `wo` [E, I, H], onto the mesh, once.
 
-    With `biases`, `wi_0_bias` and `wi_1_bias` [E, I] and `wo_bias` [E, H], FP8 has a scale for each row.
+    With `biases`, `wi_0_bias` and `wi_1_bias` [E, I] and `wo_bias` [E, H], which it has where `mlp_bias` is set, FP8
+    has a scale for each row.
     """
     options: dict[str, Any] = {}
     if biases is not None:
         gate_up_bias = jnp.concatenate(biases[:2], axis=-1)
         options = {"format": "fp8_channel", "gate_up_bias": gate_up_bias, "down_bias": biases[2]}
     weights = mm.quantize_experts(wi_0, wi_1, wo, order="in_out", **options)
-    return weights if mesh is None else jax.device_put(weights, NamedSharding(mesh, P(EXPERT_AXIS)))
+    if mesh is None:
+        return weights
+    return jax.device_put(weights, NamedSharding(mesh, P(EXPERT_AXIS if EXPERT_AXIS in mesh.axis_names else None)))
 
 
 def routed_moe(
@@ -91,7 +103,17 @@ def routed_moe(
     gate_bias: jax.Array | None,
     weights: mm.ExpertWeights,
 ) -> jax.Array:
-    """What `RoutedMoE.__call__` gives for inputs [B, S, H]; its `gate.kernel` [H, E], and `gate.bias` [E] or None."""
+    """What `RoutedMoE.__call__` gives for inputs [B, S, H]; its `gate.kernel` [H, E], and `gate.bias` [E] or None.
+
+    Not of layers that choose experts by a hash, which only their own arguments tell from others. Logits are float32.
+    """
+    if config.capacity_factor > 0 or config.use_random_routing:
+        raise ValueError(
+            f"config.capacity_factor is {config.capacity_factor} and use_random_routing {config.use_random_routing}, "
+            "wanted neither: this layer drops no token."
+        )
+    if config.routed_bias != (gate_bias is not None):
+        raise ValueError(f"config.routed_bias is {config.routed_bias}, wanted gate_bias if and only if it is set.")
     if config.mlp_bias and weights.format == "fp8_block":
         raise ValueError("config.mlp_bias is set, and weights have no biases: give them to pack.")
     logits = jnp.matmul(inputs.astype(jnp.float32), gate_kernel.astype(jnp.float32), precision="highest")
@@ -131,7 +153,7 @@ def route(config: RoutingConfig, logits: jax.Array, gate_bias: jax.Array | None)
             f"{', '.join(SELECTION_BIAS_MODELS)}, or no bias."
         )
     options: dict[str, Any] = {"scoring": score, "bias": gate_bias, "renormalize": score != "softmax"}
-    if has_selection_bias and config.n_routing_groups > 0:
+    if has_selection_bias and config.n_routing_groups != -1:
         options |= {"num_groups": config.n_routing_groups, "top_groups": config.topk_routing_group}
     return mm.route(logits, config.num_experts_per_tok, **options)
 
@@ -156,8 +178,9 @@ def moe_options(config: RoutingConfig) -> dict[str, Any]:
 
 def _block_of(config: RoutingConfig) -> str:
     block = str(getattr(config.decoder_block, "value", config.decoder_block))
-    if block in OTHER_BLOCKS:
-        raise ValueError(f"config.decoder_block is {block!r}, whose router is not served here.")
+    if block not in SCORE_BLOCKS + SOFTMAX_BLOCKS:
+        known = ", ".join(SCORE_BLOCKS + SOFTMAX_BLOCKS)
+        raise ValueError(f"config.decoder_block is {block!r}, whose router is not served here, wanted one of {known}.")
     return block
 
 

@@ -15,7 +15,7 @@ r = 16w + 8 rh + r', h, s and g of 0 and 1, and c = 0 to 3:
 - Bytes 0 to 4095 are 32-bit little-endian words, word h*512 + w*128 + (4r' + c)*4 + 2s + rh, so that a thread of WGMMA
   loads two of its steps at once. A word holds columns 64h + 16c + 8s + i, the low half, and 4 more, the high half,
   i = 0 to 3: magnitudes at bits 4i and 16 + 4i, signs at bits 8i + 7 (low half) and 8i + 3 (high half), where the
-  bytes of E5M2 want them. So a thread's four words of a row and h are of one group. That is not the order of columns in
+  bytes of E5M2 want them. So a thread's two words of a row and h are of one group. That is not the order of columns in
   which WGMMA would take them from memory: the kernel stores tokens and activations in the same one.
 - Byte 4096 + 64w + 8r' + 4g + 2h + rh is d, modulo 256, of columns 64h + 32g to 64h + 32g + 31: groups of zeros may
   have any exponent.

@@ -89,7 +89,7 @@ def test_the_benchmark_times_all_ways_in_one_run(model, layers, ways, tmp_path, 
 
 
 def test_the_benchmark_times_all_layers_and_the_ways_that_are_wanted(capsys):
-    arguments = "--model tiny-qwen3 --layers all --ways ragged_dot --tokens 2 --length 8 --steps 2 --repeats 1"
+    arguments = "--model tiny-qwen3 --layers all --ways ragged_dot --tokens 2 --length 8 --steps 2 --repeats 2"
     bench_decode.main(arguments.split())
     title, _, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("tiny-qwen3, 4 layers") and [row.split()[1] for row in rows] == ["ragged_dot"]
@@ -99,6 +99,7 @@ def test_the_benchmark_times_all_layers_and_the_ways_that_are_wanted(capsys):
     "arguments, message",
     [
         ("--model tiny-qwen3 --layers 5", "tiny-qwen3 has 4"),
+        ("--model tiny-qwen3 --repeats 1", "wanted two or more"),
         ("--model tiny-qwen3 --layers 0", "tiny-qwen3 has 4"),
         ("--model tiny-qwen3 --layers some", "wanted a number, or all"),
         ("--model tiny-qwen3 --ways moe_fp8", "tiny-qwen3 has moe,ragged_dot"),
