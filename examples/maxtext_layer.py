@@ -23,7 +23,6 @@ import jax_megamoe as mm
 BATCH_AXES = ("data", "fsdp", "expert")
 EXPERT_AXIS = "expert"
 
-
 # Models whose router's bias has a say in the selection and none in the weights, and which may have groups.
 SELECTION_BIAS_MODELS = ("deepseek3", "deepseek4", "kimi-k2")
 # Decoder blocks whose weights are scores times `routed_scaling_factor`. Those of the others are a softmax over the
@@ -90,9 +89,7 @@ def pack(
         gate_up_bias = jnp.concatenate(biases[:2], axis=-1)
         options = {"format": "fp8_channel", "gate_up_bias": gate_up_bias, "down_bias": biases[2]}
     weights = mm.quantize_experts(wi_0, wi_1, wo, order="in_out", **options)
-    if mesh is None:
-        return weights
-    return jax.device_put(weights, NamedSharding(mesh, P(EXPERT_AXIS if EXPERT_AXIS in mesh.axis_names else None)))
+    return weights if mesh is None else jax.device_put(weights, NamedSharding(mesh, P(_expert_axis(mesh))))
 
 
 def routed_moe(
@@ -125,7 +122,7 @@ def routed_moe(
         weights,
         ids,
         topk_weights,
-        expert_axis=EXPERT_AXIS if mesh is None or EXPERT_AXIS in mesh.axis_names else None,
+        expert_axis=_expert_axis(mesh),
         token_axes=names,
         **moe_options(config),
     )
@@ -174,6 +171,10 @@ def moe_options(config: RoutingConfig) -> dict[str, Any]:
         "routed_scaling_factor": config.routed_scaling_factor,
         "activation_clamp": limit if limit > 0 else None,
     }
+
+
+def _expert_axis(mesh: Mesh | None) -> str | None:
+    return EXPERT_AXIS if mesh is None or EXPERT_AXIS in mesh.axis_names else None
 
 
 def _block_of(config: RoutingConfig) -> str:

@@ -55,53 +55,51 @@ def maxtext_result(config, inputs, gate, bias, wi_0, wi_1, wo, biases):
     return result
 
 
+DEEPSEEK3 = dict(model_name="deepseek3-671b", decoder_block="deepseek", routed_score_func="sigmoid", routed_bias=True)
+# Fields of both configurations, MaxText's and ours.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(decoder_block="mixtral"),
     # Which neither has, there.
     "mixtral, factor and limit": dict(decoder_block="mixtral", routed_scaling_factor=2.5, mlp_activations_limit=0.5),
-    "deepseek3": dict(
-        model_name="deepseek3-671b",
-        decoder_block="deepseek",
-        routed_score_func="sigmoid",
-        routed_scaling_factor=2.5,
-        n_routing_groups=4,
-        topk_routing_group=2,
-    ),
+    "deepseek3": DEEPSEEK3 | dict(routed_scaling_factor=2.5, n_routing_groups=4, topk_routing_group=2),
+    "deepseek3, limit": DEEPSEEK3 | dict(mlp_activations_limit=0.5),
     "deepseek2": dict(
         model_name="deepseek2-16b", decoder_block="deepseek", routed_score_func="softmax", routed_scaling_factor=1.5
-    ),
-    "limit": dict(
-        model_name="deepseek3-671b",
-        decoder_block="deepseek",
-        routed_score_func="sigmoid",
-        mlp_activations_limit=0.5,
     ),
     "deepseek4": dict(
         model_name="deepseek4-284b",
         decoder_block="deepseek4",
         routed_score_func="sqrtsoftplus",
         routed_scaling_factor=1.5,
+        routed_bias=True,
         mlp_activations_limit=10.0,
     ),
     "gpt_oss": dict(
         model_name="gpt-oss-20b",
         decoder_block="gpt_oss",
-        mlp_activations=("sigmoid", "linear"),
+        routed_bias=True,
+        mlp_activations=["sigmoid", "linear"],
         mlp_activations_limit=0.7,
         mlp_bias=True,
     ),
 }
-WITH_BIAS = ("deepseek3", "limit", "deepseek4", "gpt_oss")
 AXES = ("data", "fsdp", "tensor", "expert")
+one_device_and_sharded = pytest.mark.parametrize("is_sharded", [False, True], ids=["one device", "sharded"])
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["", "sharded"])
+def assert_close(y, wanted):
+    # Weights, tokens and activations are rounded to FP8, each by 0.03 (root of the mean square) of its values; 0.07 was
+    # measured, and 0.08 with the limit.
+    assert np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted) < 0.1
+
+
+@one_device_and_sharded
 @pytest.mark.parametrize("name", FAMILIES)
 def test_maxtext_names_mean_what_they_mean_there(name, is_sharded):
-    config = maxtext_layer.Config(4, routed_bias=name in WITH_BIAS, **FAMILIES[name])
+    config = maxtext_layer.Config(4, **FAMILIES[name])
     rng = np.random.default_rng(0)
     wi_0, wi_1, wo = (rng.standard_normal(s) / s[1] ** 0.5 for s in ((16, 256, 128), (16, 256, 128), (16, 128, 256)))
-    gate, bias = rng.standard_normal((256, 16)) / 8, rng.standard_normal(16) / 10 if name in WITH_BIAS else None
+    gate, bias = rng.standard_normal((256, 16)) / 8, rng.standard_normal(16) / 10 if config.routed_bias else None
     biases = [rng.standard_normal((16, size)) / 3 for size in (128, 128, 256)] if config.mlp_bias else None
     inputs = np.asarray(jnp.asarray(rng.standard_normal((8, 2, 256)), jnp.bfloat16))
     mesh = None
@@ -117,13 +115,10 @@ def test_maxtext_names_mean_what_they_mean_there(name, is_sharded):
     router = f32(gate), f32(bias)
     y = jax.jit(lambda x, weights: maxtext_layer.routed_moe(config, mesh, x, *router, weights))(x, weights)
     wanted = maxtext_result(config, inputs.astype(np.float64), gate, bias, wi_0, wi_1, wo, biases)
-    # Weights, tokens and activations are rounded to FP8, each by 0.03 (root of the mean square) of its values; 0.07 was
-    # measured, and 0.08 with the limit.
-    error = np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted)
-    assert error < 0.1
+    assert_close(y, wanted)
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["", "sharded"])
+@one_device_and_sharded
 @pytest.mark.parametrize("name", FAMILIES)
 def test_maxtext_itself_gives_the_same(name, is_sharded):
     # Not in CI: it wants some hundred packages. MaxText's mesh has all of its axes, 14.
@@ -147,8 +142,7 @@ def test_maxtext_itself_gives_the_same(name, is_sharded):
         log_config=False,
     )
     options |= dict(ici_data_parallelism=2, ici_fsdp_parallelism=1, ici_expert_parallelism=4) if is_sharded else {}
-    options |= FAMILIES[name] | {"routed_bias": name in WITH_BIAS}
-    options["mlp_activations"] = list(options.get("mlp_activations", ("silu", "linear")))
+    options |= FAMILIES[name]
     config = pyconfig.initialize(["", str(Path(pyconfig.__file__).parent / "base.yml")], **options)
     one = np.array(jax.devices()[:1]).reshape((1,) * len(config.mesh_axes))
     mesh = Mesh(maxtext_utils.create_device_mesh(config) if is_sharded else one, config.mesh_axes)
@@ -179,8 +173,7 @@ def test_maxtext_itself_gives_the_same(name, is_sharded):
     weights = maxtext_layer.pack(array(layer.wi_0), array(layer.wi_1), array(layer.wo), ours, biases)
     router = array(layer.gate.kernel), array(layer.gate.bias)
     y = jax.jit(lambda x, weights: maxtext_layer.routed_moe(config, ours, x, *router, weights))(inputs, weights)
-    error = np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted)
-    assert error < 0.1
+    assert_close(y, wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// Tokens' columns on their way to where weights that are decoded want them (`transposed_column`): lanes of a warp,
-// which have columns in a row, exchange words of four, so that each stores as many bytes in a row as it had.
+// Tokens' columns on their way to where weights that are decoded want them (`transposed_column`). Lanes of a warp hold
+// neighbouring columns; they exchange words of four columns, so that each stores as many neighbouring bytes as it held.
 #pragma once
 
 #include <cstdint>

@@ -19,8 +19,8 @@ __host__ __device__ inline int swizzled_offset(int row, int column) {
 }
 
 // Where weights that are decoded meet column `column`: the 16 words of each 64 columns, four columns a word, are
-// transposed as a 4 x 4 matrix. WGMMA gives a thread every fourth word of an operand's row: so these are 16 columns side
-// by side, of one group of the weights with one exponent, instead of parts of two. Its own inverse.
+// transposed as a 4 x 4 matrix. WGMMA gives a thread every fourth word of an operand's row. So these are 16 columns
+// side by side, in one group of weights with one exponent, instead of parts of two groups. Its own inverse.
 __host__ __device__ constexpr int transposed_column(int column) {
   const int word = column / 4 % 16;
   return column / 64 * 64 + (word % 4 * 4 + word / 4) * 4 + column % 4;
