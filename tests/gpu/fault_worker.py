@@ -24,10 +24,9 @@ from tests.support.gpu_memory import fill
 from tests.support.problems import make_weights
 from tests.support.processes import join, leave, meet, say
 
-# Launches in one program, some seconds, and a tenth of them where each is enqueued by the host. Those that are left when
-# a rank has given the other one up take up to two milliseconds each.
-MANY = int(os.environ.get("MEGAMOE_FAULT_LAUNCHES", "30000"))
-KILLED_AFTER = 0.7  # seconds of them
+# Seconds that a program of many launches takes, and after how many of them a process is killed.
+LONG_RUN, KILLED_AFTER = 4.0, 0.7
+TRIAL = 500  # launches that are timed first
 
 
 def signal_after(seconds: float, number: signal.Signals) -> None:
@@ -49,11 +48,13 @@ def killed(session: Session) -> None:
         return "right" if not nans.any() else "nan from some launch on"
 
     loop = session.compile(many, P("expert"), session.own(1, 1), *session.placed)
-    session.call("before", loop, (session.own(2, 2), *session.placed), wanted)
-    meet(session.place, "before")
+    for name in ("before", "timed"):
+        begun = time.monotonic()
+        session.call(name, loop, (session.own(TRIAL, TRIAL), *session.placed), wanted)
+    turns = round(TRIAL * LONG_RUN / (time.monotonic() - begun))
+    meet(session.place, "timed")
     if session.place.process == 1:
         signal_after(KILLED_AFTER, signal.SIGKILL)
-    turns = MANY if session.is_captured else MANY // 10
     session.call("parted", loop, (session.own(turns, turns), *session.placed), wanted)
     if session.place.process == 1:
         time.sleep(60)  # it has been too quick

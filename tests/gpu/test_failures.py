@@ -275,10 +275,11 @@ def test_wrong_order(outcome, layout, captured):
 def test_killed(outcome, layout, captured):
     """In mid-launch. The other rank says so, and another pair of processes works at once, on the same GPUs."""
     calls, setup = outcome(0, -9), float(SETTINGS["killed"]["JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS"])
-    calls.right("before")
+    calls.right("before", "timed")
     line = calls.line(0, "parted")
     assert line["error"] is None and line["ranks"]["0"]["outcome"] == "nan from some launch on", line
-    assert calls.seconds(0, "parted") < LIMIT + SLACK + 40, "with the launches before and after"
+    # Launches that are left when one has failed may take as long as others, and half as long again.
+    assert calls.seconds(0, "parted") < LIMIT + SLACK + 1.5 * fault_worker.LONG_RUN, line
     sentence = r"rank 0 waited in vain for rank 1, phase [a-z ]+, epoch \d+:"
     calls.check_sentences("parted", sentence)
     for call in ("next", "rebuilt"):

@@ -32,7 +32,10 @@ __device__ __forceinline__ void join_group(const MoeArguments& args, const typen
   if constexpr (Group::kHasPeers) {
     if (warp == kSecondRowWarp && lane < args.peers.num_ranks) {
       shared_header().workspace[lane] = opening.workspace;
-      if (lane == args.peers.rank) shared_header().own_workspace = opening.workspace;
+      if (lane == args.peers.rank) {
+        shared_header().own_workspace = opening.workspace;
+        shared_header().group_failed = 0;
+      }
     }
     Group::inject_delay(args, DelayPoint::kBeforeIds);
     Group::send_ids(args, opening);

@@ -29,7 +29,8 @@ class PeerWait {
   // Whether to look again. Own work may have to wait for other ranks first, several times: these are named, and not
   // this one.
   __device__ bool again(PeerFailure::Phase phase, int peer) {
-    if ((++spins_ & 0x3ff) != 0) return true;  // reading the timer on every spin would slow the wait itself
+    if (seen() != 0) return false;
+    if ((++spins_ & 0x3ff) != 0) return true;  // reading word and timer on every spin would slow the wait itself
     if (has_failed(peers_)) return false;
     const uint64_t now = ptx::global_nanoseconds();
     if (start_ == 0) start_ = now;
@@ -47,6 +48,7 @@ class PeerWait {
   __device__ static uint64_t failure_word() { return ptx::load_relaxed_system(&own_peer_header()->failed); }
   __device__ static bool is_failure(const Peers& peers, uint64_t word) {
     if (word == 0) return false;
+    seen() = 1;  // ends the CTA's other waits without a thousand tries of each
     if (atomicExch(&own_peer_header()->noted, 1) == 0) *const_cast<volatile uint64_t*>(peers.note) = word;
     return true;
   }
@@ -65,6 +67,9 @@ class PeerWait {
   }
 
  private:
+  // Whether a warp of this CTA knows of a failure.
+  __device__ static volatile uint32_t& seen() { return shared_header().group_failed; }
+
   const Peers& peers_;
   uint32_t spins_ = 0;
   uint64_t start_ = 0;
@@ -288,9 +293,12 @@ struct PeerRanks {
     const int rank = route / args.problem.num_routes();
     PeerWait wait(args.peers);
     for (bool is_first = true;; is_first = false) {
+      // A launch after one that has failed, of which there may be many, finds that out here: ids do not come then.
+      const uint64_t failure = is_first ? PeerWait::failure_word() : 0;
       const uint64_t word = ptx::load_relaxed_system(words(epoch) + route);
       if (is_there(args, epoch, word)) return id_of_word(word);
-      if (shared_header().ids_missing || !wait.again(PeerFailure::kIds, rank)) {
+      if (shared_header().ids_missing || PeerWait::is_failure(args.peers, failure) ||
+          !wait.again(PeerFailure::kIds, rank)) {
         shared_header().ids_missing = 1;
         return -1;
       }

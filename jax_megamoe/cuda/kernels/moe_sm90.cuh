@@ -118,6 +118,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     } else if (claims) {
       place.settle(args.control);
       ptx::mbarrier_arrive(&shared_header().planned);
+      if constexpr (Group::kHasPeers) PeerWait::has_failed(args.peers);  // an earlier launch, where all ids have come
     }
     __syncwarp();
     await(&shared_header().planned, 0);

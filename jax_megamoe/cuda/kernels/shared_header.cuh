@@ -68,6 +68,7 @@ struct SharedHeader {
   uint32_t has_share;       // of the tokens, or somebody has taken it over
   uint32_t has_unit;        // ... the first one of this CTA
   uint32_t tokens_missing;  // in a group: some tokens, or ids, did not come; nothing made of them goes to other ranks
+  uint32_t group_failed;    // in a group: a warp of this CTA has seen that a wait has failed, in whichever launch
   VacantUnits vacant_units;
   // In a group: the launch's number there, how long to wait for other ranks, and their memory (PeerView).
   uint64_t epoch;
