@@ -27,6 +27,7 @@ ONE_GPU = (
     "tests/gpu/test_compiled_examples.py",
     "tests/gpu/test_edges.py",
     "tests/gpu/test_formats.py",
+    "tests/gpu/test_halves.py",
     "tests/gpu/test_checkpoints.py",
     "tests/gpu/test_shared_experts.py",
     "tests/gpu/test_batch_invariant.py",

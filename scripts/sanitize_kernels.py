@@ -29,6 +29,7 @@ FORMATS = ("fp8_block", "fp8_channel", "mxfp4")
 CASES = {
     "swapAB": "probe check 512 384 8 4 5",
     "swapAB, full chunks": "probe check 512 384 8 4 70",
+    "swapAB, few tokens, in halves if decoded": "probe check 640 1408 16 4 9",
     "swapAB, masked": "probe check 512 384 8 4 40 masked",
     "swapAB, more experts than CTAs' tokens": "probe check 512 384 32 4 40",
     "swapAB, experts with one chunk and more": "probe check 512 384 16 4 150",
@@ -37,6 +38,7 @@ CASES = {
     "many tokens, clusters": "probe check 640 384 4 2 400",
     "4 ranks, swapAB": "ranks check 512 384 16 4 5 4 uniform 4 0 4",
     "2 ranks, swapAB, late CTAs": "ranks check 512 384 16 4 16 2 uniform 3 7 64 40",
+    "2 ranks, few tokens, late CTAs, in halves if decoded": "ranks check 640 1408 32 4 8 2 uniform 3 7 64 40",
     "2 ranks, many tokens": "ranks check 512 384 16 4 150 2 masked 2 0 8",
     "2 ranks, many tokens, rows sent": "ranks check 256 2048 32 4 220 2 uniform 2",
     "2 ranks, many tokens, images assembled": "ranks check 512 384 8 2 800 2 uniform 2",

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 MXFP4 = 2
-NORMAL = 2
+SWAPPED, NORMAL = 1, 2
 
 
 class Device(NamedTuple):
@@ -44,6 +44,7 @@ class Choice(NamedTuple):
     assembles_images: bool
     activations_stay: bool
     bytes_in_flight: int
+    ctas_per_sm: int = 1
 
 
 H100, H200 = Device(), Device(bytes_per_microsecond=4_916_736)
@@ -74,7 +75,7 @@ def ask(tmp_path_factory):
 @pytest.fixture(scope="module")
 def choose(ask):
     """From (problem, device) pairs to choices."""
-    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), n[5]) for n in ask(calls)]
+    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), *n[5:7]) for n in ask(calls)]
 
 
 # Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, assembles_images,
@@ -147,7 +148,7 @@ CASES = {
 
 @pytest.mark.parametrize("problem, device, wanted", CASES.values(), ids=CASES)
 def test_every_branch(choose, problem, device, wanted):
-    assert choose([(problem, device)]) == [wanted]
+    assert choose([(problem, device)]) == [Choice(*wanted)]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,34 @@ def test_where_swap_ends(choose, experts, inter, most):
     """The routes per expert of docs/kernel.md, exactly."""
     calls = [(Problem(tokens, 1, 1024, inter, experts), H100) for tokens in (most * experts, most * experts + 1)]
     assert [choice.swap for choice in choose(calls)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "problem, per_sm",
+    [
+        (flash(1), 1),  # 192 gate/up units
+        (flash(2), 2),
+        (flash(42), 2),  # 252 routes for 32 experts
+        (flash(43), 1),
+        (flash(42, ranks=8, has_peers=True), 2),
+        (pro(1), 1),
+        (pro(2), 2),
+        (pro(64), 2),
+        (pro(65), 1),
+        (Problem(8, 8, 2048, 320 * 2, 16), 2),
+        (Problem(11, 3, 2048, 640, 16), 2),  # 330 units
+        (Problem(8, 4, 2048, 640, 16), 1),  # 320
+        (flash(8, order=SWAPPED), 1),
+        (flash(8, order=NORMAL), 1),
+    ],
+)
+@pytest.mark.parametrize("device", [H100, H200])
+def test_where_two_ctas_share_an_sm(ask, choose, problem, per_sm, device):
+    (decoded,) = choose([(problem._replace(format=MXFP4), device)])
+    assert decoded.ctas_per_sm == per_sm
+    assert decoded.bytes_in_flight == {H100: 64 * KB, H200: 74496}[device] // per_sm
+    assert ask([(problem._replace(format=MXFP4), device)])[0][-1] == per_sm * 132
+    assert all(choice.ctas_per_sm == 1 for choice in choose([(problem._replace(format=f), device) for f in (0, 1)]))
 
 
 problems = st.builds(
@@ -236,9 +265,9 @@ def test_all_ranks_have_images_of_one_kind(choose, problem, device, other):
 @settings(deadline=None, max_examples=50)
 @given(problem=problems, device=devices, format=st.integers(0, MXFP4), has_peers=st.booleans())
 def test_ctas_of_a_launch_run_at_the_same_time(ask, problem, device, format, has_peers):
-    ((swap, cluster_ctas, *_, ctas),) = ask([(problem._replace(format=format, has_peers=has_peers), device)])
+    ((swap, cluster_ctas, *_, per_sm, ctas),) = ask([(problem._replace(format=format, has_peers=has_peers), device)])
     if cluster_ctas == 1:
-        assert ctas == device.ctas
+        assert ctas == per_sm * device.ctas
         assert swap or format != MXFP4
     elif format == MXFP4:  # as many as there may be, none where the device has no clusters
         assert ctas == 2 * min(device.ctas // 2, device.clusters)
@@ -252,7 +281,7 @@ def test_decoded_weights_have_one_orientation_on_all_devices(choose, problem, de
     """The token tile follows from it, and by that ranks find places in each other's memory."""
     problem = problem._replace(format=MXFP4)
     calls = [(problem, device), (problem._replace(ranks=ranks, has_peers=True), device), (problem, other)]
-    assert len({choice[:2] for choice in choose(calls)}) == 1
+    assert len({(*choice[:2], choice.ctas_per_sm) for choice in choose(calls)}) == 1
 
 
 @settings(deadline=None, max_examples=50)
@@ -285,6 +314,7 @@ def test_the_module_tells_it_too():
         "assembles_images",
         "activations_stay",
         "weight_bytes_in_flight",
+        "ctas_per_sm",
     )
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
@@ -298,6 +328,7 @@ def test_the_module_tells_it_too():
         return core.launch_choice(tokens, 6, 4096, 2048, 32, "mxfp4", 1, **{**device, **of_device})
 
     assert [decoded(tokens)["swap_operands"] for tokens in (277, 278, 8192)] == [True, False, False]
+    assert [decoded(tokens)["ctas_per_sm"] for tokens in (1, 2, 42, 43, 278)] == [1, 2, 2, 1, 1]
     assert decoded(278)["cluster_ctas"] == 2 and not decoded(278)["gathers_rows"]
     assert not decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 2
 

@@ -173,7 +173,8 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
   p.format = w.format;
   void* workspace = device_array<uint8_t>(megamoe::Workspace::bytes(p));
   megamoe::Control* control = make_control(p);
-  const size_t words = static_cast<size_t>(num_sms()) * megamoe::Tracer::kRoles * megamoe::Tracer::kCapacity;
+  const size_t ctas = 2 * num_sms();  // at most
+  const size_t words = ctas * megamoe::Tracer::kRoles * megamoe::Tracer::kCapacity;
   std::vector<Call> calls;
   for (int n = 0; n < kInputs; ++n) {
     calls.emplace_back(p, w, "uniform", 100 + n);
@@ -190,7 +191,7 @@ void trace_shape(int h, int i, int e, int k, int tokens, const char* file) {
   CHECK(cudaMemcpy(host.data(), trace, words * 8, cudaMemcpyDeviceToHost));
   std::FILE* out = std::fopen(file, "ab");
   const uint64_t head[8] = {static_cast<uint64_t>(h), static_cast<uint64_t>(i),      static_cast<uint64_t>(e),
-                            static_cast<uint64_t>(k), static_cast<uint64_t>(tokens), static_cast<uint64_t>(num_sms()),
+                            static_cast<uint64_t>(k), static_cast<uint64_t>(tokens), ctas,
                             megamoe::Tracer::kRoles,  megamoe::Tracer::kCapacity};
   std::fwrite(head, 8, 8, out);
   std::fwrite(host.data(), 8, words, out);

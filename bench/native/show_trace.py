@@ -26,6 +26,7 @@ def show(head: np.ndarray, words: np.ndarray) -> None:
     """Prints one traced launch."""
     h, i, e, k, tokens = (int(v) for v in head[:5])
     print(f"\nH {h} I {i} E {e} k {k} T {tokens}")
+    words = words[(words != 0).any(axis=(1, 2))]  # there is room for more CTAs than most launches have
     time = (words >> np.uint64(8)).astype(np.float64) / 1000
     event = (words & np.uint64(255)).astype(int)
     used = words != 0

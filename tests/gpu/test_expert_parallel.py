@@ -18,7 +18,7 @@ import jax_megamoe as mm
 from jax_megamoe.primitives import _library
 from tests.gpu import process_worker
 from tests.support import processes
-from tests.support.cases import GATHERED, ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
+from tests.support.cases import GATHERED, HALVES, ODD_ROUTINGS, OTHER_FORMATS, SHARED, all_ranks
 from tests.support.compare import bits, difference
 from tests.support.hlo import is_fused, opcodes_of_large_results, types_of_collectives
 from tests.support.layer_with_options import OPTIONS, make_problem, moe, reference
@@ -103,6 +103,19 @@ def test_formats_of_weights(num_ranks, tokens, weight_format):
     arguments = place_all(mesh, problem)
     assert is_fused_for(moe, *arguments)
     assert_as_on_one_gpu(moe(*arguments), problem)
+
+
+@all_ranks
+@pytest.mark.parametrize("routing", ["uniform", *ODD_ROUTINGS])
+@pytest.mark.parametrize("tokens", [4, 11, 32])
+def test_in_halves(num_ranks, tokens, routing):
+    """With two CTAs on each SM: few tokens of weights that are decoded."""
+    mesh, sizes = gpu_mesh(expert=num_ranks), HALVES._replace(num_experts=HALVES.num_experts * num_ranks)
+    problem = make_problem_of(tokens * num_ranks, sizes, routing, weight_format="mxfp4")
+    arguments = place_all(mesh, problem)
+    assert is_fused_for(moe, *arguments)
+    for _ in range(3):
+        assert_as_on_one_gpu(moe(*arguments), problem)
 
 
 @all_ranks

@@ -150,6 +150,7 @@ py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermedi
   entries["assembles_images"] = choice.assembles_images;
   entries["activations_stay"] = choice.activations_stay;
   entries["weight_bytes_in_flight"] = choice.weight_bytes_in_flight;
+  entries["ctas_per_sm"] = choice.ctas_per_sm;
   return entries;
 }
 

@@ -42,15 +42,16 @@ int weight_bytes_in_flight(const Device& device) {
 }  // namespace
 
 int ctas_of_launch(const LaunchChoice& choice, const Device& device) {
-  if (choice.cluster_ctas == 1) return device.num_ctas;
+  if (choice.cluster_ctas == 1) return device.num_ctas * choice.ctas_per_sm;
   return std::min(device.num_ctas / 2, device.num_clusters) * 2;
 }
 
 LaunchChoice choose(const Problem& p, const Problem& largest, const Device& device, bool has_peers) {
   LaunchChoice choice = {};
   choice.swap_operands = p.swap_operands();
+  choice.ctas_per_sm = p.in_halves() ? 2 : 1;
   choice.cluster_ctas = 1;
-  choice.weight_bytes_in_flight = weight_bytes_in_flight(device);
+  choice.weight_bytes_in_flight = weight_bytes_in_flight(device) / choice.ctas_per_sm;
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest
   choice.cluster_ctas = cluster_ctas(p, device);
   choice.assembles_images = largest.assembles_images();

@@ -18,6 +18,8 @@ struct Device {
 struct LaunchChoice {
   // Tokens and weights change places in the multiply (swapAB).
   bool swap_operands;
+  // 2: each has half of the SM's shared memory and registers.
+  int ctas_per_sm;
   // 1, or 2 that share the weights of experts with several chunks of tokens.
   int cluster_ctas;
   // Tokens are quantised once and gathered row by row, instead of into the images of all their experts.
@@ -27,7 +29,7 @@ struct LaunchChoice {
   bool assembles_images;
   // Activations stay in the L2 until they are used: gate/up weights of experts with one chunk leave it first.
   bool activations_stay;
-  // Bytes of weights that an SM has on their way, at most.
+  // Bytes of weights that a CTA has on their way, at most.
   int weight_bytes_in_flight;
 };
 

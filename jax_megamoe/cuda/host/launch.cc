@@ -14,6 +14,9 @@ namespace {
 template <typename Format, typename Group>
 cudaError_t prepare() {
   cudaError_t error = Launcher<SwapAb<Format>, Group>::prepare();
+  if constexpr (Format::kDecodes) {
+    if (error == cudaSuccess) error = Launcher<SwapAbHalves<Format>, Group>::prepare();
+  }
   if (error == cudaSuccess) error = Launcher<ForMany<Format>, Group>::prepare();
   // Asked here, so that no launch is the first to ask.
   if (error == cudaSuccess) Launcher<ForMany<Format>, Group>::num_clusters();
@@ -23,6 +26,9 @@ cudaError_t prepare() {
 template <typename Format, typename Group>
 cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, int num_ctas, cudaStream_t stream) {
   if (!choice.swap_operands) return Launcher<ForMany<Format>, Group>::launch(slice, choice, num_ctas, stream);
+  if constexpr (Format::kDecodes) {
+    if (choice.ctas_per_sm == 2) return Launcher<SwapAbHalves<Format>, Group>::launch(slice, choice, num_ctas, stream);
+  }
   return Launcher<SwapAb<Format>, Group>::launch(slice, choice, num_ctas, stream);
 }
 
@@ -32,10 +38,11 @@ cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_c
   Device device = current_device(num_ctas);
   device.num_clusters = Launcher<ForMany<Format>, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
-  // All slices take the side of the first one, for which the workspace was made.
+  // All slices take the side of the first one, for which the workspace was made; a call of one slice the rule's.
   Problem part = call.problem;
   part.num_tokens = std::min(tokens, most);
-  const OperandOrder order = part.swap_operands() ? OperandOrder::kSwapped : OperandOrder::kNormal;
+  const OperandOrder side = part.swap_operands() ? OperandOrder::kSwapped : OperandOrder::kNormal;
+  const OperandOrder order = tokens <= most ? call.problem.order : side;
   for (int first = 0; first < tokens; first += most) {
     MoeArguments slice = call;
     const size_t values = static_cast<size_t>(first) * call.problem.hidden_size;

@@ -14,6 +14,8 @@ namespace megamoe {
 template <typename Format>
 struct SwapAb;
 template <typename Format>
+struct SwapAbHalves;
+template <typename Format>
 struct Normal;
 template <typename Format>
 struct Wide;

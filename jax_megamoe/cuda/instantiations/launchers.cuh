@@ -9,6 +9,7 @@
 namespace megamoe {
 
 // One launch, as clusters of `cluster` CTAs.
+template <typename Orientation>
 class ClusterLaunch {
  public:
   ClusterLaunch(dim3 ctas, int cluster, cudaStream_t stream) {
@@ -16,7 +17,7 @@ class ClusterLaunch {
     attribute_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     config_.gridDim = ctas;
     config_.blockDim = dim3(kCtaThreads);
-    config_.dynamicSmemBytes = kSharedBytes;
+    config_.dynamicSmemBytes = Orientation::kSharedBytes;
     config_.stream = stream;
     config_.attrs = &attribute_;
     config_.numAttrs = cluster > 1 ? 1 : 0;
@@ -39,11 +40,11 @@ class ClusterLaunch {
 };
 
 // Clusters of two CTAs of the kernel that the current device runs at the same time.
-template <auto kKernel>
+template <typename Orientation, auto kKernel>
 int most_clusters() {
   static PerDevice<int> known;
   return known.get([](int) {
-    const ClusterLaunch launch(dim3(2), 2, nullptr);
+    const ClusterLaunch<Orientation> launch(dim3(2), 2, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config()) == cudaSuccess) return clusters;
     cudaGetLastError();  // a device without clusters is no error of the launch that follows
@@ -82,12 +83,13 @@ LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoi
 
 template <typename Orientation, typename Group>
 cudaError_t Launcher<Orientation, Group>::prepare() {
-  return cudaFuncSetAttribute(moe_sm90<Orientation, Group>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  return cudaFuncSetAttribute(moe_sm90<Orientation, Group>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              Orientation::kSharedBytes);
 }
 
 template <typename Orientation, typename Group>
 int Launcher<Orientation, Group>::num_clusters() {
-  return most_clusters<moe_sm90<Orientation, Group>>();
+  return most_clusters<Orientation, moe_sm90<Orientation, Group>>();
 }
 
 template <typename Orientation, typename Group>
@@ -95,18 +97,19 @@ cudaError_t Launcher<Orientation, Group>::launch(const MoeArguments& arguments, 
                                                  int num_ctas, cudaStream_t stream) {
   MoeArguments complete = arguments;
   complete.constants = launch_constants<Orientation, Group>(arguments, choice, num_ctas);
-  return ClusterLaunch(dim3(num_ctas), choice.cluster_ctas, stream).run(moe_sm90<Orientation, Group>, complete);
+  return ClusterLaunch<Orientation>(dim3(num_ctas), choice.cluster_ctas, stream)
+      .run(moe_sm90<Orientation, Group>, complete);
 }
 
 template <typename Orientation>
 cudaError_t VirtualRanksLauncher<Orientation>::prepare() {
   return cudaFuncSetAttribute(moe_virtual_ranks<Orientation>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kSharedBytes);
+                              Orientation::kSharedBytes);
 }
 
 template <typename Orientation>
 int VirtualRanksLauncher<Orientation>::num_clusters() {
-  return most_clusters<moe_virtual_ranks<Orientation>>();
+  return most_clusters<Orientation, moe_virtual_ranks<Orientation>>();
 }
 
 template <typename Orientation>
@@ -119,9 +122,10 @@ cudaError_t VirtualRanksLauncher<Orientation>::launch(const VirtualRanksArgument
     MoeArguments& one = complete.of_rank[r];
     one.constants = launch_constants<Orientation, VirtualRanks>(one, choice, ctas_per_rank);
     one.peers.late_ctas =
-        std::min(round_up(one.peers.late_ctas, cluster), ctas_per_rank - cluster);  // both of a cluster
+        std::min(round_up(one.peers.late_ctas * Orientation::kCtasPerSm, cluster), ctas_per_rank - cluster);
   }
-  return ClusterLaunch(dim3(ctas_per_rank, num_ranks), cluster, stream).run(moe_virtual_ranks<Orientation>, complete);
+  return ClusterLaunch<Orientation>(dim3(ctas_per_rank, num_ranks), cluster, stream)
+      .run(moe_virtual_ranks<Orientation>, complete);
 }
 
 }  // namespace megamoe

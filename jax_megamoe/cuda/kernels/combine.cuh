@@ -245,9 +245,9 @@ class CombineStream {
       : args_(args), units_(args, num_chunks), column_tiles_(args.problem.hidden_size / kCombineColumns) {
     // The warp's part of the ring: 16 bytes of each row for each lane.
     constexpr int kBytes = kConsumerWarps * kStepsAhead * kStepBytes;
-    static_assert(kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
-    buffer_ =
-        shared_memory() + kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes + threadIdx.x % 32 * 16;
+    static_assert(Normal::kSharedBytes - kBytes >= 32 * 1024, "the header and the plan stay as they are");
+    buffer_ = shared_memory() + Normal::kSharedBytes - kBytes + threadIdx.x / 32 * kStepsAhead * kStepBytes +
+              threadIdx.x % 32 * 16;
 
     // The warp's items.
     const int warps = static_cast<int>(gridDim.x) * kConsumerWarps;

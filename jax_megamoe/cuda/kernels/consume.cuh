@@ -21,7 +21,7 @@ namespace megamoe {
 // One unit: swapAB with the smallest token tile that holds its chunk.
 template <typename Orientation, typename Group, int kN = 8>
 __device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<Orientation>& map,
-                                             const UnitNote& note, Signaller& signaller, Tracer& tracer,
+                                             const UnitNote& note, Signaller<Orientation>& signaller, Tracer& tracer,
                                              StageCursor& cursor) {
   if constexpr (Orientation::kWide) {
     WideConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
@@ -39,7 +39,7 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
 // tokens do not come because they are shares of CTAs that have not started.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
-                                        Signaller& signaller, Tracer& tracer) {
+                                        Signaller<Orientation>& signaller, Tracer& tracer) {
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
@@ -52,6 +52,10 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
     const UnitNote note = map.header().note[cursor.stage];
     tracer.mark_by_first(TraceEvent::kUnitLanded);
     if (note.end()) break;
+    if constexpr (Orientation::kHalves) {
+      if (threadIdx.x % 32 == 0) map.kept_note(threadIdx.x / 32) = note;
+      __syncwarp();
+    }
     consume_unit<Orientation, Group>(args, map, note, signaller, tracer, cursor);
     tracer.mark_by_first(TraceEvent::kUnitFinished);
   }
@@ -63,7 +67,8 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
 // its first unit, which saves 1 % of a launch of 128 tokens; the normal orientation has no registers left for that.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void consume_all(const MoeArguments& args, const Plan& plan,
-                                            const SharedMap<Orientation>& map, Signaller& signaller, Tracer& tracer) {
+                                            const SharedMap<Orientation>& map, Signaller<Orientation>& signaller,
+                                            Tracer& tracer) {
   if constexpr (Orientation::kSwapsOperands) {
 #pragma unroll 1
     while (!expected(consume<Orientation, Group>(args, map, signaller, tracer))) {

@@ -31,6 +31,7 @@ class DecodedProduct {
 
   // The unit's first stage has landed.
   __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc) const {
+    if constexpr (Orientation::kHalves) return run_in_halves(cursor, acc);
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation::stages(k_blocks);
 #pragma unroll
@@ -72,8 +73,36 @@ class DecodedProduct {
   // Parts of a K block that have scales of their own, of the tokens' or the activations'.
   static constexpr int kParts = kDown ? Orientation::kActivationScalesPerBlock : 1;
   // The tokens' scales are loaded while the tensor core is busy, as far as there are registers.
-  static constexpr bool kScalesAhead = kParts * kTokenGroups <= 12;
+  static constexpr bool kScalesAhead = kParts * kTokenGroups <= (Orientation::kHalves ? 2 : 12);
   using Fragments = uint32_t[kInstructions][4];
+
+  // One set of fragments: the warps of the SM's other CTA are busy while these decode or wait.
+  __device__ __forceinline__ void run_in_halves(StageCursor& cursor, Partial& acc) const {
+    const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
+    const int num_stages = Orientation::stages(k_blocks);
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
+    Fragments fragments;
+    keep_row_terms(map_, cursor.stage);
+    E2m1Words words = load(cursor.stage, 0);
+#pragma unroll 1
+    for (int i = 0; i < num_stages; ++i) {
+      const int here = cursor.stage;
+      const wgmma::Descriptor tokens(map_.tokens(here));
+      const bool whole = (i + 1) * kStageBlocks <= k_blocks;
+      if (i < num_stages - 1) cursor.advance(map_.num_stages);
+      const StageQuery next(map_.header(), cursor);
+      words.decode(fragments);
+      step(here, tokens, 0, true, fragments, acc, [&] { words = load(here, 1); });
+      words.decode(fragments);
+      step(here, tokens, 1, whole, fragments, acc, [&] {
+        next.wait_at_once();
+        words = load(cursor.stage, 0);
+      });
+      release_stage<Orientation>(args_, map_.header(), here);
+    }
+    cursor.advance(map_.num_stages);
+  }
 
   // Of a stage's K block `block`, the warpgroup's 64 rows. Gate/up stages hold block after block, each with the planes
   // of both warpgroups; down stages the other way round.

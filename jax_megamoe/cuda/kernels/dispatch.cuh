@@ -311,7 +311,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_share(const MoeArguments& args, const Plan& plan, const DispatchShare& share,
                                                const ItemPieces<Orientation>& first, RoutesAhead& routes,
-                                               const SharedMap<Orientation>& map, Signaller& signaller,
+                                               const SharedMap<Orientation>& map, Signaller<Orientation>& signaller,
                                                Tracer& tracer) {
   const int warp = threadIdx.x / 32;
   const int top_k = args.problem.top_k;
@@ -379,8 +379,8 @@ __device__ __forceinline__ int take_vacant_share(const MoeArguments& args, const
 // done, and no stage of any CTA has tokens before all shares are dispatched: the items' memory is free. All consumers.
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void dispatch_vacant_shares(const MoeArguments& args, const Plan& plan,
-                                                       const SharedMap<Orientation>& map, Signaller& signaller,
-                                                       Tracer& tracer) {
+                                                       const SharedMap<Orientation>& map,
+                                                       Signaller<Orientation>& signaller, Tracer& tracer) {
   int place = -1;
 #pragma unroll 1
   while ((place = take_vacant_share(args, map, place + 1)) < static_cast<int>(gridDim.x)) {

@@ -118,7 +118,6 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     } else if (claims) {
       place.settle(args.control);
       ptx::mbarrier_arrive(&shared_header().planned);
-      if constexpr (Group::kHasPeers) PeerWait::has_failed(args.peers);  // an earlier launch, where all ids have come
     }
     __syncwarp();
     await(&shared_header().planned, 0);
@@ -133,7 +132,7 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     tracer.mark_by_first(TraceEvent::kPlanned);
 
     Group::inject_delay(args, DelayPoint::kBeforeDispatch);
-    Signaller signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
+    Signaller<Orientation> signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
     if (expected(shared_header().has_share != 0)) {
       dispatch_share<Orientation, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
@@ -153,13 +152,14 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
 }
 
 template <typename Orientation, typename Group>
-__global__ void __launch_bounds__(kCtaThreads, 1) moe_sm90(const __grid_constant__ MoeArguments args) {
+__global__ void __launch_bounds__(kCtaThreads, Orientation::kCtasPerSm)
+    moe_sm90(const __grid_constant__ MoeArguments args) {
   run_moe<Orientation, Group>(args);
 }
 
 // Several ranks on one GPU, a row of CTAs each.
 template <typename Orientation>
-__global__ void __launch_bounds__(kCtaThreads, 1)
+__global__ void __launch_bounds__(kCtaThreads, Orientation::kCtasPerSm)
     moe_virtual_ranks(const __grid_constant__ VirtualRanksArguments args) {
   run_moe<Orientation, VirtualRanks>(args.of_rank[blockIdx.y]);
 }

@@ -31,12 +31,12 @@ template <typename Normal, typename Group>
 class NormalConsumer {
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<Normal>& map,
-                                            const UnitNote& note, Signaller& signaller, Tracer& tracer)
+                                            const UnitNote& note, Signaller<Normal>& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     static_assert(Normal::kUnitTiles == kConsumerWarpgroups && Normal::kStageBlocks == 1);
     static_assert(Normal::kActivationScaleColumns == kBlockK,
                   "a gate/up unit's columns are one K block of the down projection");
-    if (threadIdx.x % kWarpgroupThreads == 0) map.header().chunk[warpgroup()] = note.chunk;
+    if (threadIdx.x % kWarpgroupThreads == 0) map.header().kept[warpgroup()] = note.chunk;
     const bool shares_tokens = note.rows() <= kWarpgroupTokens;
     first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
     first_tile_ = shares_tokens ? warpgroup() : 0;
@@ -108,7 +108,7 @@ class NormalConsumer {
     const CounterSet& counters = map_.counters(args_);
     if (kDown) signaller_.post(counters.down_done(note_.tile));
     if (!kDown || assembles_images<Normal, Group>(args_)) {
-      signaller_.post(counters.units_done(map_.header().chunk[warpgroup()]));
+      signaller_.post(counters.units_done(map_.header().kept[warpgroup()]));
     }
   }
 
@@ -343,7 +343,7 @@ class NormalConsumer {
   const MoeArguments& args_;
   const SharedMap<Normal>& map_;
   UnitNote note_;
-  Signaller& signaller_;
+  Signaller<Normal>& signaller_;
   Tracer& tracer_;
   int first_row_;   // of the chunk
   int first_tile_;  // of the unit

@@ -69,7 +69,7 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
       min(k_blocks, static_cast<int>(tile_blocks)) * Orientation::kBlockWeightBytes);
 }
 
-// The first two stages of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With
+// The first stages, two for each SM, of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With
 // as many routes as experts most experts have one, and the memory has nothing else to do. One thread.
 template <typename Orientation>
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
@@ -77,7 +77,8 @@ __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   const Divisor& tiles = args.constants.gate_up_units;
   const int expert = tiles.divide(blockIdx.x);
   if (p.num_routes() < p.num_local_experts || expert >= p.num_local_experts) return;
-  prefetch_unit<Orientation>(args, expert, blockIdx.x - expert * tiles.value(), 2 * Orientation::kStageBlocks);
+  prefetch_unit<Orientation>(args, expert, blockIdx.x - expert * tiles.value(),
+                             2 / Orientation::kCtasPerSm * Orientation::kStageBlocks);
 }
 
 // The first stage of the CTA's first unit, if that is one of the expert's `chunks` chunks from `first_chunk` on; a

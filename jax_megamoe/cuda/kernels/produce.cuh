@@ -24,7 +24,10 @@ __device__ __forceinline__ void signal(const MoeArguments& args, const Plan& pla
   const int first = threadIdx.x / 32 - kFirstSignalWarp;
   if (first == 0) {
     advance_launch<Group>(args);
-    if constexpr (Group::kHasPeers) advance.announce_if_idle();
+    if constexpr (Group::kHasPeers) {
+      PeerWait::has_failed(args.peers);  // in an earlier launch, where all ids have come
+      advance.announce_if_idle();
+    }
   }
   serve_signals<kQueues>(shared_header().signals + first, advance);
 }

@@ -16,7 +16,6 @@ constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kConsumerWarpgroups = kConsumerThreads / kWarpgroupThreads;
 constexpr int kCtaThreads = kConsumerThreads + kWarpgroupThreads;
-constexpr int kRegistersAtStart = 65536 / kCtaThreads / 8 * 8;  // of a thread; warpgroups pass them on to each other
 constexpr int kWeightProducerWarp = kConsumerWarps;
 constexpr int kTokenProducerWarp = kConsumerWarps + 1;
 constexpr int kFirstSignalWarp = kConsumerWarps + 2;  // one for each consumer warpgroup
@@ -50,20 +49,31 @@ constexpr int kSignalSlots = 4;
 // two more.
 constexpr int kTicketSlots = 2 * kMaxStages;
 
-// How tokens and weights lie in the multiply.
-enum class OrientationKind : uint8_t { kSwapAb, kNormal, kWide };
+// How tokens and weights lie in the multiply, and which part of an SM a CTA has.
+enum class OrientationKind : uint8_t { kSwapAb, kSwapAbHalves, kNormal, kWide };
+
+// Spec: of an SM90, and of it a CTA's dynamic part at most; each CTA takes 1 KB more.
+constexpr int kSmRegisters = 65536;
+constexpr int kSmSharedBytes = 228 * 1024;
+constexpr int kCtaReservedBytes = 1024;
 
 // What differs between the orientations besides the multiply itself, side by side.
 template <OrientationKind kKind, typename WeightFormat>
 struct OrientationConstants {
   using Format = WeightFormat;
+  // For so few of weights that are decoded that latencies count: two CTAs on an SM wait beside each other.
+  static constexpr bool kHalves = kKind == OrientationKind::kSwapAbHalves;
+  static constexpr int kCtasPerSm = kHalves ? 2 : 1;
   // For few tokens per expert: bound by the memory, CTAs alone, everything in a hurry to start and to end.
-  static constexpr bool kSwapsOperands = kKind == OrientationKind::kSwapAb;
+  static constexpr bool kSwapsOperands = kKind == OrientationKind::kSwapAb || kHalves;
   // Weights on M and many tokens on N, in clusters of two CTAs that share the tokens.
   static constexpr bool kWide = kKind == OrientationKind::kWide;
   // Images of tokens may be put together from rows (kernels/image_assembly.cuh), in groups.
   static constexpr bool kMayAssembleImages = kKind == OrientationKind::kNormal;
-  static constexpr int kTokenTile = kSwapsOperands ? kSwapTokenTile : kWide ? kWideTokenTile : kNormalTokenTile;
+  static constexpr int kTokenTile = kHalves          ? kHalvesTokenTile
+                                    : kSwapsOperands ? kSwapTokenTile
+                                    : kWide          ? kWideTokenTile
+                                                     : kNormalTokenTile;
   static constexpr int kStageBlocks = kSwapsOperands ? 2 : 1;  // K blocks per stage
   // Neighbouring 128-row tiles of weights that a unit multiplies. Two, where many tokens share them, load a third less
   // per multiply.
@@ -76,7 +86,7 @@ struct OrientationConstants {
   // Scales and biases of a unit's rows, which come with its first stage, behind the weights.
   static constexpr int kRowTermBytes = Format::kRowScales ? kUnitTiles * 2 * kPlaneRowTerms * 4 : 0;
   static constexpr int kStageWeightRoom = round_up(kStageWeightBytes + kRowTermBytes, 1024);
-  static constexpr int kLeastStagesInFlight = kWeightBytesInFlight / kStageWeightBytes;
+  static constexpr int kLeastStagesInFlight = kHalves ? 2 : kWeightBytesInFlight / kStageWeightBytes;
   // Who announces a finished unit: each warpgroup for its share, or one thread for all.
   static constexpr int kGateUpSignals = kSwapsOperands || kWide ? 1 : kConsumerWarpgroups;
   static constexpr int kDownSignals = kConsumerWarpgroups;
@@ -87,11 +97,14 @@ struct OrientationConstants {
   static constexpr int kIdsInFlight = kSwapsOperands ? 1 : 16;
   static constexpr int kItemsInFlight = kSwapsOperands ? 2 : 4;
   static constexpr int kSlotsInFlight = kSwapsOperands ? 4 : 8;
-  // Per thread. The normal consumers hold 64 x 256 sums and a partial sum of half of that.
-  static constexpr int kProducerRegisters = kSwapsOperands ? 72 : 56;
-  static constexpr int kConsumerRegisters = kSwapsOperands ? 216 : 224;
-
+  // Per thread: warpgroups pass on to each other what they have at the start. The normal consumers hold 64 x 256 sums
+  // and a partial sum of half of that.
+  static constexpr int kRegistersAtStart = kSmRegisters / kCtasPerSm / kCtaThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kHalves ? 64 : kSwapsOperands ? 72 : 56;
+  static constexpr int kConsumerRegisters = kHalves ? 88 : kSwapsOperands ? 216 : 224;
   static_assert(kConsumerWarpgroups * kConsumerRegisters + kProducerRegisters <= 3 * kRegistersAtStart);
+
+  static constexpr int kSharedBytes = kSmSharedBytes / kCtasPerSm - kCtaReservedBytes;
 
   __device__ static int stages(int k_blocks) { return ceil_div(k_blocks, kStageBlocks); }
 };
@@ -99,6 +112,9 @@ struct OrientationConstants {
 // swapAB: weights on WGMMA's M dimension, tokens on N, which may be as small as eight. For few tokens per expert.
 template <typename Format>
 struct SwapAb : OrientationConstants<OrientationKind::kSwapAb, Format> {};
+// The same with two CTAs on each SM.
+template <typename Format>
+struct SwapAbHalves : OrientationConstants<OrientationKind::kSwapAbHalves, Format> {};
 // Tokens on M, weights on N. For many.
 template <typename Format>
 struct Normal : OrientationConstants<OrientationKind::kNormal, Format> {};

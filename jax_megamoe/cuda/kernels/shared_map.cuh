@@ -28,8 +28,6 @@ struct alignas(16) RowTerms {
   }
 };
 
-constexpr int kSharedBytes = 232448;  // spec: 227 KiB of dynamic shared memory per CTA on SM90
-
 // Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage
 // is sized by the largest chunk of this launch, which every CTA knows from its plan.
 template <typename Orientation>
@@ -49,7 +47,7 @@ class SharedMap {
 
   // How many stages fit; computed on the host.
   __host__ __device__ static int stages_that_fit(const Plan& plan, int rows, bool assembles_images) {
-    const int fit = (kSharedBytes - ring_begin(plan, rows, assembles_images)) / stage_bytes(rows);
+    const int fit = (Orientation::kSharedBytes - ring_begin(plan, rows, assembles_images)) / stage_bytes(rows);
     return fit < kMaxStages ? fit : kMaxStages;
   }
 
@@ -85,13 +83,19 @@ class SharedMap {
            warpgroup * max_rows * kDownTileRowBytes;
   }
 
+  // halves: behind these terms; wide: in front of them. What a warp keeps of its unit while it is multiplied.
+  __device__ UnitNote& kept_note(int warp) const {
+    if constexpr (Orientation::kHalves) {
+      return reinterpret_cast<UnitNote*>(scratch() + kConsumerThreads / 4 * sizeof(RowTerms))[warp];
+    } else {
+      return wide_fixed().note[warp];
+    }
+  }
   // Weights on M, where rows have scales: of this quad of lanes, which have the same two rows; until the unit's
   // epilogue.
   __device__ RowTerms& quad_row_terms() const {
     return (Orientation::kWide ? wide_fixed().row_terms : reinterpret_cast<RowTerms*>(scratch()))[threadIdx.x / 4];
   }
-  // wide: of a warp, while a unit is multiplied
-  __device__ UnitNote& wide_note(int warp) const { return wide_fixed().note[warp]; }
   // wide, behind the tokens' targets: by warp, [max_rows]
   __device__ float* wide_amax(int warp) const { return reinterpret_cast<float*>(wide_scratch()) + warp * max_rows; }
   // wide: what the cluster's other CTA sends, by turn, [max_rows]
@@ -129,9 +133,10 @@ class SharedMap {
       Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowTermBytes;
   static constexpr int kAssemblyBytes = 2 * kAssemblyPlanes * kAssemblyPieceRows * kBlockK;
 
-  // swapAB: `quad_row_terms`, in front of the maxima.
+  // swapAB: `quad_row_terms`, and in halves `kept_note`, in front of the maxima.
   static constexpr int kSwapTermBytes = Orientation::kSwapsOperands && Orientation::Format::kRowScales
-                                            ? kConsumerThreads / 4 * static_cast<int>(sizeof(RowTerms))
+                                            ? kConsumerThreads / 4 * static_cast<int>(sizeof(RowTerms)) +
+                                                  (Orientation::kHalves ? kConsumerWarps * sizeof(UnitNote) : 0)
                                             : 0;
 
   // Of a row of the wide orientation's chunks, beside its tile.
@@ -149,7 +154,10 @@ class SharedMap {
 
   // The normal orientation's consumers have no register for it.
   __device__ uint8_t* scratch() const {
-    return shared_memory() + (Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end);
+    int offset = Orientation::kSwapsOperands ? scratch_offset_ : header().plan_end;
+    // No registers for all the addresses that follow from it: they are worked out where they are needed.
+    if constexpr (Orientation::kHalves) asm volatile("" : "+r"(offset));
+    return shared_memory() + offset;
   }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows, bool assembles_images) {

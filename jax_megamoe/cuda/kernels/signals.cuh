@@ -14,12 +14,19 @@ namespace megamoe {
 // Announcing finished work means waiting until every store before it is visible to the whole device, a microsecond or
 // two under load. A thread of its own does that for each consumer warpgroup, or for both, so that the consumers go on
 // to the next unit.
+template <typename Orientation>
 class Signaller {
  public:
-  __device__ explicit Signaller(SignalQueue& queue) : queue_(queue) {}
+  __device__ explicit Signaller(SignalQueue& queue) : queue_(queue) {
+    if (kKeepsCount && threadIdx.x % kWarpgroupThreads == 0) count() = 0;
+  }
 
-  // One consumer thread, after a barrier of the threads whose stores are announced. Null ends the signal thread.
+  // The warpgroup's first thread, after a barrier of the threads whose stores are announced. Null ends the signal thread.
   __device__ __forceinline__ void post(uint32_t* counter) {
+    if constexpr (kKeepsCount) {
+      const int posted = count()++;
+      cursor_ = {posted % kSignalSlots, static_cast<uint32_t>(posted / kSignalSlots % 2)};
+    }
     await(&queue_.empty[cursor_.stage], cursor_.parity ^ 1);
     queue_.counter[cursor_.stage] = counter;
     ptx::mbarrier_arrive(&queue_.full[cursor_.stage]);
@@ -27,6 +34,14 @@ class Signaller {
   }
 
  private:
+  // In shared memory, since there are no registers for the cursor from unit to unit.
+  static constexpr bool kKeepsCount = Orientation::kHalves;
+  __device__ static int& count() {
+    uint32_t warpgroup = threadIdx.x / kWarpgroupThreads;
+    asm volatile("" : "+r"(warpgroup));  // nor for its address
+    return shared_header().kept[warpgroup];
+  }
+
   SignalQueue& queue_;
   StageCursor cursor_;
 };

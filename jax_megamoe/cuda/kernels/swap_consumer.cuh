@@ -32,14 +32,14 @@ template <int kN, typename Orientation, typename Group>
 class SwapConsumer {
  public:
   __device__ __forceinline__ SwapConsumer(const MoeArguments& args, const SharedMap<Orientation>& map,
-                                          const UnitNote& note, Signaller& signaller, Tracer& tracer)
+                                          const UnitNote& note, Signaller<Orientation>& signaller, Tracer& tracer)
       : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
     fetch_sources();
   }
 
   __device__ __forceinline__ void run(StageCursor& cursor) {
     Partial acc;
-    if (note_.down()) {
+    if (note().down()) {
       accumulate<true>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
       finish_down(acc);
@@ -64,6 +64,10 @@ class SwapConsumer {
   __device__ static int warp_in_group() { return threadIdx.x / 32 % 4; }
   __device__ static int quad_row() { return threadIdx.x % 32 / 4; }   // l/4
   __device__ static int quad_token() { return threadIdx.x % 4 * 2; }  // 2*(l%4)
+  // In halves, the warp's copy in shared memory: registers have something else to hold.
+  __device__ __forceinline__ UnitNote note() const {
+    return Orientation::kHalves ? map_.kept_note(threadIdx.x / 32) : note_;
+  }
   __device__ RowSource* sources() const { return map_.sources() + warpgroup() * map_.max_rows; }
 
   // Only the epilogue needs them: they are copied to shared memory while the unit is multiplied. Not to
@@ -72,8 +76,8 @@ class SwapConsumer {
   __device__ __forceinline__ void fetch_sources() const {
     static_assert(2 * sizeof(RowSource) == 16);
     const int row = 2 * thread_in_group();
-    if (row < note_.rows()) {
-      ptx::copy_async_16(sources() + row, Group::own(args_.workspace.row_sources) + note_.row_base + row, true);
+    if (row < note().rows()) {
+      ptx::copy_async_16(sources() + row, Group::own(args_.workspace.row_sources) + note().row_base + row, true);
     }
     ptx::commit_copies();
   }
@@ -131,7 +135,7 @@ class SwapConsumer {
   template <bool kDown>
   __device__ __forceinline__ Scales<kDown> load_scales(const Stage& stage, int step) const {
     Scales<kDown> scales;
-    const int padded = note_.padded_rows();
+    const int padded = note().padded_rows();
     const float* token_scales = map_.token_scales(stage.index) + step * kStepParts<kDown> * padded + quad_token();
 #pragma unroll
     for (int part = 0; part < kStepParts<kDown>; ++part) {
@@ -179,7 +183,7 @@ class SwapConsumer {
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) {
     if constexpr (Format::kDecodes) {
-      DecodedProduct<kN, Orientation, kDown>(args_, map_, note_).run(cursor, acc);
+      DecodedProduct<kN, Orientation, kDown>(args_, map_, note()).run(cursor, acc);
       return;
     }
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;
@@ -187,7 +191,7 @@ class SwapConsumer {
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation::stages(k_blocks);
     const int first_plane = kDown ? warpgroup() * kStageBlocks : warpgroup();
-    const uint32_t token_plane_bytes = ptx::uniform(note_.padded_rows() * kBlockK);
+    const uint32_t token_plane_bytes = ptx::uniform(note().padded_rows() * kBlockK);
     Step<kDown> sums[2];
     Scales<kDown> scales[2];
 #pragma unroll
@@ -250,7 +254,7 @@ class SwapConsumer {
   // Activation, routing weight, power-of-two scale over the unit's 64 columns, E4M3, into the chunk's activation image.
   __device__ __forceinline__ void finish_gate_up(Partial& acc) {
     const int consumer_warp = threadIdx.x / 32;
-    const int padded = note_.padded_rows();
+    const int padded = note().padded_rows();
     ptx::wait_copies<0>();  // the sources
     RowTerms row;
     if constexpr (Format::kRowScales) row = map_.quad_row_terms();
@@ -281,10 +285,10 @@ class SwapConsumer {
     }
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
 
-    const int column = note_.tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
-    const Image image = activation_image<Orientation>(args_, note_);
+    const int column = note().tile * kGateUpTileColumns + warpgroup() * 32 + warp_in_group() * 8;
+    const Image image = activation_image<Orientation>(args_, note());
     uint8_t* plane = image.plane(column / kBlockK);
-    float* scales = image.scales(note_.tile);
+    float* scales = image.scales(note().tile);
     for_token_groups(acc, padded, [&](int j, const float* values) {
       float2 amax = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -301,12 +305,12 @@ class SwapConsumer {
       store_activations(plane, column, j, mine);
       if (consumer_warp == 0 && quad_row() < 2) {
         const int token = 8 * j + quad_token() + quad_row();
-        if (token < note_.rows()) scales[token] = quad_row() == 0 ? scale[0] : scale[1];
+        if (token < note().rows()) scales[token] = quad_row() == 0 ? scale[0] : scale[1];
       }
     });
     ptx::fence_proxy_async_global();  // the copy engine reads what was just written
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).units_done(note_.chunk));
+    if (threadIdx.x == 0) signaller_.post(map_.counters(args_).units_done(note().chunk));
   }
 
   // `mine` holds this lane's intermediate column for two tokens (low byte: the even token). Four lanes put four columns
@@ -323,7 +327,7 @@ class SwapConsumer {
     if ((r & 3) < 2) {
       const uint32_t word = (r & 1) == 0 ? __byte_perm(low, high, 0x5410) : __byte_perm(low, high, 0x7632);
       const int token = 8 * j + quad_token() + (r & 1);
-      if (token < note_.rows()) {
+      if (token < note().rows()) {
         const int first = column % kBlockK + (r & 4);
         ptx::store_keep(plane + swizzled_offset(token, Format::kDecodes ? transposed_column(first) : first), word);
       }
@@ -334,7 +338,7 @@ class SwapConsumer {
   // wires to other GPUs carry well.
   __device__ __forceinline__ void finish_down(Partial& acc) {
     const uint32_t barrier = kFirstWarpgroupBarrier + warpgroup();
-    const int padded = note_.padded_rows();
+    const int padded = note().padded_rows();
     uint8_t* tile = map_.down_tile(warpgroup());
     ptx::wait_copies<0>();  // the sources
     RowTerms row;
@@ -360,9 +364,9 @@ class SwapConsumer {
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
     constexpr int kLanesPerRow = kDownTileRowBytes / sizeof(uint4);
     const int piece = thread_in_group() % kLanesPerRow;
-    const int column = note_.tile * kDownUnitColumns + warpgroup() * kDownTileColumns + piece * 8;
+    const int column = note().tile * kDownUnitColumns + warpgroup() * kDownTileColumns + piece * 8;
 #pragma unroll 1
-    for (int token = thread_in_group() / kLanesPerRow; token < note_.rows() && Group::has_tokens();
+    for (int token = thread_in_group() / kLanesPerRow; token < note().rows() && Group::has_tokens();
          token += kWarpgroupThreads / kLanesPerRow) {
       ptx::store(
           Group::slot_row(args_, sources()[token].route) + column,
@@ -370,13 +374,13 @@ class SwapConsumer {
           !Group::kHasPeers);
     }
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);
-    if (thread_in_group() == 0) signaller_.post(map_.counters(args_).down_done(note_.tile));
+    if (thread_in_group() == 0) signaller_.post(map_.counters(args_).down_done(note().tile));
   }
 
   const MoeArguments& args_;
   const SharedMap<Orientation>& map_;
   UnitNote note_;
-  Signaller& signaller_;
+  Signaller<Orientation>& signaller_;
   Tracer& tracer_;
 };
 

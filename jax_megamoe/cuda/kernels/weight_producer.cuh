@@ -103,8 +103,8 @@ class WeightProducer {
       // The next ticket is drawn with the last stage: early enough to be here at the unit's end, and late enough not to
       // reserve a unit for long.
       if (block + Orientation::kStageBlocks >= s.k_blocks) drawn = tickets.draw(next);
-      // The ring is full for the first time: tokens have not come yet.
-      if (Orientation::kSwapsOperands && !kYields && claimed_ == map_.num_stages && !u.down)
+      // The ring is full for the first time: tokens have not come yet. Those of two CTAs are enough for the memory.
+      if (Orientation::kSwapsOperands && !Orientation::kHalves && !kYields && claimed_ == map_.num_stages && !u.down)
         prefetch_until_free(s, block);
       if constexpr (kYields) {
         if (yields) yields = !gate_up_complete(schedule);

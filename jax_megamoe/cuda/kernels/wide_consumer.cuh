@@ -31,8 +31,8 @@ template <typename Wide, typename Group>
 class WideConsumer {
  public:
   __device__ __forceinline__ WideConsumer(const MoeArguments& args, const SharedMap<Wide>& map, const UnitNote& note,
-                                          Signaller& signaller, Tracer& tracer)
-      : args_(args), map_(map), note_(map.wide_note(threadIdx.x / 32)), signaller_(signaller), tracer_(tracer) {
+                                          Signaller<Wide>& signaller, Tracer& tracer)
+      : args_(args), map_(map), note_(map.kept_note(threadIdx.x / 32)), signaller_(signaller), tracer_(tracer) {
     static_assert(Wide::kUnitTiles == 1 && Wide::kStageBlocks == 1 && Wide::kActivationScaleColumns == kBlockK);
     __syncwarp();  // all have read the last unit's
     if (threadIdx.x % 32 == 0) note_ = note;
@@ -348,7 +348,7 @@ class WideConsumer {
   const SharedMap<Wide>& map_;
   UnitNote&
       note_;  // in shared memory, as the scales of the rows: there are no registers for what the multiply does not need
-  Signaller& signaller_;
+  Signaller<Wide>& signaller_;
   Tracer& tracer_;
 };
 

@@ -1,6 +1,8 @@
 // The sizes of one call, and what follows from them alone.
 #pragma once
 
+#include <cstdint>
+
 #include "layout/thresholds.h"
 #include "layout/tiles.h"
 #include "layout/weight_format.h"
@@ -39,7 +41,14 @@ struct Problem {
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   int normal_units() const { return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
+  // swapAB with two CTAs on each SM: few tokens, but enough units for all CTAs.
+  bool in_halves() const {
+    return order == OperandOrder::kByRule && is_decoded(format) &&
+           num_routes() <= kMostRoutesPerExpertInHalves * num_local_experts &&
+           int64_t{num_routes()} * (intermediate_size / kGateUpTileColumns) >= kLeastUnitsInHalves;
+  }
   int token_tile() const {
+    if (in_halves()) return kHalvesTokenTile;
     if (swap_operands()) return kSwapTokenTile;
     return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
   }
@@ -82,7 +91,7 @@ struct Problem {
 
  private:
   bool is_normal_in_group() const { return num_ranks > 1 && !swap_operands() && !is_decoded(format); }
-  int chunks_at_work() const { return ceil_div(kMaxCtas, intermediate_size / (2 * kGateUpTileColumns)); }
+  int chunks_at_work() const { return ceil_div(kMaxSms, intermediate_size / (2 * kGateUpTileColumns)); }
   // A run of both projections, and those on which CTAs work.
   int chunks_in_hand() const { return kRunChunks + kDownRunChunks + chunks_at_work(); }
   int most_chunks(int wanted) const { return wanted < max_chunks() ? wanted : max_chunks(); }

@@ -27,6 +27,16 @@ constexpr int kLeastSwapLimit = 18;
 // Unit: routes per expert. Measured: "Many tokens of MXFP4".
 constexpr int kMostRoutesPerExpertBeforeWide = 52;
 
+// swapAB serves up to so many of weights that are decoded with two CTAs on each SM: with more, experts have several
+// chunks of 16 tokens.
+// Unit: routes per expert. Measured: "Two CTAs on an SM".
+constexpr int kMostRoutesPerExpertInHalves = 8;
+
+// ... if there are as many gate/up units where each route has an expert of its own: with fewer, the launch is mostly
+// start and end, which take longer with twice as many CTAs.
+// Unit: gate/up units. Measured: "Two CTAs on an SM".
+constexpr int kLeastUnitsInHalves = 5 * kMeasuredSms / 2;
+
 // From so many on, CTAs work in clusters of two, which share the weights of experts with two full chunks.
 // Unit: routes per expert. Measured: "The producer, and pairs".
 constexpr int kLeastRoutesPerExpertOfClusters = 192;

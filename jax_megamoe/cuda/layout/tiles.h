@@ -33,7 +33,8 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 
 // Tokens of one expert that one unit of work multiplies. swapAB and the wide orientation put them on the WGMMA N
 // dimension, the normal orientation on M.
-constexpr int kSwapTokenTile = 56;  // 64 would spill registers
+constexpr int kSwapTokenTile = 56;    // 64 would spill registers
+constexpr int kHalvesTokenTile = 16;  // with half of an SM's registers for a CTA, 24 would
 constexpr int kNormalTokenTile = 128;
 constexpr int kWideTokenTile = 256;
 // Where images go through rings, gate/up and down units take so many chunks of an expert one after the other, and then
@@ -44,7 +45,8 @@ constexpr int kTurnChunks = 128;
 static_assert(kDownRunChunks % kRunChunks == 0);
 constexpr int kWarpgroupTokens = 64;  // of them, one warpgroup's: WGMMA's M
 
-constexpr int kMaxCtas = 256;  // of a launch, or of a rank of it
+constexpr int kMaxSms = 256;           // of a device
+constexpr int kMaxCtas = 2 * kMaxSms;  // of a launch, or of a rank of it
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxTokens = 1 << 20;  // keeps the numbers of routes within 32 bits

@@ -11,6 +11,9 @@ cudaError_t prepare_virtual_ranks(WeightFormat format) {
   return with_format(format, [](auto f) {
     using Format = decltype(f);
     cudaError_t error = VirtualRanksLauncher<SwapAb<Format>>::prepare();
+    if constexpr (Format::kDecodes) {
+      if (error == cudaSuccess) error = VirtualRanksLauncher<SwapAbHalves<Format>>::prepare();
+    }
     if (error == cudaSuccess) error = VirtualRanksLauncher<ForMany<Format>>::prepare();
     if (error == cudaSuccess) VirtualRanksLauncher<ForMany<Format>>::num_clusters();  // as in host/launch.cc
     return error;
@@ -29,6 +32,11 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
     if (ctas == 0) return cudaErrorNotSupported;
     if (!choice.swap_operands) {
       return VirtualRanksLauncher<ForMany<Format>>::launch(arguments, choice, present, ctas, stream);
+    }
+    if constexpr (Format::kDecodes) {
+      if (choice.ctas_per_sm == 2) {
+        return VirtualRanksLauncher<SwapAbHalves<Format>>::launch(arguments, choice, present, ctas, stream);
+      }
     }
     return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas, stream);
   });

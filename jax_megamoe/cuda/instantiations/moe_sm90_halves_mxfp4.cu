@@ -1,0 +1,4 @@
+#define MEGAMOE_OUTLINE_TRAPS  // common/bounded_wait.cuh says why
+#include "instantiations/launchers.cuh"
+
+template struct megamoe::Launcher<megamoe::SwapAbHalves<megamoe::Mxfp4>, megamoe::OneRank>;

@@ -1,0 +1,5 @@
+#define MEGAMOE_WAITS_FOR_RANKS  // common/bounded_wait.cuh says why
+#define MEGAMOE_OUTLINE_TRAPS    // common/bounded_wait.cuh says why
+#include "instantiations/launchers.cuh"
+
+template struct megamoe::VirtualRanksLauncher<megamoe::SwapAbHalves<megamoe::Mxfp4>>;
