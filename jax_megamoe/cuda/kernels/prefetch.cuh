@@ -45,8 +45,10 @@ __device__ __forceinline__ const uint8_t* gate_up_weights(const MoeArguments& ar
 
 // Until the other ranks' ids are here, nobody knows the units. But the experts of this rank that its own tokens name
 // are certain to be read: the CTAs prefetch a part of their weights, as much as may be in flight. One warp.
-template <typename Format>
+template <typename Orientation>
 __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& args, int rank) {
+  using Format = typename Orientation::Format;
+  constexpr size_t kBytes = kWeightBytesInFlight / Orientation::kCtasPerSm;
   const Problem& p = args.problem;
   const int lane = threadIdx.x % 32;
   const int expert = lane < p.num_routes() ? __ldg(args.topk_ids + lane) - rank * p.num_local_experts : -1;
@@ -54,10 +56,10 @@ __device__ __forceinline__ void prefetch_certain_weights(const MoeArguments& arg
   if (own == 0) return;
   const int count = __popc(own);
   const size_t expert_bytes = gate_up_bytes<Format>(p);
-  const size_t begin = static_cast<size_t>(blockIdx.x / count) * kWeightBytesInFlight;
+  const size_t begin = static_cast<size_t>(blockIdx.x / count) * kBytes;
   if (!(own >> lane & 1) || __popc(own & ((1u << lane) - 1)) != blockIdx.x % count || begin >= expert_bytes) return;
   ptx::bulk_prefetch(gate_up_weights<Format>(args, expert) + begin,
-                     static_cast<uint32_t>(min(expert_bytes - begin, static_cast<size_t>(kWeightBytesInFlight))));
+                     static_cast<uint32_t>(min(expert_bytes - begin, kBytes)));
 }
 
 // The first K blocks of a swapAB gate/up unit.
