@@ -1,7 +1,8 @@
 """The package under JAX's guards, which forbid what is legal but often a mistake: the same results as without."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +23,23 @@ GUARDS: dict[str, Callable[[], Any]] = {
     # The unused slots of the layer have NaN for weights.
     "NaN": lambda: jax.debug_nans(True),
     "64 bits": lambda: jax.enable_x64(True),
+}
+
+
+@contextlib.contextmanager
+def all_that_forbid() -> Iterator[None]:
+    """The guards that change no types: what one of them forbids fails with the others beside it, too."""
+    with contextlib.ExitStack() as stack:
+        for name in set(GUARDS) - {"64 bits"}:
+            stack.enter_context(GUARDS[name]())
+        yield
+
+
+# Each guard means that JAX traces anew: one by one they say which one forbids what all of them do.
+ALONE_OR_TOGETHER = {
+    **{name: pytest.param(guard, id=name, marks=pytest.mark.exhaustive) for name, guard in GUARDS.items()},
+    "64 bits": pytest.param(GUARDS["64 bits"], id="64 bits"),
+    "all that forbid": pytest.param(all_that_forbid, id="all that forbid"),
 }
 
 
@@ -117,10 +135,10 @@ def unguarded(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(operations()))
-@pytest.mark.parametrize("guard", sorted(GUARDS))
+@pytest.mark.parametrize("guard", ALONE_OR_TOGETHER.values())
 def test_results_are_those_without_the_guard(guard, name):
     wanted = unguarded(name)
-    with GUARDS[guard]():
+    with guard():
         results = operations()[name]()
     for result, value in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True):
         assert result.dtype == value.dtype
