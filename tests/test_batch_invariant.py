@@ -20,16 +20,19 @@ from jax_megamoe.errors import ArgumentError, PlatformError
 from jax_megamoe.primitives import _library
 from jax_megamoe.weight_layout import Format
 from tests.support import numpy_model
+from tests.support.cases import one_in
 from tests.support.compare import bits, difference
 from tests.support.cuda_lowering import FUSED, LOCAL, calls, cuda_text
 from tests.support.expert_layer import TOLERANCE, E, H, I, K, make_layer, packed_weights
-from tests.support.meshes import AUTO, EXPLICIT, MESHES, make_mesh, place, place_all
+from tests.support.meshes import AUTO, KINDS, MESHES, make_mesh, place, place_all
 from tests.support.skips import unless, why_no_host_devices
 
 pytestmark = unless(why_no_host_devices())
 
 FORMATS = get_args(Format)
 TOKENS = 48
+FUNCTIONS = {"moe": mm.moe, "reference": mm.reference.moe}
+WITH_EXPERTS = {name: MESHES[name] for name in ("expert", "data x expert")}
 invariant: Any = functools.partial(mm.moe, batch_invariant=True)
 
 
@@ -79,16 +82,14 @@ def test_any_part_of_a_batch(weight_format):
     np.testing.assert_array_equal(bits(valid)[:20], wanted[:20])
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(("kind", "sizes"), one_in(2, KINDS, MESHES))
 def test_any_mesh(sizes, kind):
     wanted = bits(jax.jit(invariant)(*problem()))
     mesh = make_mesh(sizes, kind)
     np.testing.assert_array_equal(bits(on_mesh(mesh, invariant, problem())), wanted)
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(("num_ranks", "weight_format"), one_in(2, [2, 4], FORMATS))
 def test_any_number_of_ranks(num_ranks, weight_format):
     mesh = make_mesh({"expert": num_ranks}, AUTO)
     wanted = bits(jax.jit(invariant)(*problem(weight_format)))
@@ -101,8 +102,9 @@ def test_without_the_option_bits_depend_on_the_ranks():
     assert (bits(on_mesh(make_mesh(MESHES["expert"], AUTO), mm.moe, problem())) != alone).any()
 
 
-@pytest.mark.parametrize("tokens", [P(), P("expert"), P(("data", "expert")), P("data")], ids=str)
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+@pytest.mark.parametrize(
+    ("function", "tokens"), one_in(2, FUNCTIONS, [P(), P("expert"), P(("data", "expert")), P("data")])
+)
 def test_in_shard_map(function, tokens):
     """Where ranks have the same tokens, their slots' results are added by XLA's all-reduce."""
     mesh = make_mesh(MESHES["data x expert"], AUTO)
@@ -112,8 +114,9 @@ def test_in_shard_map(function, tokens):
     np.testing.assert_array_equal(bits(mapped(*problem())), bits(jax.jit(run)(*problem())))
 
 
-@pytest.mark.parametrize("shared_format", ["fp8_block", "mxfp4"], ids=["one kernel", "two"])
-@pytest.mark.parametrize("sizes", [MESHES["expert"], MESHES["data x expert"]], ids=["expert", "data x expert"])
+@pytest.mark.parametrize(
+    ("sizes", "shared_format"), one_in(2, WITH_EXPERTS, {"one kernel": "fp8_block", "two": "mxfp4"})
+)
 def test_shared_experts(sizes, shared_format):
     mesh = make_mesh(sizes, AUTO)
     shared = mm.quantize_experts(*floats(num_experts=2, seed=1), format=shared_format)

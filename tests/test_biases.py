@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError, ShardingError
 from tests.support import numpy_model
+from tests.support.cases import one_in
 from tests.support.compare import difference
 from tests.support.meshes import AUTO, EXPLICIT, make_mesh
 
@@ -115,13 +114,6 @@ def test_packing_loses_nothing(format, data):
     assert (again.hidden_size, again.intermediate_size) == (hidden, intermediate)
 
 
-def pairs(*choices: Sequence[Any]) -> list[Any]:
-    """All combinations of three choices, every other one marked `exhaustive`: any two values meet in the rest, too."""
-    numbered = itertools.product(*(list(enumerate(values)) for values in choices))
-    combinations = [(sum(number for number, _ in each), [value for _, value in each]) for each in numbered]
-    return [pytest.param(*each, marks=pytest.mark.exhaustive if number % 2 else []) for number, each in combinations]
-
-
 def floats_with_biases(format: str) -> tuple[list[np.ndarray], tuple[Any, Any]]:
     """Matrices of a hidden size of 160 and an intermediate size of 96, and biases where the format holds any."""
     rng = np.random.default_rng(0)
@@ -143,7 +135,8 @@ def padded_by_hand(format: Any) -> tuple[mm.ExpertWeights, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    ("format", "convert", "order"), pairs(FORMATS, [np.asarray, jnp.asarray], ["out_in", "in_out"])
+    ("format", "convert", "order"),
+    one_in(2, FORMATS, {"numpy": np.asarray, "jax": jnp.asarray}, ["out_in", "in_out"]),
 )
 def test_quantizing_pads_like_zeros(format, convert, order):
     """Weights padded by hand are the same bytes, whose layer is the same."""
@@ -249,8 +242,7 @@ def quantized_wide(format: Any, sizes: tuple[int, int]) -> mm.ExpertWeights:
 
 @pytest.mark.parametrize(
     ("format", "sizes", "order"),
-    pairs(FORMATS, [(32, 32), (64, 160), (416, 96), (288, 800)], ["out_in", "in_out"]),
-    ids=str,
+    one_in(4, FORMATS, [(32, 32), (64, 160), (416, 96), (288, 800)], ["out_in", "in_out"]),
 )
 def test_quantizing_any_size_is_like_zeros_behind(format, sizes, order):
     matrices = random_matrices(sizes)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe import collectives
 from tests.support import numpy_model
+from tests.support.cases import one_in
 from tests.support.compare import bits, difference
 from tests.support.cuda_lowering import cuda_text
 from tests.support.expert_layer import TOLERANCE, H, K, assert_matches_model, make_layer, natural_weights
@@ -43,8 +44,7 @@ def on_mesh(sizes: dict[str, int], arguments: Any, function: Any = collective) -
 MESHES = [{"expert": 2}, {"data": 2, "expert": 4}, {"expert": 8}]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(("function", "sizes"), one_in(2, FUNCTIONS, MESHES))
 def test_bits_of_one_device_on_cpus(sizes, function):
     """FP32 holds sums of three BF16 numbers of about one size, so that the order of the ranks does not show."""
     layer = make_layer()
@@ -74,8 +74,7 @@ def test_bytes_that_travel(num_ranks):
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("function", "check_vma"), one_in(2, FUNCTIONS, [True, False]))
 def test_types_that_travel_on_each_platform(check_vma, function):
     mesh, layer = make_mesh({"expert": 4}, AUTO), make_layer()
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(P("expert"),) * 4, out_specs=P("expert"), check_vma=check_vma)
@@ -88,8 +87,7 @@ def test_types_that_travel_on_each_platform(check_vma, function):
         assert set(travel) == {"all_gather", "all_to_all"}
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("function", "check_vma"), one_in(2, FUNCTIONS, [True, False]))
 def test_every_way_to_trace(check_vma, function):
     """Outside `jax.jit` and under `jax.vmap` a program chooses by its platform, too."""
 
@@ -108,9 +106,10 @@ def test_every_way_to_trace(check_vma, function):
     assert all(type_.endswith("xf32") for type_ in types_of_collectives(text)["all_to_all"])
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS.values(), mm.moe], ids=[*FUNCTIONS, "default"])
-@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd], ids=["grad", "jvp"])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("function", "differentiate", "check_vma"),
+    one_in(2, {**FUNCTIONS, "default": mm.moe}, {"grad": jax.grad, "jvp": jax.jacfwd}, [True, False]),
+)
 def test_there_is_no_derivative(check_vma, differentiate, function):
     """What travels is integers, whose derivative would be zero."""
     mesh, layer = make_mesh({"expert": 4}, AUTO), make_layer()

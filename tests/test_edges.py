@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from tests.support import boxes, meshes, numpy_model
+from tests.support.cases import one_in
 from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 NUM_LAYERS = 3
@@ -68,7 +69,8 @@ WAYS: dict[str, Callable[..., Any]] = {
     "shard_map": in_shard_map,
 }
 each_way = pytest.mark.parametrize("way", WAYS)
-each_function = pytest.mark.parametrize("moe", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
+FUNCTIONS = {"moe": mm.moe, "reference": mm.reference.moe}
+each_function = pytest.mark.parametrize("moe", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def call(way: str, x: Any, weights: Any, ids: Any, topk_weights: Any, layer: Any = None, **options: Any) -> Any:
@@ -89,22 +91,28 @@ def test_layers_of_arrays_are_clamped(way):
         np.testing.assert_array_equal(load, layers[0].load)
 
 
-@each_function
+# Number, its type, and the layer that is meant.
+INTEGERS = [
+    (1, np.uint8, 1),
+    (255, np.uint8, 2),
+    (-128, np.int8, 0),
+    (2**32 - 1, np.uint32, 2),
+    # Cast to int32, these are 1, 1, 0 and -1.
+    (2**32 + 1, np.int64, 2),
+    (-(2**32) + 1, np.int64, 0),
+    (2**63 - 2**32, np.int64, 2),
+    (2**64 - 1, np.uint64, 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("number", "dtype", "clamped"),
-    [
-        (1, np.uint8, 1),
-        (255, np.uint8, 2),
-        (-128, np.int8, 0),
-        (2**32 - 1, np.uint32, 2),
-        # Cast to int32, these are 1, 1, 0 and -1.
-        (2**32 + 1, np.int64, 2),
-        (-(2**32) + 1, np.int64, 0),
-        (2**63 - 2**32, np.int64, 2),
-        (2**64 - 1, np.uint64, 2),
-    ],
+    ("moe", "integer"),
+    one_in(
+        2, FUNCTIONS, {f"{number} of {dtype.__name__}": (number, dtype, layer) for number, dtype, layer in INTEGERS}
+    ),
 )
-def test_layers_of_any_integer_type(moe, number, dtype, clamped):
+def test_layers_of_any_integer_type(moe, integer):
+    number, dtype, clamped = integer
     wanted = make_layer(seed=clamped)
     with jax.enable_x64(True):
         index = jnp.asarray(number, dtype)
@@ -160,8 +168,7 @@ def test_what_is_no_layer_is_refused(moe, number, error, message):
     assert str(raised.value) == message
 
 
-@each_way
-@pytest.mark.parametrize("ids", ["unused", "extreme", "duplicates"])
+@pytest.mark.parametrize(("ids", "way"), one_in(2, ["unused", "extreme", "duplicates"], list(WAYS)))
 def test_ids(way, ids):
     layer, rng = make_layer(), np.random.default_rng(0)
     drawn = {

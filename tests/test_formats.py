@@ -18,11 +18,21 @@ import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from tests.support import numpy_model
+from tests.support.cases import one_in
 from tests.support.compare import difference
+from tests.support.meshes import KINDS
 
 E, H, I = 8, 256, 128
 FORMATS: tuple[weight_layout.Format, ...] = get_args(weight_layout.Format)
 TOLERANCE = 1e-7
+
+# Dtypes of floats, and intermediate sizes.
+INPUTS = {
+    "bf16-128": (jnp.bfloat16, 128),
+    "bf16-768": (jnp.bfloat16, 768),
+    "f16-384": (jnp.float16, 384),
+    "f32-128": (jnp.float32, 128),
+}
 
 # What goes through layouts, meshes and layers alike is tried with the two formats that differ most.
 BETWEEN = pytest.param("fp8_channel", marks=pytest.mark.exhaustive)
@@ -85,8 +95,7 @@ def test_leaves_of_no_format():
         weight_layout.format_of(leaves._replace(gate_up_scale=leaves.gate_up_scale[..., :3]))
 
 
-@each_format
-@pytest.mark.parametrize("order", ["out_in", "in_out"])
+@pytest.mark.parametrize(("order", "format"), one_in(2, ["out_in", "in_out"], FORMATS))
 def test_kinds_of_arrays_and_orders_give_the_same_weights(format, order):
     floats: tuple[Any, ...] = make_floats()
     if order == "in_out":
@@ -137,8 +146,7 @@ def test_files_and_pickles(format):
             mm.ExpertWeights.from_arrays(arrays | {"header": np.frombuffer(header, np.uint8)})
 
 
-@each_format
-@pytest.mark.parametrize("num_layers", [None, 2])
+@pytest.mark.parametrize(("num_layers", "format"), one_in(2, [None, 2], FORMATS))
 def test_stacks_and_layers(format, num_layers):
     layers, tokens = [make_weights(format, seed) for seed in range(2)], make_tokens()
     x, ids, topk_weights = tokens
@@ -187,8 +195,7 @@ def test_split_experts(format, kind):
 
 
 @each_new_format
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("kind", "check_vma"), one_in(2, KINDS, [True, False]))
 def test_weights_made_and_used_on_each_device(format, kind, check_vma):
     mesh = make_mesh(kind)
     shard_map = functools.partial(
@@ -239,9 +246,9 @@ def test_vmap_over_layers(format):
 
 
 @each_new_format
-@pytest.mark.parametrize("order", ["out_in", "in_out"])
-@pytest.mark.parametrize("dtype, i", [(jnp.bfloat16, 128), (jnp.bfloat16, 768), (jnp.float16, 384), (jnp.float32, 128)])
-def test_quantising_takes_at_most_twice_the_input(format, dtype, i, order):
+@pytest.mark.parametrize(("order", "input"), one_in(2, ["out_in", "in_out"], INPUTS))
+def test_quantising_takes_at_most_twice_the_input(format, input, order):
+    dtype, i = input
     shapes: list[tuple[int, ...]] = [(4, i, 1024), (4, i, 1024), (4, 1024, i)]
     if order == "in_out":
         shapes = [(e, b, a) for e, a, b in shapes]

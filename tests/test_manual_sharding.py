@@ -6,10 +6,11 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError
+from tests.support.cases import one_in
 from tests.support.expert_layer import assert_matches_model, make_layer
 from tests.support.meshes import (
     AUTO,
-    EXPLICIT,
+    KINDS,
     MESHES,
     assert_both_match_model,
     make_mesh,
@@ -21,9 +22,7 @@ from tests.support.meshes import (
 pytestmark = pytest.mark.usefixtures("each_platform")
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(("sizes", "kind", "check_vma"), one_in(3, MESHES, KINDS, [True, False]))
 def test_manual(sizes, kind, check_vma):
     mesh, layer = make_mesh(sizes, kind), make_layer()
     tokens = tuple(axis for axis in ("data", "expert") if axis in sizes)
@@ -59,8 +58,7 @@ def test_manual_reference(check_vma):
     assert_both_match_model(jax.jit(f)(*place_all(mesh, layer)), layer)
 
 
-@pytest.mark.parametrize("tokens", [P(), P("data")], ids=str)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("check_vma", "tokens"), one_in(2, [True, False], [P(), P("data")]))
 def test_manual_with_tokens_replicated_over_the_expert_axis(check_vma, tokens):
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     axes = tuple(axis for axis in ("data",) if tokens)
@@ -89,9 +87,7 @@ def test_wrong_out_specs_are_refused():
         jax.jit(f)(*place_all(mesh, layer))
 
 
-@pytest.mark.parametrize("manual", [{"data"}, {"expert"}], ids=str)
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("check_vma", "kind", "manual"), one_in(2, [True, False], KINDS, [{"data"}, {"expert"}]))
 def test_some_axes_manual(manual, kind, check_vma):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     (axis,) = manual

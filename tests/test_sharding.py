@@ -14,12 +14,14 @@ import jax_megamoe as mm
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.operands import Operands
 from tests.support import meshes
+from tests.support.cases import exhaustive, one_in
 from tests.support.compare import difference
 from tests.support.expert_layer import H, assert_matches_model, make_layer, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
+    KINDS,
     MESHES,
     assert_both_match_model,
     make_mesh,
@@ -56,18 +58,17 @@ def test_reference_on_explicit_axes(kind, with_context):
     assert_matches_model(jnp.asarray(np.asarray(rows).reshape(layer.x.shape)), layer)
 
 
-@pytest.mark.parametrize(
-    ("kind", "with_context"),
-    [
-        (AUTO, False),
-        pytest.param(AUTO, True, marks=pytest.mark.exhaustive),
-        pytest.param(EXPLICIT, False, marks=pytest.mark.exhaustive),
-        (EXPLICIT, True),
-    ],
-    ids=["auto", "auto, mesh of context", "explicit", "explicit, mesh of context"],
-)
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_global_view(sizes, kind, with_context):
+VIEWS = {
+    "auto": (AUTO, False),
+    "auto, mesh of context": (AUTO, True),
+    "explicit": (EXPLICIT, False),
+    "explicit, mesh of context": (EXPLICIT, True),
+}
+
+
+@pytest.mark.parametrize(("view", "sizes"), one_in(4, VIEWS, MESHES))
+def test_global_view(sizes, view):
+    kind, with_context = view
     mesh, layer = make_mesh(sizes, kind), make_layer()
     x, *others = place_all(mesh, layer)
     with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
@@ -86,8 +87,7 @@ def test_eager(kind):
         assert_both_match_model(moe_and_load(*place_all(mesh, layer)), layer)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(("kind", "jit"), one_in(2, KINDS, {"eager": False, "jit": True}))
 def test_only_the_weights_are_on_the_mesh(kind, jit):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = layer.x, place(mesh, layer.weights, "expert"), layer.ids, layer.topk_weights
@@ -127,8 +127,9 @@ def test_tokens_split_over_a_part_of_the_expert_axes(kind):
     assert_both_match_model(jax.jit(lambda *a: mm.moe(*a, **axes, return_expert_load=True))(*arguments), layer)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("tokens", [None, pytest.param("data", marks=pytest.mark.exhaustive), "expert"])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [*one_in(2, KINDS, [None, "expert"]), *(exhaustive(kind, "data") for kind in KINDS.values())]
+)
 def test_tokens_replicated_over_some_axes(kind, tokens):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
     arguments = place_all(mesh, layer, tokens=tokens)
@@ -148,10 +149,8 @@ def test_no_expert_axis_is_the_local_op(kind):
 
 
 @pytest.mark.parametrize(
-    "num_tokens",
-    [0, pytest.param(1, marks=pytest.mark.exhaustive), 5, 8, pytest.param(13, marks=pytest.mark.exhaustive)],
+    ("sizes", "num_tokens"), one_in(2, {name: MESHES[name] for name in ("expert", "data x expert")}, [0, 1, 8, 5, 13])
 )
-@pytest.mark.parametrize("sizes", [MESHES["expert"], MESHES["data x expert"]], ids=["expert", "data x expert"])
 def test_padding(sizes, num_tokens):
     mesh, layer = make_mesh(sizes, AUTO), make_layer(num_tokens)
     arguments = place_all(mesh, layer, tokens=None)
@@ -167,8 +166,9 @@ def test_no_tokens_on_a_mesh(kind):
     assert y.shape == (0, H) and not np.asarray(load).any()
 
 
-@pytest.mark.parametrize("spec", [("data",), ("data", "expert"), (("data", "expert"),), (None, "expert")], ids=str)
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "spec"), one_in(2, KINDS, [("data",), ("data", "expert"), (("data", "expert"),), (None, "expert")])
+)
 def test_two_leading_dimensions(kind, spec):
     mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer(32)
     x, ids, topk_weights = (place(mesh, v.reshape(8, 4, -1), *spec) for v in (layer.x, layer.ids, layer.topk_weights))
@@ -292,8 +292,9 @@ def opaque_kernel(monkeypatch):
 
 
 @pytest.mark.usefixtures("opaque_kernel")
-@pytest.mark.parametrize("stacked", [False, True], ids=["one layer", "scan over layers"])
-@pytest.mark.parametrize("way", ["auto", "explicit", "manual"])
+@pytest.mark.parametrize(
+    ("stacked", "way"), one_in(2, {"one layer": False, "scan over layers": True}, ["auto", "explicit", "manual"])
+)
 def test_weights_are_neither_gathered_nor_copied(way, stacked):
     mesh, layer = make_mesh(MESHES["data x expert"], EXPLICIT if way == "explicit" else AUTO), make_layer()
     lead = (None,) if stacked else ()

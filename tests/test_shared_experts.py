@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError, ShardingError
 from tests.support import numpy_model
+from tests.support.cases import exhaustive, one_in
 from tests.support.compare import bits, difference
 from tests.support.cuda_lowering import cuda_text
 from tests.support.expert_layer import E, H, I, Layer, assert_matches_model, make_layer, natural_weights, packed_weights
@@ -246,12 +247,9 @@ def test_tokens_that_the_axes_do_not_divide(each_platform, num_tokens):
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [(), pytest.param(("data",), marks=pytest.mark.exhaustive), ("expert",), ("data", "expert")],
-    ids=str,
+    ("experts", "tokens"), one_in(2, ["expert", ("data", "expert")], [(), ("data",), ("expert",), ("data", "expert")])
 )
-@pytest.mark.parametrize("implementation", [None, pytest.param("collective", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("experts", ["expert", ("data", "expert")], ids=str)
+@pytest.mark.parametrize("implementation", [None, exhaustive("collective")])
 def test_tokens_split_over_some_axes(each_platform, tokens, implementation, experts):
     """Each token's shared part is computed once, also where several ranks have the token."""
     mesh, layer, scale = make_mesh(MESHES["data x expert"], AUTO), make_layer(), scale_of(16)
@@ -261,13 +259,15 @@ def test_tokens_split_over_some_axes(each_platform, tokens, implementation, expe
     assert_both_match_model(result, with_shared(layer, scale))
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["marks", "no marks"])
 @pytest.mark.parametrize(
-    "function",
-    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
-    ids=["moe", "reference"],
+    ("function", "check_vma", "tokens"),
+    one_in(
+        3,
+        {"moe": mm.moe, "reference": mm.reference.moe},
+        {"marks": True, "no marks": False},
+        [("data", "expert"), ("data",)],
+    ),
 )
-@pytest.mark.parametrize("tokens", [("data", "expert"), ("data",)], ids=str)
 def test_shard_map(each_platform, check_vma, function, tokens):
     mesh, layer, scale = make_mesh(MESHES["data x expert"], AUTO), make_layer(), scale_of(16)
     run = functools.partial(

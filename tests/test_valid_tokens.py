@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, ShapeError, ShardingError
 from tests.support import numpy_model
+from tests.support.cases import exhaustive, one_in
 from tests.support.compare import bits
 from tests.support.cuda_lowering import cuda_text
 from tests.support.expert_layer import E, H, Layer, assert_matches_model, make_layer, natural_weights, packed_weights
@@ -35,18 +36,14 @@ def first(count: int, num_tokens: int = 16) -> np.ndarray:
     return np.arange(num_tokens) < count
 
 
-@pytest.mark.parametrize("function", [mm.moe, mm.reference.moe], ids=["moe", "reference"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize(
-    "count",
-    [
-        0,
-        5,
-        np.int64(5),
-        jnp.uint32(5),
-        *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (16, np.uint8(16), jnp.int8(0))),
-    ],
-    ids=repr,
+    ("function", "jit", "count"),
+    one_in(
+        2,
+        {"moe": mm.moe, "reference": mm.reference.moe},
+        {"eager": False, "jit": True},
+        {repr(count): count for count in (0, 5, np.int64(5), jnp.uint32(5), 16, np.uint8(16), jnp.int8(0))},
+    ),
 )
 def test_tokens_behind_are_zeros_and_not_counted(function, jit, count):
     layer = limit(make_layer(), valid=first(int(count)))
@@ -195,7 +192,7 @@ def test_global_view(each_platform, kind, jit, function):
             assert jax.typeof(result[0]) == jax.typeof(arguments[0])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 13])
+@pytest.mark.parametrize("num_tokens", [1, exhaustive(5), 13])
 def test_tokens_that_the_axes_do_not_divide(each_platform, num_tokens):
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(num_tokens)
     arguments = place_all(mesh, layer, tokens=None)

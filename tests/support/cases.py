@@ -1,6 +1,8 @@
-"""Cases that several tests take, with their ids."""
+"""Cases that several tests take, with their ids, and which of many CI runs."""
 
-from typing import get_args
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import pytest
 
@@ -41,3 +43,26 @@ ODD_ROUTINGS = ["one", "masked", "none"]
 OTHER_FORMATS = [name for name in get_args(Format) if name != "fp8_block"]
 
 all_ranks = pytest.mark.parametrize("num_ranks", [2, 4, 8])
+
+
+def exhaustive(*values: Any, id: str | None = None) -> Any:
+    """A case that is one more combination of what other cases have apart."""
+    return pytest.param(*values, id=id, marks=pytest.mark.exhaustive)
+
+
+def one_in(number: int, *choices: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+    """All combinations, of which about one in `number` runs always, as squares of one colour: others are `exhaustive`.
+
+    Each value is in one that runs, and of three choices any two values if `number` is two. The first choice varies
+    slowest. Names of a mapping become the cases' ids.
+    """
+    named = [list(each.items() if isinstance(each, Mapping) else ((str(v), v) for v in each)) for each in choices]
+    cases, kept = [], set()
+    for places in itertools.product(*(range(len(each)) for each in named)):
+        chosen = [each[place] for each, place in zip(named, places, strict=True)]
+        runs = sum(places) % number == 0
+        kept |= set(enumerate(places)) if runs else set()
+        case = pytest.param if runs else exhaustive
+        cases.append(case(*(value for _, value in chosen), id="-".join(name for name, _ in chosen)))
+    assert len(kept) == sum(map(len, named)), "a value has no case that runs always"
+    return cases

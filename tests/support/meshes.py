@@ -24,6 +24,7 @@ MESHES = {
     "one device": {"data": 1, "expert": 1},
 }
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = {"auto": AUTO, "explicit": EXPLICIT}
 
 # What devices `make_mesh` takes; tests that run on GPUs set it.
 platform = "cpu"
