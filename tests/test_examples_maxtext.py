@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples import maxtext_layer
+from tests.support.cases import one_in
 
 
 def maxtext_result(config, inputs, gate, bias, wi_0, wi_1, wo, biases):
@@ -93,8 +94,7 @@ def assert_close(y, wanted):
     assert np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted) < 0.1
 
 
-@one_device_and_sharded
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("is_sharded", "name"), one_in(2, {"sharded": True, "one device": False}, list(FAMILIES)))
 def test_maxtext_names_mean_what_they_mean_there(name, is_sharded):
     config = maxtext_layer.Config(4, **FAMILIES[name])
     rng = np.random.default_rng(0)

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError, ShardingError
 from tests.support import boxes
+from tests.support.cases import one_in
+from tests.support.meshes import KINDS
 
 E, H, I = 8, 256, 128
 
@@ -49,8 +51,7 @@ def tokens() -> tuple[jax.Array, ...]:
     return jnp.asarray(rng.normal(size=(16, H)), jnp.bfloat16), ids, topk_weights
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("kind", "check_vma"), one_in(2, KINDS, [True, False]))
 def test_weights_made_on_each_device_serve_outside(weights, tokens, kind, check_vma):
     shard_map = functools.partial(
         jax.shard_map, mesh=make_mesh(kind), in_specs=P("expert"), out_specs=P("expert"), check_vma=check_vma
@@ -104,8 +105,10 @@ def test_kinds_of_arrays_give_the_same_weights(weights, convert):
     assert_same(mm.pack_experts(*map(convert, weights.unpack())), weights)
 
 
-@pytest.mark.parametrize("num_layers", [None, 3])
-@pytest.mark.parametrize("make", [list, tuple, iter, lambda layers: (layer for layer in layers)])
+ITERABLES = {"list": list, "tuple": tuple, "iter": iter, "generator": lambda layers: (layer for layer in layers)}
+
+
+@pytest.mark.parametrize(("num_layers", "make"), one_in(2, [None, 3], ITERABLES))
 def test_stacks_of_any_iterable(make, num_layers):
     layers = [mm.quantize_experts(*make_floats(seed)) for seed in range(3)]
     stacked = mm.stack_experts(make(layers), num_layers=num_layers)
@@ -166,11 +169,19 @@ def test_progress(weights):
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("order", ["out_in", "in_out"])
-@pytest.mark.parametrize(
-    "dtype, i", [(jnp.bfloat16, 128), (jnp.bfloat16, 384), (jnp.bfloat16, 768), (jnp.float32, 128), (jnp.float32, 768)]
-)
-def test_quantising_takes_at_most_twice_the_input(dtype, i, order):
+# Dtypes of floats, and intermediate sizes.
+INPUTS = {
+    "bf16-128": (jnp.bfloat16, 128),
+    "bf16-384": (jnp.bfloat16, 384),
+    "bf16-768": (jnp.bfloat16, 768),
+    "f32-128": (jnp.float32, 128),
+    "f32-768": (jnp.float32, 768),
+}
+
+
+@pytest.mark.parametrize(("order", "input"), one_in(2, ["out_in", "in_out"], INPUTS))
+def test_quantising_takes_at_most_twice_the_input(input, order):
+    dtype, i = input
     shapes: list[tuple[int, ...]] = [(4, i, 1024), (4, i, 1024), (4, 1024, i)]
     if order == "in_out":
         shapes = [(e, b, a) for e, a, b in shapes]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError, ShardingError
 from jax_megamoe.weight_layout import Format
+from tests.support.cases import exhaustive
 from tests.support.expert_layer import E, H, I, packed_weights
 from tests.support.hlo import opcodes_of_large_results
 from tests.support.meshes import AUTO, EXPLICIT, MESHES, make_mesh, place
@@ -66,8 +67,8 @@ def test_stacked_layers(expert_ids):
     ("kind", "expert_ids", "num_layers"),
     [
         (AUTO, SAME, 2),
-        (AUTO, MORE, 0),
-        (EXPLICIT, SAME, 0),
+        exhaustive(AUTO, MORE, 0),
+        exhaustive(EXPLICIT, SAME, 0),
         (EXPLICIT, MORE, 2),
         ((AUTO, EXPLICIT), MORE, 0),
         ((EXPLICIT, AUTO), SAME, 2),

@@ -15,6 +15,8 @@ import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from tests.support import numpy_model
+from tests.support.cases import one_in
+from tests.support.meshes import KINDS
 
 E, H, I = 4, 256, 384
 
@@ -122,8 +124,7 @@ def test_stacked_layers_scan_and_unpack(weights, natural):
     assert_same([leaf[1] for leaf in per_layer], [leaf[::-1] for leaf in natural])
 
 
-@pytest.mark.parametrize("in_context", [True, False])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("axis_type", "in_context"), one_in(2, KINDS, [True, False]))
 def test_sharded_inputs_give_sharded_weights(floats, weights, axis_type, in_context):
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
 
