@@ -41,10 +41,6 @@ def root_mean_square(differences: Array) -> float:
     return float(np.sqrt(np.mean(differences**2)))
 
 
-# They decode many tokens.
-pytestmark = pytest.mark.usefixtures("optimized")
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request) -> str:
     return request.param
