@@ -4,6 +4,7 @@ Processes that are killed, interrupted or forked, another client of JAX, memory 
 failure_worker.py says a line for each call.
 """
 
+import functools
 import gc
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
@@ -24,9 +26,8 @@ from tests.support.gpu_memory import fill
 from tests.support.problems import make_weights
 from tests.support.processes import join, leave, meet, say
 
-# Seconds that a program of many launches takes, and after how many of them a process is killed.
-LONG_RUN, KILLED_AFTER = 4.0, 0.7
-TRIAL = 500  # launches that are timed first
+KILLED_AFTER = 0.7  # seconds
+LEFT = 4000  # launches of a program that are left when a wait of one has failed
 
 
 def signal_after(seconds: float, number: signal.Signals) -> None:
@@ -36,28 +37,36 @@ def signal_after(seconds: float, number: signal.Signals) -> None:
     timer.start()
 
 
+def launches_until(nans: int, most: Any, *arguments: Any) -> jax.Array:
+    """Launch after launch, `most[0]` or until so many had a result that is not finite: all, and those."""
+
+    def goes_on(counts: jax.Array) -> jax.Array:
+        return (counts[0] < most[0]) & (counts[1] < nans)
+
+    def launch(counts: jax.Array) -> jax.Array:
+        return counts + jnp.stack([jnp.int32(1), jnp.isnan(mm.moe(*arguments)).any().astype(jnp.int32)])
+
+    return jax.lax.while_loop(goes_on, launch, jnp.zeros(2, jnp.int32))
+
+
 def killed(session: Session) -> None:
-    """Process 1 is killed in the middle of a program of many launches, most likely in one of them."""
+    """Process 1 is killed in the middle of a program of launches without end, most likely in one of them.
 
-    def many(turns: Any, *arguments: Any) -> jax.Array:
-        """In how many of turns[0] launches each number of the result was NaN."""
-        none = jnp.zeros(arguments[0].shape, jnp.int32)
-        return jax.lax.fori_loop(0, turns[0], lambda _, nans: nans + jnp.isnan(mm.moe(*arguments)), none)
+    Process 0 goes on until it has failed in so many, however quick the GPUs are or busy with others.
+    """
 
-    def wanted(rank: int, nans: Any) -> str:
-        return "right" if not nans.any() else "nan from some launch on"
+    def wanted(rank: int, counts: Any) -> str:
+        launches, nans = (int(count) for count in counts)
+        return "right" if nans == 0 else f"nan in {nans} of more launches" if launches > nans else "nan in all launches"
 
-    loop = session.compile(many, P("expert"), session.own(1, 1), *session.placed)
-    for name in ("before", "timed"):
-        begun = time.monotonic()
-        session.call(name, loop, (session.own(TRIAL, TRIAL), *session.placed), wanted)
-    turns = round(TRIAL * LONG_RUN / (time.monotonic() - begun))
+    loop = session.compile(functools.partial(launches_until, LEFT), P("expert"), session.own(1, 1), *session.placed)
+    for name, most in (("before", 1), ("timed", LEFT)):
+        session.call(name, loop, (session.own(most, most), *session.placed), wanted)
     meet(session.place, "timed")
     if session.place.process == 1:
         signal_after(KILLED_AFTER, signal.SIGKILL)
-    session.call("parted", loop, (session.own(turns, turns), *session.placed), wanted)
-    if session.place.process == 1:
-        time.sleep(60)  # it has been too quick
+    without_end = np.iinfo(np.int32).max
+    session.call("parted", loop, (session.own(without_end, without_end), *session.placed), wanted)
     time.sleep(WATCHED)
     for name in ("next", "rebuilt"):
         session.call(name)
