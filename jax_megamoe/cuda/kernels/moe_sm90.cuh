@@ -1,4 +1,4 @@
-// The fused expert layer: one persistent CTA per SM, one launch.
+// The fused expert layer: one persistent CTA per SM, or two, one launch.
 //
 //   all warps          begin: load what comes from memory, send ids to other ranks; then count the ids
 //   a producer warp    make the plan: lay out chunks and units

@@ -71,8 +71,8 @@ __device__ __forceinline__ void prefetch_unit(const MoeArguments& args, int expe
       min(k_blocks, static_cast<int>(tile_blocks)) * Orientation::kBlockWeightBytes);
 }
 
-// The first stages, two for each SM, of the unit that the CTA gets if every expert has exactly one chunk; before any id is read. With
-// as many routes as experts most experts have one, and the memory has nothing else to do. One thread.
+// The first stages, two for each SM, of the unit that the CTA gets if every expert has exactly one chunk; before any id
+// is read. With as many routes as experts most experts have one, and the memory has nothing else to do. One thread.
 template <typename Orientation>
 __device__ __forceinline__ void prefetch_likely_unit(const MoeArguments& args) {
   const Problem& p = args.problem;
