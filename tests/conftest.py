@@ -47,19 +47,19 @@ if on_cpu_only and os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "run only one case of each parametrised test: of one the first, of the next the last"
-    parser.addoption("--one-case", action="store_true", help=text)
+    text = "run only the first and the last case of each parametrised test"
+    parser.addoption("--first-and-last", action="store_true", help=text)
 
 
 @pytest.hookimpl(trylast=True)  # after marks have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`--one-case`: each test in one form, by turns the first and the last, for what is tried in all forms elsewhere."""
-    if not config.getoption("one_case"):
+    """`--first-and-last`: each test in two forms, for what is tried in all its forms elsewhere."""
+    if not config.getoption("first_and_last"):
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {each[-1 if number % 2 else 0] for number, each in enumerate(cases.values())}
+    kept = {case for each in cases.values() for case in (each[0], each[-1])}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -170,13 +170,15 @@ def test_where_swap_ends(choose, experts, inter, most):
         (flash(42), 2),  # 252 routes for 32 experts
         (flash(43), 1),
         (flash(42, ranks=8, has_peers=True), 2),
+        (flash(2, experts=11), 2),  # 352 units
+        (flash(9, experts=10), 1),  # 320, one chunk for each expert
         (pro(1), 1),
         (pro(2), 2),
         (pro(64), 2),
         (pro(65), 1),
-        (Problem(8, 8, 2048, 320 * 2, 16), 2),
-        (Problem(11, 3, 2048, 640, 16), 2),  # 330 units
-        (Problem(8, 4, 2048, 640, 16), 1),  # 320
+        (Problem(16, 8, 2048, 768, 16), 1),  # Qwen3-30B: 192
+        (Problem(11, 3, 2048, 640, 33), 2),  # 330
+        (Problem(8, 4, 2048, 640, 33), 1),  # 320
         (flash(8, order=SWAPPED), 1),
         (flash(8, order=NORMAL), 1),
     ],

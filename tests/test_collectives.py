@@ -87,7 +87,7 @@ def test_types_that_travel_on_each_platform(check_vma, function):
         assert set(travel) == {"all_gather", "all_to_all"}
 
 
-@pytest.mark.parametrize(("function", "check_vma"), one_in(2, FUNCTIONS, [True, False]))
+@pytest.mark.parametrize(("function", "check_vma"), one_in(2, FUNCTIONS, [True, False], first=1))
 def test_every_way_to_trace(check_vma, function):
     """Outside `jax.jit` and under `jax.vmap` a program chooses by its platform, too."""
 

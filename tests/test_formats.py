@@ -195,7 +195,7 @@ def test_split_experts(format, kind):
 
 
 @each_new_format
-@pytest.mark.parametrize(("kind", "check_vma"), one_in(2, KINDS, [True, False]))
+@pytest.mark.parametrize(("kind", "check_vma"), one_in(2, KINDS, [True, False], first=1))
 def test_weights_made_and_used_on_each_device(format, kind, check_vma):
     mesh = make_mesh(kind)
     shard_map = functools.partial(

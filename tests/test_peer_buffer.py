@@ -7,6 +7,7 @@ from tests.support.native_program import CUDA, compile_program, cuda_include
 
 MOST_SCRATCH = 4_000_000_000
 BY_RULE, NORMAL = 0, 2  # as OperandOrder in layout/problem.h counts them
+FP8_BLOCK, MXFP4 = 0, 2
 # T, k, H, I, E of a rank, ranks
 MODELS = [
     (tokens, k, h, i, e, 8)
@@ -20,8 +21,8 @@ def layouts(tmp_path_factory):
     """For each problem: tokens of the largest launch, local scratch, and (bytes, fits, ids, ids, header, workspace, sizes) twice."""
     program = compile_program(tmp_path_factory.mktemp("native"), "peer_buffer_test", CUDA / "host" / "limits.cc")
 
-    def run(problems, order=BY_RULE):
-        text = "\n".join(" ".join(map(str, (*problem, order))) for problem in problems)
+    def run(problems, order=BY_RULE, weight_format=FP8_BLOCK):
+        text = "\n".join(" ".join(map(str, (*problem, order, weight_format))) for problem in problems)
         return [line.split() for line in program(text).splitlines()]
 
     return run
@@ -38,9 +39,10 @@ def random_problems(count):
 
 
 @pytest.mark.parametrize("order", [BY_RULE, NORMAL], ids=["by rule", "batch-invariant"])
-def test_parts_fit_and_do_not_overlap(layouts, order):
+@pytest.mark.parametrize("weight_format", [FP8_BLOCK, MXFP4], ids=["fp8", "mxfp4"])
+def test_parts_fit_and_do_not_overlap(layouts, order, weight_format):
     problems = [*MODELS, *random_problems(300)]
-    for problem, line in zip(problems, layouts(problems, order), strict=True):
+    for problem, line in zip(problems, layouts(problems, order, weight_format), strict=True):
         numbers = list(map(int, line))
         for size, fits, *offsets, ids_bytes, header_bytes, shared_bytes in (numbers[2:11], numbers[11:20]):
             assert fits, problem
@@ -72,16 +74,20 @@ def test_scratch_is_bounded_and_launches_are_as_few_as_can_be(layouts):
 
 
 @pytest.mark.parametrize("order", [BY_RULE, NORMAL], ids=["by rule", "batch-invariant"])
-def test_a_buffer_holds_smaller_problems_too(layouts, order):
-    """Also those just below the number of tokens from which on other ranks write no images."""
+@pytest.mark.parametrize("weight_format", [FP8_BLOCK, MXFP4], ids=["fp8", "mxfp4"])
+def test_a_buffer_holds_smaller_problems_too(layouts, order, weight_format):
+    """Also those just below the numbers of tokens from which on chunks are larger, or other ranks write no images."""
     for k, h, i, e, ranks in (
         (6, 4096, 2048, 32, 8),
         (6, 7168, 3072, 48, 8),
         (8, 2048, 768, 16, 2),
         (1, 128, 128, 1, 2),
     ):
-        tokens = [1, 64, 256 * e // k - 1, 256 * e // k + 1, 300 * e // k, 400 * e // k, 2048]
-        lines = layouts([(t, k, h, i, e, ranks) for t in sorted(tokens)], order)
+        # Routes per expert: halves' last, swapAB's in all its cases, what other ranks write.
+        edges = [limit * e // k for limit in (8, 18, 28, 34, 46, 52, 256)]
+        tokens = {t for edge in edges for t in (edge - 1, edge, edge + 1) if t > 0}
+        tokens |= {1, 64, 300 * e // k, 400 * e // k, 2048}
+        lines = layouts([(t, k, h, i, e, ranks) for t in sorted(tokens)], order, weight_format)
         sizes = [int(line[2]) for line in lines]
         assert sizes == sorted(sizes)
 

@@ -277,11 +277,11 @@ def test_killed(outcome, layout, captured):
     calls, setup = outcome(0, -9), float(SETTINGS["killed"]["JAX_MEGAMOE_SETUP_TIMEOUT_SECONDS"])
     calls.right("before", "timed")
     line = calls.line(0, "parted")
-    wanted = f"nan in {fault_worker.LEFT} of more launches"
+    wanted = f"nan in {fault_worker.LEFT[captured == 'captured']} of more launches"
     assert line["error"] is None and line["ranks"]["0"]["outcome"] == wanted, line
-    # Those that are left take no longer than others; a millisecond each would be four seconds.
+    # Those that are left take no longer than others.
     left = 1.5 * calls.seconds(0, "timed")
-    assert calls.seconds(0, "parted") < fault_worker.KILLED_AFTER + LIMIT + SLACK + left, line
+    assert calls.seconds(0, "parted") < fault_worker.KILLED_AFTER + LIMIT + 1 + left, line
     sentence = r"rank 0 waited in vain for rank 1, phase [a-z ]+, epoch \d+:"
     calls.check_sentences("parted", sentence)
     for call in ("next", "rebuilt"):

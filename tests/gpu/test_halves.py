@@ -62,7 +62,7 @@ def test_routings(routing, tokens):
 
 
 @pytest.mark.parametrize("tokens", [6, 16])
-@pytest.mark.parametrize(("hidden", "inter"), [size for size in MODELS.values() if size[1] >= 768], ids=str)
+@pytest.mark.parametrize(("hidden", "inter"), [size for size in MODELS.values() if size[1] >= 1408], ids=str)
 def test_shapes(hidden, inter, tokens):
     assert_is_the_references(make(tokens, sizes=Sizes(hidden, inter, 16, 6)))
 
@@ -77,7 +77,7 @@ def test_a_token_has_the_bits_that_it_has_among_more(tokens):
 
 @pytest.mark.parametrize("tokens", [LEAST, MOST])
 def test_again_and_again(tokens):
-    """Launches in halves and others in turns, whose counters are the same."""
+    """Launches in halves and others in turns."""
     few, more = make(tokens), make_problem(MOST + 1, HALVES, weight_format="mxfp4")
     wanted = bits(moe(*few)[0]), bits(moe(*more)[0])
     for _ in range(50):
@@ -102,7 +102,7 @@ def test_activations(tokens, options):
     assert difference(y, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [LEAST, MOST])
+@pytest.mark.parametrize("tokens", [LEAST, 16, MOST])
 def test_biases_and_shared_experts(tokens):
     rng = np.random.default_rng(tokens)
 

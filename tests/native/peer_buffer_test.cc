@@ -1,4 +1,4 @@
-// Where things lie in the buffers of a group. In: "T k H I E R order" per line. Out, for the call's largest launch: its
+// Where things lie in the buffers of a group. In: "T k H I E R order format" per line. Out, for the call's largest launch: its
 // tokens and its scratch beside the buffer; then, for the smallest buffer and one that is an eighth larger: bytes,
 // whether the launch fits, the offsets of ids (both parities), header and workspace, the bytes of ids, header and
 // workspace.
@@ -9,10 +9,11 @@
 
 int main() {
   megamoe::Problem p;
-  int order = 0;
+  int order = 0, format = 0;
   while (std::cin >> p.num_tokens >> p.top_k >> p.hidden_size >> p.intermediate_size >> p.num_local_experts >>
-         p.num_ranks >> order) {
+         p.num_ranks >> order >> format) {
     p.order = static_cast<megamoe::OperandOrder>(order);
+    p.format = static_cast<megamoe::WeightFormat>(format);
     const std::string reason = megamoe::unsupported_reason(p);
     if (!reason.empty()) {
       std::cout << "unsupported\n";

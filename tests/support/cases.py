@@ -50,17 +50,17 @@ def exhaustive(*values: Any, id: str | None = None) -> Any:
     return pytest.param(*values, id=id, marks=pytest.mark.exhaustive)
 
 
-def one_in(number: int, *choices: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+def one_in(number: int, *choices: Mapping[str, Any] | Sequence[Any], first: int = 0) -> list[Any]:
     """All combinations, of which about one in `number` runs always, as squares of one colour: others are `exhaustive`.
 
     Each value is in one that runs, and of three choices any two values if `number` is two. The first choice varies
-    slowest. Names of a mapping become the cases' ids.
+    slowest. Names of a mapping become the cases' ids. `first` is the colour: tests of the same choices take different ones.
     """
     named = [list(each.items() if isinstance(each, Mapping) else ((str(v), v) for v in each)) for each in choices]
     cases, kept = [], set()
     for places in itertools.product(*(range(len(each)) for each in named)):
         chosen = [each[place] for each, place in zip(named, places, strict=True)]
-        runs = sum(places) % number == 0
+        runs = sum(places) % number == first
         kept |= set(enumerate(places)) if runs else set()
         case = pytest.param if runs else exhaustive
         cases.append(case(*(value for _, value in chosen), id="-".join(name for name, _ in chosen)))

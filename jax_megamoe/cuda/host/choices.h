@@ -10,8 +10,8 @@ namespace megamoe {
 // What a launch may use of a device.
 struct Device {
   int num_sms;
-  int num_ctas;                  // of the launch, or of each rank in it, if each has its SM alone; one for each but in tests
-  int num_clusters;              // of two CTAs that can run at the same time, for each rank of the launch
+  int num_ctas;      // of the launch, or of each rank in it, if each has its SM alone; one for each but in tests
+  int num_clusters;  // of two CTAs that can run at the same time, for each rank of the launch
   double bytes_per_microsecond;  // from its memory; 0: the driver does not say
 };
 

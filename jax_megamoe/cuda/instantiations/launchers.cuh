@@ -28,7 +28,7 @@ class ClusterLaunch {
 
   template <typename Arguments>
   cudaError_t run(void (*kernel)(Arguments), const Arguments& arguments) const {
-    if (config_.gridDim.x > kMaxCtas) return cudaErrorInvalidConfiguration;
+    if (config_.gridDim.x > kMaxSms * Orientation::kCtasPerSm) return cudaErrorInvalidConfiguration;
     const cudaError_t error = cudaLaunchKernelEx(&config_, kernel, arguments);
     cudaGetLastError();  // the caller has it now; nobody else finds it
     return error;

@@ -312,9 +312,11 @@ struct PeerRanks {
     }
   }
 
-  // The same once all are there.
+  // The same once all have been there; -1 if a rank that has failed has gone on, and has sent those of a later launch.
   __device__ static int id_of_route(const MoeArguments& args, int route) {
-    return id_of_word(ptx::load_relaxed_system(words(shared_header().epoch) + route));
+    const uint64_t epoch = shared_header().epoch;
+    const uint64_t word = ptx::load_relaxed_system(words(epoch) + route);
+    return is_there(args, epoch, word) ? id_of_word(word) : -1;
   }
   // Without all ids, nobody knows where a route's token goes.
   __device__ static bool has_ids() { return shared_header().ids_missing == 0; }

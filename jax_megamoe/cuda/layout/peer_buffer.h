@@ -41,14 +41,18 @@ struct PeerView {
 // the buffer.
 class PeerBuffer {
  public:
-  // Enough for the problem, and all with fewer tokens: whose images are not assembled, other ranks write them.
+  // Enough for the problem, and all with fewer tokens. Some of these need more: where images are not assembled, other
+  // ranks write them, and smaller chunks are more. So the last before each of these changes counts, too.
   static size_t bytes_for(const Problem& p) {
-    if (p.assembles_images()) {
-      Problem smaller = p;
-      smaller.num_tokens = (kLeastRoutesPerExpertAssembled * p.num_local_experts - 1) / p.top_k;
-      if (smaller.num_tokens > 0) return std::max(bytes_for_one(p), bytes_for_one(smaller));
+    size_t bytes = bytes_for_one(p);
+    const int most_written = (kLeastRoutesPerExpertAssembled * p.num_local_experts - 1) / p.top_k;
+    for (const int tokens : {p.most_tokens_in_halves(), p.most_tokens_swapped(), most_written}) {
+      if (tokens <= 0 || tokens >= p.num_tokens) continue;
+      Problem fewer = p;
+      fewer.num_tokens = tokens;
+      bytes = std::max(bytes, bytes_for_one(fewer));
     }
-    return bytes_for_one(p);
+    return bytes;
   }
 
   // What a rank has to know of the buffers, all of the same size; `mapped[r]` is rank r's as this rank's device sees

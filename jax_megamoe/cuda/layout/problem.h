@@ -30,22 +30,30 @@ struct Problem {
   // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    if (is_decoded(format)) return num_routes() <= kMostRoutesPerExpertBeforeWide * num_local_experts;
-    int most = kLeastSwapLimit;
+    return num_routes() <= most_routes_per_expert_swapped() * num_local_experts;
+  }
+  int most_tokens_swapped() const { return most_routes_per_expert_swapped() * num_local_experts / top_k; }
+  int most_routes_per_expert_swapped() const {
+    if (is_decoded(format)) return kMostRoutesPerExpertBeforeWide;
     for (const SwapLimit& limit : kSwapLimits) {
-      if (normal_units() >= limit.units_per_sm * kMeasuredSms) continue;
-      most = limit.routes_per_expert;
-      break;
+      if (normal_units() < limit.units_per_sm * kMeasuredSms) return limit.routes_per_expert;
     }
-    return num_routes() <= most * num_local_experts;
+    return kLeastSwapLimit;
   }
   // The normal orientation's gate/up units, with a chunk per expert.
   int normal_units() const { return num_local_experts * (intermediate_size / (2 * kGateUpTileColumns)); }
-  // swapAB with two CTAs on each SM: few tokens, but enough units for all CTAs.
+  // swapAB with two CTAs on each SM: few tokens, but enough gate/up units for all CTAs. Shared experts have all tokens,
+  // which have to be one chunk.
   bool in_halves() const {
-    return order == OperandOrder::kByRule && is_decoded(format) &&
-           num_routes() <= kMostRoutesPerExpertInHalves * num_local_experts &&
-           int64_t{num_routes()} * (intermediate_size / kGateUpTileColumns) >= kLeastUnitsInHalves;
+    if (order != OperandOrder::kByRule || !is_decoded(format)) return false;
+    if (num_routes() > kMostRoutesPerExpertInHalves * num_local_experts) return false;
+    if (num_shared_experts > 0 && num_tokens > kHalvesTokenTile) return false;
+    const int experts = num_routes() < num_local_experts ? num_routes() : num_local_experts;
+    return int64_t{experts} * (intermediate_size / kGateUpTileColumns) >= kLeastUnitsInHalves;
+  }
+  int most_tokens_in_halves() const {
+    const int most = kMostRoutesPerExpertInHalves * num_local_experts / top_k;
+    return num_shared_experts > 0 && most > kHalvesTokenTile ? kHalvesTokenTile : most;
   }
   int token_tile() const {
     if (in_halves()) return kHalvesTokenTile;

@@ -27,13 +27,13 @@ constexpr int kLeastSwapLimit = 18;
 // Unit: routes per expert. Measured: "Many tokens of MXFP4".
 constexpr int kMostRoutesPerExpertBeforeWide = 52;
 
-// swapAB serves up to so many of weights that are decoded with two CTAs on each SM: with more, experts have several
-// chunks of 16 tokens.
+// swapAB serves up to so many of weights that are decoded with two CTAs on each SM: what was measured, of Flash up to 6
+// and of Pro up to 8. With 12 of Flash it was as fast as one CTA an SM: experts have several chunks of 16 tokens.
 // Unit: routes per expert. Measured: "Two CTAs on an SM".
 constexpr int kMostRoutesPerExpertInHalves = 8;
 
-// ... if there are as many gate/up units where each route has an expert of its own: with fewer, the launch is mostly
-// start and end, which take longer with twice as many CTAs.
+// ... if there are as many gate/up units, with one chunk for each expert, or for each route where these are fewer: else
+// the launch is mostly start and end, which take longer with twice as many CTAs.
 // Unit: gate/up units. Measured: "Two CTAs on an SM".
 constexpr int kLeastUnitsInHalves = 5 * kMeasuredSms / 2;
 
