@@ -1,0 +1,227 @@
+// What an SM's pipes do beside each other, on one SM: multiplies of swapAB's shape, with A from registers or from shared
+// memory, beside warps that do nothing but one kind of instruction; and multiplies of the normal orientation's shape
+// whose sums are promoted, by several kinds of instructions. docs/log/formats.md, "Two CTAs on an SM", has the first.
+//   build/pipes
+#include <cuda_runtime.h>
+
+#include <cstdio>
+
+#include "common/wgmma.cuh"
+#include "timing.h"
+
+namespace {
+
+using namespace megamoe;
+
+constexpr int kWarpgroups = 4, kThreads = kWarpgroups * 128, kSharedBytes = 96 * 1024;
+constexpr int kTileBytes = 64 * 128;  // A of one K block, or more than B has
+constexpr long long kCycles = 200000;
+constexpr int kRepeats = 8, kInstructions = 32;  // of a kind, between two looks at the clock: repeats of so many
+
+enum class Work { kNone, kFromRegisters, kFromShared, kPrmt, kImad, kFfma, kLds };
+constexpr const char* kNames[] = {"", "A from registers", "A from shared memory", "PRMT", "IMAD", "FFMA", "LDS.128"};
+
+__device__ void clear(uint8_t* shared) {
+  for (int i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(shared)[i] = 0;
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+}
+
+// K blocks, one after the other, until `end`; returns how many.
+template <int kN, Work kWork>
+__device__ long long multiply(uint8_t* shared, long long end, float* sink) {
+  const int warpgroup = threadIdx.x / 128;
+  const wgmma::Descriptor a(shared + warpgroup * kTileBytes), b(shared + (kWarpgroups + warpgroup) * kTileBytes);
+  float sums[kN / 2] = {};
+  uint32_t fragments[4][4] = {};
+  long long blocks = 0;
+  while (clock64() < end) {
+#pragma unroll 1
+    for (int r = 0; r < kRepeats; ++r, ++blocks) {
+      wgmma::pin(sums);
+      wgmma::pin(fragments);
+      wgmma::fence();
+      if constexpr (kWork == Work::kFromRegisters) {
+        wgmma::multiply_block<kN, 4>(sums, fragments, b, 0);
+      } else {
+        wgmma::multiply_block<kN, 4>(sums, a, 0, b, 0);
+      }
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(sums);
+      wgmma::pin(fragments);
+    }
+  }
+  if (sums[0] == 1.0f) *sink = sums[0];  // never
+  return blocks;
+}
+
+// Instructions of one kind, eight chains of them, until `end`; returns how many.
+template <Work kWork>
+__device__ long long compute(uint8_t* shared, long long end, float* sink) {
+  uint32_t v[8];
+  float f[8];
+  uint4 loaded = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = threadIdx.x + i, f[i] = v[i];
+  long long count = 0;
+  while (clock64() < end) {
+#pragma unroll 1
+    for (int r = 0; r < kRepeats; ++r, count += kInstructions) {
+#pragma unroll
+      for (int i = 0; i < kInstructions; ++i) {
+        uint32_t &x = v[i % 8], y = v[(i + 1) % 8];
+        if constexpr (kWork == Work::kPrmt) asm volatile("prmt.b32 %0, %0, %1, 0x3021;" : "+r"(x) : "r"(y));
+        if constexpr (kWork == Work::kImad) asm volatile("mad.lo.u32 %0, %0, %1, %0;" : "+r"(x) : "r"(y));
+        if constexpr (kWork == Work::kFfma) {
+          asm volatile("fma.rn.f32 %0, %0, %1, %0;" : "+f"(f[i % 8]) : "f"(f[(i + 1) % 8]));
+        }
+        if constexpr (kWork == Work::kLds) {
+          const auto* from = reinterpret_cast<const volatile uint32_t*>(shared + threadIdx.x % 128 * 16);
+          asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+                       : "r"(ptx::smem_address(const_cast<const uint32_t*>(from)) + i % 8 * 2048));
+        }
+      }
+    }
+  }
+  float all = loaded.x;
+  for (int i = 0; i < 8; ++i) all += v[i] + f[i];
+  if (all == 1.5f) *sink = all;  // never
+  return count;
+}
+
+// Each warpgroup does its work; out: how much of it in kCycles.
+template <int kN>
+__global__ void __launch_bounds__(kThreads, 1) beside(int4 works, long long* counts, float* sink) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  clear(shared);
+  const int warpgroup = threadIdx.x / 128;
+  const int mine = warpgroup == 0 ? works.x : warpgroup == 1 ? works.y : warpgroup == 2 ? works.z : works.w;
+  const long long end = clock64() + kCycles;
+  long long count = 0;
+  switch (static_cast<Work>(__shfl_sync(~0u, mine, 0))) {
+    case Work::kFromRegisters:
+      count = multiply<kN, Work::kFromRegisters>(shared, end, sink);
+      break;
+    case Work::kFromShared:
+      count = multiply<kN, Work::kFromShared>(shared, end, sink);
+      break;
+    case Work::kPrmt:
+      count = compute<Work::kPrmt>(shared, end, sink);
+      break;
+    case Work::kImad:
+      count = compute<Work::kImad>(shared, end, sink);
+      break;
+    case Work::kFfma:
+      count = compute<Work::kFfma>(shared, end, sink);
+      break;
+    case Work::kLds:
+      count = compute<Work::kLds>(shared, end, sink);
+      break;
+    case Work::kNone:
+      break;
+  }
+  if (threadIdx.x % 128 == 0) counts[warpgroup] = count;
+}
+
+template <int kN>
+void run_beside(long long* counts, float* sink) {
+  constexpr Work kMultiplies[] = {Work::kFromRegisters, Work::kFromShared};
+  constexpr Work kOthers[] = {Work::kNone, Work::kPrmt, Work::kImad, Work::kFfma, Work::kLds};
+  auto run = [&](Work first, Work second) {
+    const int a = static_cast<int>(first), b = static_cast<int>(second);
+    beside<kN><<<1, kThreads, kSharedBytes>>>(int4{a, a, b, b}, counts, sink);
+    CHECK(cudaDeviceSynchronize());
+    std::printf("N %2d, two warpgroups:", kN);
+    for (int warpgroup : {0, 2}) {
+      const Work work = warpgroup == 0 ? first : second;
+      if (work == Work::kNone) continue;
+      const char* unit = work == Work::kFromRegisters || work == Work::kFromShared ? "a K block" : "an instruction";
+      std::printf("  %s %.1f cycles %s", kNames[static_cast<int>(work)],
+                  static_cast<double>(kCycles) / counts[warpgroup], unit);
+    }
+    std::printf("\n");
+  };
+  CHECK(cudaFuncSetAttribute(beside<kN>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  for (Work multiply : kMultiplies) {
+    run(multiply, multiply);
+    for (Work other : kOthers) run(multiply, other);
+  }
+  for (Work other : kOthers) {
+    if (other != Work::kNone) run(other, Work::kNone);
+  }
+}
+
+// The normal orientation: 64 x 256 sums a warpgroup, promoted after each half of 128.
+enum class Promotion { kNone, kFfma, kFfmaAndPrmt, kFadd, kConstantScale };
+constexpr const char* kPromotions[] = {"none", "FFMA", "FFMA and PRMT by turns", "FADD", "FFMA, scale a constant"};
+constexpr int kBlocks = 400;
+__constant__ float constant_scale[2];
+
+template <Promotion kPromotion>
+__global__ void __launch_bounds__(2 * 128, 1) promote(float scale, long long* cycles, float* sink) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  clear(shared);
+  const wgmma::Descriptor a(shared + threadIdx.x / 128 * kTileBytes), b(shared + 2 * kTileBytes);
+  float sums[2][64] = {}, partial[64] = {};
+  uint32_t other = threadIdx.x;
+  const long long begin = clock64();
+#pragma unroll 1
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      wgmma::pin(partial);
+      wgmma::fence();
+      wgmma::multiply_block<128, 4>(partial, a, 0, b, half * 2 * kTileBytes);
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(partial);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        float& sum = sums[half][i];
+        if constexpr (kPromotion == Promotion::kFfma || kPromotion == Promotion::kFfmaAndPrmt) {
+          sum = fmaf(scale, partial[i], sum);
+        }
+        if (kPromotion == Promotion::kFadd || i == 0) sum += partial[i];  // one always, or ptxas drops the multiplies
+        if constexpr (kPromotion == Promotion::kConstantScale) sum = fmaf(constant_scale[i % 2], partial[i], sum);
+        if constexpr (kPromotion == Promotion::kFfmaAndPrmt) {
+          asm volatile("prmt.b32 %0, %0, %0, 0x3021;" : "+r"(other));
+        }
+        asm volatile("" : "+f"(sum));
+      }
+    }
+  }
+  if (threadIdx.x == 0) *cycles = clock64() - begin;
+  float all = other;
+  for (int i = 0; i < 64; ++i) all += sums[0][i] + sums[1][i];
+  if (all == 1.5f) *sink = all;  // never
+}
+
+template <Promotion kPromotion>
+void run_promotion(long long* cycles, float* sink) {
+  constexpr double kTensorCycles = 2 * 512;  // of two warpgroups' multiplies, at the tensor cores' rate
+  CHECK(cudaFuncSetAttribute(promote<kPromotion>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  promote<kPromotion><<<1, 2 * 128, kSharedBytes>>>(1e-3f, cycles, sink);
+  CHECK(cudaDeviceSynchronize());
+  const double each = static_cast<double>(*cycles) / kBlocks;
+  std::printf("64 x 256 and K 128 a warpgroup, two of them, promotion by %s: %.0f cycles, tensor cores busy %.0f %%\n",
+              kPromotions[static_cast<int>(kPromotion)], each, 100.0 * kTensorCycles / each);
+}
+
+}  // namespace
+
+int main() {
+  long long* counts;
+  float* sink;
+  CHECK(cudaMallocManaged(&counts, kWarpgroups * sizeof(long long)));
+  CHECK(cudaMalloc(&sink, sizeof(float)));
+  run_beside<8>(counts, sink);
+  run_beside<56>(counts, sink);
+  run_promotion<Promotion::kNone>(counts, sink);
+  run_promotion<Promotion::kFfma>(counts, sink);
+  run_promotion<Promotion::kFfmaAndPrmt>(counts, sink);
+  run_promotion<Promotion::kFadd>(counts, sink);
+  run_promotion<Promotion::kConstantScale>(counts, sink);
+  return 0;
+}
