@@ -12,6 +12,7 @@ import pytest
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError
 from tests.support import numpy_model
+from tests.support.cases import exhaustive
 from tests.support.cuda_lowering import cuda_text
 from tests.support.expert_layer import Layer, assert_matches_model, make_layer, natural_weights
 from tests.support.meshes import AUTO, MESHES, make_mesh, place_all
@@ -54,7 +55,7 @@ def with_formula(layer: Layer, options: dict[str, Any], formula: Any) -> Layer:
 @all_activations
 @pytest.mark.parametrize(
     "function",
-    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
+    [mm.moe, exhaustive(mm.reference.moe)],
     ids=["moe", "reference"],
 )
 def test_is_the_models(function, options, formula):

@@ -21,6 +21,7 @@ import jax_megamoe as mm
 from jax_megamoe.checkpoints.conversion import to_fp8_blocks
 from jax_megamoe.checkpoints.progress import Report, progress_line
 from tests.support import numpy_model, processes
+from tests.support.cases import exhaustive
 from tests.support.checkpoints import E, H, I, build, large_checkpoint, memory_of_put, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
@@ -81,7 +82,7 @@ def assert_needs_at_most(limit: int, call: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(
     "kind, format",
-    [("fp8_block", None), pytest.param("mxfp4", None, marks=pytest.mark.exhaustive), ("mxfp4", "fp8_block")],
+    [("fp8_block", None), exhaustive("mxfp4", None), ("mxfp4", "fp8_block")],
 )
 def test_little_is_in_memory_beside_the_result(kind, format, tmp_path):
     """At most a tenth of the result and one layer: measured as all of this process's memory but mapped files."""

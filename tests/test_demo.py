@@ -18,6 +18,7 @@ from jax_megamoe.demo import checkpoint, decode, model, text, train
 from jax_megamoe.demo import mesh as demo_mesh
 from jax_megamoe.errors import ShardingError
 from jax_megamoe.weight_layout import Format
+from tests.support.cases import exhaustive
 from tests.support.cuda_lowering import cuda_text
 from tests.support.demo import TINY, WIDE, assert_mesh_decodes_as_one_device, loop_arguments, make_parameters
 from tests.support.skips import unless, why_no_host_devices
@@ -271,7 +272,7 @@ def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
 @needs_devices
 @pytest.mark.parametrize(
     ("num_devices", "num_prompts"),
-    [*(pytest.param(*each, marks=pytest.mark.exhaustive) for each in ((8, 3), (2, 1))), (8, 16)],
+    [*(exhaustive(*each) for each in ((8, 3), (2, 1))), (8, 16)],
 )
 def test_text_on_a_mesh_is_that_of_one_device(num_devices: int, num_prompts: int) -> None:
     compiled = assert_mesh_decodes_as_one_device(num_devices, num_prompts, jax.devices("cpu"))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_megamoe as mm
 from jax_megamoe.errors import DTypeError, LayoutError, MegaMoEError, ShapeError
 from tests.support import boxes, meshes, numpy_model
-from tests.support.cases import one_in
+from tests.support.cases import exhaustive, one_in
 from tests.support.expert_layer import E, H, K, assert_matches_model, make_layer, natural_weights, packed_weights
 
 NUM_LAYERS = 3
@@ -217,11 +217,11 @@ def test_numbers_of_slots(way):
     [
         {"activation_clamp": np.float32(0.25)},
         {"activation_clamp": np.array(0.25)},
-        pytest.param({"activation_clamp": fractions.Fraction(1, 4)}, marks=pytest.mark.exhaustive),
+        exhaustive({"activation_clamp": fractions.Fraction(1, 4)}),
         {"activation_clamp": 1e300},
         {"activation_clamp": float("inf")},
-        pytest.param({"activation_clamp": ml_dtypes.bfloat16(0.25)}, marks=pytest.mark.exhaustive),
-        pytest.param({"routed_scaling_factor": np.float64(2.5)}, marks=pytest.mark.exhaustive),
+        exhaustive({"activation_clamp": ml_dtypes.bfloat16(0.25)}),
+        exhaustive({"routed_scaling_factor": np.float64(2.5)}),
         {"routed_scaling_factor": np.int8(-3)},
         {"routed_scaling_factor": 0},
     ],

@@ -12,6 +12,7 @@ import pytest
 import jax_megamoe as mm
 from examples import bench_decode, qwen3_moe, random_models
 from examples.expectations import tiny
+from tests.support.cases import exhaustive
 
 LAYER = 1  # has experts in both families
 
@@ -67,8 +68,8 @@ def test_the_programs_of_modules_say_that_all_ways_are_the_same(module, capsys):
     "model, layers, ways",
     [
         ("tiny-qwen3", 1, ["moe", "ragged_dot"]),
-        pytest.param("tiny-deepseek", 1, ["moe", "ragged_dot"], marks=pytest.mark.exhaustive),
-        pytest.param("tiny-deepseek-v4", 3, ["moe", "moe_fp8", "ragged_dot"], marks=pytest.mark.exhaustive),
+        exhaustive("tiny-deepseek", 1, ["moe", "ragged_dot"]),
+        exhaustive("tiny-deepseek-v4", 3, ["moe", "moe_fp8", "ragged_dot"]),
     ],
 )
 def test_the_benchmark_times_all_ways_in_one_run(model, layers, ways, tmp_path, capsys):

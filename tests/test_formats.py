@@ -18,7 +18,7 @@ import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.errors import ArgumentError, DTypeError, LayoutError, ShapeError
 from tests.support import numpy_model
-from tests.support.cases import one_in
+from tests.support.cases import exhaustive, one_in
 from tests.support.compare import difference
 from tests.support.meshes import KINDS
 
@@ -35,7 +35,7 @@ INPUTS = {
 }
 
 # What goes through layouts, meshes and layers alike is tried with the two formats that differ most.
-BETWEEN = pytest.param("fp8_channel", marks=pytest.mark.exhaustive)
+BETWEEN = exhaustive("fp8_channel")
 each_format = pytest.mark.parametrize("format", ["fp8_block", BETWEEN, "mxfp4"])
 each_new_format = pytest.mark.parametrize("format", [BETWEEN, "mxfp4"])
 
@@ -170,8 +170,8 @@ def test_layers_of_different_formats_are_not_stacked(num_layers):
     ("format", "kind"),
     [
         ("mxfp4", AxisType.Auto),
-        pytest.param("mxfp4", AxisType.Explicit, marks=pytest.mark.exhaustive),
-        pytest.param("fp8_channel", AxisType.Explicit, marks=pytest.mark.exhaustive),
+        exhaustive("mxfp4", AxisType.Explicit),
+        exhaustive("fp8_channel", AxisType.Explicit),
     ],
     ids=["mxfp4-auto", "mxfp4-explicit", "fp8_channel-explicit"],
 )

@@ -13,6 +13,7 @@ import pytest
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError
 from jax_megamoe.weight_layout import Format
+from tests.support.cases import exhaustive
 from tests.support.expert_layer import E, H, I, make_layer, natural_weights, packed_weights
 from tests.support.meshes import AUTO, make_mesh, place, place_all
 
@@ -38,7 +39,7 @@ def all_that_forbid() -> Iterator[None]:
 
 # Each guard means that JAX traces anew: one by one they say which one forbids what all of them do.
 ALONE_OR_TOGETHER = {
-    **{name: pytest.param(guard, id=name, marks=pytest.mark.exhaustive) for name, guard in GUARDS.items()},
+    **{name: exhaustive(guard, id=name) for name, guard in GUARDS.items()},
     "64 bits": pytest.param(GUARDS["64 bits"], id="64 bits"),
     "all that forbid": pytest.param(all_that_forbid, id="all that forbid"),
 }

@@ -15,6 +15,7 @@ import pytest
 
 from tests import multiprocess_worker
 from tests.multiprocess_worker import CASES, NUM_DEVICES, run_case, run_demo
+from tests.support.cases import exhaustive
 from tests.support.expert_layer import assert_matches_model, make_layer
 from tests.support.skips import unless, why_no_host_devices
 
@@ -77,7 +78,7 @@ def texts_of_one_process() -> list[str]:
     return run_demo(jax.devices("cpu")[:NUM_DEVICES])
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("processes", [2, exhaustive(4)])
 def test_processes_give_the_result_of_one(processes, one_process, texts_of_one_process, tmp_path):
     run_processes(processes, tmp_path)
     for process in range(processes):

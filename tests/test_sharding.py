@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("each_platform")
 @pytest.mark.parametrize("kind", [EXPLICIT, (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["both", "expert", "data"])
 @pytest.mark.parametrize(
     "with_context",
-    [False, pytest.param(True, marks=pytest.mark.exhaustive)],
+    [False, exhaustive(True)],
     ids=["mesh of arguments", "mesh of context"],
 )
 def test_reference_on_explicit_axes(kind, with_context):

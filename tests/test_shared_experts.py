@@ -54,11 +54,11 @@ def with_shared(layer: Layer, scale: np.ndarray, valid: Any = True, factor: floa
 
 @pytest.mark.parametrize(
     "function",
-    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
+    [mm.moe, exhaustive(mm.reference.moe)],
     ids=["moe", "reference"],
 )
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize("count", [exhaustive(1), 2])
 def test_every_token_goes_through_them(function, jit, count):
     layer, scale = make_layer(), scale_of(16, count)
     run: Any = functools.partial(function, return_expert_load=True, routed_scaling_factor=FACTOR)
@@ -168,7 +168,7 @@ def formats_apart(num_tokens: int = 16) -> tuple[Layer, mm.ExpertWeights, np.nda
 
 @pytest.mark.parametrize(
     "function",
-    [mm.moe, pytest.param(mm.reference.moe, marks=pytest.mark.exhaustive)],
+    [mm.moe, exhaustive(mm.reference.moe)],
     ids=["moe", "reference"],
 )
 def test_another_format_is_a_call_of_its_own(function):
@@ -204,9 +204,9 @@ def test_one_kernel_where_it_serves_both(built):
         (AUTO, True, mm.moe),
         (AUTO, False, mm.moe),
         (EXPLICIT, True, mm.moe),
-        pytest.param(EXPLICIT, False, mm.moe, marks=pytest.mark.exhaustive),
+        exhaustive(EXPLICIT, False, mm.moe),
         ((AUTO, EXPLICIT), True, mm.moe),
-        pytest.param(AUTO, True, mm.reference.moe, marks=pytest.mark.exhaustive),
+        exhaustive(AUTO, True, mm.reference.moe),
         (EXPLICIT, True, mm.reference.moe),
     ],
     ids=[
@@ -219,7 +219,7 @@ def test_one_kernel_where_it_serves_both(built):
         "explicit-reference",
     ],
 )
-@pytest.mark.parametrize("sizes", ["data x expert", pytest.param("expert", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("sizes", ["data x expert", exhaustive("expert")])
 def test_global_view(each_platform, kind, jit, function, sizes):
     if isinstance(kind, tuple) and sizes == "expert":
         pytest.skip("two kinds of axes want two axes")

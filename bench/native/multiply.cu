@@ -1,6 +1,7 @@
 // What the tensor core takes for small token tiles: cycles of a group of multiplies of 64 weight rows x N tokens x 32
 // of K, by how many are in a group and how many warpgroups of an SM multiply at once. One group at a time per
 // warpgroup.
+#include "common/ptx/memory_order.cuh"
 #include "common/wgmma.cuh"
 #include "timing.h"
 
@@ -14,7 +15,7 @@ __global__ void __launch_bounds__(384, 1) multiply(long long* cycles, float* sin
   for (int i = threadIdx.x; i < 65536 / 4; i += blockDim.x) {
     reinterpret_cast<uint32_t*>(shared)[i] = 0x31383038u + i * 0x01010101u % 0x07070707u;
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_proxy_async_shared();
   __syncthreads();
   const wgmma::Descriptor weights(shared + threadIdx.x / 128 * 8192), tokens(shared + 32768);
   float partial[kN / 2], total[kN / 2] = {};

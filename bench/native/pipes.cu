@@ -1,11 +1,13 @@
-// What an SM's pipes do beside each other, on one SM: multiplies of swapAB's shape, with A from registers or from shared
+// What the pipes of one SM do beside each other: multiplies of swapAB's shape, with A from registers or from shared
 // memory, beside warps that do nothing but one kind of instruction; and multiplies of the normal orientation's shape
 // whose sums are promoted, by several kinds of instructions. docs/log/formats.md, "Two CTAs on an SM", has the first.
 //   build/pipes
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <type_traits>
 
+#include "common/ptx/memory_order.cuh"
 #include "common/wgmma.cuh"
 #include "timing.h"
 
@@ -19,11 +21,14 @@ constexpr long long kCycles = 200000;
 constexpr int kRepeats = 8, kInstructions = 32;  // of a kind, between two looks at the clock: repeats of so many
 
 enum class Work { kNone, kFromRegisters, kFromShared, kPrmt, kImad, kFfma, kLds };
+__host__ __device__ constexpr bool multiplies(Work work) {
+  return work == Work::kFromRegisters || work == Work::kFromShared;
+}
 constexpr const char* kNames[] = {"", "A from registers", "A from shared memory", "PRMT", "IMAD", "FFMA", "LDS.128"};
 
 __device__ void clear(uint8_t* shared) {
   for (int i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(shared)[i] = 0;
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_proxy_async_shared();
   __syncthreads();
 }
 
@@ -77,10 +82,9 @@ __device__ long long compute(uint8_t* shared, long long end, float* sink) {
           asm volatile("fma.rn.f32 %0, %0, %1, %0;" : "+f"(f[i % 8]) : "f"(f[(i + 1) % 8]));
         }
         if constexpr (kWork == Work::kLds) {
-          const auto* from = reinterpret_cast<const volatile uint32_t*>(shared + threadIdx.x % 128 * 16);
           asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                        : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
-                       : "r"(ptx::smem_address(const_cast<const uint32_t*>(from)) + i % 8 * 2048));
+                       : "r"(ptx::smem_address(shared + threadIdx.x % 128 * 16 + i % 8 * 2048)));
         }
       }
     }
@@ -88,6 +92,22 @@ __device__ long long compute(uint8_t* shared, long long end, float* sink) {
   float all = loaded.x;
   for (int i = 0; i < 8; ++i) all += v[i] + f[i];
   if (all == 1.5f) *sink = all;  // never
+  return count;
+}
+
+// Of the kinds, the one that is `mine`.
+template <int kN, Work... kWorks>
+__device__ long long work(Work mine, uint8_t* shared, long long end, float* sink) {
+  long long count = 0;
+  const auto one = [&](auto kind) {
+    if (mine != kind.value) return;
+    if constexpr (multiplies(kind.value)) {
+      count = multiply<kN, kind.value>(shared, end, sink);
+    } else {
+      count = compute<kind.value>(shared, end, sink);
+    }
+  };
+  (one(std::integral_constant<Work, kWorks>()), ...);
   return count;
 }
 
@@ -99,29 +119,10 @@ __global__ void __launch_bounds__(kThreads, 1) beside(int4 works, long long* cou
   const int warpgroup = threadIdx.x / 128;
   const int mine = warpgroup == 0 ? works.x : warpgroup == 1 ? works.y : warpgroup == 2 ? works.z : works.w;
   const long long end = clock64() + kCycles;
-  long long count = 0;
-  switch (static_cast<Work>(__shfl_sync(~0u, mine, 0))) {
-    case Work::kFromRegisters:
-      count = multiply<kN, Work::kFromRegisters>(shared, end, sink);
-      break;
-    case Work::kFromShared:
-      count = multiply<kN, Work::kFromShared>(shared, end, sink);
-      break;
-    case Work::kPrmt:
-      count = compute<Work::kPrmt>(shared, end, sink);
-      break;
-    case Work::kImad:
-      count = compute<Work::kImad>(shared, end, sink);
-      break;
-    case Work::kFfma:
-      count = compute<Work::kFfma>(shared, end, sink);
-      break;
-    case Work::kLds:
-      count = compute<Work::kLds>(shared, end, sink);
-      break;
-    case Work::kNone:
-      break;
-  }
+  const Work kind = static_cast<Work>(__shfl_sync(~0u, mine, 0));  // the same in all lanes, as ptxas can see
+  const long long count =
+      work<kN, Work::kFromRegisters, Work::kFromShared, Work::kPrmt, Work::kImad, Work::kFfma, Work::kLds>(kind, shared,
+                                                                                                           end, sink);
   if (threadIdx.x % 128 == 0) counts[warpgroup] = count;
 }
 
@@ -137,7 +138,7 @@ void run_beside(long long* counts, float* sink) {
     for (int warpgroup : {0, 2}) {
       const Work work = warpgroup == 0 ? first : second;
       if (work == Work::kNone) continue;
-      const char* unit = work == Work::kFromRegisters || work == Work::kFromShared ? "a K block" : "an instruction";
+      const char* unit = multiplies(work) ? "a K block" : "an instruction";
       std::printf("  %s %.1f cycles %s", kNames[static_cast<int>(work)],
                   static_cast<double>(kCycles) / counts[warpgroup], unit);
     }

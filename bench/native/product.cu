@@ -8,6 +8,7 @@
 
 #include "common/bounded_wait.cuh"
 #include "common/ptx/bulk_copy.cuh"
+#include "common/ptx/memory_order.cuh"
 #include "common/ptx/registers.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/ring.cuh"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kCtaThreads, 1) product(const uint8_t* source,
     for (int s = 0; s < kStages; ++s) ptx::mbarrier_init(&full[s], 1), ptx::mbarrier_init(&empty[s], kConsumerWarps);
     ptx::mbarrier_init_fence();
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ptx::fence_proxy_async_shared();
   __syncthreads();
   StageCursor cursor;
   if (threadIdx.x >= kConsumerThreads) {

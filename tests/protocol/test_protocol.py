@@ -6,6 +6,7 @@ import pytest
 
 from tests.protocol.explorer import explore
 from tests.protocol.model import Protocol, Sends
+from tests.support.cases import exhaustive
 
 # Rank 0 sends in launches 1 and 3 only, and rank 1 never.
 SPARSE = frozenset({(1, 0, 1), (3, 0, 1)})
@@ -55,7 +56,7 @@ def test_two_ranks_with_delayed_stores(protocol):
 
 @pytest.mark.parametrize(
     "sends",
-    [SPARSE, pytest.param(NOBODY, marks=pytest.mark.exhaustive)],
+    [SPARSE, exhaustive(NOBODY)],
     ids=["some send", "nobody sends"],
 )
 def test_idle_ranks_with_delayed_stores(sends):

@@ -13,11 +13,8 @@ namespace {
 
 template <typename Format, typename Group>
 cudaError_t prepare() {
-  cudaError_t error = Launcher<SwapAb<Format>, Group>::prepare();
-  if constexpr (Format::kDecodes) {
-    if (error == cudaSuccess) error = Launcher<SwapAbHalves<Format>, Group>::prepare();
-  }
-  if (error == cudaSuccess) error = Launcher<ForMany<Format>, Group>::prepare();
+  const cudaError_t error = for_each_orientation<Format>(
+      [](auto orientation) { return Launcher<typename decltype(orientation)::type, Group>::prepare(); });
   // Asked here, so that no launch is the first to ask.
   if (error == cudaSuccess) Launcher<ForMany<Format>, Group>::num_clusters();
   return error;
@@ -25,11 +22,9 @@ cudaError_t prepare() {
 
 template <typename Format, typename Group>
 cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, int num_ctas, cudaStream_t stream) {
-  if (!choice.swap_operands) return Launcher<ForMany<Format>, Group>::launch(slice, choice, num_ctas, stream);
-  if constexpr (Format::kDecodes) {
-    if (choice.ctas_per_sm == 2) return Launcher<SwapAbHalves<Format>, Group>::launch(slice, choice, num_ctas, stream);
-  }
-  return Launcher<SwapAb<Format>, Group>::launch(slice, choice, num_ctas, stream);
+  return with_orientation<Format>(choice, [&](auto orientation) {
+    return Launcher<typename decltype(orientation)::type, Group>::launch(slice, choice, num_ctas, stream);
+  });
 }
 
 // One launch for each slice of the tokens.

@@ -25,6 +25,32 @@ using ForMany = std::conditional_t<Format::kDecodes, Wide<Format>, Normal<Format
 struct OneRank;
 struct PeerRanks;
 
+// Names an orientation, which only instantiation files know whole.
+template <typename T>
+struct OrientationTag {
+  using type = T;
+};
+
+// Calls `visit` with the orientation of a launch.
+template <typename Format, typename Visit>
+cudaError_t with_orientation(const LaunchChoice& choice, const Visit& visit) {
+  if (!choice.swap_operands) return visit(OrientationTag<ForMany<Format>>());
+  if constexpr (Format::kDecodes) {
+    if (choice.ctas_per_sm == 2) return visit(OrientationTag<SwapAbHalves<Format>>());
+  }
+  return visit(OrientationTag<SwapAb<Format>>());
+}
+
+// Calls it with each that the format has, until one returns an error.
+template <typename Format, typename Visit>
+cudaError_t for_each_orientation(const Visit& visit) {
+  cudaError_t error = visit(OrientationTag<SwapAb<Format>>());
+  if constexpr (Format::kDecodes) {
+    if (error == cudaSuccess) error = visit(OrientationTag<SwapAbHalves<Format>>());
+  }
+  return error == cudaSuccess ? visit(OrientationTag<ForMany<Format>>()) : error;
+}
+
 template <typename Orientation, typename Group>
 struct Launcher {
   static cudaError_t prepare();

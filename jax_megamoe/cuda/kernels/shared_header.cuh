@@ -58,7 +58,7 @@ struct SharedHeader {
   uint64_t vacant_shares_done;        // ... are dispatched
   uint64_t claimed[kMaxStages];       // the weight producer has taken the stage; the token producer may fill its part
   SignalQueue signals[kConsumerWarpgroups];
-  int kept[kConsumerWarpgroups];            // without a register. Normal: the unit's chunk; halves: signals posted
+  int kept[kConsumerWarpgroups];  // no register for it. Normal: the unit's chunk; halves: signals posted so far
   uint64_t ticket_published[kTicketSlots];  // from the cluster's first CTA to the other
   uint32_t ticket[kTicketSlots];
   int num_chunks, max_rows, smallest_chunk;  // of the plan (kernels/plan.cuh)

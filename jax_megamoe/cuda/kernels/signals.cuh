@@ -21,7 +21,8 @@ class Signaller {
     if (kKeepsCount && threadIdx.x % kWarpgroupThreads == 0) count() = 0;
   }
 
-  // The warpgroup's first thread, after a barrier of the threads whose stores are announced. Null ends the signal thread.
+  // The warpgroup's first thread, after a barrier of the threads whose stores are announced. Null ends the signal
+  // thread.
   __device__ __forceinline__ void post(uint32_t* counter) {
     if constexpr (kKeepsCount) {
       const int posted = count()++;
@@ -38,7 +39,7 @@ class Signaller {
   static constexpr bool kKeepsCount = Orientation::kHalves;
   __device__ static int& count() {
     uint32_t warpgroup = threadIdx.x / kWarpgroupThreads;
-    asm volatile("" : "+r"(warpgroup));  // nor for its address
+    asm volatile("" : "+r"(warpgroup));  // lest its address is kept in a register
     return shared_header().kept[warpgroup];
   }
 

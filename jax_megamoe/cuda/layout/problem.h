@@ -30,7 +30,7 @@ struct Problem {
   // it: it is asked where a program is lowered, too, and never of a device.
   bool swap_operands() const {
     if (order != OperandOrder::kByRule) return order == OperandOrder::kSwapped;
-    return num_routes() <= most_routes_per_expert_swapped() * num_local_experts;
+    return num_tokens <= most_tokens_swapped();
   }
   int most_tokens_swapped() const { return most_routes_per_expert_swapped() * num_local_experts / top_k; }
   int most_routes_per_expert_swapped() const {
@@ -45,9 +45,7 @@ struct Problem {
   // swapAB with two CTAs on each SM: few tokens, but enough gate/up units for all CTAs. Shared experts have all tokens,
   // which have to be one chunk.
   bool in_halves() const {
-    if (order != OperandOrder::kByRule || !is_decoded(format)) return false;
-    if (num_routes() > kMostRoutesPerExpertInHalves * num_local_experts) return false;
-    if (num_shared_experts > 0 && num_tokens > kHalvesTokenTile) return false;
+    if (order != OperandOrder::kByRule || !is_decoded(format) || num_tokens > most_tokens_in_halves()) return false;
     const int experts = num_routes() < num_local_experts ? num_routes() : num_local_experts;
     return int64_t{experts} * (intermediate_size / kGateUpTileColumns) >= kLeastUnitsInHalves;
   }

@@ -10,11 +10,8 @@ namespace megamoe {
 cudaError_t prepare_virtual_ranks(WeightFormat format) {
   return with_format(format, [](auto f) {
     using Format = decltype(f);
-    cudaError_t error = VirtualRanksLauncher<SwapAb<Format>>::prepare();
-    if constexpr (Format::kDecodes) {
-      if (error == cudaSuccess) error = VirtualRanksLauncher<SwapAbHalves<Format>>::prepare();
-    }
-    if (error == cudaSuccess) error = VirtualRanksLauncher<ForMany<Format>>::prepare();
+    const cudaError_t error = for_each_orientation<Format>(
+        [](auto orientation) { return VirtualRanksLauncher<typename decltype(orientation)::type>::prepare(); });
     if (error == cudaSuccess) VirtualRanksLauncher<ForMany<Format>>::num_clusters();  // as in host/launch.cc
     return error;
   });
@@ -30,15 +27,10 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
     const LaunchChoice choice = choose(problem, problem, device, /*has_peers=*/true);
     const int ctas = ctas_of_launch(choice, device);
     if (ctas == 0) return cudaErrorNotSupported;
-    if (!choice.swap_operands) {
-      return VirtualRanksLauncher<ForMany<Format>>::launch(arguments, choice, present, ctas, stream);
-    }
-    if constexpr (Format::kDecodes) {
-      if (choice.ctas_per_sm == 2) {
-        return VirtualRanksLauncher<SwapAbHalves<Format>>::launch(arguments, choice, present, ctas, stream);
-      }
-    }
-    return VirtualRanksLauncher<SwapAb<Format>>::launch(arguments, choice, present, ctas, stream);
+    return with_orientation<Format>(choice, [&](auto orientation) {
+      return VirtualRanksLauncher<typename decltype(orientation)::type>::launch(arguments, choice, present, ctas,
+                                                                                stream);
+    });
   });
 }
 
