@@ -40,6 +40,7 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
                                         Signaller<Orientation>& signaller, Tracer& tracer) {
+  if constexpr (Orientation::kWide) BlockTurns::begin();
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
@@ -59,6 +60,7 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
     consume_unit<Orientation, Group>(args, map, note, signaller, tracer, cursor);
     tracer.mark_by_first(TraceEvent::kUnitFinished);
   }
+  if constexpr (Orientation::kWide) BlockTurns::end();
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
   return true;
 }

@@ -33,6 +33,7 @@ enum NamedBarrier : uint32_t {
   kConsumersBarrier = 1,       // all consumers
   kFirstWarpgroupBarrier = 2,  // consumer warpgroup w: this + w
   kRowWarpsBarrier = 4,        // the warps that gather rows
+  kFirstTurnBarrier = 5,       // wide: consumer warpgroup w may begin a K block: this + w
 };
 
 // For compute-sanitizer's racecheck, which does not see that a lane that arrives after __syncwarp does so for its whole

@@ -27,6 +27,28 @@
 
 namespace megamoe {
 
+// Keeps the two warpgroups half a K block apart, so that one multiplies while the other decodes: left alone they wait for
+// the same stage and fall into step. The second begins a block once the first has begun the second half of its own, and
+// the other way round.
+struct BlockTurns {
+  // Before the first block and after the last one.
+  __device__ __forceinline__ static void begin() {
+    if (warpgroup() == 1) pass();
+  }
+  __device__ __forceinline__ static void end() {
+    if (warpgroup() == 0) await();
+  }
+  __device__ __forceinline__ static void await() {
+    ptx::named_barrier_sync(kFirstTurnBarrier + warpgroup(), kConsumerThreads);
+  }
+  __device__ __forceinline__ static void pass() {
+    ptx::named_barrier_arrive(kFirstTurnBarrier + 1 - warpgroup(), kConsumerThreads);
+  }
+
+ private:
+  __device__ static uint32_t warpgroup() { return threadIdx.x / kWarpgroupThreads; }
+};
+
 template <typename Wide, typename Group>
 class WideConsumer {
  public:
@@ -121,8 +143,10 @@ class WideConsumer {
         wgmma::pin(partial);
         wgmma::pin(fragments);
         wgmma::fence();
+        if (part == 0) BlockTurns::await();
         wgmma::multiply_block<kN, kInstructions>(partial, fragments, tokens, part * kN * kBlockK);
         wgmma::commit();
+        if (part == 0 ? note_.rows() <= kN : part == 1) BlockTurns::pass();
         if (part == 0) {
           next.wait_at_once();
           words = load(cursor.stage);
