@@ -5,10 +5,15 @@ GPUs too; here are the sizes, loads and orders of calls that a group of GPUs has
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -381,6 +386,11 @@ def test_layers_share_one_buffer():
     assert len(_library.symmetric_memories()) == 2  # one on each device
 
 
+def saved(folder: Path, call: str, what: str, num_ranks: int) -> np.ndarray[Any, Any]:
+    """What the processes of process_worker.py have saved of a call, one part after the other."""
+    return np.concatenate([np.load(folder / f"{call}.{process}.{what}.npy") for process in range(num_ranks)])
+
+
 @all_ranks
 def test_one_process_per_gpu(num_ranks, tmp_path):
     if reason := why_no_gpus(num_ranks):
@@ -390,9 +400,22 @@ def test_one_process_per_gpu(num_ranks, tmp_path):
         problem = make_problem(tokens * num_ranks, "masked")
         alone, load = moe(*problem)
         for turn in range(20):
-            names = [f"{tokens}.{turn}.{process}" for process in range(num_ranks)]
-            y = np.concatenate([np.load(tmp_path / f"{name}.y.npy") for name in names])
-            np.testing.assert_array_equal(
-                np.concatenate([np.load(tmp_path / f"{name}.load.npy") for name in names]), load
-            )
-            np.testing.assert_array_equal(y, bits(alone))
+            np.testing.assert_array_equal(saved(tmp_path, f"{tokens}.{turn}", "load", num_ranks), load)
+            np.testing.assert_array_equal(saved(tmp_path, f"{tokens}.{turn}", "y", num_ranks), bits(alone))
+
+
+def test_processes_with_ipc_namespaces_of_their_own(tmp_path):
+    """As in two containers: they cannot map each other's memory, and collectives serve them."""
+    if reason := why_no_gpus(2):
+        pytest.skip(reason)
+    allowed = [sys.executable, "-c", f"import os; os.unshare({os.CLONE_NEWIPC})"]
+    if subprocess.run(allowed, check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make an IPC namespace")
+    arguments = (str(tmp_path), process_worker.OWN_IPC)
+    processes.check_ended(processes.run(process_worker.__name__, *arguments, processes=2, limit=240))
+    for tokens in process_worker.TOKENS:
+        alone, load = moe(*make_problem(tokens * 2, "masked"))
+        for turn in range(20):
+            np.testing.assert_array_equal(saved(tmp_path, f"{tokens}.{turn}", "load", 2), load)
+            y = saved(tmp_path, f"{tokens}.{turn}", "y", 2).view(ml_dtypes.bfloat16)
+            assert difference(y, alone) < 1e-4
