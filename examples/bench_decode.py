@@ -8,7 +8,7 @@ eighth of the heads and of the vocabulary. All experts that the model has for a 
 that there are as many pairs as reach a rank on average; exchanges are left out. BF16 but for the experts of `moe`,
 which are FP8, or, of DeepSeek-V4, MXFP4 ("moe") and FP8 ("moe_fp8"); `ragged_dot` multiplies the experts before they
 are quantised. Layers are unrolled, so that neither copies weights: `ragged_dot` has no other way, and `moe` has the
-decoders' scan with `--scan`, but for DeepSeek-V4. "rest" is the same step without experts but with the router;
+decoders' scan with `--scan`. "rest" is the same step without experts but with the router;
 embedding and logits are shared out among the layers. Times are medians of the repeats; "+-" is how far repeats are
 apart, of both steps together: experts that take less than that have not been measured.
 """
@@ -122,8 +122,6 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown := set(options.ways.split(",")) - set(ways):
             parser.error(f"--ways {','.join(sorted(unknown))}: {options.model} has {','.join(ways)}")
         ways = options.ways.split(",")
-    if options.scan and fields["model_type"] == "deepseek_v4":
-        parser.error("--scan: the layers of DeepSeek-V4 are of three kinds, and always unrolled")
     model = make(options.model, num_layers, ways, jax.random.key(0))
     config = dataclasses.replace(model.config, is_unrolled=not options.scan)
     model = dataclasses.replace(model, config=config)

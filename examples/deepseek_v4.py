@@ -4,13 +4,16 @@
 
 A layer attends to the last positions, and, most of them, to entries that each stand for `rate` positions before. With
 a rate of 4 ("sparse") an entry is made of two windows, and an indexer chooses which entries a token sees; with 128
-("heavy") of one, and all are seen. Keys are values, one head for all queries. Layers differ, so they are not scanned.
+("heavy") of one, and all are seen. Keys are values, one head for all queries. Layers are of several kinds, sparse and
+heavy in turns but for the first: two of them are one step of a scan (`Config.runs`).
 
 Shapes: B slots, H hidden_size, M streams, E experts, k experts of a token, V vocabulary; and those of
 `deepseek_v4_attention.py`.
 """
 
+import functools
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,14 +30,15 @@ from examples.deepseek_v4_attention import (
     Config,
     Indexer,
     LayerCache,
+    Run,
     attend,
     num_series,
     unit_norm,
 )
 from examples.dense import DenseWeights
-from examples.experts import Experts, apply_experts
-from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, split
-from examples.transformer import rms_norm
+from examples.experts import Experts, apply_experts, run_layers
+from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
+from examples.transformer import empty_leaf, layer_of_cache, rms_norm, with_layer_of_cache
 
 _STEPS_OF_A_ROUND = 3  # of Sinkhorn and Knopp's
 
@@ -64,23 +68,24 @@ class Parameters(NamedTuple):
     """The model without its routed experts."""
 
     embedding: jax.Array  # [V, H]
-    layers: tuple[Layer, ...]
+    layers: tuple[tuple[Layer, ...], ...]  # of each run, its kinds, stacked
     shared: Experts  # stacked
     head: Streams
     norm: jax.Array  # [H]
     unembedding: jax.Array  # [V, H]
 
 
-Cache = tuple[LayerCache, ...]
+Cache = tuple[tuple[LayerCache, ...], ...]  # as the layers, of leaves as `CacheLeaf` is
 
-# How arrays are split over a mesh: what is not named is whole on each device.
+# How arrays are split over a mesh, those of layers stacked: what is not named is whole on each device. The indexer has
+# other fields of these names, which are whole.
 SPLITS: dict[str, tuple[str | None, ...]] = {
-    "query_up": (TENSOR,),
-    "sinks": (TENSOR,),
-    "out_down": (TENSOR,),
-    "out_up": (None, TENSOR),
+    "query_up": (None, TENSOR),
+    "sinks": (None, TENSOR),
+    "out_down": (None, TENSOR),
+    "out_up": (None, None, TENSOR),
     "unembedding": (TENSOR,),
-    "cache": (DATA,),
+    "cache": (DATA,),  # of one layer
 }
 
 
@@ -99,8 +104,9 @@ def load(
     config = Config.of(checkpoint.config, checkpoint.router(last).options, checkpoint.moe_options(last))
     dense = DenseWeights(folder, dtype)
 
-    def read(name: str, *shape: int, field: str = "", dtype: Any = None) -> jax.Array:
-        return place(dense.read(name, *shape, dtype=dtype), mesh, *SPLITS.get(field, ()))
+    def read(name: str, *shape: int, dtype: Any = None) -> Any:
+        """A NumPy array: `stack_layers` and `place` make jax's of it."""
+        return dense.read(name, *shape, dtype=dtype)
 
     def streams(stem: str) -> Streams:
         return Streams(*(read(f"{stem}_{name}", dtype=np.float32) for name in ("fn", "base", "scale")))
@@ -121,14 +127,14 @@ def load(
         return Attention(
             query_down=read(f"{stem}.wq_a.weight"),
             query_norm=read(f"{stem}.q_norm.weight"),
-            query_up=read(f"{stem}.wq_b.weight", *heads, -1, field="query_up"),
+            query_up=read(f"{stem}.wq_b.weight", *heads, -1),
             kv=read(f"{stem}.wkv.weight"),
             kv_norm=read(f"{stem}.kv_norm.weight"),
-            sinks=read(f"{stem}.attn_sink", field="sinks", dtype=np.float32),
+            sinks=read(f"{stem}.attn_sink", dtype=np.float32),
             compressor=compressor(f"{stem}.compressor") if rate else None,
             indexer=indexer,
-            out_down=read(f"{stem}.wo_a.weight", groups, -1, group_size, field="out_down"),
-            out_up=read(f"{stem}.wo_b.weight", config.hidden_size, groups, -1, field="out_up"),
+            out_down=read(f"{stem}.wo_a.weight", groups, -1, group_size),
+            out_up=read(f"{stem}.wo_b.weight", config.hidden_size, groups, -1),
         )
 
     def layer(number: int) -> Layer:
@@ -139,41 +145,58 @@ def load(
             attention=attention_of(number),
             mlp_streams=streams(f"{stem}.hc_ffn"),
             mlp_norm=read(f"{stem}.ffn_norm.weight"),
-            router=place(router.weight, mesh),
-            router_bias=None if router.bias is None else place(router.bias, mesh),
-            hash_table=None if router.hash_table is None else place(router.hash_table, mesh),
+            router=router.weight,
+            router_bias=router.bias,
+            hash_table=router.hash_table,
         )
 
     parameters = Parameters(
-        embedding=read("embed.weight"),
-        layers=tuple(layer(number) for number in range(config.num_layers)),
+        embedding=place(read("embed.weight"), mesh),
+        layers=stack_layers(config, layer, mesh),
         shared=checkpoint.shared_experts(mesh=mesh),
-        head=streams("hc_head"),
-        norm=read("norm.weight"),
-        unembedding=read("head.weight", field="unembedding"),
+        head=Streams(*(place(array, mesh) for array in streams("hc_head"))),
+        norm=place(read("norm.weight"), mesh),
+        unembedding=place(read("head.weight"), mesh, *SPLITS["unembedding"]),
     )
     return config, parameters, checkpoint.experts(mesh=mesh, expert_axis=EXPERT_AXIS)
+
+
+def stack_layers(config: Config, layer: Callable[[int], Layer], mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """What `Parameters.layers` is, from a function that makes a layer by its number."""
+
+    def stack(path: Any, *leaves: Any) -> jax.Array:
+        is_whole = any(key.name == "indexer" for key in path)
+        of_layers = np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+        return place(of_layers, mesh, *(() if is_whole else SPLITS.get(path[-1].name, ())))
+
+    def stacked(numbers: Sequence[int]) -> Layer:
+        return jax.tree_util.tree_map_with_path(stack, *map(layer, numbers))
+
+    return tuple(tuple(stacked(numbers) for numbers in run.numbers()) for run in config.runs)
 
 
 def empty_cache(config: Config, num_slots: int, length: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
     """A cache for `num_slots` sequences of up to `length` tokens."""
 
-    def zeros(*shape: int, dtype: Any = dtype) -> jax.Array:
-        return place(jnp.zeros((num_slots, *shape), dtype), mesh, *SPLITS["cache"])
+    def zeros(count: int, *shape: int, dtype: Any = dtype) -> Any:
+        leaf = empty_leaf(count, (num_slots, *shape), dtype, not config.is_unrolled)
+        return place_cache(leaf, mesh, *SPLITS["cache"])
 
-    def compressed(rate: int, size: int) -> Compressed:
+    def compressed(count: int, rate: int, size: int) -> Compressed:
         series = num_series(rate, config)
         ring = (series * rate, series * size)
-        return Compressed(zeros(*ring), zeros(*ring, dtype=jnp.float32), zeros(length // rate, size))
-
-    return tuple(
-        LayerCache(
-            window=zeros(config.window, config.head_size),
-            compressed=compressed(rate, config.head_size) if rate else None,
-            indexed=compressed(rate, config.index_size) if num_series(rate, config) == 2 else None,
+        return Compressed(
+            zeros(count, *ring), zeros(count, *ring, dtype=jnp.float32), zeros(count, length // rate, size)
         )
-        for rate in config.rates
-    )
+
+    def of_kind(count: int, rate: int) -> LayerCache:
+        return LayerCache(
+            window=zeros(count, config.window, config.head_size),
+            compressed=compressed(count, rate, config.head_size) if rate else None,
+            indexed=compressed(count, rate, config.index_size) if num_series(rate, config) == 2 else None,
+        )
+
+    return tuple(tuple(of_kind(run.repeats, config.rates[each[0]]) for each in run.numbers()) for run in config.runs)
 
 
 def decode_step(
@@ -192,12 +215,11 @@ def decode_step(
     is_used = positions >= 0
     embedded = split(parameters.embedding[tokens], DATA)
     x = jnp.repeat(embedded[:, None], config.num_streams, axis=1)
-    written = []
-    for i, (layer, layer_cache) in enumerate(zip(parameters.layers, cache, strict=True)):
+
+    def add_layer(x: jax.Array, cache: LayerCache, i: int | jax.Array, rate: int, layer: Layer) -> Any:
         collapsed, mix = collapse(config, layer.attention_streams, x)
         normalized = rms_norm(collapsed, layer.attention_norm, config.epsilon)
-        added, layer_cache = attend(config, normalized, layer.attention, config.rates[i], layer_cache, positions)
-        written.append(layer_cache)
+        added, cache = attend(config, normalized, layer.attention, rate, cache, positions)
         x = mix(split(added, DATA))
 
         collapsed, mix = collapse(config, layer.mlp_streams, x)
@@ -208,9 +230,25 @@ def decode_step(
         )
         ids, weights = mm.route(logits, bias=layer.router_bias, **hashed, **config.route_options)
         ids = jnp.where(is_used[:, None], ids, -1)
-        of_layer = experts[i] if isinstance(experts, tuple) else experts
-        shared = parameters.shared[i] if isinstance(parameters.shared, tuple) else parameters.shared
-        x = mix(split(apply_experts(of_layer, normalized, ids, weights, i, shared=shared, **config.moe_options), DATA))
+        of_layer, shared = (each[i] if isinstance(each, tuple) else each for each in (experts, parameters.shared))
+        results = apply_experts(of_layer, normalized, ids, weights, i, shared=shared, **config.moe_options)
+        return mix(split(results, DATA)), cache
+
+    def add_period(run: Run, x: jax.Array, caches: Any, n: int | jax.Array, layers: tuple[Layer, ...]) -> Any:
+        """A layer of each kind."""
+        written = []
+        for kind, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            i, rate = run.first + run.period * n + kind, config.rates[run.first + kind]
+            x, of_layer = add_layer(x, layer_of_cache(cache, n), i, rate, layer)
+            written.append(with_layer_of_cache(cache, n, of_layer))
+        return x, tuple(written)
+
+    is_unrolled = config.is_unrolled or isinstance(experts, tuple) or isinstance(parameters.shared, tuple)
+    written = []
+    for run, layers, caches in zip(config.runs, parameters.layers, cache, strict=True):
+        add = functools.partial(add_period, run)
+        x, caches = run_layers(add, x, caches, layers, is_unrolled=is_unrolled or run.repeats == 1)
+        written.append(caches)
     gates = _stream_gates(config, parameters.head, x)
     weights = jax.nn.sigmoid(gates * parameters.head.scale + parameters.head.base) + config.stream_epsilon
     last = rms_norm(_weigh(weights, x), parameters.norm, config.epsilon)

@@ -4,7 +4,7 @@ Shapes: B slots, H hidden_size, N heads, D head_size, Q the rank of queries, G g
 the window, T entries of the cache, J heads of the indexer, C size of an entry.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +42,19 @@ class Config:
     compressed_rope: Mapping[str, Any]  # of the others
     route_options: Mapping[str, Any]  # keywords of `mm.route`
     moe_options: Mapping[str, Any]  # keywords of `mm.moe`
-    is_unrolled: bool = True  # there is no other way
+    num_hash_layers: int  # the first layers, which choose experts by a hash of the token
+    is_unrolled: bool = False  # no scan, and a cache for each layer: see `run_layers`
+
+    @property
+    def runs(self) -> tuple["Run", ...]:
+        """All layers in order: those of one kind, or of two in turns, together as far as they go."""
+        kinds = [(rate, number < self.num_hash_layers) for number, rate in enumerate(self.rates)]
+        runs: list[Run] = []
+        while (first := sum(run.period * run.repeats for run in runs)) < len(kinds):
+            found = [Run(first, period, _repeats(kinds[first:], period)) for period in (1, 2)]
+            longest = max(found, key=lambda run: run.period * run.repeats)
+            runs.append(longest if longest.repeats > 1 else Run(first, 1, 1))
+        return tuple(runs)
 
     @staticmethod
     def of(fields: Mapping[str, Any], route_options: Mapping[str, Any], moe_options: Mapping[str, Any]) -> "Config":
@@ -72,7 +84,29 @@ class Config:
             compressed_rope={"rope_scaling": scaling, "rope_theta": fields["compress_rope_theta"]},
             route_options=route_options,
             moe_options=moe_options,
+            num_hash_layers=fields.get("num_hash_layers") or 0,
         )
+
+
+class Run(NamedTuple):
+    """Layers from `first` on, of `period` kinds in turns, `repeats` times: they go through one scan."""
+
+    first: int
+    period: int
+    repeats: int
+
+    def numbers(self) -> list[range]:
+        """The layers of each kind."""
+        end = self.first + self.period * self.repeats
+        return [range(first, end, self.period) for first in range(self.first, self.first + self.period)]
+
+
+def _repeats(kinds: Sequence[Any], period: int) -> int:
+    """How often the first `period` of them stand at the beginning, one after the other."""
+    count = 1
+    while kinds[period * count : period * (count + 1)] == kinds[:period]:
+        count += 1
+    return count
 
 
 class Compressor(NamedTuple):

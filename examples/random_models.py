@@ -70,9 +70,9 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
     | {"num_attention_heads": 2, "head_dim": 32, "qk_rope_head_dim": 16, "vocab_size": 64}
     | {"q_lora_rank": 32, "o_groups": 1, "o_lora_rank": 32, "sliding_window": 4}
-    | {"compress_ratios": [0, 2, 4, 2], "compress_rates": {SPARSE: 2, HEAVY: 4}}
+    | {"compress_ratios": [0, 2, 4, 2, 4], "compress_rates": {SPARSE: 2, HEAVY: 4}}
     | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 2}
-    | {"num_hidden_layers": 4, "swiglu_limit": 10.0},
+    | {"num_hidden_layers": 5, "swiglu_limit": 10.0},
 }
 
 
@@ -255,7 +255,7 @@ def _deepseek_v4(fields: dict[str, Any], keys: Iterator[jax.Array]) -> tuple[Any
         )
 
     embedding, norm, unembedding = _ends(fields, keys)
-    layers = tuple(layer(rate) for rate in config.rates)
+    layers = deepseek_v4.stack_layers(config, lambda number: layer(config.rates[number]))
     return config, deepseek_v4.Parameters(embedding, layers, None, streams(m, 1), norm, unembedding)
 
 

@@ -109,6 +109,27 @@ def write_cache(cache: CacheLeaf, layer: int | jax.Array, positions: jax.Array, 
     return at.set(values.astype(cache.dtype), mode="drop", wrap_negative_indices=False)
 
 
+def layer_of_cache[Tree](cache: Tree, layer: int | jax.Array) -> Tree:
+    """What one layer has of a pytree of `CacheLeaf`."""
+    return jax.tree.map(lambda leaf: leaf[layer], cache, is_leaf=_is_leaf)
+
+
+def with_layer_of_cache[Tree](cache: Tree, layer: int | jax.Array, of_layer: Tree) -> Tree:
+    """The same cache with other arrays of that layer."""
+
+    def put(leaf: CacheLeaf, array: jax.Array) -> CacheLeaf:
+        if isinstance(leaf, tuple):
+            assert isinstance(layer, int), "layers in a scan have a stacked cache"
+            return (*leaf[:layer], array, *leaf[layer + 1 :])
+        return leaf.at[layer].set(array)
+
+    return jax.tree.map(put, cache, of_layer, is_leaf=_is_leaf)
+
+
+def _is_leaf(value: Any) -> bool:
+    return type(value) is tuple  # which a NamedTuple is not
+
+
 def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """Softmax f32 over the last dimension of scores, where `visible`."""
     return jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1)

@@ -26,6 +26,7 @@ ONE_GPU = (
     "tests/gpu/test_compiled_programs.py",
     "tests/gpu/test_compiled_examples.py",
     "tests/gpu/test_edges.py",
+    "tests/gpu/test_bad_values.py",
     "tests/gpu/test_formats.py",
     "tests/gpu/test_halves.py",
     "tests/gpu/test_checkpoints.py",

@@ -1,5 +1,7 @@
 """The layers of `examples` in the classes and by the names of frameworks, the benchmark and the command line."""
 
+import dataclasses
+import functools
 import importlib
 import json
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from examples import bench_decode, qwen3_moe, random_models
+from examples import bench_decode, deepseek_v4, qwen3_moe, random_models
 from examples.expectations import tiny
 from tests.support.cases import exhaustive
 
@@ -64,6 +66,28 @@ def test_the_programs_of_modules_say_that_all_ways_are_the_same(module, capsys):
     assert "True" in capsys.readouterr().out
 
 
+def test_two_kinds_of_layers_in_turns_are_one_scan():
+    model = random_models.make("tiny-deepseek-v4", 5, ["moe"], jax.random.key(0))
+    assert [(run.first, run.period, run.repeats) for run in model.config.runs] == [(0, 1, 1), (1, 2, 2)]
+    parameters, experts = model.ways["moe"]
+    # In FP32, in which a scan and a loop have the same sums; what is quantised stays so.
+    dense = {name: value for name, value in parameters._asdict().items() if name != "shared"}
+    parameters = parameters._replace(**jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dense))
+    logits: list[list[jax.Array]] = []
+    for is_unrolled in (False, True):
+        config = dataclasses.replace(model.config, is_unrolled=is_unrolled)
+        step = jax.jit(functools.partial(deepseek_v4.decode_step, config))
+        cache = deepseek_v4.empty_cache(config, 3, 16, jnp.float32)
+        logits.append([])
+        for position in range(9):
+            tokens = jnp.array([position, 7, 3], jnp.int32)
+            positions = jnp.array([position, -1 if position < 4 else position - 4, position], jnp.int32)
+            found, cache = step(parameters, experts, cache, tokens, positions)
+            logits[-1].append(found)
+    difference = np.stack(logits[0]) - np.stack(logits[1])
+    assert np.sqrt(np.mean(difference**2)) < 1e-3
+
+
 @pytest.mark.parametrize(
     "model, layers, ways",
     [
@@ -104,7 +128,6 @@ def test_the_benchmark_times_all_layers_and_the_ways_that_are_wanted(capsys):
         ("--model tiny-qwen3 --layers 0", "tiny-qwen3 has 4"),
         ("--model tiny-qwen3 --layers some", "wanted a number, or all"),
         ("--model tiny-qwen3 --ways moe_fp8", "tiny-qwen3 has moe,ragged_dot"),
-        ("--model tiny-deepseek-v4 --scan", "always unrolled"),
     ],
 )
 def test_the_benchmark_says_what_a_model_has(arguments, message, capsys):
