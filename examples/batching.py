@@ -88,6 +88,6 @@ def serve(
                 request.generated.append(int(found[slot]))
                 if keep_logits:
                     request.logits.append(np.asarray(logits[slot]))
-            is_full = len(request.generated) == request.max_new_tokens or positions[slot] == length
+            is_full = len(request.generated) >= request.max_new_tokens or positions[slot] >= length
             if is_full or (request.generated and request.generated[-1] == end):
                 slots[slot], positions[slot] = None, -1

@@ -36,6 +36,7 @@ def main(
 
     try:
         mesh = make_mesh(*arguments.mesh) if arguments.mesh else None
+        _check_numbers(arguments)
         dtype = jnp.dtype(arguments.dtype)
         config, parameters, experts = load(arguments.folder, experts_folder=arguments.experts, mesh=mesh, dtype=dtype)
         config = dataclasses.replace(config, is_unrolled=arguments.unroll)
@@ -53,6 +54,15 @@ def main(
         print(",".join(map(str, request.prompt)), "->", ",".join(map(str, request.generated)))
     generated = sum(len(request.generated) for request in requests)
     print(f"{num_steps} steps, {generated} tokens, {generated / seconds:.1f} a second, compiling included")
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("new_tokens", "slots", "length"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}, wanted 1 or more.")
+    data = arguments.mesh[0] if arguments.mesh else 1
+    if arguments.slots % data:
+        raise ValueError(f"--slots is {arguments.slots}, wanted a multiple of {data}, the mesh's data: pass another.")
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, length: int) -> None:
@@ -76,4 +86,6 @@ def _sizes(text: str) -> tuple[int, int]:
         data, tensor = map(int, text.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, wanted data x tensor, as 2x4") from None
+    if min(data, tensor) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted positive numbers, as 2x4")
     return data, tensor

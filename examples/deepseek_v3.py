@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import jax_megamoe as mm
 from examples import command
-from examples.dense import DenseWeights
+from examples.dense import DenseWeights, open_checkpoint
 from examples.experts import Experts, LayerExperts, apply_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
 from examples.transformer import (
@@ -166,9 +166,11 @@ def load(
     `experts_folder` is what `python -m jax_megamoe convert` has made of it; without one, experts are packed here.
     `dtype` is that of everything but experts and router.
     """
-    checkpoint = mm.read_checkpoint(experts_folder or folder)
+    checkpoint = open_checkpoint(folder, experts_folder)
     if checkpoint.family not in ("deepseek_v3", "kimi_k2"):
-        raise ValueError(f"{folder} holds {checkpoint.family}, wanted deepseek_v3: use the example of its family.")
+        raise ValueError(
+            f"{experts_folder or folder} holds {checkpoint.family}, wanted deepseek_v3: use the example of its family."
+        )
     first = checkpoint.moe_layers[0]
     config = Config.of(checkpoint.config, checkpoint.router(first).options, checkpoint.moe_options(first))
     if checkpoint.moe_layers != list(range(config.num_dense_layers, config.num_layers)):

@@ -35,7 +35,7 @@ from examples.deepseek_v4_attention import (
     num_series,
     unit_norm,
 )
-from examples.dense import DenseWeights
+from examples.dense import DenseWeights, open_checkpoint
 from examples.experts import Experts, apply_experts, run_layers
 from examples.meshes import DATA, EXPERT_AXIS, TENSOR, place, place_cache, split
 from examples.transformer import empty_leaf, layer_of_cache, rms_norm, with_layer_of_cache
@@ -97,9 +97,11 @@ def load(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> tuple[Config, Parameters, mm.ExpertWeights]:
     """Reads a checkpoint onto the devices, as `deepseek_v3.load`."""
-    checkpoint = mm.read_checkpoint(experts_folder or folder)
+    checkpoint = open_checkpoint(folder, experts_folder)
     if checkpoint.family != "deepseek_v4":
-        raise ValueError(f"{folder} holds {checkpoint.family}, wanted deepseek_v4: use the example of its family.")
+        raise ValueError(
+            f"{experts_folder or folder} holds {checkpoint.family}, wanted deepseek_v4: use the example of its family."
+        )
     last = checkpoint.moe_layers[-1]
     config = Config.of(checkpoint.config, checkpoint.router(last).options, checkpoint.moe_options(last))
     dense = DenseWeights(folder, dtype)

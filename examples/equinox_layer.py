@@ -31,9 +31,14 @@ class ExpertLayer(eqx.Module):
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike[str], layer: int) -> "ExpertLayer":
-        """A layer of a checkpoint, without its shared experts."""
+        """A layer of a checkpoint, without its shared experts.
+
+        Raises `ValueError` for a layer that chooses experts by a hash: this one is not told the tokens' ids.
+        """
         checkpoint = mm.read_checkpoint(folder)
         router, options = checkpoint.router(layer), checkpoint.moe_options(layer)
+        if router.hash_table is not None:
+            raise ValueError(f"layer {layer} chooses experts by a hash, wanted one that chooses by scores: use route.")
         arrays = (router.weight, router.bias, checkpoint.experts(layer))
         fixed = tuple(router.options.items()), tuple(options.items())
         return cls(*arrays, *fixed, logit_bias=router.logit_bias)

@@ -45,9 +45,15 @@ class ExpertLayer(nnx.Module):
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike[str], layer: int) -> "ExpertLayer":
-        """A layer of a checkpoint, without its shared experts."""
+        """A layer of a checkpoint, without its shared experts.
+
+        Raises `ValueError` for a layer that chooses experts by a hash: this one is not told the tokens' ids.
+        """
         checkpoint = mm.read_checkpoint(folder)
-        router, experts = checkpoint.router(layer), checkpoint.experts(layer)
+        router = checkpoint.router(layer)
+        if router.hash_table is not None:
+            raise ValueError(f"layer {layer} chooses experts by a hash, wanted one that chooses by scores: use route.")
+        experts = checkpoint.experts(layer)
         options = {"route_options": router.options, "moe_options": checkpoint.moe_options(layer)}
         return cls(router.weight, experts, bias=router.bias, logit_bias=router.logit_bias, **options)
 

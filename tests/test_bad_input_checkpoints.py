@@ -95,4 +95,5 @@ def test_what_is_no_folder(thing):
     for function in (mm.read_checkpoint, mm.load_experts):
         with pytest.raises((mm.errors.ArgumentError, CheckpointError)) as raised:
             function(thing)
-        assert SENTENCE.match(str(raised.value)) or isinstance(raised.value, CheckpointError)
+        text = str(raised.value)
+        assert text.isprintable() and (SENTENCE.match(text) or isinstance(raised.value, CheckpointError))

@@ -129,7 +129,7 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "field", "value", "text"),
     [
-        ("kimi-k2", "routed_scaling_factor", 10**400, "has a scaling_factor beyond all floats"),
+        ("kimi-k2", "routed_scaling_factor", 10**400, "has scaling_factor beyond all floats"),
         ("deepseek-v4", "swiglu_limit", -1.0, "has an activation clamp of -1.0, wanted a positive number"),
     ],
 )

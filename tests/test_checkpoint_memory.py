@@ -276,7 +276,9 @@ def test_tensors_go_to_another_process(count, tmp_path, monkeypatch):
         header = "{" + ",".join(f'"{number}.{name}":{EMPTY}' for name in ("a", "b b", "\ud800")) + "}"
         (tmp_path / f"{number}.safetensors").write_bytes(file_of(header))
     tensors = Tensors(tmp_path)
-    kept = pickle.dumps((tensors, File(tmp_path / "0.safetensors")))
+    file = File(tmp_path / "0.safetensors")
+    file.mapped()  # which does not go along
+    kept = pickle.dumps((tensors, file))
     monkeypatch.setattr(tensor_table, "hash", lambda name: hash(name + "of another one"), raising=False)
     for found, names in zip(pickle.loads(kept), (list(tensors), list(tensors)[:3]), strict=True):
         held = found if isinstance(found, Tensors) else found.tensors

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from jax_megamoe.errors import CheckpointError, LayoutError
+from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import E, H, I, Named, build, mxfp4, write
 from tests.support.families import PLANS
 
@@ -423,3 +424,70 @@ def test_the_index_of_a_partial_download(tmp_path):
 def test_the_encoding_of_the_test_is_what_it_says():
     stored = mxfp4(spread=3)(np.random.default_rng(0), 128, 128)
     assert stored.tensors[".scale"].dtype == ml_dtypes.float8_e8m0fnu
+
+
+@pytest.mark.parametrize(
+    "missing", [["shared_expert.gate_proj.weight"], ["shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"]]
+)
+def test_a_shared_expert_that_is_not_all_there(missing, tmp_path):
+    stem = "model.language_model.layers.1.mlp"
+    changes = [without(f"{stem}.{name}") for name in missing]
+    with pytest.raises(CheckpointError, match=f"{missing[0]}.* is missing"):
+        make(tmp_path, "qwen3.5-bf16", all_of(*changes)).shared_experts(1)
+
+
+def test_a_gate_of_the_shared_expert_that_is_missing(tmp_path):
+    change = without("model.language_model.layers.1.mlp.shared_expert_gate.weight")
+    with pytest.raises(CheckpointError, match="shared_expert_gate.weight.* is missing"):
+        make(tmp_path, "qwen3.5-bf16", change).router(1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_bias", "groups"),
+    [
+        ({}, True, {"num_groups": 4, "top_groups": 2, "group_scoring": "sum_of_two"}),
+        ({"topk_method": "group_limited_greedy"}, False, {"num_groups": 4, "top_groups": 2, "group_scoring": "max"}),
+        ({"topk_method": "greedy"}, False, {}),
+    ],
+)
+def test_the_configuration_has_the_last_word_on_how_experts_are_chosen(fields, has_bias, groups, tmp_path):
+    router = make(tmp_path, "deepseek-v3", with_config(**fields)).router(1)
+    assert (router.bias is not None) is has_bias
+    assert {name: value for name, value in router.options.items() if "group" in name} == groups
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "text"),
+    [
+        ("deepseek-v3", {"topk_method": "fair"}, "has topk_method = 'fair', wanted one of noaux_tc, "),
+        ("hy3", {"moe_router_use_sigmoid": False}, "has moe_router_use_sigmoid = False, wanted True"),
+    ],
+)
+def test_ways_to_choose_experts_that_there_are_not(name, fields, text, tmp_path):
+    with pytest.raises(CheckpointError, match=text):
+        make(tmp_path, name, with_config(**fields)).router(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_no_numbers(value, tmp_path):
+    for number, name in enumerate(("routed_scaling_factor", "swiglu_limit")):
+        with pytest.raises(CheckpointError, match="wanted a finite number"):
+            make(tmp_path / str(number), "deepseek-v4", with_config(**{name: value})).moe_options(1)
+
+
+def test_an_index_that_names_a_file_of_several_lines(tmp_path):
+    stock = build(PLANS["qwen3-bf16"])
+    folder = write(tmp_path, stock.config, stock.tensors)
+    index = folder / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = dict.fromkeys(fields["weight_map"], "x\nerror: all is well\x1b[31m.safetensors")
+    index.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError) as raised:
+        mm.read_checkpoint(folder)
+    assert str(raised.value).isprintable()
+
+
+def test_a_checkpoint_is_not_read_while_tracing(tmp_path):
+    checkpoint = make(tmp_path, "qwen3-bf16", lambda *_: None)
+    with pytest.raises(ArgumentError, match="inside a function that JAX traces, wanted outside"):
+        jax.eval_shape(lambda: checkpoint.experts(1))

@@ -137,7 +137,11 @@ class LayerFile:
     """A layer's file of a cache, its header checked. Raises `CheckpointError` for another one."""
 
     def __init__(self, path: Path) -> None:
-        self.file = File(path)
+        try:
+            self.file = File(path)
+        except CheckpointError as error:  # whose remedy is that of a file which comes from somewhere else
+            problem = error.problem.rpartition(": ")[0]
+            raise CheckpointError(path, error.tensor, f"{problem}: remove it, and make the cache again.") from error
         try:
             header = json.loads(self.file.metadata[METADATA])
         except (KeyError, ValueError, RecursionError) as error:

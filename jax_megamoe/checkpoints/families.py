@@ -163,6 +163,9 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "num_dense_layers": ("first_k_dense_replace",),
     "num_hash_layers": ("num_hash_layers", "n_hash_layers"),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts"),
+    "shared_size": ("shared_expert_intermediate_size",),  # of all shared experts
+    "size": ("moe_intermediate_size",),  # of an expert
+    "uses_sigmoid": ("moe_router_use_sigmoid",),
     "has_bias": ("use_routing_bias", "moe_router_enable_expert_bias"),
     "activation": ("hidden_act",),
     "situ_beta": ("activation_situ_beta",),

@@ -21,7 +21,7 @@ from jax_megamoe import weight_layout
 from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
 from jax_megamoe.checkpoints.progress import Progress, Report
 from jax_megamoe.checkpoints.safetensors import Array
-from jax_megamoe.errors import ShapeError, ShardingError
+from jax_megamoe.errors import ArgumentError, ShapeError, ShardingError
 from jax_megamoe.operands import Leaves
 from jax_megamoe.quantized_packing import as_bytes
 from jax_megamoe.weight_layout import Format
@@ -49,7 +49,14 @@ def load_layers(
 @contextlib.contextmanager
 def on_purpose(mesh: Mesh | None) -> Iterator[None]:
     """Goes to the mesh, or to the default device, whatever mesh and guards against transfers the caller has set."""
-    with jax.transfer_guard("allow"), jax.set_mesh(mesh or Mesh(np.empty((), object), ())):
+    try:
+        goes_there = jax.set_mesh(mesh or Mesh(np.empty((), object), ()))
+    except ValueError as error:
+        raise ArgumentError(
+            "a checkpoint is read inside a function that JAX traces, wanted outside of it: read it before, and pass "
+            "what comes of it as an argument."
+        ) from error
+    with jax.transfer_guard("allow"), goes_there:
         yield
 
 

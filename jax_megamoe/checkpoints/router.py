@@ -15,11 +15,19 @@ from jax_megamoe.checkpoints.folder import Tensors
 from jax_megamoe.checkpoints.safetensors import Array, Tensor
 from jax_megamoe.errors import ArgumentError, ShapeError
 from jax_megamoe.routing import route
-from jax_megamoe.routing_arrays import Scoring
+from jax_megamoe.routing_arrays import GroupScoring, Scoring
 
 # Activations of configurations that `moe` computes; None is its default.
 _ACTIVATIONS = ("silu", "swish")
 _SITU = "situ"
+# Ways to choose experts, by DeepSeek's names, and how groups of experts are scored: with a bias added to the scores, or
+# without one; and without groups.
+_WITH_BIAS = "noaux_tc"
+_GROUP_SCORING: dict[str, GroupScoring | None] = {
+    _WITH_BIAS: "sum_of_two",
+    "group_limited_greedy": "max",
+    "greedy": None,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +36,7 @@ class Router:
 
     That is `jax_megamoe.route(logits, bias=bias, **options)`, of gpt-oss with `logit_bias` added to the logits before,
     in hash layers with `hash_table` and `token_ids`, and of models that see with `image_bias` and `is_image`.
-    `shared_gate` is a linear layer whose sigmoid weighs the shared expert. A pytree of its arrays.
+    `shared_gate` is a linear layer whose sigmoid weighs the S shared experts. A pytree of its arrays.
     """
 
     weight: jax.Array  # f32[E, H], of the model's H, where experts are narrower too
@@ -36,7 +44,7 @@ class Router:
     hash_table: jax.Array | None  # int32[vocabulary, k]
     options: dict[str, Any] = field(default_factory=dict)  # keywords of `route`
     image_bias: jax.Array | None = None  # f32[E]
-    shared_gate: jax.Array | None = None  # f32[1, H]
+    shared_gate: jax.Array | None = None  # f32[S, H]
     logit_bias: jax.Array | None = None  # f32[E], added to the logits
 
     def route(
@@ -85,7 +93,9 @@ def _add_to_logits(logits: jax.Array | np.ndarray, bias: jax.Array) -> jax.Array
             f"logits has shape {logits.shape}, wanted [..., {bias.shape[0]}]: pass one score for each expert."
         )
     # What is no float is refused by `route`.
-    return jnp.asarray(logits, np.float32) + bias if jnp.issubdtype(logits.dtype, jnp.floating) else logits
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        return logits
+    return jnp.asarray(logits, np.float32) + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
 
 
 def _flatten(router: Router) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -113,20 +123,38 @@ def read_router(tensors: Tensors, stem: str, family: Family, config: Config, lay
         table = jax.device_put(_table(tensors.require(f"{stem}.{family.hash_table}"), num_experts, top_k))
     # Every model here that adds a bias always does, unless it says otherwise; its hash layers need none.
     has_bias = config.get("has_bias", bool)
-    method = config.fields.get("topk_method")
     if has_bias is None:
-        has_bias = method in (None, "noaux_tc")
+        has_bias = _method(config) == _WITH_BIAS
     weight = read(family.router, (num_experts, None), True)
     assert weight is not None
     return Router(
         weight=weight,
-        bias=read(family.bias, (num_experts,), bool(has_bias) and table is None),
+        bias=read(family.bias, (num_experts,), table is None) if has_bias else None,
         hash_table=table,
         options=_route_options(family, config, top_k),
         image_bias=read(family.image_bias, (num_experts,), False),
-        shared_gate=read(family.shared_gate, (1, None), False),
+        shared_gate=_repeated(read(family.shared_gate, (1, None), bool(config.get("shared_size", int))), config),
         logit_bias=read(family.logit_bias, (num_experts,), True),
     )
+
+
+def _method(config: Config) -> str:
+    """How experts are chosen. Raises `CheckpointError` for a way that `route` does not have."""
+    method = config.fields.get("topk_method", _WITH_BIAS)
+    if method not in (None, *_GROUP_SCORING):
+        raise config.error(
+            f"has topk_method = {text_of(method, MAX_TEXT)}, wanted one of {', '.join(_GROUP_SCORING)}: "
+            "route has no other."
+        )
+    return str(method or _WITH_BIAS)
+
+
+def _repeated(gate: jax.Array | None, config: Config) -> jax.Array | None:
+    """f32[S, H]: a gate of all shared experts for each of the S that are as wide as the others."""
+    size, width = config.get("shared_size", int), config.get("size", int)
+    if gate is None or not size or not width or size % width:
+        return gate
+    return jnp.repeat(gate, size // width, axis=0)
 
 
 def moe_options(family: Family, config: Config) -> dict[str, Any]:
@@ -150,8 +178,6 @@ def moe_options(family: Family, config: Config) -> dict[str, Any]:
             raise config.error("has a swiglu_limit beside hidden_act = 'situ': look which of them the model has.")
     elif family.activation is not None:
         alpha = _number(config, "alpha")
-        if alpha is not None and not math.isfinite(alpha):
-            raise config.error(f"has swiglu_alpha = {alpha}, wanted a finite number: take it from its source.")
         options["activation"] = family.activation if alpha is None else replace(family.activation, alpha=alpha)
     clamp = _number(config, "clamp")
     if (clamp := family.clamp if clamp is None else clamp) is not None:
@@ -169,9 +195,12 @@ def moe_options(family: Family, config: Config) -> dict[str, Any]:
 def _number(config: Config, what: str) -> float | None:
     value = config.get(what, (int, float))
     try:
-        return None if value is None else float(value)
+        number = None if value is None else float(value)
     except OverflowError as error:
-        raise config.error(f"has a {what} beyond all floats: take it from its source.") from error
+        raise config.error(f"has {what} beyond all floats: take it from its source.") from error
+    if number is not None and not math.isfinite(number):
+        raise config.error(f"has {what} = {number}, wanted a finite number: take it from its source.")
+    return number
 
 
 def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]:
@@ -181,14 +210,17 @@ def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]
             f"has scoring {text_of(scoring, MAX_TEXT)}, wanted one of {', '.join(get_args(Scoring))}: "
             "route has no other."
         )
+    if config.get("uses_sigmoid", bool) is False and scoring == "sigmoid":
+        raise config.error("has moe_router_use_sigmoid = False, wanted True: which scores it has instead is not known.")
     renormalize = config.get("renormalize", bool)
     renormalize = family.renormalize if renormalize is None else renormalize
     options: dict[str, Any] = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     num_groups = config.count("num_groups", 1) if family.has_groups else 1
-    if num_groups > 1:
+    group_scoring = _GROUP_SCORING[_method(config)]
+    if num_groups > 1 and group_scoring is not None:
         options["num_groups"] = num_groups
         options["top_groups"] = config.count("top_groups", num_groups)
-        options["group_scoring"] = "sum_of_two"
+        options["group_scoring"] = group_scoring
     return options
 
 

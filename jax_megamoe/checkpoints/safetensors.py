@@ -109,6 +109,10 @@ class File:
         self.metadata, self.table = header.metadata, header.tensors
         self._map: mmap.mmap | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, perhaps in another process, maps the file again.
+        return {**self.__dict__, "_map": None}
+
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         """By name; each is made when it is asked for."""

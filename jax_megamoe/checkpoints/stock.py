@@ -51,8 +51,11 @@ class StockModel:
         if self.family.shared is None:
             return None
         stem = f"{self._stem(layer)}.{self.family.shared}"
-        names = (f"{stem}.{self.family.shared_expert[0]}{suffix}" for suffix in (".weight", ".weight_packed"))
-        if not (self.config.get("num_shared_experts", int) or any(name in self.tensors for name in names)):
+        suffixes = (".weight", ".weight_packed")
+        names = (f"{stem}.{part}{suffix}" for part in self.family.shared_expert for suffix in suffixes)
+        # What the configuration has and the files lack is missed when it is read.
+        is_said = self.config.get("num_shared_experts", int) or self.config.get("shared_size", int)
+        if not (is_said or any(name in self.tensors for name in names)):
             return None
         intermediate_size = self.layer(layer).intermediate_size
         return StockLayer(experts.find_shared(self.tensors, stem, self.family.shared_expert, intermediate_size))
