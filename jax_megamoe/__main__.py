@@ -1,9 +1,12 @@
 """The command line: `python -m jax_megamoe COMMAND`, and without one a list of the commands."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import jax
 
 from jax_megamoe import __version__
 
@@ -39,8 +42,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: the command is {name!r}, wanted one of {', '.join(COMMANDS)}: choose one.", file=sys.stderr)
         return 2
     # Only now: another command's modules may be slow to import.
-    status: int = importlib.import_module(COMMANDS[name].module).main(arguments)
+    command = importlib.import_module(COMMANDS[name].module)
+    try:
+        status: int = command.main(arguments)
+    except BrokenPipeError:  # Who reads has seen enough. What is left goes nowhere, also at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (AssertionError, RuntimeError):
+        if (problem := _why_no_devices()) is None:
+            raise
+        print(
+            f"error: JAX has no devices ({problem}), wanted some: see JAX_PLATFORMS, or what `python -m jax_megamoe "
+            "doctor` says.",
+            file=sys.stderr,
+        )
+        return 1
     return status
+
+
+def _why_no_devices() -> str | None:
+    try:
+        jax.devices()
+    except Exception as error:  # of whichever backend
+        return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__
+    return None
 
 
 def usage() -> str:

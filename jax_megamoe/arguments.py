@@ -16,6 +16,7 @@ from jax_megamoe.arrays import (
     as_float,
     clamp_to_int32,
     require_known_sizes,
+    require_same_devices,
     text_of,
     type_of,
     unwrap,
@@ -54,7 +55,8 @@ def check(
 ) -> Arguments:
     """The arguments that `moe` goes on with.
 
-    Raises `ShapeError`, `DTypeError`, `LayoutError` or `ArgumentError` for arguments that `moe` cannot take.
+    Raises `ShapeError`, `DTypeError`, `LayoutError`, `ShardingError` or `ArgumentError` for arguments that `moe` cannot
+    take.
     """
     weights = check_weights(unwrap(weights))
     x = as_array("x", x, "an array of bfloat16")
@@ -104,9 +106,11 @@ def check(
             "multiply topk_weights by what is computed."
         )
     number = _check_layer(layer, weights)
+    num_valid = _check_num_valid_tokens(num_valid_tokens, math.prod(x.shape[:-1]))
+    scalars = {"layer": number, "num_valid_tokens": num_valid}
+    require_same_devices({"x": x, "weights.gate_up": weights.gate_up, **scalars})
     if isinstance(number, int):
         number = place_number(number, x, weights.gate_up)
-    num_valid = _check_num_valid_tokens(num_valid_tokens, math.prod(x.shape[:-1]))
     if isinstance(num_valid, int):
         num_valid = place_number(num_valid, x, weights.gate_up)
     return Arguments(x, weights, topk_ids, topk_weights, number, num_valid, numbers, factor)

@@ -2,25 +2,30 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.sharding import NamedSharding
 
 from jax_megamoe.errors import ArgumentError, DTypeError, ShardingError
 
 Array = jax.Array | np.ndarray
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MOST_BOXES = 16  # inside each other
 
 
 def unwrap(value: object) -> object:
     """What a Param, Variable or box of a framework holds (an array, or `ExpertWeights`); anything else as it is.
 
     Read are `get_value()` (Flax NNX), `value` (Flax Linen, other frameworks) and `__jax_array__()` (a protocol of JAX),
-    the first that there is; also of boxes inside boxes.
+    the first that there is; also of boxes inside boxes, as far as there is an end to them.
     """
-    while not isinstance(value, jax.Array | np.ndarray | np.generic):
+    for _ in range(_MOST_BOXES):
+        if isinstance(value, jax.Array | np.ndarray | np.generic | type):  # a class is no box, whatever its objects are
+            break
         if callable(get_value := getattr(value, "get_value", None)):
             value = get_value()
         elif (held := getattr(value, "value", None)) is not None and not callable(held):
@@ -125,6 +130,34 @@ def text_of(value: object, most: int = 200) -> str:
     except Exception:  # of somebody else's class; an int of thousands of digits has no text either
         return f"{type_of(value)} that has no text"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def require_same_devices(arrays: Mapping[str, object]) -> None:
+    """Raises `ShardingError` unless arrays that are not traced have their meshes' devices in one order.
+
+    Of traced ones JAX sees to it, and what nobody has put anywhere goes along.
+    """
+    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+        return
+    first: tuple[str, list[int]] | None = None
+    for name, array in arrays.items():
+        if (ids := devices_of(array)) is None:
+            continue
+        first = first or (name, ids)
+        if ids != first[1]:
+            raise ShardingError(
+                f"{name} is on the devices {ids}, in this order, wanted {first[1]} like {first[0]}: "
+                "put all arguments on one mesh with jax.device_put."
+            )
+
+
+def devices_of(array: object) -> list[int] | None:
+    """The numbers of the devices on which somebody has put an array, in its mesh's order; None for all else."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or not array.committed:
+        return None
+    sharding = array.sharding
+    devices = sharding.mesh.devices.flat if isinstance(sharding, NamedSharding) else sharding.device_set
+    return [device.id for device in devices]
 
 
 def clamp_to_int32[A: (jax.Array, np.ndarray)](values: A) -> A:

@@ -37,7 +37,8 @@ class CheckpointError(MegaMoEError):
     def __str__(self) -> str:
         # A name may be of any length in a file that means harm.
         tensor = "" if self.tensor is None else f"tensor {self.tensor[:300]!r} "
-        return f"{self.file}: {tensor}{self.problem}"
+        file = self.file[:1000]  # more than a path may have on most systems; an index may name one of any text
+        return f"{file if file.isprintable() else repr(file)}: {tensor}{self.problem}"
 
 
 class PlatformError(MegaMoEError):

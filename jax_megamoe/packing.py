@@ -14,8 +14,10 @@ from jax_megamoe.arrays import (
     Array,
     as_array,
     check_flag,
+    devices_of,
     require_device_memory,
     require_known_sizes,
+    require_same_devices,
     require_same_split,
     require_split_of_leading,
     text_of,
@@ -286,15 +288,16 @@ def _fill(parts: Iterator[ExpertWeights], count: int, along: str, progress: Prog
     result: ExpertWeights | None = None
     index, done = None, 0
     while (part := next(parts, None)) is not None:
-        if done < count:
-            if result is None:
-                result, index = _start(part, count=count, along=along)
-            result, index = _put(result, part, index)
-            # Else the queue of parts would grow as large as the result.
-            jax.block_until_ready(result)
+        if done == count:  # there may be no end to them
+            raise ShapeError(f"num_layers is {text_of(count)}, wanted more, as weights gave more: pass their number.")
+        if result is None:
+            result, index = _start(part, count=count, along=along)
+        result, index = _put(result, part, index)
+        # Else the queue of parts would grow as large as the result.
+        jax.block_until_ready(result)
         del part
         done += 1
-        if progress is not None and done <= count:
+        if progress is not None:
             progress(done, count)
     if result is None or done != count:
         raise ShapeError(f"num_layers is {text_of(count)}, wanted {done}, as many as weights gave: pass their number.")
@@ -329,7 +332,7 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
     if isinstance(held, ExpertWeights) or not isinstance(held, Iterable):
         raise LayoutError(f"weights is {type_of(held)}, wanted the ExpertWeights of several layers: pass a sequence.")
     layers = iter(held)
-    first_format, first_shape, first_shardings = None, None, None
+    first_format, first_shape, first_shardings, first_devices = None, None, None, None
     for layer in itertools.count():
         try:
             one = unwrap(next(layers))
@@ -354,13 +357,13 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
         shape = (one.gate_up.shape, one.num_experts, one.hidden_size, one.intermediate_size)
         shardings = [jax.typeof(leaf).sharding for leaf in one.leaves]
         if first_shape is None:
-            first_shape, first_shardings = shape, shardings
+            first_shape, first_shardings, first_devices = shape, shardings, devices_of(one.gate_up)
         if shape != first_shape:
             raise ShapeError(
                 f"weights[{layer}] has (gate_up shape, E, H, I) {shape}, wanted {first_shape} like layer 0: "
                 "stack layers of one shape."
             )
-        if shardings != first_shardings:
+        if shardings != first_shardings or devices_of(one.gate_up) != first_devices:
             raise ShardingError(
                 f"weights[{layer}].gate_up is {jax.typeof(one.gate_up)}, wanted all of it split like layer 0, over the "
                 "same mesh: put the layers there with jax.device_put."
@@ -372,6 +375,7 @@ def _each_layer(weights: Iterable[ExpertWeights]) -> Iterator[ExpertWeights]:
 
 def _check_split(**arrays: Array) -> None:
     """Raises `ShardingError` unless explicit types split all arrays over the same axes along the experts alone."""
+    require_same_devices(arrays)
     first = next(iter(arrays))
     for name, array in arrays.items():
         require_split_of_leading(name, array, 1)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jax_megamoe import _compat
-from jax_megamoe.arrays import require_device_memory, text_of
+from jax_megamoe.arrays import require_device_memory, require_same_devices, text_of
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import Axes, axes_text
@@ -49,7 +49,7 @@ def find_placement(
     arrays = {**tokens, **weights_by_name(weights), **shared}
     for name, array in arrays.items():
         require_device_memory(name, array, name.partition(".")[0])
-    _check_devices(arrays)
+    require_same_devices(arrays)
     mesh = _find_mesh(arrays, _names(expert_axis))
     axes = Axes(
         axes_in_mesh("expert_axis", expert_axis, mesh),
@@ -73,7 +73,7 @@ def find_placement_of_weights(
     arrays = weights_by_name(weights)
     for name, array in arrays.items():
         require_device_memory(name, array, "weights")
-    _check_devices(arrays)
+    require_same_devices(arrays)
     mesh = _find_mesh(arrays, _names(expert_axis))
     if not mesh.manual_axes:
         _check_number_of_experts(weights)
@@ -102,26 +102,6 @@ def _names(axes: AxisNames) -> Sequence[str]:
     """The names, as far as it is names that were passed."""
     wanted = (axes,) if isinstance(axes, str) else axes
     return wanted if isinstance(wanted, tuple | list) else ()
-
-
-def _check_devices(arrays: Mapping[str, Any]) -> None:
-    """Arguments that are not traced have their meshes' devices in one order; of traced ones JAX sees to it."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
-        return
-    committed = {name: array for name, array in arrays.items() if isinstance(array, jax.Array) and array.committed}
-    placed = {name: _ids_of_devices(array.sharding) for name, array in committed.items()}
-    for name, ids in placed.items():
-        first = next(iter(placed))
-        if ids != placed[first]:
-            raise ShardingError(
-                f"{name} is on the devices {ids}, in this order, wanted {placed[first]} like {first}: "
-                "put all arguments on one mesh with jax.device_put."
-            )
-
-
-def _ids_of_devices(sharding: Sharding) -> list[int]:
-    devices = sharding.mesh.devices.flat if isinstance(sharding, NamedSharding) else sharding.device_set
-    return [device.id for device in devices]
 
 
 def weights_by_name(weights: ExpertWeights) -> dict[str, Any]:

@@ -45,6 +45,10 @@ def replica_map(expert_ids: Array, num_experts: int, max_replicas: int) -> tuple
             raise ArgumentError(
                 f"{name} is {text_of(value)}, wanted at most {(1 << 31) - 1}, the last int32: pass less."
             )
+    if num_experts * max_replicas >= 1 << 31:
+        raise ArgumentError(
+            f"num_experts times max_replicas is {num_experts * max_replicas}, wanted less than 2^31: pass less."
+        )
     compute = functools.partial(_replica_map, num_experts=int(num_experts), max_replicas=int(max_replicas))
     physical_ids, num_replicas = _specs.call_with_types(compute, {"expert_ids": array}, (P(None, None), P(None)))
     return physical_ids, num_replicas
@@ -176,6 +180,6 @@ def _logical_load(load: jax.Array, physical_ids: jax.Array, num_replicas: jax.Ar
     num_physical = load.shape[-1]
     is_replica = jnp.arange(physical_ids.shape[1], dtype=jnp.int32)[None] < num_replicas[:, None]
     is_replica &= (physical_ids >= 0) & (physical_ids < num_physical)
-    of_replicas = load.astype(jnp.int32)[..., jnp.where(is_replica, physical_ids, 0)]
+    of_replicas = clamp_to_int32(load)[..., jnp.where(is_replica, physical_ids, 0)]
     is_replica = jnp.broadcast_to(is_replica, of_replicas.shape)
     return jnp.sum(jnp.where(is_replica, of_replicas, 0), axis=-1, dtype=jnp.int32)

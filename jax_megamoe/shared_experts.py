@@ -176,7 +176,8 @@ def _slots(
         ids = jnp.where((ids >= 0) & (ids < num_experts), ids + num_shared, -1)
         ids, weights = jnp.concatenate([ids, of_shared], -1), jnp.concatenate([weights, scale], -1)
         factors = np.concatenate([np.full(weights.shape[-1] - num_shared, factor), np.ones(num_shared)])
-        weights = jnp.where(ids >= 0, weights, 0.0) * factors.astype(np.float32)
+        factors = factors.astype(np.float32).reshape((1,) * (weights.ndim - 1) + factors.shape)
+        weights = jnp.where(ids >= 0, weights, 0.0) * factors
     ids = ids_of_valid_tokens(ids, num_valid_tokens)
     return ids, jnp.where(ids >= 0, weights, 0.0)
 

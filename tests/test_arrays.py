@@ -1,5 +1,7 @@
 """What the public functions take for an array."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -74,3 +76,16 @@ def test_other_byte_orders_serve_and_masked_arrays_do_not():
         np.testing.assert_array_equal(a, b)
     with pytest.raises(DTypeError, match="logits is a MaskedArray, wanted an array: pass one"):
         mm.route(np.ma.masked_array(logits, logits > 0), 2)
+
+
+class Endless:
+    """A box that holds itself."""
+
+    def __jax_array__(self):
+        return self
+
+
+@pytest.mark.parametrize("value", [Endless(), mock.Mock(), mock.MagicMock(), Endless, boxes.Param])
+def test_boxes_without_an_end_and_classes_are_no_arrays(value):
+    with pytest.raises(DTypeError, match="x is an? .*, wanted an array"):
+        as_array("x", value)

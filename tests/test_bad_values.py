@@ -1,11 +1,9 @@
 """Generated values that are no good: results are those of the NumPy model, and nothing crosses between tokens."""
 
-import ml_dtypes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import numpy_model
 from tests.support.bad_values import FORMATS, Layer, program
 from tests.support.hostile import cases
 
@@ -32,5 +30,4 @@ def test_one_program_serves_all_values(format):
     for seed in range(3):
         x, ids, topk_weights = LAYER.clean(seed)
         compiled(x, weights, ids, topk_weights)
-    assert compiled._cache_size() <= len(FORMATS)
-    assert ml_dtypes.finfo(numpy_model.BF16).bits == 16
+    assert compiled._cache_size() == 1

@@ -70,6 +70,9 @@ def operations() -> dict[str, Callable[[], Any]]:
     replicas = mm.replica_map(expert_ids, E, 3)
     physical_load, loads_of_layers = jnp.arange(12), jnp.arange(24).reshape(2, 12)
     options: dict[str, Any] = {"activation_clamp": np.float64(1.5), "return_expert_load": True}
+    shared = mm.take_experts(packed_weights(1), jnp.array([2]))
+    gates = jnp.full((*layer.x.shape[:-1], 1), 0.5)
+    router = mm.checkpoints.Router(jnp.zeros((16, H)), None, None, {"top_k": 3}, logit_bias=bias)
 
     mesh = make_mesh({"expert": 4}, AUTO)
     on_mesh = place_all(mesh, layer)
@@ -116,6 +119,9 @@ def operations() -> dict[str, Callable[[], Any]]:
         "moe of valid tokens on a mesh": lambda: mm.moe(*on_mesh, num_valid_tokens=3, **options),
         "reference of valid tokens": lambda: mm.reference.moe(*layer[:4], num_valid_tokens=index, **options),
         "moe": lambda: mm.moe(*layer[:4], **options),
+        "moe with shared experts": lambda: mm.moe(*layer[:4], shared=shared, **options),
+        "moe with gated shared experts": lambda: mm.moe(*layer[:4], shared=shared, shared_weights=gates, **options),
+        "route with biased logits": lambda: router.route(logits),
         "moe of a layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=1),
         "moe of a traced layer": lambda: mm.moe(layer.x, stacked, *layer[2:4], layer=index),
         "moe in jit": lambda: jax.jit(scan)(layer.x, stacked, *layer[2:4]),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -140,9 +141,12 @@ def test_results_are_on_no_device_in_particular(weights):
 
 
 def test_numbers_of_layers_that_are_not_so(weights):
-    for num_layers, layers in ((1, [weights, weights]), (3, [weights, weights]), (1, [])):
+    for num_layers, layers in ((3, [weights, weights]), (1, [])):
         with pytest.raises(ShapeError, match=f"num_layers is {num_layers}, wanted {len(layers)}, as many as weights"):
             mm.stack_experts(layers, num_layers=num_layers)
+    for endless in ([weights, weights], itertools.repeat(weights)):
+        with pytest.raises(ShapeError, match="num_layers is 1, wanted more, as weights gave more"):
+            mm.stack_experts(endless, num_layers=1)
     wrong: tuple[Any, ...] = (0, -1, True, 1.0)
     for number in wrong:
         with pytest.raises(ShapeError, match="num_layers is .*, wanted a positive int"):

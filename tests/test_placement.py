@@ -342,3 +342,27 @@ def test_single_devices_that_differ_are_refused_by_name():
     ):
         mm.moe(x, weights, layer.ids, layer.topk_weights)
     assert_matches_model(mm.moe(x, jax.device_put(layer.weights, devices[3]), layer.ids, layer.topk_weights), layer)
+
+
+def test_whatever_is_on_another_device_is_refused_by_name():
+    """Not only the arrays that a mesh is found by."""
+    layer, (here, there) = make_layer(), jax.devices("cpu")[1:3]
+    tokens = (layer.x, layer.ids, layer.topk_weights, layer.weights)
+    x, ids, topk_weights, weights = (jax.device_put(array, here) for array in tokens)
+    stacked = jax.device_put(mm.stack_experts([layer.weights] * 2), here)
+    number, table = jax.device_put(jnp.int32(1), there), jax.device_put(jnp.zeros((8, 1), jnp.int32), there)
+    matrices = [jnp.ones((2, 128, 128)), jnp.ones((2, 128, 128)), jax.device_put(jnp.ones((2, 128, 128)), there)]
+    calls: list[Callable[[], object]] = [
+        lambda: mm.moe(x, weights, ids, topk_weights, num_valid_tokens=number),
+        lambda: mm.reference.moe(x, stacked, ids, topk_weights, layer=number),
+        lambda: mm.take_experts(weights, jax.device_put(jnp.arange(8), there)),
+        lambda: mm.to_physical(ids, table, jnp.ones(8, jnp.int32)),
+        lambda: mm.logical_load(jax.device_put(jnp.zeros(8, jnp.int32), here), table, jnp.ones(8, jnp.int32)),
+        lambda: mm.route(jax.device_put(jnp.zeros((4, 8)), here), 2, bias=jax.device_put(jnp.zeros(8), there)),
+        lambda: mm.quantize_experts(jax.device_put(matrices[0], here), *matrices[1:]),
+        lambda: mm.stack_experts([weights, jax.device_put(layer.weights, there)]),
+    ]
+    for call in calls:
+        with pytest.raises(ShardingError, match="devices|wanted all of it split like layer 0, over the same mesh"):
+            call()
+    assert mm.moe(x, weights, ids, topk_weights, num_valid_tokens=jnp.int32(1)).devices() == {here}

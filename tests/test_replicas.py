@@ -236,3 +236,14 @@ def test_each_device_maps_its_own_tokens(each_platform):
     text = str(compiled.as_text())
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
     assert compiled(ids, table, counts).sharding.is_equivalent_to(ids.sharding, ids.ndim)
+
+
+def test_loads_beyond_int32_are_its_largest():
+    table, counts = np.array([[0], [1]]), np.array([1, 1])
+    for load in (np.array([2**32 - 1, 5], np.uint32), jnp.array([2**32 - 1, 5], jnp.uint32), np.array([3 * 10**9, 5])):
+        assert mm.logical_load(load, table, counts).tolist() == [2**31 - 1, 5]
+
+
+def test_maps_too_large_for_any_memory():
+    with pytest.raises(ArgumentError, match="num_experts times max_replicas is .*, wanted less than 2.31"):
+        mm.replica_map(np.array([0]), 2**20, 2**11)

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_megamoe.arrays import require_same_devices
 from jax_megamoe.errors import ShapeError, ShardingError
 from jax_megamoe.operands import Leaves, Operands
 
@@ -170,8 +171,10 @@ def call_with_types(
 ) -> tuple[jax.Array, ...]:
     """Array code that says nothing of shardings, called with arrays whose types may have explicit axes of one mesh.
 
-    `out_specs` as for `with_automatic_axes`. Raises `ShardingError` for arrays on several meshes with explicit axes.
+    `out_specs` as for `with_automatic_axes`. Raises `ShardingError` for arrays on other devices, or on several meshes
+    with explicit axes.
     """
+    require_same_devices(arrays)
     meshes = {name: jax.typeof(array).sharding.mesh for name, array in arrays.items() if array is not None}
     explicit = {name: mesh for name, mesh in meshes.items() if axes_of_type(mesh, AxisType.Explicit)}
     for name, mesh in explicit.items():
