@@ -10,8 +10,9 @@ from tests.support.skips import gpu_tests, why_no_hopper
 
 pytestmark = gpu_tests(why_no_hopper())
 
-# A token's tolerance: the kernel's sums have an order of their own, and some FP8 values move across a rounding boundary.
-TOLERANCE = 1e-3
+# A token's tolerance. The tensor cores' sums of FP8 have some 14 bits, so that of 256 activations one is rounded the
+# other way now and then, by up to an eighth; and bad values make some tokens' results of one activation alone.
+TOLERANCE = 1e-2
 LAYERS = {
     "swapAB": Layer(6, 3, 4, 256, 128, TOLERANCE),
     # MXFP4: two thread blocks on each SM, from 330 units of 64 columns on.

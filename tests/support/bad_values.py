@@ -80,11 +80,15 @@ class Layer:
 
     def assert_as_model(self, y: Any, wanted: Any) -> None:
         """Token by token: what is no finite number where the model has such, and the other numbers."""
+        differences = []
         for row, model in zip(np.asarray(y).astype(np.float64), wanted.astype(np.float64), strict=True):
             # Which of NaN and infinity it is depends on where an infinite scale meets a zero: before the sum, or after.
             np.testing.assert_array_equal(np.isfinite(row), np.isfinite(model))
             finite = np.isfinite(model) & (np.maximum(abs(row), abs(model)) > TINY)
-            assert difference(row[finite], model[finite]) < self.tolerance
+            differences.append(difference(row[finite], model[finite]))
+        assert max(differences) < self.tolerance
+        # Few of them come near that.
+        assert np.mean(differences) < 1e-1 * self.tolerance
 
     def check_tokens(self, data: Any) -> None:
         """Bad tokens, ids and routing weights; the other tokens' bits; the next call's."""
