@@ -9,11 +9,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
 from tests.support.checkpoints import E, H, I, Named, build, mxfp4, write
 from tests.support.families import PLANS
+from tests.support.meshes import make_mesh
 
 STEM = "model.layers.1.mlp.experts"
 Change = Callable[[dict[str, Any], Named], None]
@@ -491,3 +493,15 @@ def test_a_checkpoint_is_not_read_while_tracing(tmp_path):
     checkpoint = make(tmp_path, "qwen3-bf16", lambda *_: None)
     with pytest.raises(ArgumentError, match="inside a function that JAX traces, wanted outside"):
         jax.eval_shape(lambda: checkpoint.experts(1))
+
+
+def test_a_checkpoint_is_read_whether_jax_compiles_or_not(tmp_path):
+    checkpoint = make(tmp_path, "qwen3-bf16", lambda *_: None)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = make_mesh({"expert": 4}, kind)
+        wanted = checkpoint.experts(1, mesh=mesh)
+        with jax.disable_jit():
+            found = checkpoint.experts(1, mesh=mesh)
+        for array, other in zip(found.leaves, wanted.leaves, strict=True):
+            assert array.sharding == other.sharding
+            np.testing.assert_array_equal(np.asarray(array).view(np.uint8), np.asarray(other).view(np.uint8))

@@ -78,6 +78,14 @@ def test_a_reader_that_has_seen_enough(monkeypatch):
     assert main(["doctor"]) == 1 and closed == [17]
 
 
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    def run(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(main=run))
+    assert main(["demo"]) == 130 and capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_faults_of_commands_stay_what_they_are(monkeypatch):
     def run(arguments: list[str]) -> int:
         raise AssertionError("a bug")

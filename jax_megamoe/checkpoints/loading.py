@@ -48,7 +48,7 @@ def load_layers(
 
 @contextlib.contextmanager
 def on_purpose(mesh: Mesh | None) -> Iterator[None]:
-    """Goes to the mesh, or to the default device, whatever mesh and guards against transfers the caller has set."""
+    """Goes to the mesh, or to the default device, whatever mesh, guards and modes of `jit` the caller has set."""
     try:
         goes_there = jax.set_mesh(mesh or Mesh(np.empty((), object), ()))
     except ValueError as error:
@@ -56,7 +56,8 @@ def on_purpose(mesh: Mesh | None) -> Iterator[None]:
             "a checkpoint is read inside a function that JAX traces, wanted outside of it: read it before, and pass "
             "what comes of it as an argument."
         ) from error
-    with jax.transfer_guard("allow"), goes_there:
+    # Compiled, also for a caller who has turned that off: an eager shard_map wants other arguments.
+    with jax.transfer_guard("allow"), jax.disable_jit(False), goes_there:
         yield
 
 

@@ -30,16 +30,20 @@ def _(primals: Any, tangents: Any) -> NoReturn:
     refuse_differentiation()
 
 
+_COND = "and call moe outside of a jax.lax.cond whose predicate is mapped, which maps all that it uses"
+
+
 def move_mapped_axis_to_front(operands: Operands, dims: Operands) -> Operands:
     """The operands with the mapped axis in front of all that have tokens; raises where weights or layer have one."""
     if any(dim is not None for dim in dims.shared):
         raise NotImplementedError(
-            "shared is mapped by jax.vmap, and jax_megamoe.moe maps over tokens only: pass in_axes=None for it."
+            "shared is mapped by jax.vmap, and jax_megamoe.moe maps over tokens only: pass in_axes=None for it, "
+            f"{_COND}."
         )
     if any(dim is not None for dim in dims.leaves):
         raise NotImplementedError(
             "weights are mapped by jax.vmap, and jax_megamoe.moe maps over tokens only: "
-            "pass in_axes=None for them, or stack them and loop with jax.lax.scan and layer=i."
+            f"pass in_axes=None for them, or stack them and loop with jax.lax.scan and layer=i, {_COND}."
         )
     if dims.layer is not None:
         raise NotImplementedError(
