@@ -42,13 +42,13 @@ class Config:
     compressed_rope: Mapping[str, Any]  # of the others
     route_options: Mapping[str, Any]  # keywords of `mm.route`
     moe_options: Mapping[str, Any]  # keywords of `mm.moe`
-    num_hash_layers: int  # the first layers, which choose experts by a hash of the token
+    is_hashed: tuple[bool, ...]  # which layers choose experts by a hash of the token, most often the first
     is_unrolled: bool = False  # no scan, and a cache for each layer: see `run_layers`
 
     @property
     def runs(self) -> tuple["Run", ...]:
         """All layers in order: those of one kind, or of two in turns, together as far as they go."""
-        kinds = [(rate, number < self.num_hash_layers) for number, rate in enumerate(self.rates)]
+        kinds = list(zip(self.rates, self.is_hashed, strict=True))
         runs: list[Run] = []
         while (first := sum(run.period * run.repeats for run in runs)) < len(kinds):
             found = [Run(first, period, _repeats(kinds[first:], period)) for period in (1, 2)]
@@ -63,6 +63,10 @@ class Config:
         if rates is None:
             rates = [by_type.get(kind, 0) for kind in fields["layer_types"]]
         scaling = fields.get("rope_scaling") or {}
+        num_hashed = fields.get("num_hash_layers") or fields.get("n_hash_layers") or 0
+        is_hashed = [number < num_hashed for number in range(fields["num_hidden_layers"])]
+        if fields.get("mlp_layer_types") is not None:
+            is_hashed = [kind == "hash_moe" for kind in fields["mlp_layer_types"]]
         return Config(
             num_layers=fields["num_hidden_layers"],
             hidden_size=fields["hidden_size"],
@@ -84,7 +88,7 @@ class Config:
             compressed_rope={"rope_scaling": scaling, "rope_theta": fields["compress_rope_theta"]},
             route_options=route_options,
             moe_options=moe_options,
-            num_hash_layers=fields.get("num_hash_layers") or 0,
+            is_hashed=tuple(is_hashed[: fields["num_hidden_layers"]]),
         )
 
 
