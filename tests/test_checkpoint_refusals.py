@@ -1,8 +1,6 @@
 """Checkpoints that cannot be loaded: each is named, with its file and tensor, and never becomes wrong weights."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,29 +11,12 @@ from jax.sharding import AxisType
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, CheckpointError, LayoutError
+from tests.support.changed_checkpoints import Change, all_of, make, replace, with_config, with_tensor, without
 from tests.support.checkpoints import E, H, I, Named, build, mxfp4, write
 from tests.support.families import PLANS
 from tests.support.meshes import make_mesh
 
 STEM = "model.layers.1.mlp.experts"
-Change = Callable[[dict[str, Any], Named], None]
-
-
-def make(folder: Path, name: str, change: Change) -> mm.checkpoints.Checkpoint:
-    stock = build(PLANS[name])
-    change(stock.config, stock.tensors)
-    return mm.read_checkpoint(write(folder, stock.config, stock.tensors))
-
-
-def replace(suffix: str, *tensors: tuple[str, np.ndarray[Any, Any]]) -> Change:
-    """Every expert's tensors with this suffix become these."""
-
-    def change(_: dict[str, Any], held: Named) -> None:
-        for key in [key for key in held if ".experts." in key and key.endswith(suffix)]:
-            del held[key]
-            held.update({key.removesuffix(suffix) + name: array for name, array in tensors})
-
-    return change
 
 
 def gate(number: int, value: Any) -> Change:
@@ -47,38 +28,7 @@ def gate(number: int, value: Any) -> Change:
     return change
 
 
-def without(*names: str) -> Change:
-    def change(_: dict[str, Any], held: Named) -> None:
-        for name in names:
-            del held[name]
-
-    return change
-
-
-def with_config(**fields: Any) -> Change:
-    def change(config: dict[str, Any], _: Named) -> None:
-        config.update(fields)
-
-    return change
-
-
-def with_tensor(name: str, array: np.ndarray[Any, Any]) -> Change:
-    def change(_: dict[str, Any], held: Named) -> None:
-        held[name] = array
-
-    return change
-
-
-def all_of(*changes: Change) -> Change:
-    def change(config: dict[str, Any], held: Named) -> None:
-        for one in changes:
-            one(config, held)
-
-    return change
-
-
 BYTES, INTS = np.zeros((I, H), np.int8), np.zeros((I, H // 8), np.int32)
-FP8 = np.zeros((I, H), ml_dtypes.float8_e4m3fn)
 E4M3_SCALE = np.ones((I, H // 16), ml_dtypes.float8_e4m3fn)
 FLOATS = np.zeros((I, H), ml_dtypes.bfloat16)
 # Of a plan, a change, and what the error says. Each changes one thing.
@@ -201,82 +151,6 @@ def test_experts_that_cannot_be_loaded(name, tmp_path):
     with pytest.raises(CheckpointError, match=text) as caught:
         checkpoint.experts(1)
     assert caught.value.tensor is not None and str(caught.value).endswith(".")
-
-
-HY3 = "model.layers.1.mlp"
-OTHERS: dict[str, tuple[str, Change, str, str]] = {
-    "router missing": ("kimi-k2", without("model.layers.1.mlp.gate.weight"), "router", r"mlp\.gate\.weight' is missing"),
-    "router of another size": (
-        "kimi-k2",
-        with_tensor("model.layers.1.mlp.gate.weight", np.zeros((E + 1, H), np.float32)),
-        "router",
-        r"is F32 \(9, 256\), wanted floats \[8, H\]",
-    ),
-    "bias missing": (
-        "kimi-k2",
-        without("model.layers.1.mlp.gate.e_score_correction_bias"),
-        "router",
-        "e_score_correction_bias' is missing",
-    ),
-    "bias of integers": (
-        "kimi-k2",
-        with_tensor("model.layers.1.mlp.gate.e_score_correction_bias", np.zeros(E, np.int32)),
-        "router",
-        r"is I32 \(8,\), wanted floats \[8\]",
-    ),
-    "scoring": ("kimi-k2", with_config(scoring_func="tanh"), "router", "has scoring 'tanh'"),
-    "top_k": ("kimi-k2", with_config(num_experts_per_tok=0), "router", "num_experts_per_tok = 0"),
-    "activation": ("kimi-k2", with_config(hidden_act="gelu"), "moe_options", "hidden_act = 'gelu', wanted 'silu'"),
-    "shared missing": (
-        "kimi-k2",
-        without("model.layers.1.mlp.shared_experts.gate_proj.weight"),
-        "shared_experts",
-        r"shared_experts\.gate_proj\.weight' is missing",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_belongs_to_the_layer(name, tmp_path):
-    plan, change, method, text = OTHERS[name]
-    checkpoint = make(tmp_path, plan, change)
-    with pytest.raises(CheckpointError, match=text):
-        getattr(checkpoint, method)(1)
-
-
-@pytest.mark.parametrize("name, found", [("qwen3-bf16", False), ("kimi-k2", True)])
-def test_what_is_meant_where_the_configuration_does_not_say(name, found, tmp_path):
-    checkpoint = make(tmp_path, name, lambda config, _: config.pop("norm_topk_prob"))
-    assert checkpoint.router(1).options["renormalize"] is found
-
-
-def test_a_bias_that_the_configuration_rules_out_may_be_missing(tmp_path):
-    for name, fields in (("kimi-k2", {"topk_method": "greedy"}), ("minimax-m2", {"use_routing_bias": False})):
-        stem = PLANS[name]
-        bias = f"model.layers.1.{stem.block}.{stem.bias}"
-        checkpoint = make(tmp_path / name, name, all_of(without(bias), with_config(**fields)))
-        assert checkpoint.router(1).bias is None
-
-
-@pytest.mark.parametrize(
-    "table, text",
-    [
-        (np.full((4, 2), E), "names experts 8 to 8, wanted 0 to 7"),
-        (np.zeros((4, 3), np.int64), r"wanted integers .*, 2\]"),
-    ],
-)
-def test_hash_tables_that_lead_astray(table, text, tmp_path):
-    checkpoint = make(tmp_path, "deepseek-v4", with_tensor("layers.0.ffn.gate.tid2eid", table))
-    with pytest.raises(CheckpointError, match=text):
-        checkpoint.router(0)
-
-
-@pytest.mark.parametrize("fields", [{}, {"num_hash_layers": None, "mlp_layer_types": ["hash_moe", "moe", "moe"]}])
-def test_a_hash_layer_without_its_table(fields, tmp_path):
-    change = all_of(without("layers.0.ffn.gate.tid2eid"), with_config(**fields))
-    checkpoint = make(tmp_path, "deepseek-v4", change)
-    with pytest.raises(CheckpointError, match="tid2eid' is missing"):
-        checkpoint.router(0)
 
 
 FOLDERS: dict[str, tuple[Change, str]] = {
@@ -426,55 +300,6 @@ def test_the_index_of_a_partial_download(tmp_path):
 def test_the_encoding_of_the_test_is_what_it_says():
     stored = mxfp4(spread=3)(np.random.default_rng(0), 128, 128)
     assert stored.tensors[".scale"].dtype == ml_dtypes.float8_e8m0fnu
-
-
-@pytest.mark.parametrize(
-    "missing", [["shared_expert.gate_proj.weight"], ["shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"]]
-)
-def test_a_shared_expert_that_is_not_all_there(missing, tmp_path):
-    stem = "model.language_model.layers.1.mlp"
-    changes = [without(f"{stem}.{name}") for name in missing]
-    with pytest.raises(CheckpointError, match=f"{missing[0]}.* is missing"):
-        make(tmp_path, "qwen3.5-bf16", all_of(*changes)).shared_experts(1)
-
-
-def test_a_gate_of_the_shared_expert_that_is_missing(tmp_path):
-    change = without("model.language_model.layers.1.mlp.shared_expert_gate.weight")
-    with pytest.raises(CheckpointError, match="shared_expert_gate.weight.* is missing"):
-        make(tmp_path, "qwen3.5-bf16", change).router(1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "has_bias", "groups"),
-    [
-        ({}, True, {"num_groups": 4, "top_groups": 2, "group_scoring": "sum_of_two"}),
-        ({"topk_method": "group_limited_greedy"}, False, {"num_groups": 4, "top_groups": 2, "group_scoring": "max"}),
-        ({"topk_method": "greedy"}, False, {}),
-    ],
-)
-def test_the_configuration_has_the_last_word_on_how_experts_are_chosen(fields, has_bias, groups, tmp_path):
-    router = make(tmp_path, "deepseek-v3", with_config(**fields)).router(1)
-    assert (router.bias is not None) is has_bias
-    assert {name: value for name, value in router.options.items() if "group" in name} == groups
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "text"),
-    [
-        ("deepseek-v3", {"topk_method": "fair"}, "has topk_method = 'fair', wanted one of noaux_tc, "),
-        ("hy3", {"moe_router_use_sigmoid": False}, "has moe_router_use_sigmoid = False, wanted True"),
-    ],
-)
-def test_ways_to_choose_experts_that_there_are_not(name, fields, text, tmp_path):
-    with pytest.raises(CheckpointError, match=text):
-        make(tmp_path, name, with_config(**fields)).router(1)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_factors_that_are_no_numbers(value, tmp_path):
-    for number, name in enumerate(("routed_scaling_factor", "swiglu_limit")):
-        with pytest.raises(CheckpointError, match="wanted a finite number"):
-            make(tmp_path / str(number), "deepseek-v4", with_config(**{name: value})).moe_options(1)
 
 
 def test_an_index_that_names_a_file_of_several_lines(tmp_path):
