@@ -166,11 +166,7 @@ def load(
     `experts_folder` is what `python -m jax_megamoe convert` has made of it; without one, experts are packed here.
     `dtype` is that of everything but experts and router.
     """
-    checkpoint = open_checkpoint(folder, experts_folder)
-    if checkpoint.family not in ("deepseek_v3", "kimi_k2"):
-        raise ValueError(
-            f"{experts_folder or folder} holds {checkpoint.family}, wanted deepseek_v3: use the example of its family."
-        )
+    checkpoint = open_checkpoint(folder, experts_folder, "deepseek_v3", "kimi_k2")
     first = checkpoint.moe_layers[0]
     config = Config.of(checkpoint.config, checkpoint.router(first).options, checkpoint.moe_options(first))
     if checkpoint.moe_layers != list(range(config.num_dense_layers, config.num_layers)):

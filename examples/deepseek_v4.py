@@ -97,11 +97,7 @@ def load(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> tuple[Config, Parameters, mm.ExpertWeights]:
     """Reads a checkpoint onto the devices, as `deepseek_v3.load`."""
-    checkpoint = open_checkpoint(folder, experts_folder)
-    if checkpoint.family != "deepseek_v4":
-        raise ValueError(
-            f"{experts_folder or folder} holds {checkpoint.family}, wanted deepseek_v4: use the example of its family."
-        )
+    checkpoint = open_checkpoint(folder, experts_folder, "deepseek_v4")
     last = checkpoint.moe_layers[-1]
     config = Config.of(checkpoint.config, checkpoint.router(last).options, checkpoint.moe_options(last))
     dense = DenseWeights(folder, dtype)

@@ -1,6 +1,5 @@
 """What a checkpoint holds besides experts: embeddings, attention, norms. Read, dequantised and stacked over layers."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +11,31 @@ import numpy as np
 
 import jax_megamoe as mm
 from jax_megamoe.checkpoints import Checkpoint
-from jax_megamoe.checkpoints.folder import Tensors
+from jax_megamoe.checkpoints.families import Config
+from jax_megamoe.checkpoints.folder import CONFIG, Tensors, read_json
 
 BLOCK = 128  # FP8 weights have one scale per block of 128x128
 
 
-def open_checkpoint(folder: str | os.PathLike[str], experts_folder: str | os.PathLike[str] | None) -> Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike[str], experts_folder: str | os.PathLike[str] | None, *families: str
+) -> Checkpoint:
     """The experts of a checkpoint, or what `python -m jax_megamoe convert` has made of them in a folder of their own.
 
-    Raises `ValueError` where the two folders have different configurations.
+    Raises `ValueError` for a model of none of these families, and where the two folders have different configurations.
     """
-    if experts_folder is None:
-        return mm.read_checkpoint(folder)
-    checkpoint = mm.read_checkpoint(experts_folder)
-    fields = json.loads((Path(folder) / "config.json").read_text())
-    if {**fields, **(fields.get("text_config") or {})} != {**checkpoint.config}:
+    checkpoint = mm.read_checkpoint(experts_folder or folder)
+    if experts_folder is not None:
+        config = Path(folder) / CONFIG
+        if Config(read_json(config), str(config)).fields != checkpoint.config:
+            raise ValueError(
+                f"{experts_folder} has experts of another config.json than that of {folder}, wanted them to be of one "
+                "model: pass the folder that convert has made of it."
+            )
+    if checkpoint.family not in families:
         raise ValueError(
-            f"{experts_folder} has experts of another config.json than that of {folder}, wanted them to be of one "
-            "model: pass the folder that convert has made of it."
+            f"{experts_folder or folder} holds {checkpoint.family}, wanted {families[0]}: "
+            "use the example of its family."
         )
     return checkpoint
 

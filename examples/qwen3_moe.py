@@ -119,11 +119,7 @@ def load(
     `experts_folder` is what `python -m jax_megamoe convert` has made of it; without one, experts are packed here.
     `dtype` is that of everything but experts and router.
     """
-    checkpoint = open_checkpoint(folder, experts_folder)
-    if checkpoint.family != "qwen3_moe":
-        raise ValueError(
-            f"{experts_folder or folder} holds {checkpoint.family}, wanted qwen3_moe: use the example of its family."
-        )
+    checkpoint = open_checkpoint(folder, experts_folder, "qwen3_moe")
     config = Config.of(checkpoint.config, checkpoint.router(0).options)
     if checkpoint.moe_layers != list(range(config.num_layers)):
         raise ValueError(f"{folder} has layers without experts, wanted none: this example scans equal layers.")

@@ -100,9 +100,7 @@ def write_cache(cache: CacheLeaf, layer: int | jax.Array, positions: jax.Array, 
     One scatter into a buffer that the caller donates: nothing else of the cache moves.
     """
     if isinstance(cache, tuple):
-        assert isinstance(layer, int), "layers in a scan have a stacked cache"
-        written = write_cache(cache[layer][None], 0, positions, values)[0]
-        return (*cache[:layer], written, *cache[layer + 1 :])
+        return _with_array(cache, layer, write_cache(cache[layer][None], 0, positions, values)[0])
     slots = jnp.arange(len(values))
     # -1 is no place, and not the last one.
     at = cache.at[layer, slots, ..., positions, :]
@@ -116,14 +114,14 @@ def layer_of_cache[Tree](cache: Tree, layer: int | jax.Array) -> Tree:
 
 def with_layer_of_cache[Tree](cache: Tree, layer: int | jax.Array, of_layer: Tree) -> Tree:
     """The same cache with other arrays of that layer."""
+    return jax.tree.map(lambda leaf, array: _with_array(leaf, layer, array), cache, of_layer, is_leaf=_is_leaf)
 
-    def put(leaf: CacheLeaf, array: jax.Array) -> CacheLeaf:
-        if isinstance(leaf, tuple):
-            assert isinstance(layer, int), "layers in a scan have a stacked cache"
-            return (*leaf[:layer], array, *leaf[layer + 1 :])
-        return leaf.at[layer].set(array)
 
-    return jax.tree.map(put, cache, of_layer, is_leaf=_is_leaf)
+def _with_array(leaf: CacheLeaf, layer: int | jax.Array, array: jax.Array) -> CacheLeaf:
+    if isinstance(leaf, tuple):
+        assert isinstance(layer, int), "layers in a scan have a stacked cache"
+        return (*leaf[:layer], array, *leaf[layer + 1 :])
+    return leaf.at[layer].set(array)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -16,7 +16,7 @@ from jax_megamoe.arrays import Array, as_array, clamp_to_int32, require_device_m
 from jax_megamoe.collectives import check_share
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError
 from jax_megamoe.operands import Leaves
-from jax_megamoe.placement import EXPERT_AXIS, AxisNames, find_placement_of_weights, weights_by_name
+from jax_megamoe.placement import EXPERT_AXIS, AxisNames, find_placement_of_weights
 from jax_megamoe.primitives import _specs
 from jax_megamoe.primitives._specs import axes_size, axes_text
 from jax_megamoe.weights import ExpertWeights
@@ -50,7 +50,8 @@ def take_experts(weights: ExpertWeights, expert_ids: Array, *, expert_axis: Axis
         wanted = "[P]" if weights.num_layers is None else f"[P] or [{weights.num_layers}, P], a row for each layer"
         raise ShapeError(f"expert_ids has shape {ids.shape}, wanted {wanted}: pass an id for each expert to be.")
     require_device_memory("expert_ids", ids)
-    require_same_devices({**weights_by_name(weights), "expert_ids": ids})
+    # Where the leaves of the weights are, find_placement_of_weights looks.
+    require_same_devices({"weights.gate_up": weights.gate_up, "expert_ids": ids})
     num_experts, num_taken = weights.num_experts, ids.shape[-1]
     if isinstance(ids, np.ndarray):
         if not ((ids >= 0) & (ids < num_experts)).all():

@@ -51,7 +51,16 @@ def test_experts_of_another_model_are_refused(tmp_path):
     model = write(tmp_path / "model", stock.config, stock.tensors)
     converted = tmp_path / "converted"
     mm.checkpoints.convert(model, converted)
-    assert open_checkpoint(model, converted).moe_layers == open_checkpoint(model, None).moe_layers
+    experts = open_checkpoint(model, converted, "qwen3_moe")
+    assert experts.moe_layers == open_checkpoint(model, None, "qwen3_moe").moe_layers
     other = write(tmp_path / "other", stock.config | {"rope_theta": 7}, stock.tensors)
     with pytest.raises(ValueError, match="converted has experts of another config.json than that of .*other, wanted"):
-        open_checkpoint(other, converted)
+        open_checkpoint(other, converted, "qwen3_moe")
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    stock = build(PLANS["qwen3-bf16"])
+    model = write(tmp_path / "model", stock.config, stock.tensors)
+    message = "model holds qwen3_moe, wanted deepseek_v3: use the example of its family"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(model, None, "deepseek_v3", "kimi_k2")

@@ -98,10 +98,8 @@ class Layer:
         before, _ = run(x, weights, ids, topk_weights)
         hit = set()
         for _ in range(draw(st.integers(1, 4))):
-            token, what = (
-                draw(st.integers(0, self.tokens - 1)),
-                draw(st.sampled_from(["some", "all", "weight", "zeros"])),
-            )
+            token = draw(st.integers(0, self.tokens - 1))
+            what = draw(st.sampled_from(["some", "all", "weight", "zeros"]))
             hit.add(token)
             if what == "weight":
                 topk_weights[token, draw(st.integers(0, self.top_k - 1))] = draw(st.sampled_from(WEIGHTS))
