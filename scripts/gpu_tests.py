@@ -37,6 +37,7 @@ ONE_GPU = (
     "tests/gpu/test_route.py",
     "tests/gpu/test_teaching.py",
     "tests/gpu/test_handlers.py",
+    "tests/gpu/test_single_gpu_faults.py",
 )
 ALL_GPUS = (
     "tests/gpu/test_expert_parallel.py",
@@ -51,6 +52,7 @@ ALL_GPUS = (
     "tests/gpu/test_group_handlers.py",
     "tests/gpu/test_no_memory.py",
     "tests/gpu/test_mps.py",
+    "tests/gpu/test_bad_values_of_ranks.py",
     "tests/test_sharding.py",
     "tests/test_manual_sharding.py",
     "tests/test_shared_experts.py",

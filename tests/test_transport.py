@@ -25,8 +25,8 @@ def build(tmp_path_factory):
     warnings = ["-Wall", "-Wextra"]
     flags = [*sanitizer_flags(), "-std=c++17", "-O0", *warnings, f"-I{CUDA}", f"-I{NATIVE}", "-isystem", str(include)]
 
-    def library(source: Path, name: str = "libnccl.so.2") -> Path:
-        options = ["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"]
+    def library(source: Path, name: str = "libnccl.so.2", *more: str) -> Path:
+        options = ["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", *more]
         subprocess.run([compiler, *flags, *options, source, "-o", folder / name], check=True, timeout=120)
         return folder / name
 
@@ -63,6 +63,30 @@ def test_an_nccl_that_lacks_functions(build, tmp_path):
     source.write_text('extern "C" int ncclGetVersion(int* version) { return *version = 21300, 0; }\n')
     found = run(program, "place", library(source, "old.so"))
     assert found.stdout.strip() == "libnccl.so.2 lacks a function that every version since 2.14 has"
+
+
+NO_PEER_ACCESS = "no rank can reach the memory of all others (peer access: rank 0: there is no peer access from device"
+
+
+@pytest.mark.parametrize(
+    "version, without_peer_access, windows_alone",
+    [
+        (22899, "NCCL window", "NCCL window"),
+        (23102, NO_PEER_ACCESS, "this NCCL, or this build, does not offer windows, and nothing else was asked for"),
+        (21803, NO_PEER_ACCESS, "this NCCL, or this build, does not offer windows, and nothing else was asked for"),
+    ],
+)
+def test_an_nccl_of_another_version(build, version, without_peer_access, windows_alone):
+    """Where only device code is told of peers' pointers, it has to be of the minor version that this build knows."""
+    program, _, library = build
+    other = library(NATIVE / "fake_nccl.cc", f"nccl-{version}.so", f"-DFAKE_NCCL_VERSION={version}")
+    done = run(program, "windows", other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with_access, without_access, alone, again = done.stdout.splitlines()
+    assert (with_access, again) == ("peer access", "whole")
+    assert without_access.startswith(without_peer_access) and alone.startswith(windows_alone)
+    if without_access != "NCCL window":
+        assert 'implementation="collective"' in without_access
 
 
 def test_hosts_are_told_apart_by_their_boot(tmp_path):

@@ -1,4 +1,5 @@
-// Stands for libnccl.so.2 in the transport's test.
+// Stands for libnccl.so.2 in the transport's test. FAKE_NCCL_VERSION: of another one, which tells peers' pointers to
+// device code only.
 #include <cstdlib>
 #include <cstring>
 
@@ -15,7 +16,11 @@ struct Team {
 
 const char* ncclGetErrorString(int) { return "a fake error"; }
 const char* ncclGetLastError(Comm*) { return "what NCCL said last"; }
+#ifdef FAKE_NCCL_VERSION
+int ncclGetVersion(int* version) { return *version = FAKE_NCCL_VERSION, 0; }
+#else
 int ncclGetVersion(int* version) { return *version = 22809, 0; }
+#endif
 int ncclCommUserRank(Comm* comm, int* rank) { return *rank = comm->rank, 0; }
 int ncclCommCount(Comm* comm, int* count) { return *count = comm->clique->num_ranks, 0; }
 int ncclCommCuDevice(Comm* comm, int* device) { return *device = comm->device, 0; }
@@ -51,6 +56,7 @@ int ncclCommWindowDeregister(Comm* comm, void*) {
 
 Team ncclTeamLsa(Comm* comm) { return {comm->clique->num_ranks, comm->rank, 1}; }
 
+#ifndef FAKE_NCCL_VERSION
 int ncclGetLsaDevicePointer(void* window, size_t offset, int peer, void** result) {
   Comm* comm = static_cast<Comm*>(window);
   void* address = nullptr;
@@ -60,4 +66,5 @@ int ncclGetLsaDevicePointer(void* window, size_t offset, int peer, void** result
   }
   return *result = static_cast<char*>(address) + offset, 0;
 }
+#endif
 }

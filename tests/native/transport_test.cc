@@ -1,6 +1,6 @@
 // Expert groups with ranks as threads: plans, watcher and the end of a process here, the rest in the other parts. The
 // argument is the library that stands for NCCL. With "place" before it, or alone: what comes of asking for a rank's
-// place.
+// place. With "windows": how ranks without peer access reach each other by a library that tells no host of pointers.
 #include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -15,8 +15,18 @@
 
 namespace megamoe::transport {
 
-bool can_read_window_table(int) { return false; }
-std::string read_window_table(Window, cudaStream_t, std::vector<void*>*) { return "not asked"; }
+// As a build with the headers of 2.28.
+bool can_read_window_table(int version) { return version / 100 == 228; }
+std::string read_window_table(Window window, cudaStream_t, std::vector<void*>* peers) {
+  fakes::Comm* comm = static_cast<fakes::Comm*>(window);
+  for (size_t peer = 0; peer < peers->size(); ++peer) {
+    while ((*peers)[peer] == nullptr) {
+      std::lock_guard<std::mutex> lock(comm->clique->mutex);
+      (*peers)[peer] = (*comm->windows)[peer];
+    }
+  }
+  return {};
+}
 
 Identity identify() { return {{1, 1}, {1, static_cast<uint64_t>(fakes::process)}}; }
 uint64_t draw_token() {
@@ -122,6 +132,26 @@ void end_with_a_group() {
   EXPECT(ranks->is_whole(kMiB));
 }
 
+// Prints by what way, or why not, with peer access and without; and what comes of asking for windows alone.
+void show_windows() {
+  World with(2, 1, true), without(2, 1, true), asked(2, 1, true);
+  const auto show = [](const World& world) {
+    const Result& result = world.results[0];
+    std::printf("%s\n", result.state == State::kOk ? world.members[0]->transport() : result.text.c_str());
+  };
+  with.run(kMiB);
+  show(with);
+  fakes::driver().unreachable = {{0, 1}, {1, 0}};
+  without.run(kMiB);
+  show(without);
+  asked.run(kMiB, asked.all(), kLong, [](int, Request* request) { request->wanted = Wanted::kWindow; });
+  show(asked);
+  // With peer access again, the group that could not be set up is.
+  fakes::driver().unreachable.clear();
+  without.run(kMiB);
+  std::printf("%s\n", without.is_whole(kMiB) ? "whole" : "not whole");
+}
+
 void test_plans() {
   std::vector<Introduction> ranks(4);
   for (int r = 0; r < 4; ++r) {
@@ -167,6 +197,12 @@ int main(int count, char** arguments) {
     Place place;
     std::printf("%s\n", place_of(nullptr, &place).c_str());
     return 0;
+  }
+  if (std::string(arguments[1]) == "windows") {
+    if (dlopen(arguments[2], RTLD_NOW | RTLD_GLOBAL) == nullptr) return 2;
+    show_windows();
+    std::fflush(stdout);
+    std::_Exit(fakes::driver().faults.empty() ? 0 : 1);
   }
   // Before any group, as the driver does.
   std::atexit([] {

@@ -1,5 +1,5 @@
 """Generated values that are no good, for a kernel or its reference: results are those of the NumPy model, and nothing
-crosses between tokens. tests/test_bad_values.py and tests/gpu/test_bad_values.py draw them.
+crosses between tokens. tests/test_bad_values.py, tests/gpu/test_bad_values.py and those of ranks draw them.
 """
 
 import functools
@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from hypothesis import event
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 import jax_megamoe as mm
 from jax_megamoe.weight_layout import Format
 from tests.support import numpy_model
 from tests.support.compare import bits, difference
 from tests.support.hostile import judge
+from tests.support.meshes import place_all
 
 FORMATS = get_args(Format)
 INT32 = np.iinfo(np.int32)
@@ -66,6 +68,10 @@ class Layer:
     def packed(self, format: Format) -> mm.ExpertWeights:
         return mm.pack_experts(*self.natural(format))
 
+    def call(self, format: Format) -> Any:
+        """What is tried: a function of tokens, packed weights, ids and routing weights, which returns y and the load."""
+        return program(format)
+
     def clean(self, seed: int) -> tuple[Any, Any, Any]:
         """Tokens, ids and routing weights of a call that is as it should be."""
         random = np.random.default_rng(seed)
@@ -76,7 +82,7 @@ class Layer:
     @functools.cache  # noqa: B019
     def clean_result(self, format: Format) -> np.ndarray[Any, Any]:
         x, ids, topk_weights = self.clean(0)
-        return bits(program(format)(x, self.packed(format), ids, topk_weights)[0])
+        return bits(self.call(format)(x, self.packed(format), ids, topk_weights)[0])
 
     def assert_as_model(self, y: Any, wanted: Any) -> None:
         """Token by token: what is no finite number where the model has such, and the other numbers."""
@@ -93,7 +99,7 @@ class Layer:
     def check_tokens(self, data: Any) -> None:
         """Bad tokens, ids and routing weights; the other tokens' bits; the next call's."""
         draw, format = data.draw, data.draw(st.sampled_from(FORMATS))
-        weights, run = self.packed(format), program(format)
+        weights, run = self.packed(format), self.call(format)
         x, ids, topk_weights = self.clean(draw(st.integers(0, 9)))
         before, _ = run(x, weights, ids, topk_weights)
         hit = set()
@@ -154,7 +160,17 @@ class Layer:
         for array, back in zip(experts, weights.unpack(), strict=True):
             np.testing.assert_array_equal(np.asarray(back).view(np.uint8), array.view(np.uint8))
         x, ids, topk_weights = self.clean(1)
-        y, _ = program(format)(x, weights, ids, topk_weights)
+        y, _ = self.call(format)(x, weights, ids, topk_weights)
         with np.errstate(all="ignore"):
             wanted, _ = numpy_model.moe(x, experts, ids, topk_weights)
         self.assert_as_model(y, wanted)
+
+
+@dataclass(frozen=True)
+class LayerOfRanks(Layer):
+    """The same with tokens and experts over the devices of a mesh."""
+
+    mesh: Mesh
+
+    def call(self, format: Format) -> Any:
+        return lambda *arguments: program(format)(*place_all(self.mesh, arguments))
