@@ -40,24 +40,23 @@ class DecodedProduct {
     wgmma::Descriptor tokens(map_.tokens(cursor.stage));
     keep_row_terms(map_, cursor.stage);
     E2m1Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
-    first.decode(even);
+    const E2m1Constants constants = E2m1Constants::in_registers();
+    first.decode(even, constants);
 #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
       const int here = cursor.stage;
-      // Where the number of K blocks is odd, the last stage has its block twice, and the copy counts for nothing.
-      const bool whole = (i + 1) * kStageBlocks <= k_blocks;
       // After the last stage comes a step that nobody reads: its own loop iteration would double the code.
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       const StageQuery next(map_.header(), cursor);
-      step(here, tokens, 0, true, even, acc, [&] {
+      step(here, tokens, 0, even, acc, [&] {
         next.wait_at_once();
         first = load(cursor.stage, 0);
-        second.decode(odd);
+        second.decode(odd, constants);
       });
       const wgmma::Descriptor next_tokens(map_.tokens(cursor.stage));
-      step(here, tokens, 1, whole, odd, acc, [&] {
+      step(here, tokens, 1, odd, acc, [&] {
         second = load(cursor.stage, 1);
-        first.decode(even);
+        first.decode(even, constants);
       });
       release_stage<Orientation>(args_, map_.header(), here);
       tokens = next_tokens;
@@ -89,13 +88,12 @@ class DecodedProduct {
     for (int i = 0; i < num_stages; ++i) {
       const int here = cursor.stage;
       const wgmma::Descriptor tokens(map_.tokens(here));
-      const bool whole = (i + 1) * kStageBlocks <= k_blocks;
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       const StageQuery next(map_.header(), cursor);
       words.decode(fragments);
-      step(here, tokens, 0, true, fragments, acc, [&] { words = load(here, 1); });
+      step(here, tokens, 0, fragments, acc, [&] { words = load(here, 1); });
       words.decode(fragments);
-      step(here, tokens, 1, whole, fragments, acc, [&] {
+      step(here, tokens, 1, fragments, acc, [&] {
         next.wait_at_once();
         words = load(cursor.stage, 0);
       });
@@ -114,8 +112,8 @@ class DecodedProduct {
 
   // Multiplies a block and adds it up; does `meanwhile` while the tensor core is busy.
   template <typename Meanwhile>
-  __device__ __forceinline__ void step(int stage, const wgmma::Descriptor& tokens, int block, bool valid,
-                                       Fragments& fragments, Partial& acc, const Meanwhile& meanwhile) const {
+  __device__ __forceinline__ void step(int stage, const wgmma::Descriptor& tokens, int block, Fragments& fragments,
+                                       Partial& acc, const Meanwhile& meanwhile) const {
     Partial partial[kParts];
     const float* token_scales = map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
     const auto token_scale = [&](int part, int j) {
@@ -142,14 +140,12 @@ class DecodedProduct {
     meanwhile();
     wgmma::wait<0>();
     wgmma::pin(fragments);
-    const float factor = valid ? 1.0f : 0.0f;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       wgmma::pin(partial[part]);
 #pragma unroll
       for (int j = 0; j < kTokenGroups; ++j) {
-        const float2 scale = kScalesAhead ? scales[part][j] : token_scale(part, j);
-        const float2 token = make_float2(scale.x * factor, scale.y * factor);
+        const float2 token = kScalesAhead ? scales[part][j] : token_scale(part, j);
         const float* sum = partial[part] + 4 * j;
         acc[4 * j + 0] = fmaf(token.x, sum[0], acc[4 * j + 0]);
         acc[4 * j + 1] = fmaf(token.y, sum[1], acc[4 * j + 1]);

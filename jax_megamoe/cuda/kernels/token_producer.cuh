@@ -55,6 +55,9 @@ class TokenProducer {
 
  private:
   static constexpr int kArrivals = kRows ? 32 : 1;  // at a stage, of the thread or of each warp
+  // Where the number of K blocks is odd, the last stage has its block twice. Consumers of decoded weights add the copy up
+  // like any other block, with scales of zero: to ask for it would take two instructions for each eight tokens and block.
+  static constexpr bool kAddsCopies = Orientation::kSwapsOperands && Orientation::Format::kDecodes;
 
   __device__ static SharedHeader& header() { return shared_header(); }
   __device__ uint64_t* full() const { return &header().tokens_full[cursor_.stage]; }
@@ -153,7 +156,12 @@ class TokenProducer {
           const int whole = Orientation::kStageBlocks == 1 ? 1 : min(Orientation::kStageBlocks, blocks - block);
           uint8_t* stage_planes = map_.tokens(cursor_.stage);
           float* stage_scales = map_.token_scales(cursor_.stage);
-          expect(Orientation::kStageBlocks * (plane_bytes + scale_bytes));
+          if constexpr (kAddsCopies) {
+            if (whole < Orientation::kStageBlocks) clear(stage_scales + block_scales, block_scales);
+            expect(Orientation::kStageBlocks * plane_bytes + whole * scale_bytes);
+          } else {
+            expect(Orientation::kStageBlocks * (plane_bytes + scale_bytes));
+          }
           if (!Orientation::kSwapsOperands && note.shares_tokens()) {
             const int half = plane_bytes / 2, offset = rank_ * half;
             ptx::bulk_copy_global_to_cluster(stage_planes + offset, planes + offset, half, full(), kBothCtas);
@@ -163,7 +171,8 @@ class TokenProducer {
           ptx::bulk_copy_global_to_shared(stage_scales, scales, whole * scale_bytes, full());
           if (whole < Orientation::kStageBlocks) {  // as the weights do
             ptx::bulk_copy_global_to_shared(stage_planes + plane_bytes, planes, plane_bytes, full());
-            ptx::bulk_copy_global_to_shared(stage_scales + block_scales, scales, scale_bytes, full());
+            if constexpr (!kAddsCopies)
+              ptx::bulk_copy_global_to_shared(stage_scales + block_scales, scales, scale_bytes, full());
           }
         }
         if constexpr (kRows) ptx::mbarrier_arrive(full(), kArrivals);
@@ -171,6 +180,13 @@ class TokenProducer {
       planes += Orientation::kStageBlocks * plane_bytes;
       scales += Orientation::kStageBlocks * block_scales;
     }
+  }
+
+  // `floats` are a multiple of four.
+  __device__ __forceinline__ static void clear(float* begin, int floats) {
+#pragma unroll 1
+    for (int i = 0; i < floats; i += 4) *reinterpret_cast<float4*>(begin + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    ptx::fence_proxy_async_shared();  // a copy overwrites them later
   }
 
   // The rows of the unit's tokens by both warps; their scales are an image.
