@@ -30,6 +30,7 @@ CASES = {
     "swapAB": "probe check 512 384 8 4 5",
     "swapAB, full chunks": "probe check 512 384 8 4 70",
     "swapAB, few tokens, in halves if decoded": "probe check 640 1408 16 4 9",
+    "swapAB, larger chunks, in halves if decoded": "probe check 640 1408 16 4 36 one",
     "swapAB, masked": "probe check 512 384 8 4 40 masked",
     "swapAB, more experts than CTAs' tokens": "probe check 512 384 32 4 40",
     "swapAB, experts with one chunk and more": "probe check 512 384 16 4 150",

@@ -167,15 +167,15 @@ def test_where_swap_ends(choose, experts, inter, most):
     [
         (flash(1), 1),  # 192 gate/up units
         (flash(2), 2),
-        (flash(42), 2),  # 252 routes for 32 experts
-        (flash(43), 1),
-        (flash(42, ranks=8, has_peers=True), 2),
+        (flash(160), 2),  # 960 routes for 32 experts
+        (flash(161), 1),
+        (flash(160, ranks=8, has_peers=True), 2),
         (flash(2, experts=11), 2),  # 352 units
         (flash(9, experts=10), 1),  # 320, one chunk for each expert
         (pro(1), 1),
         (pro(2), 2),
-        (pro(64), 2),
-        (pro(65), 1),
+        (pro(240), 2),
+        (pro(241), 1),
         (Problem(16, 8, 2048, 768, 16), 1),  # Qwen3-30B: 192
         (Problem(11, 3, 2048, 640, 33), 2),  # 330
         (Problem(8, 4, 2048, 640, 33), 1),  # 320
@@ -330,7 +330,7 @@ def test_the_module_tells_it_too():
         return core.launch_choice(tokens, 6, 4096, 2048, 32, "mxfp4", 1, **{**device, **of_device})
 
     assert [decoded(tokens)["swap_operands"] for tokens in (277, 278, 8192)] == [True, False, False]
-    assert [decoded(tokens)["ctas_per_sm"] for tokens in (1, 2, 42, 43, 278)] == [1, 2, 2, 1, 1]
+    assert [decoded(tokens)["ctas_per_sm"] for tokens in (1, 2, 160, 161, 278)] == [1, 2, 2, 1, 1]
     assert decoded(278)["cluster_ctas"] == 2 and not decoded(278)["gathers_rows"]
     assert not decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 2
 

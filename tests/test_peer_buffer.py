@@ -84,7 +84,7 @@ def test_a_buffer_holds_smaller_problems_too(layouts, order, weight_format):
         (1, 128, 128, 1, 2),
     ):
         # Routes per expert: halves' last, swapAB's in all its cases, what other ranks write.
-        edges = [limit * e // k for limit in (8, 18, 28, 34, 46, 52, 256)]
+        edges = [limit * e // k for limit in (18, 28, 30, 34, 46, 52, 256)]
         tokens = {t for edge in edges for t in (edge - 1, edge, edge + 1) if t > 0}
         tokens |= {1, 64, 300 * e // k, 400 * e // k, 2048}
         lines = layouts([(t, k, h, i, e, ranks) for t in sorted(tokens)], order, weight_format)

@@ -112,7 +112,7 @@ def test_formats_of_weights(num_ranks, tokens, weight_format):
 
 @all_ranks
 @pytest.mark.parametrize("routing", ["uniform", *ODD_ROUTINGS])
-@pytest.mark.parametrize("tokens", [4, 11, 32])
+@pytest.mark.parametrize("tokens", [4, 11, 32, 120])
 def test_in_halves(num_ranks, tokens, routing):
     """With two CTAs on each SM: few tokens of weights that are decoded."""
     mesh, sizes = gpu_mesh(expert=num_ranks), HALVES._replace(num_experts=HALVES.num_experts * num_ranks)

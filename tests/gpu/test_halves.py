@@ -20,7 +20,8 @@ from tests.support.virtual_ranks import assert_as_one_rank
 pytestmark = gpu_tests(why_no_hopper())
 
 needs_testing = unless(why_no_testing())
-LEAST, MOST = 4, 32  # tokens of HALVES in halves
+LEAST, MOST = 4, 120  # tokens of HALVES in halves
+CHUNK = 40  # tokens
 
 
 def make(tokens: int, routing: str = "uniform", sizes: Sizes = HALVES, seed: int = 0, num_ranks: int = 1) -> Problem:
@@ -48,26 +49,26 @@ def assert_is_the_references(problem: Problem, **options: Any) -> None:
     assert difference(y, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", range(LEAST, MOST + 1))
+@pytest.mark.parametrize("tokens", [*range(LEAST, 33), *range(36, MOST, 7), MOST])
 def test_token_counts(tokens):
-    """Odd numbers of K blocks in both projections; chunks of one to sixteen tokens, and second ones."""
+    """Odd numbers of K blocks in both projections; chunks of one to forty tokens, and second ones."""
     assert_is_the_references(make(tokens))
 
 
 @pytest.mark.parametrize("routing", ODD_ROUTINGS)
-@pytest.mark.parametrize("tokens", [LEAST, 16, 17, MOST])
+@pytest.mark.parametrize("tokens", [LEAST, 17, CHUNK, CHUNK + 1, MOST])
 def test_routings(routing, tokens):
-    """All tokens for one expert are two chunks from 17 on."""
+    """All tokens for one expert are several chunks beyond 40."""
     assert_is_the_references(make(tokens, routing))
 
 
-@pytest.mark.parametrize("tokens", [6, 16])
+@pytest.mark.parametrize("tokens", [6, 16, 70])
 @pytest.mark.parametrize(("hidden", "inter"), [size for size in MODELS.values() if size[1] >= 1408], ids=str)
 def test_shapes(hidden, inter, tokens):
     assert_is_the_references(make(tokens, sizes=Sizes(hidden, inter, 16, 6)))
 
 
-@pytest.mark.parametrize("tokens", [LEAST, 11, MOST])
+@pytest.mark.parametrize("tokens", [LEAST, 11, 32, 60, 90, MOST])
 def test_a_token_has_the_bits_that_it_has_among_more(tokens):
     """With more tokens a CTA has its SM alone, and other pipelines; no sum changes its order."""
     more = make_problem(MOST + 8, HALVES, weight_format="mxfp4")
@@ -102,8 +103,9 @@ def test_activations(tokens, options):
     assert difference(y, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [LEAST, 16, MOST])
+@pytest.mark.parametrize("tokens", [LEAST, 16, CHUNK, MOST])
 def test_biases_and_shared_experts(tokens):
+    """Shared experts have all tokens: with more than a chunk, a CTA has its SM alone."""
     rng = np.random.default_rng(tokens)
 
     def weights(num_experts: int) -> mm.ExpertWeights:
@@ -137,7 +139,7 @@ def test_nan_stays_with_its_token():
     ids=["", "late CTAs and pauses", "all CTAs but two are late"],
 )
 @pytest.mark.parametrize("routing", ["uniform", *ODD_ROUTINGS])
-@pytest.mark.parametrize(("tokens", "num_ranks"), [(LEAST, 1), (MOST, 2), (9, 4)])
+@pytest.mark.parametrize(("tokens", "num_ranks"), [(LEAST, 1), (32, 2), (MOST, 2), (9, 4)])
 def test_ranks(tokens, num_ranks, routing, options):
     """`tokens` of each rank; of `ctas` and `late_ctas` twice as many."""
     sizes = HALVES._replace(num_experts=HALVES.num_experts * num_ranks)

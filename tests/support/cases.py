@@ -17,7 +17,7 @@ SHARED = Sizes(hidden=512, inter=384, num_experts=16, top_k=4)
 # calls are batch-invariant. Few tokens are gathered row by row there.
 GATHERED = Sizes(hidden=512, inter=2048, num_experts=16, top_k=4)
 
-# One that has two CTAs on each SM with 4 to 32 tokens, if its weights are MXFP4. Both numbers of K blocks are odd.
+# One that has two CTAs on each SM with 4 to 120 tokens, if its weights are MXFP4. Both numbers of K blocks are odd.
 HALVES = Sizes(hidden=640, inter=1408, num_experts=16, top_k=4)
 
 # Hidden and intermediate sizes.

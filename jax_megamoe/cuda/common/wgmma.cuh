@@ -28,6 +28,8 @@ struct Descriptor {
     return word;
   }
 
+  // Of the tile `bytes` further on. Worked out once, where they are no constant: `at` would do so for each multiply.
+  __device__ __forceinline__ Descriptor further(uint32_t bytes) const { return Descriptor(low + (bytes >> 4)); }
   // The tile `bytes` further on.
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
     constexpr uint32_t kSwizzle128 = 1u << 30;
@@ -151,13 +153,13 @@ __device__ __forceinline__ void multiply_block(float (&d)[kN / 2], Descriptor a,
   }
 }
 
-// The same with A from registers, an instruction's after the other.
+// The same with A from registers, an instruction's after the other. `adds`: to what D has.
 template <int kN, int kSteps>
 __device__ __forceinline__ void multiply_block(float (&d)[kN / 2], const uint32_t (*a)[4], Descriptor b,
-                                               uint32_t b_offset) {
+                                               uint32_t b_offset, bool adds = false) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    Multiply<kN>::run(d, a[step], b.at(b_offset + step * kInstructionK), step != 0);
+    Multiply<kN>::run(d, a[step], b.at(b_offset + step * kInstructionK), adds || step != 0);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
@@ -27,11 +28,21 @@ class DecodedProduct {
       : args_(args),
         map_(map),
         padded_rows_(note.padded_rows()),
-        token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)) {}
+        token_plane_bytes_(ptx::uniform(padded_rows_ * kBlockK)),
+        first_plane_(Orientation::kHalves ? ptx::uniform(first_plane()) : 0) {}
 
   // The unit's first stage has landed.
   __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc) const {
-    if constexpr (Orientation::kHalves) return run_in_halves(cursor, acc);
+    if constexpr (Orientation::kHalves) {
+      run_in_halves(cursor, acc);
+    } else {
+      run_alone(cursor, acc);
+    }
+  }
+
+ private:
+  // Two sets of fragments take turns.
+  __device__ __forceinline__ void run_alone(StageCursor& cursor, Partial& acc) const {
     const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
     const int num_stages = Orientation::stages(k_blocks);
 #pragma unroll
@@ -39,7 +50,7 @@ class DecodedProduct {
     Fragments even, odd;
     wgmma::Descriptor tokens(map_.tokens(cursor.stage));
     keep_row_terms(map_, cursor.stage);
-    E2m1Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
+    Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
     const E2m1Constants constants = E2m1Constants::in_registers();
     first.decode(even, constants);
 #pragma unroll 1
@@ -48,13 +59,13 @@ class DecodedProduct {
       // After the last stage comes a step that nobody reads: its own loop iteration would double the code.
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       const StageQuery next(map_.header(), cursor);
-      step(here, tokens, 0, even, acc, [&] {
+      step(here, 0, tokens, even, acc, [&] {
         next.wait_at_once();
         first = load(cursor.stage, 0);
         second.decode(odd, constants);
       });
       const wgmma::Descriptor next_tokens(map_.tokens(cursor.stage));
-      step(here, tokens, 1, odd, acc, [&] {
+      step(here, 1, tokens.further(token_plane_bytes_), odd, acc, [&] {
         second = load(cursor.stage, 1);
         first.decode(even, constants);
       });
@@ -64,16 +75,20 @@ class DecodedProduct {
     cursor.advance(map_.num_stages);
   }
 
- private:
   static constexpr int kStageBlocks = Orientation::kStageBlocks;
   static_assert(kStageBlocks == 2, "the fragments take turns");
   static constexpr int kTokenGroups = kN / 8;
   static constexpr int kInstructions = kBlockK / wgmma::kInstructionK;
   // Parts of a K block that have scales of their own, of the tokens' or the activations'.
   static constexpr int kParts = kDown ? Orientation::kActivationScalesPerBlock : 1;
+  // With two CTAs on an SM there are registers for a block's fragments and two partial sums up to so many tokens, and
+  // beyond for half of its fragments and one.
+  static constexpr int kMostTokensOfWholeBlocks = 16;
+  static constexpr bool kHalfBlocks = Orientation::kHalves && kN > kMostTokensOfWholeBlocks;
   // The tokens' scales are loaded while the tensor core is busy, as far as there are registers.
   static constexpr bool kScalesAhead = kParts * kTokenGroups <= (Orientation::kHalves ? 2 : 12);
   using Fragments = uint32_t[kInstructions][4];
+  using Words = std::conditional_t<kHalfBlocks, E2m1Words, E2m1PlaneWords>;
 
   // One set of fragments: the warps of the SM's other CTA are busy while these decode or wait.
   __device__ __forceinline__ void run_in_halves(StageCursor& cursor, Partial& acc) const {
@@ -81,44 +96,67 @@ class DecodedProduct {
     const int num_stages = Orientation::stages(k_blocks);
 #pragma unroll
     for (float& value : acc) value = 0.0f;
-    Fragments fragments;
+    [[maybe_unused]] Fragments fragments;
     keep_row_terms(map_, cursor.stage);
-    E2m1Words words = load(cursor.stage, 0);
+    Words words = load(cursor.stage, 0);
 #pragma unroll 1
-    for (int i = 0; i < num_stages; ++i) {
+    for (int left = num_stages; left > 0; --left) {
       const int here = cursor.stage;
       const wgmma::Descriptor tokens(map_.tokens(here));
-      if (i < num_stages - 1) cursor.advance(map_.num_stages);
-      const StageQuery next(map_.header(), cursor);
-      words.decode(fragments);
-      step(here, tokens, 0, fragments, acc, [&] { words = load(here, 1); });
-      words.decode(fragments);
-      step(here, tokens, 1, fragments, acc, [&] {
-        next.wait_at_once();
-        words = load(cursor.stage, 0);
-      });
+      const auto load_second = [&] { words = load(here, 1); };
+      if constexpr (kHalfBlocks) {
+        step_by_half_blocks(here, 0, tokens, words, acc, load_second);
+        step_by_half_blocks(here, 1, tokens.further(token_plane_bytes_), words, acc, [&] {
+          if (left > 1) cursor.advance(map_.num_stages);
+          wait_stage(map_.header(), cursor);
+          words = load(cursor.stage, 0);
+        });
+      } else {
+        if (left > 1) cursor.advance(map_.num_stages);
+        const StageQuery next(map_.header(), cursor);
+        words.decode(fragments);
+        step(here, 0, tokens, fragments, acc, load_second);
+        words.decode(fragments);
+        step(here, 1, tokens.further(token_plane_bytes_), fragments, acc, [&] {
+          next.wait_at_once();
+          words = load(cursor.stage, 0);
+        });
+      }
       release_stage<Orientation>(args_, map_.header(), here);
     }
     cursor.advance(map_.num_stages);
   }
 
+  // Where the warpgroup's planes begin in a stage.
+  __device__ static uint32_t first_plane() {
+    return threadIdx.x / kWarpgroupThreads * (kDown ? kStageBlocks : 1) * Mxfp4::kPlaneBytes;
+  }
+
   // Of a stage's K block `block`, the warpgroup's 64 rows. Gate/up stages hold block after block, each with the planes
   // of both warpgroups; down stages the other way round.
-  __device__ __forceinline__ E2m1Words load(int stage, int block) const {
-    const int warpgroup = threadIdx.x / kWarpgroupThreads;
-    const int plane = kDown ? warpgroup * kStageBlocks + block : block * 2 + warpgroup;
-    return E2m1Words(map_.weights(stage) + plane * Mxfp4::kPlaneBytes);
+  __device__ __forceinline__ const uint8_t* plane(int stage, int block) const {
+    const uint32_t first = Orientation::kHalves ? first_plane_ : first_plane();
+    return map_.weights(stage) + first + (kDown ? block : 2 * block) * Mxfp4::kPlaneBytes;
+  }
+
+  // What is decoded first: its words, or those of its first half.
+  __device__ __forceinline__ Words load(int stage, int block) const {
+    if constexpr (kHalfBlocks) {
+      return E2m1Words(plane(stage, block), 0);
+    } else {
+      return E2m1PlaneWords(plane(stage, block));
+    }
   }
 
   // Multiplies a block and adds it up; does `meanwhile` while the tensor core is busy.
   template <typename Meanwhile>
-  __device__ __forceinline__ void step(int stage, const wgmma::Descriptor& tokens, int block, Fragments& fragments,
+  __device__ __forceinline__ void step(int stage, int block, const wgmma::Descriptor& tokens, Fragments& fragments,
                                        Partial& acc, const Meanwhile& meanwhile) const {
-    Partial partial[kParts];
     const float* token_scales = map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
     const auto token_scale = [&](int part, int j) {
       return *reinterpret_cast<const float2*>(token_scales + part * padded_rows_ + 8 * j);
     };
+    Partial partial[kParts];
     float2 scales[kParts][kTokenGroups];
 #pragma unroll
     for (Partial& part : partial) wgmma::pin(part);
@@ -127,7 +165,7 @@ class DecodedProduct {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       wgmma::multiply_block<kN, kInstructions / kParts>(partial[part], fragments + part * (kInstructions / kParts),
-                                                        tokens, block * token_plane_bytes_ + part * (kBlockK / kParts));
+                                                        tokens, part * (kBlockK / kParts));
     }
     wgmma::commit();
     if constexpr (kScalesAhead) {
@@ -145,20 +183,59 @@ class DecodedProduct {
       wgmma::pin(partial[part]);
 #pragma unroll
       for (int j = 0; j < kTokenGroups; ++j) {
-        const float2 token = kScalesAhead ? scales[part][j] : token_scale(part, j);
-        const float* sum = partial[part] + 4 * j;
-        acc[4 * j + 0] = fmaf(token.x, sum[0], acc[4 * j + 0]);
-        acc[4 * j + 1] = fmaf(token.y, sum[1], acc[4 * j + 1]);
-        acc[4 * j + 2] = fmaf(token.x, sum[2], acc[4 * j + 2]);
-        acc[4 * j + 3] = fmaf(token.y, sum[3], acc[4 * j + 3]);
+        add(kScalesAhead ? scales[part][j] : token_scale(part, j), partial[part] + 4 * j, acc + 4 * j);
       }
     }
+  }
+
+  // The same by halves of a block: each is decoded, multiplied and waited for.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void step_by_half_blocks(int stage, int block, const wgmma::Descriptor& tokens,
+                                                      E2m1Words& words, Partial& acc,
+                                                      const Meanwhile& meanwhile) const {
+    constexpr bool kOneSum = kParts == 1;  // for both, which have the same scales
+    Partial partial;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t fragments[kInstructions / 2][4];
+      words.decode(half, fragments[0], fragments[1], E2m1Constants());
+      wgmma::pin(fragments);
+      wgmma::pin(partial);
+      wgmma::fence();
+      wgmma::multiply_block<kN, kInstructions / 2>(partial, fragments, tokens, half * (kBlockK / 2),
+                                                   kOneSum && half == 1);
+      wgmma::commit();
+      if (half == 0) {
+        words = E2m1Words(plane(stage, block), 1);
+      } else {
+        meanwhile();
+      }
+      wgmma::wait<0>();
+      wgmma::pin(fragments);
+      wgmma::pin(partial);
+      if (kOneSum && half == 0) continue;
+      const int part = block * kParts + (kParts == 1 ? 0 : half);
+      const float* scales = map_.token_scales(stage) + part * padded_rows_ + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kTokenGroups; ++j) {
+        add(*reinterpret_cast<const float2*>(scales + 8 * j), partial + 4 * j, acc + 4 * j);
+      }
+    }
+  }
+
+  // Of eight tokens: a thread's sums of two of them, in two rows.
+  __device__ __forceinline__ static void add(const float2& token, const float* sum, float* acc) {
+    acc[0] = fmaf(token.x, sum[0], acc[0]);
+    acc[1] = fmaf(token.y, sum[1], acc[1]);
+    acc[2] = fmaf(token.x, sum[2], acc[2]);
+    acc[3] = fmaf(token.y, sum[3], acc[3]);
   }
 
   const MoeArguments& args_;
   const SharedMap<Orientation>& map_;
   int padded_rows_;
   uint32_t token_plane_bytes_;
+  uint32_t first_plane_;  // halves: no other register for it
 };
 
 }  // namespace megamoe

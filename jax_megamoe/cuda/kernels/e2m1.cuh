@@ -75,36 +75,55 @@ class E2m1Table {
   uint32_t low_, high_;
 };
 
-// What a thread reads of a plane: the words of its two rows, of which each half lies in one group.
+// What a thread reads of half of a plane's columns: words of its two rows, each in one group.
 class E2m1Words {
  public:
-  __device__ __forceinline__ explicit E2m1Words(const uint8_t* plane) {
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    exponents_ = *reinterpret_cast<const uint32_t*>(plane + Mxfp4::kCodeBytes + thread / 2 * sizeof(uint32_t));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      words_[half] = *reinterpret_cast<const uint4*>(plane + half * (Mxfp4::kCodeBytes / 2) + thread * sizeof(uint4));
-    }
+  __device__ __forceinline__ E2m1Words(const uint8_t* plane, int half)
+      : E2m1Words(plane, half, load_exponents(plane)) {}
+  // `exponents`: of the first half's low and high row, and the second's.
+  __device__ __forceinline__ E2m1Words(const uint8_t* plane, int half, uint32_t exponents)
+      : words_(*reinterpret_cast<const uint4*>(plane + half * (Mxfp4::kCodeBytes / 2) + thread() * sizeof(uint4))),
+        exponents_(exponents) {}
+  __device__ __forceinline__ static uint32_t load_exponents(const uint8_t* plane) {
+    return *reinterpret_cast<const uint32_t*>(plane + Mxfp4::kCodeBytes + thread() / 2 * sizeof(uint32_t));
   }
+
+  // The A operand of two instructions.
+  __device__ __forceinline__ void decode(int half, uint32_t (&first)[4], uint32_t (&second)[4],
+                                         const E2m1Constants& constants) const {
+    const E2m1Table low(exponents_, 2 * half, constants), high(exponents_, 2 * half + 1, constants);
+    low.decode(words_.x, first[0], first[2]);
+    high.decode(words_.y, first[1], first[3]);
+    low.decode(words_.z, second[0], second[2]);
+    high.decode(words_.w, second[1], second[3]);
+  }
+
+ private:
+  __device__ static int thread() { return threadIdx.x % kWarpgroupThreads; }
+
+  uint4 words_;
+  uint32_t exponents_;
+};
+
+// ... of a plane.
+class E2m1PlaneWords {
+ public:
+  __device__ __forceinline__ explicit E2m1PlaneWords(const uint8_t* plane)
+      : E2m1PlaneWords(plane, E2m1Words::load_exponents(plane)) {}
 
   // The A operand of the plane's four instructions.
   __device__ __forceinline__ void decode(uint32_t (&fragments)[4][4],
                                          const E2m1Constants& constants = E2m1Constants()) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const E2m1Table low(exponents_, 2 * half, constants), high(exponents_, 2 * half + 1, constants);
-      uint32_t (&first)[4] = fragments[2 * half], (&second)[4] = fragments[2 * half + 1];
-      low.decode(words_[half].x, first[0], first[2]);
-      high.decode(words_[half].y, first[1], first[3]);
-      low.decode(words_[half].z, second[0], second[2]);
-      high.decode(words_[half].w, second[1], second[3]);
-    }
+    first_.decode(0, fragments[0], fragments[1], constants);
+    second_.decode(1, fragments[2], fragments[3], constants);
     wgmma::pin(fragments);  // here, and not where they are needed
   }
 
  private:
-  uint4 words_[2];
-  uint32_t exponents_;  // of the first half's low and high row, and the second's
+  __device__ __forceinline__ E2m1PlaneWords(const uint8_t* plane, uint32_t exponents)
+      : first_(plane, 0, exponents), second_(plane, 1, exponents) {}
+
+  E2m1Words first_, second_;
 };
 
 }  // namespace megamoe

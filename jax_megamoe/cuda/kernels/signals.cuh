@@ -18,7 +18,11 @@ template <typename Orientation>
 class Signaller {
  public:
   __device__ explicit Signaller(SignalQueue& queue) : queue_(queue) {
-    if (kKeepsCount && threadIdx.x % kWarpgroupThreads == 0) count() = 0;
+    if constexpr (kKeepsCount) {
+      uint32_t thread = threadIdx.x % kWarpgroupThreads;
+      asm volatile("" : "+r"(thread));  // lest the question is kept
+      if (thread == 0) count() = 0;
+    }
   }
 
   // The warpgroup's first thread, after a barrier of the threads whose stores are announced. Null ends the signal

@@ -113,8 +113,8 @@ class WideConsumer {
     }
   }
 
-  __device__ __forceinline__ E2m1Words load(int stage) const {
-    return E2m1Words(map_.weights(stage) + warpgroup() * Mxfp4::kPlaneBytes);
+  __device__ __forceinline__ E2m1PlaneWords load(int stage) const {
+    return E2m1PlaneWords(map_.weights(stage) + warpgroup() * Mxfp4::kPlaneBytes);
   }
 
   // A step is a K block: its weights are decoded, and multiplied by 64 tokens after the other. The words of the next
@@ -127,7 +127,7 @@ class WideConsumer {
       for (float& value : part) value = 0.0f;
     }
     keep_row_terms(map_, cursor.stage);
-    E2m1Words words = load(cursor.stage);
+    E2m1PlaneWords words = load(cursor.stage);
 #pragma unroll 1
     for (int block = 0; block < k_blocks; ++block) {
       const int here = cursor.stage;

@@ -27,10 +27,10 @@ constexpr int kLeastSwapLimit = 18;
 // Unit: routes per expert. Measured: "Many tokens of MXFP4".
 constexpr int kMostRoutesPerExpertBeforeWide = 52;
 
-// swapAB serves up to so many of weights that are decoded with two CTAs on each SM: what was measured, of Flash up to 6
-// and of Pro up to 8. With 12 of Flash it was as fast as one CTA an SM: experts have several chunks of 16 tokens.
-// Unit: routes per expert. Measured: "Two CTAs on an SM".
-constexpr int kMostRoutesPerExpertInHalves = 8;
+// swapAB serves up to so many of weights that are decoded with two CTAs on each SM. With 36 of Flash and 32 of Pro one
+// CTA was faster: of more than 40 tokens, experts have two chunks.
+// Unit: routes per expert. Measured: "Chunks of 40 tokens".
+constexpr int kMostRoutesPerExpertInHalves = 30;
 
 // ... if there are as many gate/up units, with one chunk for each expert, or for each route where these are fewer: else
 // the launch is mostly start and end, which take longer with twice as many CTAs.

@@ -34,7 +34,7 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 // Tokens of one expert that one unit of work multiplies. swapAB and the wide orientation put them on the WGMMA N
 // dimension, the normal orientation on M.
 constexpr int kSwapTokenTile = 56;    // 64 would spill registers
-constexpr int kHalvesTokenTile = 16;  // with half of an SM's registers for a CTA, 24 would
+constexpr int kHalvesTokenTile = 40;  // with half of an SM's registers for a CTA, 48 would
 constexpr int kNormalTokenTile = 128;
 constexpr int kWideTokenTile = 256;
 // Where images go through rings, gate/up and down units take so many chunks of an expert one after the other, and then
