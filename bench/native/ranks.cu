@@ -1,7 +1,8 @@
 // Development program for the fused kernel among ranks, without JAX.
 //   ranks check H I E k T R [routing [launches [seed [ctas [late]]]]]  R ranks share this GPU (virtual ranks), T tokens each, against
 //                                  one rank with all of them, bit by bit; a seed adds delays, `late` CTAs of each begin last
-//   ranks missing H I E k T R      one of R virtual ranks stays away: the others have to end, and to say why
+//   ranks missing H I E k T R      one of R virtual ranks stays away: the others have to end, and to say why; how long
+//                                  each of their launches takes from then on
 //   ranks time H I E k R T...      R GPUs of this host, in a graph of 12 calls each; R = 1: alone, through the same code
 //   ranks virtual H I E k R T...   the same time with R virtual ranks
 #include <cuda_runtime.h>
@@ -197,6 +198,10 @@ int missing(const Problem& p) {
   const bool poisoned = std::isnan(y[0]) && std::isnan(y[y.size() / p.num_ranks - 1]);
   const bool good = ranks.failed() && poisoned && bands_are_whole();
   std::printf("%-4s a missing rank of %d: %s\n", good ? "ok" : "BAD", p.num_ranks, poisoned ? "NaN" : "NUMBERS");
+  const double after = graph_microseconds([&](int, cudaStream_t stream) {
+    CHECK(megamoe::launch_virtual_ranks(all, p.num_ranks - 1, num_sms() / p.num_ranks, stream));
+  });
+  std::printf("launches after that take %.1f us each\n", after);
   return good ? 0 : 1;
 }
 
