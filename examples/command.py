@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ def main(
         seconds = time.perf_counter() - start
     for request in requests:
         print(",".join(map(str, request.prompt)), "->", ",".join(map(str, request.generated)))
+        if len(request.generated) < arguments.new_tokens:
+            print(f"... and no more: a slot has --length {arguments.length} positions", file=sys.stderr)
     generated = sum(len(request.generated) for request in requests)
     print(f"{num_steps} steps, {generated} tokens, {generated / seconds:.1f} a second, compiling included")
 

@@ -11,12 +11,13 @@ from jax.sharding import AxisType
 import jax_megamoe as mm
 from jax_megamoe import weight_layout
 from jax_megamoe.__main__ import main
-from jax_megamoe.checkpoints import cache, convert
-from jax_megamoe.checkpoints.folder import MANIFEST, Tensors
+from jax_megamoe.checkpoints import convert
+from jax_megamoe.checkpoints.folder import MANIFEST, METADATA, Tensors
 from jax_megamoe.checkpoints.safetensors import File
 from jax_megamoe.errors import ArgumentError, CheckpointError
 from tests.support.caches import assert_alike, edit, stock_folder
-from tests.support.checkpoints import file_bytes, octets
+from tests.support.changed_checkpoints import Change, make
+from tests.support.checkpoints import Named, file_bytes, octets
 from tests.support.meshes import make_mesh
 
 NAMES = ["deepseek-v4", "qwen3.5-bf16", "glm-4.5", "kimi-k3", "deepseek-v3", "gpt-oss"]
@@ -52,6 +53,45 @@ def test_a_cache_is_read_like_the_checkpoint(name, tmp_path):
             np.testing.assert_array_equal(found, wanted)
     assert cached.router(layer).options == stock.router(layer).options
     assert cached.moe_options(layer) == stock.moe_options(layer)
+
+
+def widen_shared(times: int) -> Change:
+    """The shared expert of each layer as wide as so many routed ones."""
+
+    def change(config: dict[str, Any], held: Named) -> None:
+        config["text_config"]["shared_expert_intermediate_size"] *= times
+        for key, value in list(held.items()):
+            if ".shared_expert." in key:
+                held[key] = np.concatenate([value] * times, 1 if "down" in key else 0)
+
+    return change
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_the_gate_of_several_shared_experts(times, tmp_path):
+    """It has a row for each of those that one wide expert becomes."""
+    stock = make(tmp_path / "stock", "qwen3.5-bf16", widen_shared(times))
+    cached = mm.read_checkpoint(convert(tmp_path / "stock", tmp_path / "cache"))
+    shared, gate = cached.shared_experts(0), cached.router(0).shared_gate
+    assert shared is not None and gate is not None
+    assert shared.num_experts == len(gate) == times
+    np.testing.assert_array_equal(gate, stock.router(0).shared_gate)
+    assert_alike(shared, stock.shared_experts(0))
+
+
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
+def test_a_damaged_cache_is_to_be_made_anew(name, made):
+    out = convert(*made)
+    (out / name).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{name}: is no JSON: make the cache anew"):
+        mm.read_checkpoint(out)
+
+
+def test_a_cache_without_its_manifest_says_so(made):
+    out = convert(*made)
+    (out / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=f"has files of a cache, and no {MANIFEST}: make the cache anew"):
+        mm.read_checkpoint(out)
 
 
 def test_devices_get_their_experts_from_a_cache(made):
@@ -154,7 +194,7 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
     out, path, content, held = made_once
     header = {**held, field: value}
     tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
-    path.write_bytes(file_bytes(tensors, {cache.METADATA: json.dumps(header)}))
+    path.write_bytes(file_bytes(tensors, {METADATA: json.dumps(header)}))
     try:
         checkpoint = mm.read_checkpoint(out)
         for call in (checkpoint.experts, checkpoint.shared_experts, checkpoint.router, checkpoint.moe_options):
@@ -185,7 +225,7 @@ def test_headers_of_layers_that_lie_are_named(field, value, made_once):
 def test_options_that_a_cache_may_not_hold(call, field, value, text, made_once):
     out, path, content, held = made_once
     tensors = {name: tensor.array() for name, tensor in File(path).tensors.items()}
-    path.write_bytes(file_bytes(tensors, {cache.METADATA: json.dumps({**held, field: value})}))
+    path.write_bytes(file_bytes(tensors, {METADATA: json.dumps({**held, field: value})}))
     try:
         with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: {text}"):
             getattr(mm.read_checkpoint(out), call)(1)
@@ -211,7 +251,7 @@ def test_routers_that_a_cache_may_not_hold(name, value, text, made_once):
     del tensors["router.bias"]  # Other arrays come to the end, where they are aligned.
     kept = {key: array for key, array in tensors.items() if key != f"router.{name}"}
     kept |= {} if value is None else {f"router.{name}": value}
-    path.write_bytes(file_bytes(kept, {cache.METADATA: json.dumps(held)}))
+    path.write_bytes(file_bytes(kept, {METADATA: json.dumps(held)}))
     try:
         with pytest.raises(CheckpointError, match=rf"layer-00001\.safetensors: tensor 'router\.{name}' {text}"):
             mm.read_checkpoint(out).router(1)
@@ -224,7 +264,7 @@ def made_once(tmp_path_factory) -> tuple[Path, Path, bytes, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("cache")
     out = convert(stock_folder(folder, "deepseek-v4"), folder / "cache")
     path = out / "layer-00001.safetensors"
-    return out, path, path.read_bytes(), json.loads(File(path).metadata[cache.METADATA])
+    return out, path, path.read_bytes(), json.loads(File(path).metadata[METADATA])
 
 
 def test_a_truncated_layer_is_named(made):

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jax_megamoe.checkpoints import json_entries, tensor_table
-from jax_megamoe.checkpoints.cache import METADATA, LayerFile
-from jax_megamoe.checkpoints.folder import INDEX, MAX_JSON_BYTES, Tensors, read_json
+from jax_megamoe.checkpoints.cache import LayerFile
+from jax_megamoe.checkpoints.folder import INDEX, MAX_JSON_BYTES, METADATA, Tensors, read_json
 from jax_megamoe.checkpoints.json_entries import JsonEntries
 from jax_megamoe.checkpoints.safetensors import File
 from jax_megamoe.checkpoints.stock import StockModel

@@ -330,3 +330,16 @@ def test_a_checkpoint_is_read_whether_jax_compiles_or_not(tmp_path):
         for array, other in zip(found.leaves, wanted.leaves, strict=True):
             assert array.sharding == other.sharding
             np.testing.assert_array_equal(np.asarray(array).view(np.uint8), np.asarray(other).view(np.uint8))
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.", "model.language_model.", "language_model.model."])
+def test_experts_under_two_prefixes(prefix, tmp_path):
+    """Which of them are the model's, nobody knows."""
+
+    def change(_: dict[str, Any], held: Named) -> None:
+        held |= {key.replace("model.", prefix, 1): value for key, value in held.items() if ".layers.2." in key}
+
+    with pytest.raises(
+        CheckpointError, match=r"has experts of layer 2 with names that begin with .*, wanted them once"
+    ):
+        make(tmp_path, "qwen3-bf16", change)

@@ -28,7 +28,7 @@ from jax_megamoe.activations import SiTU, SwiGLU, can_bound
 from jax_megamoe.arrays import text_of
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.families import Config, families_of
-from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, read_json
+from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, METADATA, read_json
 from jax_megamoe.checkpoints.layers import Recipe
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.safetensors import File, Tensor
@@ -38,7 +38,6 @@ from jax_megamoe.routing_arrays import GroupScoring, Scoring
 from jax_megamoe.weight_layout import Format
 
 VERSION = 1
-METADATA = "jax_megamoe"  # in the header of a layer's file, what it is of, as JSON
 _FIELDS: Mapping[str, Any] = {
     "version": int,
     "layout": str,
@@ -73,6 +72,9 @@ _MOE: Mapping[str, Callable[[object], bool]] = {
 SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
 
 
+_ANEW = "make the cache anew"
+
+
 def as_path(name: str, value: object) -> Path:
     """The path that an argument is. Raises `ArgumentError` for other things."""
     if isinstance(value, str | os.PathLike):
@@ -93,7 +95,7 @@ class CachedModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / MANIFEST
-        self._manifest = read_json(self._path)
+        self._manifest = read_json(self._path, _ANEW)
         check_version(self._path, self._manifest)
         if self._manifest.get("complete") is not True:
             raise CheckpointError(
@@ -101,7 +103,7 @@ class CachedModel:
                 None,
                 "says that the cache is not complete: run python -m jax_megamoe convert again, it goes on.",
             )
-        self.config = Config(read_json(folder / CONFIG), str(folder / CONFIG))
+        self.config = Config(read_json(folder / CONFIG, _ANEW), str(folder / CONFIG))
         self.name = str(self._manifest.get("family"))
         layers = self._manifest.get("layers")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
@@ -182,7 +184,7 @@ class LayerFile:
             "bias": ("F32", (num_experts,)),
             "hash_table": ("I32", (None, options["top_k"])),
             "image_bias": ("F32", (num_experts,)),
-            "shared_gate": ("F32", (1, weight.shape[1])),
+            "shared_gate": ("F32", (self._num_shared(), weight.shape[1])),
             "logit_bias": ("F32", (num_experts,)),
         }
         arrays = {
@@ -215,6 +217,11 @@ class LayerFile:
         raise CheckpointError(
             self.file.path, None, f"has options of {function}, {short(options)}, that it lacks: make the cache anew."
         )
+
+    def _num_shared(self) -> int:
+        """The shared experts, each of which has a row of the gate; one where there are none, which have no gate."""
+        shared = self.header["shared"]
+        return 1 if shared is None else self._sizes(shared)[1][0]
 
     def _sizes(self, held: Any) -> tuple[Format, tuple[int, int, int]]:
         """The format, and E, H and I, of the routed or of the shared experts."""

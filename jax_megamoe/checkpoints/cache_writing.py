@@ -20,7 +20,6 @@ import numpy as np
 from jax_megamoe import weight_checks, weight_layout
 from jax_megamoe.checkpoints import router as routers
 from jax_megamoe.checkpoints.cache import (
-    METADATA,
     ROUTER,
     SAFETENSORS_DTYPES,
     SHARED,
@@ -32,7 +31,7 @@ from jax_megamoe.checkpoints.cache import (
     is_cache,
     short,
 )
-from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, read_json
+from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, METADATA, read_json
 from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
 from jax_megamoe.checkpoints.loading import on_purpose
 from jax_megamoe.checkpoints.progress import Progress, Report, check_progress
@@ -111,7 +110,7 @@ def _is_begun(out: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> b
     if not is_cache(out):
         check_folder(out, names)
         return False
-    found = read_json(path)
+    found = read_json(path, "remove the folder, or pass another one")
     check_version(path, found)
     for key in ("source", "format", "layers"):
         if found.get(key) != manifest[key]:

@@ -19,6 +19,7 @@ from jax_megamoe.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 MANIFEST = "jax_megamoe.json"  # of a cache (cache.py), which is none of a stock checkpoint's files
+METADATA = "jax_megamoe"  # in the header of a layer's file of a cache: what it is of, as JSON
 # Of a configuration and of a manifest, which become objects of 25 times the size. Those of models have some 10 KB, and
 # some 100 KB where they list modules that are not quantised.
 MAX_JSON_BYTES = 1_000_000
@@ -53,6 +54,8 @@ class Tensors(Mapping[str, Tensor]):
                     folder, None, f"has neither {INDEX} nor *.safetensors files: download them there."
                 )
         self._held = list(self.files.values())
+        if any(METADATA in file.metadata for file in self._held):
+            raise CheckpointError(folder, None, f"has files of a cache, and no {MANIFEST}: make the cache anew.")
         # Tensors are numbered from file to file.
         *self._firsts, self._count = itertools.accumulate((len(file.table) for file in self._held), initial=0)
         self._hashes = self._join_hashes()
@@ -109,17 +112,17 @@ class Tensors(Mapping[str, Tensor]):
         return self._held[at], number - self._firsts[at]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small file. Raises `CheckpointError` where there is none."""
+def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
+    """The object in a small file. Raises `CheckpointError`, with the remedy, where there is none."""
     try:
         with _open(path, MAX_JSON_BYTES) as (file, size):
             fields = json.loads(file.read(size))  # a larger number would be allocated, whatever the file has
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(path, None, "is no JSON: download it again.") from error
+        raise CheckpointError(path, None, f"is no JSON: {remedy}.") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(path, None, "is no object of JSON: download it again.")
+        raise CheckpointError(path, None, f"is no object of JSON: {remedy}.")
     return fields
 
 

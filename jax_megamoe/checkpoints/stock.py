@@ -1,5 +1,6 @@
 """A stock checkpoint: the layers, routers and shared experts of a model that a table of families knows."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from jax_megamoe.checkpoints.families import Config, Family, families_of
 from jax_megamoe.checkpoints.folder import CONFIG, Tensors, read_json
 from jax_megamoe.checkpoints.layers import StockLayer
 from jax_megamoe.checkpoints.router import Router
+from jax_megamoe.errors import CheckpointError
 
 # In front of "layers.{layer}."; the first that is there. Multi-token prediction (`mtp.layers.`) is none of them.
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
@@ -77,10 +79,17 @@ def _find(rows: Sequence[Family], tensors: Tensors) -> tuple[Family, str, dict[i
     counted = _count_experts(rows, tensors)
     found: list[tuple[Family, str, dict[int, int]]] = []
     for row, family in enumerate(rows):
-        for prefix in _PREFIXES:
-            if held := counted.get((row, prefix)):
-                found.append((family, prefix, held))
-                break
+        held_by = {prefix: held for prefix in _PREFIXES if (held := counted.get((row, prefix)))}
+        for (one, first), (other, second) in itertools.pairwise(held_by.items()):
+            if twice := sorted(first.keys() & second.keys()):
+                raise CheckpointError(
+                    tensors.folder,
+                    None,
+                    f"has experts of layer {twice[0]} with names that begin with {one + 'layers'!r} and with "
+                    f"{other + 'layers'!r}, wanted them once: remove the files that are not of the model.",
+                )
+        if held_by:
+            found.append((family, *next(iter(held_by.items()))))
     # Rows may differ in their routers alone.
     for family, prefix, held in found:
         if any(f"{prefix}layers.{layer}.{family.block}.{family.router}" in tensors for layer in held):
