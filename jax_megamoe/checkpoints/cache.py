@@ -70,9 +70,7 @@ _MOE: Mapping[str, Callable[[object], bool]] = {
     "routed_scaling_factor": lambda value: type(value) is float,
 }
 SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32", "uint8": "U8", "float8_e4m3fn": "U8"}
-
-
-_ANEW = "make the cache anew"
+_ANEW = "make the cache anew"  # the remedy where a cache is not what `convert` writes
 
 
 def as_path(name: str, value: object) -> Path:
@@ -107,7 +105,7 @@ class CachedModel:
         self.name = str(self._manifest.get("family"))
         layers = self._manifest.get("layers")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise CheckpointError(self._path, None, "has no list of layers: make the cache anew.")
+            raise CheckpointError(self._path, None, f"has no list of layers: {_ANEW}.")
         self.moe_layers: list[int] = layers
         self._files: dict[int, LayerFile] = {}
 
@@ -130,7 +128,7 @@ class CachedModel:
         if layer not in self._files:
             file = LayerFile(self.folder / file_name(layer))
             if not file.belongs_to(self._manifest, layer):
-                raise CheckpointError(file.file.path, None, "is of another layer or cache: make the cache anew.")
+                raise CheckpointError(file.file.path, None, f"is of another layer or cache: {_ANEW}.")
             self._files[layer] = file
         return self._files[layer]
 
@@ -147,9 +145,9 @@ class LayerFile:
         try:
             header = json.loads(self.file.metadata[METADATA])
         except (KeyError, ValueError, RecursionError) as error:
-            raise CheckpointError(path, None, "is no file of a cache: make the cache anew.") from error
+            raise CheckpointError(path, None, f"is no file of a cache: {_ANEW}.") from error
         if not isinstance(header, dict) or not all(isinstance(header.get(name, ()), k) for name, k in _FIELDS.items()):
-            raise CheckpointError(path, None, "has other fields than a cache: make the cache anew.")
+            raise CheckpointError(path, None, f"has other fields than a cache: {_ANEW}.")
         check_version(path, header)
         self.header: Mapping[str, Any] = header
 
@@ -196,7 +194,7 @@ class LayerFile:
             raise CheckpointError(
                 self.file.path,
                 ROUTER + "hash_table",
-                f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: make the cache anew.",
+                f"names experts {table.min()} to {table.max()}, wanted 0 to {num_experts - 1}: {_ANEW}.",
             )
         placed = {name: None if array is None else jax.device_put(np.array(array)) for name, array in arrays.items()}
         return Router(**placed, options=dict(options))  # type: ignore[arg-type]
@@ -215,7 +213,7 @@ class LayerFile:
 
     def _fail_options(self, function: str, options: object) -> NoReturn:
         raise CheckpointError(
-            self.file.path, None, f"has options of {function}, {short(options)}, that it lacks: make the cache anew."
+            self.file.path, None, f"has options of {function}, {short(options)}, that it lacks: {_ANEW}."
         )
 
     def _num_shared(self) -> int:
@@ -230,7 +228,7 @@ class LayerFile:
             if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
                 raise ValueError
         except (TypeError, ValueError, KeyError, LayoutError) as error:
-            raise CheckpointError(self.file.path, None, "has no sizes of experts: make the cache anew.") from error
+            raise CheckpointError(self.file.path, None, f"has no sizes of experts: {_ANEW}.") from error
         return format, sizes
 
     def _tensor(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> Tensor:
@@ -244,7 +242,7 @@ class LayerFile:
         ):
             found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
             wanted = f"{dtype} {shape}".replace("None", "any")
-            raise CheckpointError(self.file.path, name, f"is {found}, wanted {wanted}: make the cache anew.")
+            raise CheckpointError(self.file.path, name, f"is {found}, wanted {wanted}: {_ANEW}.")
         return tensor
 
 

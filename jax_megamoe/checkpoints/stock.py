@@ -13,7 +13,8 @@ from jax_megamoe.checkpoints.layers import StockLayer
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.errors import CheckpointError
 
-# In front of "layers.{layer}."; the first that is there. Multi-token prediction (`mtp.layers.`) is none of them.
+# In front of "layers.{layer}."; the first that is there, and no other with experts of the same layer. Multi-token
+# prediction (`mtp.layers.`) is none of them.
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 
 
