@@ -1,10 +1,13 @@
 // The multiply of a swapAB unit whose weights are decoded on their way: from a stage to registers, from which WGMMA takes
-// its A operand. Nothing is written back to shared memory.
+// its A operand. Nothing is written back to shared memory. The rows' own scales come in the epilogue, so that a partial
+// sum is only multiplied by its tokens' scales.
 //
-// A step is a K block. While the tensor core multiplies one, the warps decode the next, and load the one after it: two
-// sets of fragments take turns, and one partial sum is enough, since decoding takes longer than multiplying. Therefore
-// the next stage has to be here when a stage's first block is multiplied. The rows' own scales come in the
-// epilogue, so that a partial sum is only multiplied by its tokens' scales: acc += token scale * partial.
+// One CTA on an SM: a step is a K block. While the tensor core multiplies one, the warps decode the next, and load the
+// one after it: two sets of fragments take turns, and one partial sum is enough, since decoding takes longer than
+// multiplying. Therefore the next stage has to be here when a stage's first block is multiplied.
+//
+// Two CTAs on an SM: each has half of the registers, and the other one's warps are busy while its own wait. So there is
+// one set of fragments, of a K block, or of half of it where a chunk has many tokens.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +16,7 @@
 #include "common/ptx/warp.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/e2m1.cuh"
+#include "kernels/promote.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_map.cuh"
 
@@ -33,6 +37,8 @@ class DecodedProduct {
 
   // The unit's first stage has landed.
   __device__ __forceinline__ void run(StageCursor& cursor, Partial& acc) const {
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
     if constexpr (Orientation::kHalves) {
       run_in_halves(cursor, acc);
     } else {
@@ -43,10 +49,7 @@ class DecodedProduct {
  private:
   // Two sets of fragments take turns.
   __device__ __forceinline__ void run_alone(StageCursor& cursor, Partial& acc) const {
-    const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = Orientation::stages(k_blocks);
-#pragma unroll
-    for (float& value : acc) value = 0.0f;
+    const int num_stages = this->num_stages();
     Fragments even, odd;
     wgmma::Descriptor tokens(map_.tokens(cursor.stage));
     keep_row_terms(map_, cursor.stage);
@@ -90,12 +93,9 @@ class DecodedProduct {
   using Fragments = uint32_t[kInstructions][4];
   using Words = std::conditional_t<kHalfBlocks, E2m1Words, E2m1PlaneWords>;
 
-  // One set of fragments: the warps of the SM's other CTA are busy while these decode or wait.
+  // One set of fragments.
   __device__ __forceinline__ void run_in_halves(StageCursor& cursor, Partial& acc) const {
-    const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
-    const int num_stages = Orientation::stages(k_blocks);
-#pragma unroll
-    for (float& value : acc) value = 0.0f;
+    const int num_stages = this->num_stages();
     [[maybe_unused]] Fragments fragments;
     keep_row_terms(map_, cursor.stage);
     Words words = load(cursor.stage, 0);
@@ -125,6 +125,11 @@ class DecodedProduct {
       release_stage<Orientation>(args_, map_.header(), here);
     }
     cursor.advance(map_.num_stages);
+  }
+
+  __device__ __forceinline__ int num_stages() const {
+    const int k_blocks = (kDown ? args_.problem.intermediate_size : args_.problem.hidden_size) / kBlockK;
+    return Orientation::stages(k_blocks);
   }
 
   // Where the warpgroup's planes begin in a stage.
@@ -183,7 +188,7 @@ class DecodedProduct {
       wgmma::pin(partial[part]);
 #pragma unroll
       for (int j = 0; j < kTokenGroups; ++j) {
-        add(kScalesAhead ? scales[part][j] : token_scale(part, j), partial[part] + 4 * j, acc + 4 * j);
+        promote(kScalesAhead ? scales[part][j] : token_scale(part, j), partial[part] + 4 * j, acc + 4 * j);
       }
     }
   }
@@ -214,21 +219,13 @@ class DecodedProduct {
       wgmma::pin(fragments);
       wgmma::pin(partial);
       if (kOneSum && half == 0) continue;
-      const int part = block * kParts + (kParts == 1 ? 0 : half);
+      const int part = block * kParts + (kOneSum ? 0 : half);
       const float* scales = map_.token_scales(stage) + part * padded_rows_ + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kTokenGroups; ++j) {
-        add(*reinterpret_cast<const float2*>(scales + 8 * j), partial + 4 * j, acc + 4 * j);
+        promote(*reinterpret_cast<const float2*>(scales + 8 * j), partial + 4 * j, acc + 4 * j);
       }
     }
-  }
-
-  // Of eight tokens: a thread's sums of two of them, in two rows.
-  __device__ __forceinline__ static void add(const float2& token, const float* sum, float* acc) {
-    acc[0] = fmaf(token.x, sum[0], acc[0]);
-    acc[1] = fmaf(token.y, sum[1], acc[1]);
-    acc[2] = fmaf(token.x, sum[2], acc[2]);
-    acc[3] = fmaf(token.y, sum[3], acc[3]);
   }
 
   const MoeArguments& args_;

@@ -299,6 +299,7 @@ struct PeerRanks {
       if (is_there(args, epoch, word)) return id_of_word(word);
       if (shared_header().ids_missing || PeerWait::is_failure(args.peers, failure) ||
           !wait.again(PeerFailure::kIds, rank)) {
+        if (shared_header().ids_missing == 0) leave_group(args);
         shared_header().ids_missing = 1;
         return -1;
       }
@@ -342,6 +343,16 @@ struct PeerRanks {
     const size_t place = static_cast<size_t>(args.peers.rank) * args.problem.num_routes() + route;
     ptx::store_relaxed_system(PeerBuffer::ids(workspace, ids_bytes, epoch % 2) + place, word);
   }
+  // Once ids are missing: what this rank's next launches send goes nowhere but into its own memory. Nobody waits for it,
+  // and another rank's memory may be that of a process which is gone.
+  __device__ static void leave_group(const MoeArguments& args) {
+    uint64_t* const workspace = args.peers.view->workspace;
+#pragma unroll 1
+    for (int r = 0; r < args.peers.num_ranks; ++r) {
+      workspace[r] = reinterpret_cast<uint64_t>(shared_header().own_workspace);
+    }
+  }
+
   __device__ static void send_id(const MoeArguments& args, uint64_t epoch, int route) {
     const SharedHeader& header = shared_header();
     const uint64_t word = word_of_id(args, epoch, __ldg(args.topk_ids + route));

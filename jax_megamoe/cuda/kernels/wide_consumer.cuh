@@ -19,6 +19,7 @@
 #include "kernels/e2m1.cuh"
 #include "kernels/images.cuh"
 #include "kernels/maxima_exchange.cuh"
+#include "kernels/promote.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
@@ -165,14 +166,7 @@ class WideConsumer {
         wgmma::pin(partial);
         load_scales(kScalesAhead, kN / 8);
 #pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-          const float* sum = partial + 4 * j;
-          float* acc = sums[part] + 4 * j;
-          acc[0] = fmaf(scales[j].x, sum[0], acc[0]);
-          acc[1] = fmaf(scales[j].y, sum[1], acc[1]);
-          acc[2] = fmaf(scales[j].x, sum[2], acc[2]);
-          acc[3] = fmaf(scales[j].y, sum[3], acc[3]);
-        }
+        for (int j = 0; j < kN / 8; ++j) promote(scales[j], partial + 4 * j, sums[part] + 4 * j);
       });
       release_stage<Wide>(args_, map_.header(), here);
     }

@@ -31,9 +31,10 @@ constexpr size_t kPeerHeaderBytes =
 // How a rank finds the buffers of its group, its own included. It lies in the rank's own memory, at a place that stays
 // while the buffers may be made anew: a captured launch finds the new ones.
 struct PeerView {
-  uint64_t epoch;                 // launches that every CTA of this rank has begun
-  uint64_t ids_bytes;             // of each half
-  uint64_t workspace[kMaxRanks];  // by rank: the address of the part of its buffer behind header and ids
+  uint64_t epoch;      // launches that every CTA of this rank has begun
+  uint64_t ids_bytes;  // of each half
+  // By rank: the address of the part of its buffer behind header and ids. After a failure it is this rank's own for all.
+  uint64_t workspace[kMaxRanks];
 };
 
 // Where things lie in a buffer: [ids, even epochs][ids, odd epochs][header][workspace that others write]. What is
