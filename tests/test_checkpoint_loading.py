@@ -1,6 +1,7 @@
 """How checkpoints are loaded: memory, what each process reads, progress, and agreement with the functions that pack."""
 
 import ctypes
+import dataclasses
 import gc
 import io
 import itertools
@@ -8,8 +9,8 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,20 +34,33 @@ MIB = 1 << 20
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that are no mapped files: of host arrays, and on a CPU of devices' arrays, too."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) * 1024
+class MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _names = "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def allocated_memory() -> int:
+    """Bytes that have been asked of malloc and not been given back: of host arrays, and on a CPU of devices', too.
+
+    What malloc keeps of what was given back is none of it, nor what compiling leaves behind: pages of the process count
+    both, and how many of these there are depends on which thread has asked for what, when.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33, whose malloc says what is in use")
+    libc.mallinfo2.restype = MallInfo
+    found = libc.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 class Peak:
-    """The most anonymous memory beyond that at the start, while the block runs."""
+    """The most memory beyond that at the start, while the block runs."""
 
     def __enter__(self) -> "Peak":
         gc.collect()
-        # What was freed before goes back now, and is not counted as there from the start.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.start = self.most = anonymous_memory()
+        self.start = self.most = allocated_memory()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -54,13 +68,13 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self.most = max(self.most, anonymous_memory())
+            self.most = max(self.most, allocated_memory())
             time.sleep(0.001)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.most = max(self.most, anonymous_memory())
+        self.most = max(self.most, allocated_memory())
 
     @property
     def nbytes(self) -> int:
@@ -68,16 +82,22 @@ class Peak:
 
 
 def assert_needs_at_most(limit: int, call: Callable[[], object]) -> None:
-    """The least of three times: what else a process does may take memory meanwhile, what a call needs it always takes."""
-    call()  # compiles
-    for _ in range(3):
+    """The least of several times, of a call that has compiled its programs before.
+
+    XLA's threads let go of arrays some time after they are dropped, on a busy machine of several experts' at once. What a
+    call needs it always takes, and what it returns at least: else a result of before was there at the start.
+    """
+    jax.block_until_ready(call())
+    peaks: list[tuple[int, int]] = []  # what is returned, and the peak
+    while len(peaks) < 5 and not any(least <= peak <= limit for least, peak in peaks):
+        time.sleep(0.05)
         with Peak() as peak:
-            kept = call()
+            kept = jax.block_until_ready(call())
+        peaks.append((kept.nbytes if isinstance(kept, mm.ExpertWeights) else 0, peak.nbytes))
         del kept
-        print(f"peak {peak.nbytes / MIB:.0f} MiB, at most {limit / MIB:.0f}")
-        if peak.nbytes <= limit:
-            return
-    raise AssertionError(f"took {peak.nbytes} bytes, wanted at most {limit}")
+    print("peaks", *(f"{peak / MIB:.1f} MiB" for _, peak in peaks), f"at most {limit / MIB:.1f}")
+    least, found = peaks[-1]
+    assert least <= found <= limit, f"took {found} bytes, wanted {least} to {limit}"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +105,7 @@ def assert_needs_at_most(limit: int, call: Callable[[], object]) -> None:
     [("fp8_block", None), exhaustive("mxfp4", None), ("mxfp4", "fp8_block")],
 )
 def test_little_is_in_memory_beside_the_result(kind, format, tmp_path):
-    """At most a tenth of the result and one layer: measured as all of this process's memory but mapped files."""
+    """At most a tenth of the result and one layer, of all memory but mapped files."""
     folder = large_checkpoint(tmp_path, kind, layers=3)
     result = 3 * mm.load_experts(folder, 0, format=format).nbytes
     assert_needs_at_most(int(1.1 * result) + result // 3, lambda: mm.load_experts(folder, format=format))
@@ -120,6 +140,20 @@ def test_converting_holds_some_experts_and_no_layer(tmp_path):
     numbers = itertools.count()
     # Of a layer of 96 MiB.
     assert_needs_at_most(48 * MIB, lambda: convert(folder, tmp_path / f"cache{next(numbers)}"))
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_layers_of_the_same_sizes_share_programs(on_mesh, tmp_path, caplog):
+    stock = build(dataclasses.replace(PLANS["deepseek-v3"], intermediate_size=384))  # that no other test compiles for
+    checkpoint = mm.read_checkpoint(write(tmp_path, stock.config, stock.tensors))
+    mesh = make_mesh({"expert": 8}, AxisType.Auto) if on_mesh else None
+    said = []
+    for layer in (1, 2):
+        caplog.clear()
+        with jax.log_compiles():
+            checkpoint.experts(layer, mesh=mesh)
+        said.append([record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()])
+    assert said[0] and said[1] == []
 
 
 @pytest.mark.parametrize("name, one_expert", [("deepseek-v3", 3 * (I * H + 4 * 2)), ("qwen3-bf16", 3 * 2 * I * H)])

@@ -8,7 +8,7 @@ devices can be loaded there.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -118,16 +118,11 @@ class _Devices:
     def allocate(self, format: Format, num_layers: int | None, *sizes: int) -> Leaves:
         """Zeros for all experts, of `num_layers` layers if that is a number."""
         lead = () if num_layers is None else (num_layers,)
-        shapes, dtypes = weight_layout.leaf_shapes(format, *sizes), weight_layout.LEAF_DTYPES[format]
-        shardings = None
+        sharding = None
         if self._mesh is not None:
-            shardings = NamedSharding(self._mesh, P(*(None for _ in lead), self._spec))
-
-        @functools.partial(jax.jit, out_shardings=shardings)
-        def zeros() -> Leaves:
-            return Leaves(*(jnp.zeros((*lead, *shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
-
-        allocated: Leaves = zeros()
+            sharding = NamedSharding(self._mesh, P(*(None for _ in lead), self._spec))
+        shapes = tuple((*lead, *shape) for shape in weight_layout.leaf_shapes(format, *sizes))
+        allocated: Leaves = _zeros(shapes, format, sharding)()
         return allocated
 
     def prefetch(self, layer: Layer, position: int, count: int) -> None:
@@ -156,6 +151,17 @@ class _Devices:
             for shard in flags.addressable_shards:
                 if np.asarray(shard.data).any():
                     layer.explain(_start(shard.index) * self.num_local + position, format)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shapes: tuple[tuple[int, ...], ...], format: Format, sharding: NamedSharding | None) -> Callable[[], Leaves]:
+    """The program that allocates such leaves: one for all layers, as compiling it takes time and memory."""
+
+    def zeros() -> Leaves:
+        dtypes = weight_layout.LEAF_DTYPES[format]
+        return Leaves(*(jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+
+    return jax.jit(zeros, out_shardings=sharding)
 
 
 def _start(index: Any) -> int:
