@@ -14,7 +14,7 @@ OTHERS: dict[str, tuple[str, Change, str, str]] = {
         "kimi-k2",
         with_tensor("model.layers.1.mlp.gate.weight", np.zeros((E + 1, H), np.float32)),
         "router",
-        r"is F32 \(9, 256\), wanted floats \[8, H\]",
+        r"is F32 \(9, 256\), wanted floats \[8, 256\]",
     ),
     "bias missing": (
         "kimi-k2",

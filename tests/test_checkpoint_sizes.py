@@ -88,6 +88,18 @@ def test_shared_experts_are_put_apart_where_scales_are(encode, count, tmp_path):
     assert difference(found, (g / (1 + np.exp(-g)) * u) @ down.T) < 3e-3
 
 
+@pytest.mark.parametrize("encode, count", [(fp8_block(), 1), (fp8_channel(), 2)])
+def test_a_gate_has_a_row_for_each_shared_expert(encode, count, tmp_path):
+    """Also where blocks keep what is as wide as two of them in one."""
+    plan = PLANS["qwen3.6-fp8"]
+    config = {**plan.config, "shared_expert_intermediate_size": 192}
+    stock = build(dataclasses.replace(plan, config=config, encode=encode, num_shared=2, intermediate_size=96))
+    checkpoint = mm.read_checkpoint(write(tmp_path, stock.config, stock.tensors))
+    shared, gate = checkpoint.shared_experts(1), checkpoint.router(1).shared_gate
+    assert shared is not None and gate is not None and shared.num_experts == len(gate) == count
+    np.testing.assert_array_equal(gate, np.repeat(stock.router[1]["shared_gate"], count, axis=0))
+
+
 def test_mxfp4_becomes_fp8_blocks_exactly(tmp_path):
     plan = dataclasses.replace(PLANS["mimo-v2.6"], hidden_size=224, model_size=224, intermediate_size=96)
     stock = build(plan)

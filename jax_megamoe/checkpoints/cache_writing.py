@@ -32,7 +32,7 @@ from jax_megamoe.checkpoints.cache import (
     short,
 )
 from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, METADATA, read_json
-from jax_megamoe.checkpoints.layers import Layer, Recipe, choose_format, sizes_of
+from jax_megamoe.checkpoints.layers import Layer, Recipe, StockLayer, choose_format, sizes_of
 from jax_megamoe.checkpoints.loading import on_purpose
 from jax_megamoe.checkpoints.progress import Progress, Report, check_progress
 from jax_megamoe.checkpoints.safetensors import Array
@@ -72,6 +72,11 @@ def convert(
     chosen = choose_format(layers, format)
     for layer in layers:
         layer.recipe(chosen)
+    # What a configuration says that tensors do not have, before anything is written: of routers, alike in all layers.
+    for number, layer in zip(model.moe_layers, layers, strict=True):
+        model.shared(number, layer)
+    with on_purpose(None):
+        model.router(model.moe_layers[-1])
     manifest = {
         "version": VERSION,
         "layout": weight_layout.LAYOUT_TAGS[chosen],
@@ -146,10 +151,10 @@ def _write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write_layer(
-    out: Path, model: StockModel, number: int, layer: Layer, manifest: Mapping[str, Any], report: Report
+    out: Path, model: StockModel, number: int, layer: StockLayer, manifest: Mapping[str, Any], report: Report
 ) -> None:
     format: Format = manifest["format"]
-    shared = model.shared(number)
+    shared = model.shared(number, layer)
     shared_format: Format = "fp8_block" if shared is None else shared.format
     try:
         options: dict[str, Any] | None = model.moe_options(number)

@@ -149,7 +149,10 @@ def find_matrix(tensors: Tensors, stem: str, num_experts: int | None = None, *, 
     shape = weight.shape
     if len(shape) != len(lead) + 2 or shape[: len(lead)] != lead or 0 in shape:
         wanted = "[N, K]" if num_experts is None else f"[{num_experts}, N, K]"
-        raise weight.error(f"has shape {shape}, wanted {wanted}: look whether the checkpoint is of this family.")
+        raise weight.error(
+            f"has shape {shape}, wanted {wanted}: look whether the checkpoint is of this family, and config.json its "
+            "own."
+        )
     rows, columns = shape[-2:]
     if weight.dtype in ("U8", "I8") and (scale is None or scale.dtype not in ("F32", "BF16", "F16")):
         columns *= 2  # two codes in a byte

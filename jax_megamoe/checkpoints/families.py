@@ -43,6 +43,7 @@ class Family:
     renormalize: bool = True
     clamp: float | None = None
     activation: SwiGLU | None = None  # what "silu" of the configuration stands for, if not for itself
+    size: str = "size"  # the key of `_KEYS` by which the configuration has an expert's intermediate size
     has_groups: bool = True  # whether the configuration's groups of experts are used
     refusal: str | None = None
 
@@ -117,8 +118,9 @@ FAMILIES = (
         expert=_W,
         bias="e_score_correction_bias",
         scoring="sigmoid",
+        size="only_size",
     ),
-    Family("minimax_m2", ("minimax_m2",), bias="e_score_correction_bias", scoring="sigmoid"),
+    Family("minimax_m2", ("minimax_m2",), bias="e_score_correction_bias", scoring="sigmoid", size="only_size"),
     # MiMo-V2 has no shared experts, but for what its configuration allows.
     Family("mimo_v2", ("mimo_v2", "mimo_v2_flash"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"),
     Family(
@@ -135,6 +137,7 @@ FAMILIES = (
         logit_bias="router.bias",
         clamp=7.0,
         activation=SwiGLU(alpha=1.702, up_offset=1.0),
+        size="only_size",
     ),
     Family(
         "llama4",
@@ -153,6 +156,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "top_k": ("num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
     # Kimi-K3's experts are narrower than the model.
     "hidden_size": ("routed_expert_hidden_size", "hidden_size"),
+    "model_size": ("hidden_size",),  # of router and shared experts
+    "vocabulary": ("vocab_size",),
     "scoring": ("scoring_func", "moe_router_activation_func"),
     "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm"),
     "num_groups": ("n_group", "num_expert_group"),
@@ -161,10 +166,12 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "clamp": ("swiglu_limit",),
     "alpha": ("swiglu_alpha",),
     "num_dense_layers": ("first_k_dense_replace",),
+    "num_mtp_layers": ("num_nextn_predict_layers", "num_mtp_layers"),  # of multi-token prediction, after the last
     "num_hash_layers": ("num_hash_layers", "n_hash_layers"),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts"),
     "shared_size": ("shared_expert_intermediate_size",),  # of all shared experts
     "size": ("moe_intermediate_size",),  # of an expert
+    "only_size": ("intermediate_size",),  # likewise, of models without dense layers, which is theirs in others
     "uses_sigmoid": ("moe_router_use_sigmoid",),
     "has_bias": ("use_routing_bias", "moe_router_enable_expert_bias"),
     "activation": ("hidden_act",),
@@ -193,27 +200,41 @@ class Config:
                 return value
         return None
 
+    def stated(self, what: str) -> int | None:
+        """A number that may be 0, None where there is none. Raises `CheckpointError` for one that no size can be."""
+        value = self.get(what, int)
+        if value is not None and not 0 <= value < 1 << 31:
+            raise self.error(
+                f"has {self.key(what)} = {text_of(value, MAX_TEXT)}, wanted a number from 0 to below 2**31: take it "
+                "from its source."
+            )
+        return None if value is None else int(value)
+
+    def key(self, what: str) -> str:
+        """The key by which `get` finds a value, the first one that it looks for if there is none."""
+        return next((key for key in _KEYS[what] if self.fields.get(key) is not None), _KEYS[what][0])
+
     def count(self, what: str, default: int | None = None) -> int:
         """A positive number. Raises `CheckpointError` where there is none."""
         value = self.get(what, int)
         value = default if value is None else value
         if value is None or not 0 < value < 1 << 31:
-            key = next((key for key in _KEYS[what] if self.fields.get(key) is not None), _KEYS[what][0])
             raise self.error(
-                f"has {key} = {text_of(value, MAX_TEXT)}, wanted a positive number below 2**31: take it from its "
-                "source."
+                f"has {self.key(what)} = {text_of(value, MAX_TEXT)}, wanted a positive number below 2**31: take it "
+                "from its source."
             )
         return int(value)
 
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(self.file, None, problem)
 
-    def is_hashed(self, layer: int) -> bool:
-        """Whether a layer should choose experts by a table."""
+    def is_hashed(self, layer: int) -> bool | None:
+        """Whether a layer should choose experts by a table; None if the configuration does not say."""
         kinds = self.fields.get("mlp_layer_types")
         if isinstance(kinds, list) and layer < len(kinds):
             return bool(kinds[layer] == "hash_moe")
-        return layer < (self.get("num_hash_layers", int) or 0)
+        number = self.get("num_hash_layers", int)
+        return None if number is None else bool(layer < number)
 
     def moe_layers(self) -> list[int]:
         """Which layers should have experts."""

@@ -109,8 +109,11 @@ jax.tree_util.register_pytree_node(
 
 
 def read_router(tensors: Tensors, stem: str, family: Family, config: Config, layer: int) -> Router:
-    """The router below `{stem}.`. Raises `CheckpointError` for tensors that are missing or of another shape."""
-    num_experts, top_k = config.count("num_experts"), config.count("top_k")
+    """The router below `{stem}.`, with one gate for all shared experts.
+
+    Raises `CheckpointError` for tensors that are missing or of another shape.
+    """
+    num_experts, top_k, size = config.count("num_experts"), config.count("top_k"), config.stated("model_size")
 
     def read(name: str | None, shape: tuple[int | None, ...], is_required: bool) -> jax.Array | None:
         if name is None or (f"{stem}.{name}" not in tensors and not is_required):
@@ -120,20 +123,26 @@ def read_router(tensors: Tensors, stem: str, family: Family, config: Config, lay
 
     table = None
     if family.hash_table is not None and (config.is_hashed(layer) or f"{stem}.{family.hash_table}" in tensors):
-        table = jax.device_put(_table(tensors.require(f"{stem}.{family.hash_table}"), num_experts, top_k))
+        tensor = tensors.require(f"{stem}.{family.hash_table}")
+        if config.is_hashed(layer) is False:
+            raise tensor.error(
+                f"chooses the experts of layer {layer}, which by config.json chooses them by scores: look whether they "
+                "belong together."
+            )
+        table = jax.device_put(_table(tensor, num_experts, top_k, config))
     # Every model here that adds a bias always does, unless it says otherwise; its hash layers need none.
     has_bias = config.get("has_bias", bool)
     if has_bias is None:
         has_bias = _method(config) == _WITH_BIAS
-    weight = read(family.router, (num_experts, None), True)
+    weight = read(family.router, (num_experts, size), True)
     assert weight is not None
     return Router(
         weight=weight,
         bias=read(family.bias, (num_experts,), table is None) if has_bias else None,
         hash_table=table,
-        options=_route_options(family, config, top_k),
+        options=_route_options(family, config, num_experts, top_k),
         image_bias=read(family.image_bias, (num_experts,), False),
-        shared_gate=_repeated(read(family.shared_gate, (1, None), bool(config.get("shared_size", int))), config),
+        shared_gate=read(family.shared_gate, (1, size), bool(config.get("shared_size", int))),
         logit_bias=read(family.logit_bias, (num_experts,), True),
     )
 
@@ -147,14 +156,6 @@ def _method(config: Config) -> str:
             "route has no other."
         )
     return str(method or _WITH_BIAS)
-
-
-def _repeated(gate: jax.Array | None, config: Config) -> jax.Array | None:
-    """f32[S, H]: a gate of all shared experts for each of the S that are as wide as the others."""
-    size, width = config.get("shared_size", int), config.get("size", int)
-    if gate is None or not size or not width or size % width:
-        return gate
-    return jnp.repeat(gate, size // width, axis=0)
 
 
 def moe_options(family: Family, config: Config) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def _number(config: Config, what: str) -> float | None:
     return number
 
 
-def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]:
+def _route_options(family: Family, config: Config, num_experts: int, top_k: int) -> dict[str, Any]:
     scoring = config.get("scoring", str) or family.scoring
     if scoring not in get_args(Scoring):
         raise config.error(
@@ -217,10 +218,22 @@ def _route_options(family: Family, config: Config, top_k: int) -> dict[str, Any]
     options: dict[str, Any] = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     num_groups = config.count("num_groups", 1) if family.has_groups else 1
     group_scoring = _GROUP_SCORING[_method(config)]
+    num_eligible, of_groups = num_experts, ""
     if num_groups > 1 and group_scoring is not None:
         options["num_groups"] = num_groups
-        options["top_groups"] = config.count("top_groups", num_groups)
+        options["top_groups"] = top_groups = config.count("top_groups", num_groups)
         options["group_scoring"] = group_scoring
+        if num_experts % num_groups or top_groups > num_groups:
+            raise config.error(
+                f"has {config.key('num_groups')} = {num_groups} and {config.key('top_groups')} = {top_groups}, wanted "
+                f"a divisor of its {num_experts} experts and at most that: take them from its source."
+            )
+        num_eligible, of_groups = num_experts // num_groups * top_groups, f" that {top_groups} of its groups have"
+    if top_k > num_eligible:
+        raise config.error(
+            f"has {config.key('top_k')} = {top_k}, wanted at most the {num_eligible} experts{of_groups}: take it from "
+            "its source."
+        )
     return options
 
 
@@ -237,9 +250,18 @@ def _floats(tensor: Tensor, shape: tuple[int | None, ...]) -> Array:
     return tensor.array().astype(np.float32)
 
 
-def _table(tensor: Tensor, num_experts: int, top_k: int) -> Array:
+def _table(tensor: Tensor, num_experts: int, top_k: int, config: Config) -> Array:
     if tensor.dtype not in ("I32", "I64") or len(tensor.shape) != 2 or tensor.shape[1] != top_k:
-        raise tensor.error(f"is {tensor.dtype} {tensor.shape}, wanted integers [vocabulary, {top_k}]: it is damaged.")
+        raise tensor.error(
+            f"is {tensor.dtype} {tensor.shape}, wanted integers [vocabulary, {top_k}]: look whether config.json is its "
+            "own."
+        )
+    # It may be filled up to a size that suits somebody.
+    if tensor.shape[0] < (vocabulary := config.stated("vocabulary") or 0):
+        raise tensor.error(
+            f"has {tensor.shape[0]} rows, wanted one for each of {config.key('vocabulary')} = {vocabulary} of "
+            "config.json: look whether they belong together."
+        )
     table = tensor.array()
     if table.size and (table.min() < 0 or table.max() >= num_experts):
         raise tensor.error(

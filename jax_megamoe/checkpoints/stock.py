@@ -3,10 +3,13 @@
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jax_megamoe.checkpoints import experts, router
+import jax.numpy as jnp
+
+from jax_megamoe.checkpoints import agreement, experts, router
 from jax_megamoe.checkpoints.families import Config, Family, families_of
 from jax_megamoe.checkpoints.folder import CONFIG, Tensors, read_json
 from jax_megamoe.checkpoints.layers import StockLayer
@@ -29,10 +32,10 @@ class StockModel:
         self.tensors = Tensors(folder)
         self.family, self.prefix, held = _find(rows, self.tensors)
         self._num_experts = self.config.count("num_experts")
-        num_layers = self.config.count("num_layers")
-        # Layers after the last are those of multi-token prediction. What should have experts and has none counts, too:
-        # it is missed when it is read.
-        self.moe_layers = sorted({*(layer for layer in held if layer < num_layers), *self.config.moe_layers()})
+        # Layers after the last are those of multi-token prediction. What should have experts and has none is missed
+        # when it is read.
+        agreement.check_layers(self.config, sorted(held))
+        self.moe_layers = self.config.moe_layers()
         for layer, found in held.items():
             if found > self._num_experts:
                 raise self.config.error(
@@ -47,10 +50,12 @@ class StockModel:
     def layer(self, layer: int) -> StockLayer:
         """The experts of a layer, after checking all of their headers."""
         hidden_size, stem = self.config.count("hidden_size"), f"{self._stem(layer)}.experts"
-        return StockLayer(experts.find_experts(self.tensors, stem, self.family, self._num_experts, hidden_size))
+        found = experts.find_experts(self.tensors, stem, self.family, self._num_experts, hidden_size)
+        agreement.check_experts(self.config, self.family, found)
+        return StockLayer(found)
 
-    def shared(self, layer: int) -> StockLayer | None:
-        """The shared experts of a layer, None where it has none."""
+    def shared(self, layer: int, routed: StockLayer | None = None) -> StockLayer | None:
+        """The shared experts of a layer, None where it has none; `routed` is `self.layer(layer)`, if that is known."""
         if self.family.shared is None:
             return None
         stem = f"{self._stem(layer)}.{self.family.shared}"
@@ -60,12 +65,18 @@ class StockModel:
         is_said = self.config.get("num_shared_experts", int) or self.config.get("shared_size", int)
         if not (is_said or any(name in self.tensors for name in names)):
             return None
-        intermediate_size = self.layer(layer).intermediate_size
-        return StockLayer(experts.find_shared(self.tensors, stem, self.family.shared_expert, intermediate_size))
+        routed = routed or self.layer(layer)
+        found = experts.find_shared(self.tensors, stem, self.family.shared_expert, routed.intermediate_size)
+        agreement.check_shared(self.config, found, routed.experts)
+        return StockLayer(found)
 
     def router(self, layer: int) -> Router:
         """The router of a layer."""
-        return router.read_router(self.tensors, self._stem(layer), self.family, self.config, layer)
+        found = router.read_router(self.tensors, self._stem(layer), self.family, self.config, layer)
+        # A gate of all shared experts is that of each of them.
+        if found.shared_gate is None or (shared := self.shared(layer)) is None:
+            return found
+        return replace(found, shared_gate=jnp.repeat(found.shared_gate, shared.num_experts, axis=0))
 
     def moe_options(self, layer: int) -> dict[str, Any]:
         """Keywords of `moe` for a layer."""

@@ -236,6 +236,7 @@ def build(plan: Plan, seed: int = 0) -> Stock:
         "hidden_act": "silu",
         **plan.config,
     }
+    config.update({key: plan.num_shared for key in ("n_shared_experts", "num_shared_experts") if config.get(key)})
     if plan.text_config:
         top = {"model_type": config.pop("model_type"), "architectures": config.pop("architectures", [])}
         config = {**top, "text_config": config}
