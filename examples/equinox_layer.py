@@ -1,9 +1,9 @@
-"""The expert layer as an Equinox module: packed experts are a field like any other, as they are a pytree.
+"""A whole layer of experts as an Equinox module: packed experts are a field like any other, as they are a pytree.
 
     pip install equinox
     python -m examples.equinox_layer
 
-Shapes: H hidden_size, I intermediate_size, E experts.
+Shapes: H hidden_size.
 """
 
 import os
@@ -12,54 +12,43 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jax_megamoe as mm
+from examples.whole_layer import LayerArrays, Options, apply_layer, random_layer, read_layer
+from jax_megamoe.checkpoints import Router
 
 
 class ExpertLayer(eqx.Module):
-    """x bf16[..., H] to bf16[..., H]: chooses experts, and sums up what they make of each token.
+    """x [..., H] to [..., H]: chooses experts, and sums up what they and the shared ones make of each token.
 
     `jax.vmap` over sequences, as is usual with Equinox, folds them into the tokens of one call.
     """
 
-    router: jax.Array  # f32[E, H]
-    bias: jax.Array | None  # f32[E]
+    router: Router
     experts: mm.ExpertWeights
-    route_options: tuple[tuple[str, Any], ...] = eqx.field(static=True)  # keywords of `mm.route`
-    moe_options: tuple[tuple[str, Any], ...] = eqx.field(static=True)  # keywords of `mm.moe`
-    logit_bias: jax.Array | None = None  # f32[E], of gpt-oss: added to the logits
+    shared: mm.ExpertWeights | None = None
+    options: Options = eqx.field(static=True, default=())  # keywords of `mm.moe`
 
     @classmethod
-    def from_checkpoint(cls, folder: str | os.PathLike[str], layer: int) -> "ExpertLayer":
-        """A layer of a checkpoint, without its shared experts.
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], layer: int, mesh: Mesh | None = None, **options: Any
+    ) -> "ExpertLayer":
+        """A layer of a checkpoint, as it is published or converted; `options` as of `read_layer`."""
+        arrays, found = read_layer(folder, layer, mesh, **options)
+        return cls(*arrays, found)
 
-        Raises `ValueError` for a layer that chooses experts by a hash: this one is not told the tokens' ids.
-        """
-        checkpoint = mm.read_checkpoint(folder)
-        router, options = checkpoint.router(layer), checkpoint.moe_options(layer)
-        if router.hash_table is not None:
-            raise ValueError(f"layer {layer} chooses experts by a hash, wanted one that chooses by scores: use route.")
-        arrays = (router.weight, router.bias, checkpoint.experts(layer))
-        fixed = tuple(router.options.items()), tuple(options.items())
-        return cls(*arrays, *fixed, logit_bias=router.logit_bias)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The layer's result for x."""
-        logits = jnp.matmul(x.astype(jnp.float32), self.router.T, precision="highest")
-        if self.logit_bias is not None:
-            logits += self.logit_bias
-        ids, weights = mm.route(logits, bias=self.bias, **dict(self.route_options))
-        return mm.moe(x, self.experts, ids, weights, **dict(self.moe_options))
+    def __call__(
+        self, x: jax.Array, token_ids: jax.Array | None = None, is_image: jax.Array | None = None
+    ) -> jax.Array:
+        """The layer's result for x, as of `apply_layer`."""
+        return apply_layer(LayerArrays(self.router, self.experts, self.shared), self.options, x, token_ids, is_image)
 
 
 def main() -> None:
     """Runs a random layer on tokens, and mapped over sequences."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    shapes = [(8, 128, 256), (8, 128, 256), (8, 256, 128)]
-    matrices = [jax.random.normal(k, shape) / shape[-1] ** 0.5 for k, shape in zip(keys[:3], shapes, strict=True)]
-    router = jax.random.normal(keys[3], (8, 256)) / 16
-    layer = ExpertLayer(router, None, mm.quantize_experts(*matrices), (("top_k", 2),), ())
-    x = jax.random.normal(keys[4], (3, 4, 256), jnp.bfloat16)
+    layer = ExpertLayer(*random_layer(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (3, 4, 256), jnp.bfloat16)
     y = eqx.filter_jit(layer)(x)
     mapped = eqx.filter_jit(lambda layer, x: jax.vmap(layer)(x))(layer, x)
     print("y", y.shape, y.dtype, "; the same mapped over sequences:", bool((mapped == y).all()))

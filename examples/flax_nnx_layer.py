@@ -1,9 +1,9 @@
-"""The expert layer as a Flax NNX module: router and packed experts are variables, also after `nnx.split`.
+"""A whole layer of experts as a Flax NNX module: its arrays are variables, also after `nnx.split`.
 
     pip install flax
     python -m examples.flax_nnx_layer
 
-Shapes: H hidden_size, I intermediate_size, E experts.
+Shapes: H hidden_size.
 """
 
 import os
@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 import jax_megamoe as mm
+from examples.whole_layer import LayerArrays, apply_layer, random_layer, read_layer
+from jax_megamoe.checkpoints import Router
 
 
 class PackedWeight(nnx.Variable):
@@ -21,60 +24,49 @@ class PackedWeight(nnx.Variable):
 
 
 class ExpertLayer(nnx.Module):
-    """x bf16[..., H] to bf16[..., H]: chooses experts, and sums up what they make of each token."""
+    """x [..., H] to [..., H]: chooses experts, and sums up what they and the shared ones make of each token."""
 
     def __init__(
-        self,
-        router: jax.Array,
-        experts: mm.ExpertWeights,
-        *,
-        bias: jax.Array | None = None,
-        logit_bias: jax.Array | None = None,
-        route_options: dict[str, Any],
-        moe_options: dict[str, Any] | None = None,
+        self, router: Router, experts: mm.ExpertWeights, shared: mm.ExpertWeights | None = None, **options: Any
     ) -> None:
-        """Of a router f32[E, H], its biases f32[E], experts, and keywords of `mm.route` and `mm.moe`."""
-        self.router = nnx.Param(router)
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.logit_bias = None if logit_bias is None else nnx.Param(logit_bias)  # of gpt-oss, added to the logits
-        # A pytree whose leaves are variables; `moe` reads through them. `nnx.data` says that it holds some.
+        """Of a router, routed and shared experts, and keywords of `mm.moe`."""
+        # Pytrees whose leaves are variables. `nnx.data` says that they hold some.
+        self.router = nnx.data(jax.tree.map(_router_variable, router))
         self.experts = nnx.data(jax.tree.map(PackedWeight, experts))
+        self.shared = nnx.data(jax.tree.map(PackedWeight, shared))
         # Fixed while tracing: tuples, as they are compared when a compiled program is looked for.
-        self.route_options = nnx.static(tuple(route_options.items()))
-        self.moe_options = nnx.static(tuple((moe_options or {}).items()))
+        self.options = nnx.static(tuple(options.items()))
 
     @classmethod
-    def from_checkpoint(cls, folder: str | os.PathLike[str], layer: int) -> "ExpertLayer":
-        """A layer of a checkpoint, without its shared experts.
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], layer: int, mesh: Mesh | None = None, **options: Any
+    ) -> "ExpertLayer":
+        """A layer of a checkpoint, as it is published or converted; `options` as of `read_layer`."""
+        arrays, found = read_layer(folder, layer, mesh, **options)
+        return cls(*arrays, **dict(found))
 
-        Raises `ValueError` for a layer that chooses experts by a hash: this one is not told the tokens' ids.
-        """
-        checkpoint = mm.read_checkpoint(folder)
-        router = checkpoint.router(layer)
-        if router.hash_table is not None:
-            raise ValueError(f"layer {layer} chooses experts by a hash, wanted one that chooses by scores: use route.")
-        experts = checkpoint.experts(layer)
-        options = {"route_options": router.options, "moe_options": checkpoint.moe_options(layer)}
-        return cls(router.weight, experts, bias=router.bias, logit_bias=router.logit_bias, **options)
+    def __call__(
+        self, x: jax.Array, token_ids: jax.Array | None = None, is_image: jax.Array | None = None
+    ) -> jax.Array:
+        """The layer's result for x, as of `apply_layer`."""
+        variables = LayerArrays(self.router, self.experts, self.shared)
+        arrays = jax.tree.map(lambda variable: variable[...], variables, is_leaf=_is_variable)
+        return apply_layer(arrays, self.options, x, token_ids, is_image)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The layer's result for x."""
-        logits = jnp.matmul(x.astype(jnp.float32), self.router[...].T, precision="highest")
-        if self.logit_bias is not None:
-            logits += self.logit_bias[...]
-        bias = None if self.bias is None else self.bias[...]
-        ids, weights = mm.route(logits, bias=bias, **dict(self.route_options))
-        return mm.moe(x, self.experts, ids, weights, **dict(self.moe_options))
+
+def _router_variable(array: jax.Array) -> nnx.Variable:
+    """A Param of weights and biases; a table of experts is none."""
+    return (nnx.Param if jnp.issubdtype(array.dtype, jnp.floating) else nnx.Variable)(array)
+
+
+def _is_variable(value: object) -> bool:
+    return isinstance(value, nnx.Variable)
 
 
 def main() -> None:
     """Runs a random layer, both as `nnx.jit` does it and as serving programs do: split, passed on, merged."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    shapes = [(8, 128, 256), (8, 128, 256), (8, 256, 128)]
-    matrices = [jax.random.normal(k, shape) / shape[-1] ** 0.5 for k, shape in zip(keys[:3], shapes, strict=True)]
-    router = jax.random.normal(keys[3], (8, 256)) / 16
-    layer = ExpertLayer(router, mm.quantize_experts(*matrices), route_options={"top_k": 2})
-    x = jax.random.normal(keys[4], (4, 256), jnp.bfloat16)
+    layer = ExpertLayer(*random_layer(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (4, 256), jnp.bfloat16)
     y = nnx.jit(lambda layer, x: layer(x))(layer, x)
 
     definition, state = nnx.split(layer)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
-from examples.expectations import gpt_oss_layer, tiny
+from examples.expectations import gpt_oss_layer, layers, qwen3_5_layer, tiny
 
 # Prompts of unequal lengths, more of them than a test has slots; and how many tokens follow each.
 PROMPTS = [[17], [5, 99, 3], [64, 2, 77, 31, 8, 120], [1, 2], [90] * 5, [33, 101, 54, 12, 7, 70, 19, 88, 41, 26]]
@@ -42,12 +43,7 @@ def expect(family: str) -> dict[str, Any]:
     """Tokens of all prompts, by how much their logits won; for some prompts all logits of the first and last one."""
     with tempfile.TemporaryDirectory() as folder:
         digest = tiny.write(family, Path(folder) / "quantized")
-        tiny.write(family, Path(folder) / "float", is_float=True)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "float", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-    wrong = {what: names for what, names in loading.items() if names}
-    assert not wrong, f"transformers did not find all of the checkpoint: {wrong}"
+    model = load(family)
     cases: list[dict[str, Any]] = []
     for prompt, num_tokens in zip(PROMPTS, NEW_TOKENS, strict=True):
         tokens, logits = continue_greedily(model, prompt, num_tokens)
@@ -61,8 +57,46 @@ def expect(family: str) -> dict[str, Any]:
     return {"made_with": versions(), "checkpoint_sha256": digest, "cases": cases}
 
 
+def load(family: str) -> Any:
+    """The model of a tiny checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.write(family, Path(folder) / "float", is_float=True)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "float", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    wrong = {what: names for what, names in loading.items() if names}
+    assert not wrong, f"transformers did not find all of the checkpoint: {wrong}"
+    return model
+
+
+def qwen3_5() -> Any:
+    """The layer of Qwen3.5's tiny checkpoint."""
+    config = transformers.Qwen3_5MoeTextConfig(**qwen3_5_layer.CONFIG, experts_implementation="eager")
+    layer, stem = Qwen3_5MoeSparseMoeBlock(config), f"{qwen3_5_layer.STEM}."
+    held = qwen3_5_layer.tensors(is_float=True)
+    layer.load_state_dict({name.removeprefix(stem): torch.from_numpy(array) for name, array in held.items()})
+    return layer
+
+
 @torch.no_grad()
-def expect_layer() -> dict[str, Any]:
+def expect_layers() -> dict[str, Any]:
+    """Of the layers in `layers.py`: the digest of the checkpoint, and of each token the columns that are kept."""
+    found: dict[str, Any] = {"made_with": versions()}
+    x = torch.from_numpy(layers.tokens().astype("float32"))[None]
+    for name, (write, number) in layers.LAYERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            digest = write(Path(folder) / "quantized")
+        family = name.removesuffix("_hash")
+        layer = qwen3_5() if family == "qwen3_5_moe" else load(family).model.layers[number].mlp
+        y = layer(x, input_ids=torch.tensor([layers.TOKEN_IDS])) if family == "deepseek_v4" else layer(x)
+        y = layers.kept(y[0].numpy())
+        rows = [[round(float(value), 5) for value in row] for row in y]
+        found[name] = {"checkpoint_sha256": digest, "y": rows}
+    return found
+
+
+@torch.no_grad()
+def expect_gpt_oss() -> dict[str, Any]:
     """Of gpt-oss' layer: the experts of each token, their weights, and the results."""
     with tempfile.TemporaryDirectory() as folder:
         digest = gpt_oss_layer.write(Path(folder) / "quantized")
@@ -101,9 +135,10 @@ def main() -> None:
         text = json.dumps(expected)[:-1] + f', "cases": [\n{cases}\n]}}\n'
         (Path(__file__).parent / f"{family}.json").write_text(text)
         print(f"{family}: the smallest margin is {lowest}, {len(text)} bytes")
-    text = json.dumps(expect_layer(), separators=(",", ":")).replace("],[", "],\n[") + "\n"
-    (Path(__file__).parent / "gpt_oss_layer.json").write_text(text)
-    print(f"gpt_oss_layer: {len(text)} bytes")
+    for name, expected in (("gpt_oss_layer", expect_gpt_oss()), ("layers", expect_layers())):
+        text = json.dumps(expected, separators=(",", ":")).replace("],[", "],\n[") + "\n"
+        (Path(__file__).parent / f"{name}.json").write_text(text)
+        print(f"{name}: {len(text)} bytes")
 
 
 if __name__ == "__main__":
