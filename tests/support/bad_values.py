@@ -109,14 +109,15 @@ class Layer:
         values, scales = numpy_model.quantize_rows(x.astype(np.float32), 128, 1e-4, power_of_two=False)
         rows = values.astype(np.float64) * scales.repeat(128, -1)[:, : self.hidden]
         found = set()
-        for token, row in enumerate(rows):
-            both = matrices[ids[token]] @ row  # of each slot
-            terms = abs(matrices[ids[token]]) @ abs(row)
-            gate, up = both[:, : self.inter], both[:, self.inter :]
-            activations = abs(gate / (1 + np.exp(-gate)) * up)
-            slot, column = np.unravel_index(np.nan_to_num(activations, nan=-1.0).argmax(), activations.shape)
-            columns = [column, self.inter + column]
-            if (abs(both[slot, columns]) < 1e-3 * terms[slot, columns]).any():
+        sums = rows @ matrices.transpose(0, 2, 1)  # [E, T, 2I]
+        terms = abs(rows) @ abs(matrices).transpose(0, 2, 1)
+        gate, up = sums[..., : self.inter], sums[..., self.inter :]
+        activations = np.nan_to_num(abs(gate / (1 + np.exp(-gate)) * up), nan=-1.0)
+        for token, experts_of_token in enumerate(ids):
+            expert = max(experts_of_token, key=lambda expert: activations[expert, token].max())
+            column = activations[expert, token].argmax()
+            places = expert, token, [column, self.inter + column]
+            if (abs(sums[places]) < 1e-3 * terms[places]).any():
                 found.add(token)
         return found
 
