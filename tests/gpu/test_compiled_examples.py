@@ -64,6 +64,12 @@ def compiled_text(decoder: Decoder, data: int, tensor: int) -> str:
     return str(lowered.compile().as_text())
 
 
+@pytest.fixture(scope="module")
+def unrolled_text(decoder: Decoder) -> str:
+    """The program of one GPU, without a scan."""
+    return compiled_text(decoder.unrolled(), 1, 1)
+
+
 def computation_of_call(text: str, target: str) -> list[str]:
     """The lines of the computation in which the custom call is, which has to be one."""
     computations = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \(.*\{\n)", text)
@@ -84,9 +90,8 @@ def test_a_layer_exchanges_what_attention_adds_and_the_result_of_moe(decoder):
     assert found == ["all-gather"] * (num_layers + 1) + ["all-reduce"] * num_layers
 
 
-def test_unrolled_layers_copy_neither_weights_nor_cache(decoder):
-    text = compiled_text(decoder.unrolled(), 1, 1)
-    entry = computation_of_call(text, _library.MOE_TARGET)
+def test_unrolled_layers_copy_neither_weights_nor_cache(decoder, unrolled_text):
+    entry = computation_of_call(unrolled_text, _library.MOE_TARGET)
     results = [(line.split(" = ")[0].split("%")[-1].strip(), line.split(" = ")[1]) for line in entry if " = " in line]
     assert any("gemm" in name or "dot" in name or "cublas" in name for name, _ in results)
     # What is selected is computed, too: the windows of DeepSeek-V4's entries.
@@ -98,11 +103,10 @@ def test_unrolled_layers_copy_neither_weights_nor_cache(decoder):
     assert not [text for text in moved if not small.match(text)]
 
 
-def test_streams_are_mixed_in_few_rounds_of_a_loop(decoder):
+def test_streams_are_mixed_in_few_rounds_of_a_loop(decoder, unrolled_text):
     if decoder.module is not deepseek_v4:
         pytest.skip("only DeepSeek-V4 has several streams")
-    text = compiled_text(decoder, 1, 1)
-    rounds = [int(count) for count in re.findall(r'"known_trip_count":\{"n":"(\d+)"', text)]
+    rounds = [int(count) for count in re.findall(r'"known_trip_count":\{"n":"(\d+)"', unrolled_text)]
     # Two of each layer, and nothing else of the step is a loop: what launches kernels one by one from the host.
-    assert len(rounds) == text.count(" while(") == 2 * decoder.config.num_layers
+    assert len(rounds) == unrolled_text.count(" while(") == 2 * decoder.config.num_layers
     assert max(rounds) <= 6 < decoder.config.sinkhorn_steps
