@@ -10,7 +10,7 @@ import pytest
 from tests.soak import __main__ as soak
 from tests.soak.cases import Case, Program
 
-SHORT = ["--case", "5", "--seconds", "2", "--tokens", "32", "--threads", "2", "--ranks", "2", "--patience", "200"]
+SHORT = ["--case", "5", "--seconds", "0.5", "--tokens", "32", "--threads", "2", "--ranks", "2", "--patience", "200"]
 
 
 def counts(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
