@@ -37,8 +37,8 @@ def add_xla_flag(flag: str) -> None:
 add_xla_flag("--xla_force_host_platform_device_count=8")
 # Most programs of tests run once and briefly. LLVM's optimisation takes 40 % of the time to compile, and XLA's newer
 # way to write loops for CPUs, through MLIR, more than half of the rest; a jax that no longer has the older way ignores
-# the flag. `.ci/run` leaves XLA as users have it for one of its two runs; the fixture `optimized` lets LLVM optimise
-# programs that compute much.
+# the flag. `.ci/run` leaves XLA as users have it for some files on the newest jax; the fixture `optimized` lets LLVM
+# optimise programs that compute much.
 if on_cpu_only and os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     add_xla_flag("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
     # XLA cuts each program into up to 32 modules, to compile them side by side. Each has a price, and cores are busy
