@@ -58,13 +58,7 @@ Team ncclTeamLsa(Comm* comm) { return {comm->clique->num_ranks, comm->rank, 1}; 
 
 #ifndef FAKE_NCCL_VERSION
 int ncclGetLsaDevicePointer(void* window, size_t offset, int peer, void** result) {
-  Comm* comm = static_cast<Comm*>(window);
-  void* address = nullptr;
-  while (address == nullptr) {  // the real registration returns when all ranks have come
-    std::lock_guard<std::mutex> lock(comm->clique->mutex);
-    address = (*comm->windows)[peer];
-  }
-  return *result = static_cast<char*>(address) + offset, 0;
+  return *result = static_cast<char*>(static_cast<Comm*>(window)->window_of(peer)) + offset, 0;
 }
 #endif
 }

@@ -27,6 +27,16 @@ struct Comm {
   Clique* clique = nullptr;
   int rank = 0, device = 0, step = 0;
   std::vector<void*>* windows = nullptr;  // by rank; null: no windows
+
+  // Once it has come: the real registration returns when all ranks have.
+  void* window_of(int peer) const {
+    void* address = nullptr;
+    while (address == nullptr) {
+      std::lock_guard<std::mutex> lock(clique->mutex);
+      address = (*windows)[peer];
+    }
+    return address;
+  }
 };
 
 // A stream runs at once, but for an all-gather, which is over when all ranks have come to it.
