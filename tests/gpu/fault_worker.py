@@ -9,7 +9,6 @@ import gc
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,19 +23,12 @@ import jax_megamoe as mm
 from tests.gpu.failure_worker import LATE, LAYERS, TOKENS, WATCHED, Session, timeout_seconds
 from tests.support.gpu_memory import fill
 from tests.support.problems import make_weights
-from tests.support.processes import join, leave, meet, say
+from tests.support.processes import join, leave, meet, say, signal_after
 
 KILLED_AFTER = 2.0  # seconds
 # Launches of a program that are left when a wait of one has failed, captured or enqueued one by one: of so many, a
 # millisecond each would be far above what a set-up takes.
 LEFT = {True: 10_000, False: 6_000}
-
-
-def signal_after(seconds: float, number: signal.Signals) -> None:
-    """To this process."""
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
 
 
 def launches_until(nans: int, most: Any, *arguments: Any) -> jax.Array:

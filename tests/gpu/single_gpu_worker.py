@@ -1,10 +1,7 @@
 """Faults that a process with one GPU meets alone: `python -m tests.gpu.single_gpu_worker SCENARIO`, see test_single_gpu_faults.py."""
 
-import functools
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +15,7 @@ from tests.support.cases import SHARED
 from tests.support.chain import CAPTURED, NOT_CAPTURED
 from tests.support.compare import difference, judge
 from tests.support.problems import Problem, make_problem
-from tests.support.processes import join, leave, say
+from tests.support.processes import join, leave, say, signal_after
 
 FEW, MANY = 64, 32768  # tokens; the second's scratch is some 250 MB
 KILLED_AFTER = 2.0  # seconds
@@ -51,7 +48,7 @@ def no_scratch(captured: bool) -> None:
     piece = 1 << 20
     # Pieces, since what is free need not be in one; half of the scratch is left.
     pieces = max(0, stats["bytes_limit"] - stats["bytes_in_use"] - scratch // 2) // piece
-    ballast = [jax.device_put(jnp.zeros(piece, jnp.uint8), device) for _ in range(pieces)]
+    ballast = [jnp.zeros(piece, jnp.uint8, device=device) for _ in range(pieces)]
     jax.block_until_ready(ballast)
     tell("large", large, many, wanted_large)
     tell("large again", large, many, wanted_large)
@@ -72,9 +69,7 @@ def killed(captured: bool) -> None:
     program = jax.jit(launches, compiler_options=options)
     jax.block_until_ready(program(jnp.int32(3), *problem))
     say(call="before", outcome="right", error=None, seconds=0)
-    timer = threading.Timer(KILLED_AFTER, functools.partial(os.kill, os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
+    signal_after(KILLED_AFTER, signal.SIGKILL)
     jax.block_until_ready(program(jnp.int32(np.iinfo(np.int32).max), *problem))
     say(call="parted", outcome="came to an end", error=None, seconds=0)
 

@@ -7,10 +7,12 @@ A module that is run so is a worker. Its `main` begins with `join`, says what ha
 import faulthandler
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +65,13 @@ def say(**fields: Any) -> None:
 def meet(place: Place, name: str, seconds: float = 60) -> None:
     """Waits until all processes are here; no device takes part."""
     _compat.share_between_processes(f"tests/{name}", "here", range(place.processes), seconds)
+
+
+def signal_after(seconds: float, number: signal.Signals) -> None:
+    """To this process, which goes on meanwhile."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def leave(place: Place, alone: bool = False) -> NoReturn:
