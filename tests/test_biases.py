@@ -72,8 +72,7 @@ def bytes_of(array: Any) -> np.ndarray:
     return np.asarray(array).view(np.uint8)
 
 
-@pytest.mark.parametrize("sizes", [(256, 128), (160, 224), (96, 128)], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "sizes"), one_in(3, FORMATS, [(256, 128), (160, 224), (96, 128)]))
 def test_layer_agrees_with_the_model(format, sizes):
     experts, x = make_experts(format, *sizes), make_tokens(sizes[0])
     biases = make_biases(*sizes) if format in OF_ROWS else (None, None)

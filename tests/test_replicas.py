@@ -12,11 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
 from jax_megamoe.errors import ArgumentError, DTypeError, ShapeError, ShardingError
+from tests.support.cases import one_in
 from tests.support.compare import bits
 from tests.support.expert_layer import E, make_layer, packed_weights
 from tests.support.meshes import (
     AUTO,
     EXPLICIT,
+    KINDS,
     MESHES,
     assert_both_match_model,
     make_mesh,
@@ -186,8 +188,9 @@ def test_arguments_of_the_maps():
 # On meshes.
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", [MESHES["expert"], MESHES["data x expert"]], ids=["expert", "data x expert"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), one_in(2, KINDS, {name: MESHES[name] for name in ("expert", "data x expert")})
+)
 def test_layer_on_a_mesh(each_platform, sizes, kind):
     mesh, layer = make_mesh(sizes, kind), make_layer()
     x, weights, ids, topk_weights = place_all(mesh, layer)
