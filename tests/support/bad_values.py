@@ -100,26 +100,33 @@ class Layer:
         # Few of them come near that.
         assert np.mean(differences) < 1e-1 * self.tolerance
 
-    def tokens_that_cancel(self, x: Any, experts: numpy_model.Experts, ids: Any) -> set[int]:
-        """Those whose largest activation comes of a sum that is less than a thousandth of its terms.
+    def tokens_that_cancel(self, x: Any, experts: numpy_model.Experts, ids: Any, topk_weights: Any) -> set[int]:
+        """Those whose result hangs on one sum that is small beside its terms.
 
-        One row's scale that is far too large makes it so: what the sum's order leaves of such terms is most of y then.
+        One row's scale that is far too large makes that row's sum most of the token's result. Of gate and up the order
+        of summation decides then; of down an activation that FP8 rounds the other way, up to an eighth of a term.
         """
-        matrices = numpy_model.dequantize_gate_up(experts.gate_up, experts.gate_up_scale)
+        gate_up = numpy_model.dequantize_gate_up(experts.gate_up, experts.gate_up_scale).transpose(0, 2, 1)
+        down = numpy_model.dequantize_matrices(experts.down, experts.down_scale)
         values, scales = numpy_model.quantize_rows(x.astype(np.float32), 128, 1e-4, power_of_two=False)
         rows = values.astype(np.float64) * scales.repeat(128, -1)[:, : self.hidden]
-        found = set()
-        sums = rows @ matrices.transpose(0, 2, 1)  # [E, T, 2I]
-        terms = abs(rows) @ abs(matrices).transpose(0, 2, 1)
+        tokens = np.arange(self.tokens)
+
+        sums, terms = rows @ gate_up, abs(rows) @ abs(gate_up)  # [E, T, 2I]
         gate, up = sums[..., : self.inter], sums[..., self.inter :]
-        activations = np.nan_to_num(abs(gate / (1 + np.exp(-gate)) * up), nan=-1.0)
-        for token, experts_of_token in enumerate(ids):
-            expert = max(experts_of_token, key=lambda expert: activations[expert, token].max())
-            column = activations[expert, token].argmax()
-            places = expert, token, [column, self.inter + column]
-            if (abs(sums[places]) < 1e-3 * terms[places]).any():
-                found.add(token)
-        return found
+        activations = gate / (1 + np.exp(-gate)) * up
+        places = ids, tokens[:, None]  # of a token's slots
+        largest = np.nan_to_num(abs(activations[places]), nan=-1.0).reshape(self.tokens, -1).argmax(-1)
+        expert, column = ids[tokens, largest // self.inter], largest % self.inter
+        cancels = np.zeros(self.tokens, bool)
+        for part in (column, self.inter + column):
+            cancels |= abs(sums[expert, tokens, part]) < 1e-3 * terms[expert, tokens, part]
+
+        results = ((activations @ down.transpose(0, 2, 1))[places] * topk_weights[..., None]).sum(1)  # [T, H]
+        column = np.nan_to_num(abs(results), nan=-1.0).argmax(-1)
+        terms = activations[places] * topk_weights[..., None] * down[ids, column[:, None]]
+        cancels |= abs(results[tokens, column]) < abs(terms).max((1, 2))
+        return set(np.flatnonzero(cancels))
 
     def check_tokens(self, data: Any) -> None:
         """Bad tokens, ids and routing weights; the other tokens' bits; the next call's."""
@@ -188,7 +195,7 @@ class Layer:
         y, _ = self.call(format)(x, weights, ids, topk_weights)
         with np.errstate(all="ignore"):
             wanted, _ = numpy_model.moe(x, experts, ids, topk_weights)
-            cancels = self.tokens_that_cancel(x, experts, ids)
+            cancels = self.tokens_that_cancel(x, experts, ids, topk_weights)
         self.assert_as_model(y, wanted, cancels)
 
 
