@@ -32,21 +32,22 @@ def read_layer(
 ) -> tuple[LayerArrays, Options]:
     """A layer of a checkpoint, as it is published or converted, on the default device or on those of a mesh.
 
-    `options` are keywords of `mm.moe`, in addition to those of the model: `expert_axis` says which axes of the mesh
-    split the experts; router and shared experts are whole on each device. Raises `ValueError` for models whose experts
-    are narrower than they are, as Kimi-K3's.
+    `options` are `format`, what all experts become, and keywords of `mm.moe` in addition to those of the model:
+    `expert_axis` says which axes of the mesh split the experts; router and shared experts are whole on each device.
+    Raises `ValueError` for models whose experts are narrower than they are, as Kimi-K3's.
     """
     checkpoint = mm.read_checkpoint(folder)
+    format = options.pop("format", None)
     axes = {name: value for name, value in options.items() if name == "expert_axis"}
     router = jax.device_put(checkpoint.router(layer), None if mesh is None else NamedSharding(mesh, PartitionSpec()))
     size = router.weight.shape[1]
-    experts = checkpoint.experts(layer, mesh=mesh, **axes)
+    experts = checkpoint.experts(layer, mesh=mesh, format=format, **axes)
     if experts.hidden_size != size:
         raise ValueError(
             f"{folder} has experts for {experts.hidden_size} of the model's {size} columns, wanted all of them: call "
             "mm.moe between the projections of the model."
         )
-    arrays = LayerArrays(router, experts, checkpoint.shared_experts(layer, mesh=mesh))
+    arrays = LayerArrays(router, experts, checkpoint.shared_experts(layer, mesh=mesh, format=format))
     return arrays, tuple({**checkpoint.moe_options(layer), **options}.items())
 
 
@@ -69,7 +70,7 @@ def apply_layer(
     if router.shared_gate is not None:
         shared_weights = jax.nn.sigmoid(jnp.matmul(wide, router.shared_gate.T, precision="highest"))
     y = mm.moe(
-        x.astype(jnp.bfloat16),
+        x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x,  # which it refuses
         arrays.experts,
         ids,
         weights,

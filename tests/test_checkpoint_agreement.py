@@ -111,9 +111,9 @@ def contradictions(plan: Plan) -> Iterator[tuple[dict[str, Any], Call, str]]:
             yield {"shared_expert_intermediate_size": wrong}, shared, text
     # Which layer of the files is beyond what is said; DeepSeek-V3's has one more than the others.
     last = plan.num_layers - 1 + plan.has_mtp
-    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
-        beyond = {"num_hidden_layers": plan.num_layers - 1, key: int(plan.has_mtp)}
-        text = f"has num_hidden_layers = {plan.num_layers - 1} and {key} = {beyond[key]}, and layer {last} of the files"
+    for key in ("num_nextn_predict_layers", "num_mtp_layers") if last > 1 else ():
+        beyond = {"num_hidden_layers": last - 1, key: 1}
+        text = f"has num_hidden_layers = {last - 1} and {key} = 1, and layer {last} of the files"
         yield beyond, opened, text
     no_experts = "says that layer 1 has no experts, and the files have some: look whether"
     kinds: dict[str, Any] = {"mlp_layer_types": ["moe" if layer != 1 else "dense" for layer in range(plan.num_layers)]}
@@ -165,6 +165,43 @@ def test_what_config_does_not_say_is_taken_from_the_tensors(name, folder_of):
     assert found is None or found.num_experts == plan.num_shared
     for number in plan.moe_layers:
         assert (checkpoint.router(number).hash_table is not None) == (number < plan.hash_layers)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, 3])
+def test_layers_of_multi_token_prediction_may_be_in_the_files(value, folder_of):
+    assert PLANS["deepseek-v3"].has_mtp
+    checkpoint = mm.read_checkpoint(folder_of("deepseek-v3", num_nextn_predict_layers=value))
+    assert checkpoint.moe_layers == [1, 2]
+
+
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.moe_layers[0] > 0])
+def test_which_layers_are_dense_has_to_be_said(name, folder_of):
+    keys = ("mlp_layer_types", "moe_layer_freq", "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+    first = PLANS[name].moe_layers[0]
+    text = f"does not say which layers are dense, .*: give it first_k_dense_replace = {first}, or download all files"
+    with pytest.raises(CheckpointError, match=text):
+        mm.read_checkpoint(folder_of(name, **dict.fromkeys(keys)))
+    folder = folder_of(name, **{**dict.fromkeys(keys), "first_k_dense_replace": first})
+    assert mm.read_checkpoint(folder).moe_layers == list(PLANS[name].moe_layers)
+
+
+@pytest.mark.parametrize("key, values", [("mlp_layer_types", ["dense", "sparse"]), ("moe_layer_freq", [0, 1])])
+def test_a_list_of_layers_has_all_of_them(key, values, folder_of):
+    with pytest.raises(CheckpointError, match=f"has {key} of 2 layers, wanted all 3: take it from its source."):
+        mm.read_checkpoint(folder_of("deepseek-v3", **{key: values}))
+
+
+def test_the_groups_of_deepseek_v3_have_to_be_said(folder_of):
+    checkpoint = mm.read_checkpoint(folder_of("deepseek-v3", n_group=None, topk_group=None))
+    with pytest.raises(CheckpointError, match="has no n_group, wanted how many groups its experts are in"):
+        checkpoint.router(1)
+    assert "num_groups" not in mm.read_checkpoint(folder_of("deepseek-v3", n_group=1)).router(1).options
+
+
+def test_glm_flash_has_the_names_of_its_family(folder_of):
+    lite, full = (mm.read_checkpoint(folder_of("glm-4.5", model_type=f"glm4_moe{end}")) for end in ("_lite", ""))
+    assert lite.family == full.family == "glm4_moe"
+    assert lite.router(1).options == full.router(1).options
 
 
 def test_a_table_of_experts_for_other_tokens_or_layers(folder_of):

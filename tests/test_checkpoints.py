@@ -156,6 +156,17 @@ def test_a_layer_computes_what_the_checkpoint_means(name, made):
     assert difference < 2e-3
 
 
+def test_a_mesh_without_the_default_axis_gets_all_experts_and_a_warning(made, caplog):
+    folder, _ = made("deepseek-v3")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    for axes in ({"expert_axis": "x"}, {"expert_axis": None}):
+        mm.load_experts(folder, 1, mesh=mesh, **axes)
+    assert not caplog.text
+    weights = mm.load_experts(folder, 1, mesh=mesh)
+    assert weights.gate_up.is_fully_replicated
+    assert "The mesh (x: 8) has no axis 'expert'" in caplog.text and "pass the axis that splits" in caplog.text
+
+
 def test_experts_of_an_activation_that_is_not_served_come_with_a_warning(made, tmp_path, caplog):
     shutil.copytree(made("kimi-k3")[0], folder := tmp_path / "copy")
     config = (folder / "config.json").read_text()

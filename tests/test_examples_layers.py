@@ -167,6 +167,25 @@ def test_other_types_and_leading_dimensions():
     np.testing.assert_array_equal(whole_layer.apply_layer(arrays, (), x.reshape(6, 256)).reshape(x.shape), y)
 
 
+def test_what_is_no_hidden_state_is_refused():
+    arrays = whole_layer.random_layer(jax.random.key(0))
+    with pytest.raises(mm.errors.DTypeError, match="x has dtype int32"):
+        whole_layer.apply_layer(arrays, (), jnp.ones((4, 256), jnp.int32))
+
+
+def test_all_experts_become_the_format_that_is_wanted(tmp_path):
+    """Those of DeepSeek-V4 are in two, which are two kernels."""
+    stock = build(PLANS["deepseek-v4"])
+    write(tmp_path, stock.config, stock.tensors, dtypes=stock.dtypes)
+    arrays, options = whole_layer.read_layer(tmp_path, 1)
+    assert arrays.shared is not None and (arrays.experts.format, arrays.shared.format) == ("mxfp4", "fp8_block")
+    alike, _ = whole_layer.read_layer(tmp_path, 1, format="fp8_block")
+    assert alike.shared is not None and alike.experts.format == alike.shared.format == "fp8_block"
+    x = jax.random.normal(jax.random.key(0), (4, alike.router.weight.shape[1]), jnp.bfloat16)
+    first, second = (whole_layer.apply_layer(each, options, x) for each in (arrays, alike))
+    assert difference(first, second) < BOUND
+
+
 def test_experts_that_are_narrower_than_the_model(tmp_path):
     stock = build(PLANS["kimi-k3"])
     folder = write(tmp_path, stock.config, stock.tensors)

@@ -5,7 +5,7 @@ say nothing of, or that is compared where they are found: the number of experts,
 shapes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from jax_megamoe.checkpoints.experts import LayerExperts
 from jax_megamoe.checkpoints.families import Config, Family
@@ -13,10 +13,21 @@ from jax_megamoe.checkpoints.families import Config, Family
 _LOOK = "look whether they belong together"
 
 
-def check_layers(config: Config, held: Iterable[int]) -> None:
-    """Raises `CheckpointError` for experts in layers, the numbers of `held`, that have none or are none."""
+def check_layers(config: Config, family: Family, held: Sequence[int]) -> None:
+    """Raises `CheckpointError` for experts in layers, the numbers of `held`, that have none or are none.
+
+    Of layers that should have experts and have none only the first ones are looked for, where the configuration does
+    not say that they are dense: files may be missing, too.
+    """
     num_layers, sparse = config.count("num_layers"), set(config.moe_layers())
-    num_mtp_layers = config.stated("num_mtp_layers")
+    # Who wants no multi-token prediction says 0, and has its layers in the files all the same.
+    num_mtp_layers = config.stated("num_mtp_layers") or None
+    has_dense_layers = family.size != "only_size"
+    if held and held[0] > 0 and has_dense_layers and not config.says_which_are_dense():
+        raise config.error(
+            f"does not say which layers are dense, and layer {held[0]} of the files is the first with experts: give it "
+            f"{config.key('num_dense_layers')} = {held[0]}, or download all files of the checkpoint."
+        )
     for layer in held:
         if layer < num_layers and layer not in sparse:
             raise config.error(f"says that layer {layer} has no experts, and the files have some: {_LOOK}.")
@@ -24,7 +35,8 @@ def check_layers(config: Config, held: Iterable[int]) -> None:
         if num_mtp_layers is not None and layer >= num_layers + num_mtp_layers:
             raise config.error(
                 f"has {config.key('num_layers')} = {num_layers} and {config.key('num_mtp_layers')} = {num_mtp_layers}, "
-                f"and layer {layer} of the files has experts: {_LOOK}; for some of the layers pass layers=."
+                f"and layer {layer} of the files has experts: {_LOOK}; for some of the layers leave config.json as it "
+                "is published, and pass layers=."
             )
 
 

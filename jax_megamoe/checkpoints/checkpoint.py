@@ -19,7 +19,7 @@ from jax_megamoe.checkpoints.progress import Progress, check_progress
 from jax_megamoe.checkpoints.router import Router
 from jax_megamoe.checkpoints.stock import StockModel
 from jax_megamoe.errors import ArgumentError, CheckpointError, ShardingError
-from jax_megamoe.placement import EXPERT_AXIS, AxisNames, axes_in_mesh
+from jax_megamoe.placement import EXPERT_AXIS, AxisNames, DefaultAxes, axes_in_mesh, mesh_text
 from jax_megamoe.weight_layout import Format
 from jax_megamoe.weights import ExpertWeights
 
@@ -96,6 +96,12 @@ class Checkpoint:
         check_progress(progress)
         _check_mesh(mesh)
         axes = () if mesh is None else axes_in_mesh("expert_axis", expert_axis, mesh.abstract_mesh)
+        if mesh is not None and mesh.size > 1 and not axes and isinstance(expert_axis, DefaultAxes):
+            _log.warning(
+                "The mesh (%s) has no axis 'expert', so that each of its devices gets all experts: pass the axis that "
+                "splits them as expert_axis, or None.",
+                mesh_text(mesh.abstract_mesh),
+            )
         found: list[Layer] = [self._model.layer(number) for number in numbers]
         weights = load_layers(
             found, stacked=layer is None, format=format, mesh=mesh, axes=tuple(axes), progress=progress

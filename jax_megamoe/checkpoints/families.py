@@ -45,6 +45,7 @@ class Family:
     activation: SwiGLU | None = None  # what "silu" of the configuration stands for, if not for itself
     size: str = "size"  # the key of `_KEYS` by which the configuration has an expert's intermediate size
     has_groups: bool = True  # whether the configuration's groups of experts are used
+    states_groups: bool = False  # whether it has to say how many: code that loads it has eight if it does not
     refusal: str | None = None
 
 
@@ -55,7 +56,12 @@ _CORRECTION = "gate.e_score_correction_bias"
 FAMILIES = (
     # DeepSeek-V3, R1, V3.1 and V3.2.
     Family(
-        "deepseek_v3", ("deepseek_v3", "deepseek_v32"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"
+        "deepseek_v3",
+        ("deepseek_v3", "deepseek_v32"),
+        bias=_CORRECTION,
+        shared="shared_experts",
+        scoring="sigmoid",
+        states_groups=True,
     ),
     # Its architecture is DeepSeek-V3's. K2-Thinking, K2.5 and later are INT4, which is refused.
     Family("kimi_k2", ("kimi_k2", "kimi_k25"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"),
@@ -91,8 +97,8 @@ FAMILIES = (
         shared="shared_expert",
         shared_gate="shared_expert_gate.weight",
     ),
-    # GLM-4.5, 4.6 and 4.7.
-    Family("glm4_moe", ("glm4_moe",), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"),
+    # GLM-4.5, 4.6 and 4.7; 4.7-Flash is glm4_moe_lite, with another attention.
+    Family("glm4_moe", ("glm4_moe", "glm4_moe_lite"), bias=_CORRECTION, shared="shared_experts", scoring="sigmoid"),
     # GLM-5, 5.1 and 5.2; GLM-5.3 is glm5_next.
     Family(
         "glm5",
@@ -178,6 +184,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "situ_beta": ("activation_situ_beta",),
     "situ_linear_beta": ("activation_situ_linear_beta",),
 }
+# By any of them a configuration says which layers have no experts.
+_DENSE_KEYS = ("mlp_layer_types", "moe_layer_freq", "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
 
 
 class Config:
@@ -236,12 +244,20 @@ class Config:
         number = self.get("num_hash_layers", int)
         return None if number is None else bool(layer < number)
 
+    def says_which_are_dense(self) -> bool:
+        return any(self.fields.get(key) is not None for key in _DENSE_KEYS)
+
     def moe_layers(self) -> list[int]:
         """Which layers should have experts."""
         num_layers = self.count("num_layers")
         if num_layers > _MAX_LAYERS:
             raise self.error(f"has {num_layers} layers, wanted at most {_MAX_LAYERS}: take it from its source.")
         kinds, frequency = self.fields.get("mlp_layer_types"), self.fields.get("moe_layer_freq")
+        for key, values in (("mlp_layer_types", kinds), ("moe_layer_freq", frequency)):
+            if isinstance(values, list) and len(values) < num_layers:
+                raise self.error(
+                    f"has {key} of {len(values)} layers, wanted all {num_layers}: take it from its source."
+                )
         if isinstance(kinds, list):
             return [layer for layer, kind in enumerate(kinds[:num_layers]) if kind != "dense"]
         if isinstance(frequency, list):

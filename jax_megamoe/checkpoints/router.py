@@ -216,6 +216,10 @@ def _route_options(family: Family, config: Config, num_experts: int, top_k: int)
     renormalize = config.get("renormalize", bool)
     renormalize = family.renormalize if renormalize is None else renormalize
     options: dict[str, Any] = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
+    if family.states_groups and config.stated("num_groups") is None:
+        raise config.error(
+            f"has no {config.key('num_groups')}, wanted how many groups its experts are in: take it from its source."
+        )
     num_groups = config.count("num_groups", 1) if family.has_groups else 1
     group_scoring = _GROUP_SCORING[_method(config)]
     num_eligible, of_groups = num_experts, ""

@@ -34,7 +34,7 @@ class StockModel:
         self._num_experts = self.config.count("num_experts")
         # Layers after the last are those of multi-token prediction. What should have experts and has none is missed
         # when it is read.
-        agreement.check_layers(self.config, sorted(held))
+        agreement.check_layers(self.config, self.family, sorted(held))
         self.moe_layers = self.config.moe_layers()
         for layer, found in held.items():
             if found > self._num_experts:
