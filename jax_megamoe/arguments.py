@@ -87,6 +87,10 @@ def check(
         raise ShapeError(
             f"topk_ids has shape {topk_ids.shape}, wanted 1 to {MAX_TOP_K} slots a token: choose another top_k."
         )
+    if topk_ids.size >= 1 << 31:
+        raise ShapeError(
+            f"topk_ids has shape {topk_ids.shape}, wanted fewer than 2^31 slots: pass fewer tokens at a time."
+        )
     if topk_weights.shape != topk_ids.shape:
         raise ShapeError(
             f"topk_weights has shape {topk_weights.shape}, wanted {topk_ids.shape} like topk_ids: reshape it."

@@ -97,7 +97,14 @@ def check_flag(name: str, value: object) -> None:
 
 
 def require_device_memory(name: str, array: Array, move: str | None = None) -> None:
-    """Raises `ShardingError` for an array of JAX in host memory, and says to move it, or what `move` names."""
+    """Raises `ShardingError` for an array of JAX in host memory, and says to move it, or what `move` names.
+
+    Raises `ArgumentError` for one that is deleted, as those are that a program was given to overwrite.
+    """
+    if not isinstance(array, jax.core.Tracer) and isinstance(array, jax.Array) and array.is_deleted():
+        raise ArgumentError(
+            f"{name} is deleted, as donated arrays are, wanted one that lives: pass what took its place."
+        )
     if jax.typeof(array).memory_space == jax.memory.Space.Host:
         raise ShardingError(
             f"{name} is in host memory, wanted device memory: move it with "

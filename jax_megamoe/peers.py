@@ -12,6 +12,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from jax_megamoe.primitives.wire_test import WireTest
 
 _ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
 _AXES = ("expert",)
+_MOST_PROCESSES = 32  # of a group
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--commit", default=None, help="where the package is in no git checkout")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="a JSON file")
     options = parser.parse_args(argv)
+    if not 1 <= options.processes <= _MOST_PROCESSES:
+        parser.error(f"--processes is {options.processes}, wanted 1 to {_MOST_PROCESSES}: one for each GPU of a host.")
     if options.processes > 1 and _PROCESS not in os.environ:
         return _launch(options.processes, sys.argv[1:] if argv is None else argv)
     if options.processes > 1:
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(processes: int, arguments: list[str]) -> int:
-    """Starts the processes on this host and waits for them; the first one that fails ends the others."""
+    """Starts the processes on this host and waits for them; one that fails ends the others."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -74,12 +78,17 @@ def _launch(processes: int, arguments: list[str]) -> int:
         )
         for process in range(processes)
     ]
+    deadline = time.monotonic() + 540
     status = 0
     try:
-        for child in children:
-            status = max(status, abs(child.wait(timeout=540)))
-    except subprocess.TimeoutExpired:
-        status = 1
+        running = list(children)
+        while running and not status:
+            time.sleep(0.1)
+            ended = [child for child in running if child.poll() is not None]
+            status = max((abs(child.returncode) for child in ended), default=0)
+            if time.monotonic() > deadline:
+                status = status or 1
+            running = [child for child in running if child not in ended]
     finally:
         for child in children:
             child.kill()

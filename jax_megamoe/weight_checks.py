@@ -35,6 +35,9 @@ class Biases(NamedTuple):
         return {name: bias for name, bias in self._asdict().items() if bias is not None}
 
 
+_MOST_SIZE = 1 << 29  # rows of gate and up together, and offsets into them, are int32
+
+
 def check_order(order: str) -> None:
     """Raises `LayoutError` unless it is one of `Order`."""
     if not isinstance(order, str) or order not in get_args(Order):
@@ -321,6 +324,10 @@ def _require_multiples(hidden_size: int, intermediate_size: int, pad: bool, is_m
     least = mxfp4.GROUP if is_mxfp4 else 1  # of what can be padded
     unit = least if pad else weight_layout.BLOCK
     for name, size in (("hidden size H", hidden_size), ("intermediate size I", intermediate_size)):
+        if size > _MOST_SIZE:
+            raise ShapeError(
+                f"{name} is {size}, wanted at most 2^29: split the layer over devices, with jax.shard_map."
+            )
         if size > 0 and size % unit == 0:
             continue
         wanted = f"positive multiple of {unit}" if unit > 1 else "positive size"

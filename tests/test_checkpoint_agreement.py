@@ -191,6 +191,23 @@ def test_a_list_of_layers_has_all_of_them(key, values, folder_of):
         mm.read_checkpoint(folder_of("deepseek-v3", **{key: values}))
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("mlp_only_layers", "0"),
+        ("mlp_only_layers", {"0": 1}),
+        ("decoder_sparse_step", 1.5),
+        ("decoder_sparse_step", [1]),
+        ("moe_layer_freq", True),
+        ("mlp_layer_types", "dense"),
+    ],
+    ids=str,
+)
+def test_what_says_nothing_of_layers(key, value, folder_of):
+    with pytest.raises(CheckpointError, match=f"has {key} = .*: look what it should be."):
+        mm.read_checkpoint(folder_of("deepseek-v3", **{key: value}))
+
+
 def test_the_groups_of_deepseek_v3_have_to_be_said(folder_of):
     checkpoint = mm.read_checkpoint(folder_of("deepseek-v3", n_group=None, topk_group=None))
     with pytest.raises(CheckpointError, match="has no n_group, wanted how many groups its experts are in"):

@@ -153,6 +153,15 @@ def test_another_version_of_caches_is_refused(made):
         mm.read_checkpoint(out)
 
 
+@pytest.mark.parametrize("key, what", [("family", "family of models"), ("format", "format of weights")])
+@pytest.mark.parametrize("value", [{}, -1, None, "a\nb", ["mxfp4"]])
+def test_a_manifest_of_something_else(key, what, value, made):
+    out = convert(*made)
+    edit(out / MANIFEST, **{key: value})
+    with pytest.raises(CheckpointError, match=f"has no {what}: make the cache anew"):
+        mm.read_checkpoint(out)
+
+
 def test_a_cache_needs_its_checkpoint_no_more(made):
     folder, out = made
     wanted = mm.load_experts(folder)
@@ -162,7 +171,7 @@ def test_a_cache_needs_its_checkpoint_no_more(made):
     assert_alike(mm.load_experts(out), wanted)
 
 
-@pytest.mark.parametrize("path", [None, 5, b"bytes", "a\0b", ["a"]])
+@pytest.mark.parametrize("path", [None, 5, b"bytes", "a\0b", ["a"], "", "\ud800"])
 def test_paths_that_are_none(path, made):
     with pytest.raises(ArgumentError, match="folder is .*, wanted the path of a folder: pass a string"):
         mm.read_checkpoint(path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_megamoe as mm
-from jax_megamoe.errors import ShardingError
+from jax_megamoe.errors import ArgumentError, ShardingError
 from tests.support.expert_layer import make_layer, natural_weights, packed_weights
 
 
@@ -43,6 +43,26 @@ def test_what_computes_names_the_argument(call):
     function, name = calls()[call]
     with pytest.raises(ShardingError, match=rf"^{name} is in host memory, wanted device memory: .*jax\.device_put\("):
         function()
+
+
+def deleted(value: Any) -> Any:
+    """A copy of arrays that a program has overwritten."""
+    copy = jax.tree.map(jnp.copy, value)
+    for leaf in jax.tree.leaves(copy):
+        leaf.delete()
+    return copy
+
+
+def test_what_is_deleted_is_named():
+    layer, weights = make_layer(), deleted(packed_weights())
+    for name, call in {
+        "x": lambda: mm.moe(deleted(layer.x), *layer[1:4]),
+        "topk_ids": lambda: mm.moe(*layer[:2], deleted(jnp.asarray(layer[2])), layer[3]),
+        "weights.gate_up": lambda: mm.moe(layer.x, weights, *layer[2:4]),
+        "logits": lambda: mm.route(deleted(jnp.ones((4, 8))), 2),
+    }.items():
+        with pytest.raises(ArgumentError, match=f"^{name} is deleted, as donated arrays are, wanted one that lives"):
+            call()
 
 
 def test_what_only_reads_serves():

@@ -103,6 +103,21 @@ def test_some_axes_manual(manual, kind, check_vma):
     assert_both_match_model(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
 
 
+@pytest.mark.parametrize(("check_vma", "axis"), one_in(2, [True, False], ["data", "expert"]))
+def test_some_axes_manual_eager(axis, check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    experts = P("expert") if axis == "expert" else P()
+    f = jax.shard_map(
+        moe_and_load,
+        mesh=mesh,
+        in_specs=(P(axis), experts, P(axis), P(axis)),
+        out_specs=(P(axis), experts),
+        axis_names={axis},
+        check_vma=check_vma,
+    )
+    assert_both_match_model(f(*place_all(mesh, layer)), layer)
+
+
 def test_vmap_inside_and_outside_of_shard_map():
     mesh, layer = make_mesh(MESHES["expert"], AUTO), make_layer(32)
     spec, weights = P(None, "expert"), place(mesh, layer.weights, "expert")

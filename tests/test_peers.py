@@ -39,6 +39,28 @@ def test_program_carries_the_groups(cuda_core, sizes):
         assert "bytes = 4096 : i64" in attributes and "mode = 2 : i64" in attributes
 
 
+@pytest.mark.parametrize("number", [-1, 0, 33, 100_000])
+def test_so_many_processes_are_not_started(number, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "_launch", lambda *_: pytest.fail("started some"))
+    with pytest.raises(SystemExit) as ended:
+        peers.main(["--processes", str(number)])
+    assert ended.value.code == 2 and f"--processes is {number}, wanted 1 to 32" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_ends_the_others(monkeypatch):
+    code = "import os, sys, time; rank = int(os.environ['MEGAMOE_PEERS_PROCESS']); rank or time.sleep(100); sys.exit(3)"
+    start = subprocess.Popen
+    children = []
+
+    def start_another(command, **options):
+        children.append(start([sys.executable, "-c", code], **options))
+        return children[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_another)
+    assert peers._launch(2, []) == 3
+    assert children[0].wait(timeout=10) < 0, "rank 0 was to be ended"
+
+
 DECODE = """
 import jax, numpy as np
 jax.devices("cpu")  # types of states are registered with a backend that exists

@@ -27,7 +27,7 @@ from jax_megamoe import weight_layout
 from jax_megamoe.activations import SiTU, SwiGLU, can_bound
 from jax_megamoe.arrays import text_of
 from jax_megamoe.checkpoints import router as routers
-from jax_megamoe.checkpoints.families import Config, families_of
+from jax_megamoe.checkpoints.families import FAMILIES, Config, families_of
 from jax_megamoe.checkpoints.folder import CONFIG, MANIFEST, METADATA, read_json
 from jax_megamoe.checkpoints.layers import Recipe
 from jax_megamoe.checkpoints.router import Router
@@ -76,9 +76,13 @@ _ANEW = "make the cache anew"  # the remedy where a cache is not what `convert` 
 def as_path(name: str, value: object) -> Path:
     """The path that an argument is. Raises `ArgumentError` for other things."""
     if isinstance(value, str | os.PathLike):
-        path = os.fspath(value)
-        if isinstance(path, str) and "\0" not in path:
-            return Path(path)
+        try:
+            path = os.fspath(value)
+            # Without surrogates, which no file system takes. An empty one is the current folder to `Path`.
+            if isinstance(path, str) and path and b"\0" not in os.fsencode(path):
+                return Path(path)
+        except (TypeError, ValueError):  # of somebody else's class; of a path that cannot be encoded
+            pass
     raise ArgumentError(f"{name} is {short(value)}, wanted the path of a folder: pass a string or a pathlib.Path.")
 
 
@@ -102,7 +106,11 @@ class CachedModel:
                 "says that the cache is not complete: run python -m jax_megamoe convert again, it goes on.",
             )
         self.config = Config(read_json(folder / CONFIG, _ANEW), str(folder / CONFIG))
-        self.name = str(self._manifest.get("family"))
+        if not any(self._manifest.get("family") == family.name for family in FAMILIES):
+            raise CheckpointError(self._path, None, f"has no family of models: {_ANEW}.")
+        if self._manifest.get("format") not in list(get_args(Format)):
+            raise CheckpointError(self._path, None, f"has no format of weights: {_ANEW}.")
+        self.name = str(self._manifest["family"])
         layers = self._manifest.get("layers")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
             raise CheckpointError(self._path, None, f"has no list of layers: {_ANEW}.")

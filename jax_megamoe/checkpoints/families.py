@@ -185,7 +185,13 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "situ_linear_beta": ("activation_situ_linear_beta",),
 }
 # By any of them a configuration says which layers have no experts.
-_DENSE_KEYS = ("mlp_layer_types", "moe_layer_freq", "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+_DENSE_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "mlp_layer_types": list,
+    "moe_layer_freq": (int, list),
+    "first_k_dense_replace": int,
+    "decoder_sparse_step": int,
+    "mlp_only_layers": list,
+}
 
 
 class Config:
@@ -253,6 +259,10 @@ class Config:
         if num_layers > _MAX_LAYERS:
             raise self.error(f"has {num_layers} layers, wanted at most {_MAX_LAYERS}: take it from its source.")
         kinds, frequency = self.fields.get("mlp_layer_types"), self.fields.get("moe_layer_freq")
+        for key, kind in _DENSE_KEYS.items():
+            value = self.fields.get(key)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise self.error(f"has {key} = {text_of(value, MAX_TEXT)}: look what it should be.")
         for key, values in (("mlp_layer_types", kinds), ("moe_layer_freq", frequency)):
             if isinstance(values, list) and len(values) < num_layers:
                 raise self.error(

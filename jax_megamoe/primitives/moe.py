@@ -42,7 +42,10 @@ def moe(operands: Operands, *, mesh: AbstractMesh, axes: Axes, **params: Any) ->
     operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
     if set(mesh.manual_axes) == set(mesh.axis_names):
         return _per_device(operands, mesh=mesh, axes=axes, **params)
-    return _map_over_mesh(operands, mesh=mesh, axes=axes, **params)
+    # A region inside a region; JAX runs none outside of `jax.jit`.
+    nested = jax.jit(_map_over_mesh, static_argnames=("mesh", "axes", *params), inline=True)
+    y, load = nested(operands, mesh=mesh, axes=axes, **params)
+    return y, load
 
 
 def _abstract_eval(*avals: Any, mesh: AbstractMesh, axes: Axes, num_experts: int, **_: Any) -> tuple[Any, Any]:

@@ -147,13 +147,23 @@ class Soak:
         return int(bool(self.wrong))
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is no positive number")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    return int(text) and _positive(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=0, help="of a group; 0: all devices of this process")
-    parser.add_argument("--threads", type=int, default=3, help="that run programs")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a call, at most")
+    parser.add_argument("--ranks", type=_not_negative, default=0, help="of a group; 0: all devices of this process")
+    parser.add_argument("--threads", type=_positive, default=3, help="that run programs")
+    parser.add_argument("--tokens", type=_positive, default=8192, help="of a call, at most")
     parser.add_argument("--case", type=int, default=None, help="the number of the only case")
     parser.add_argument("--patience", type=float, default=180, help="seconds without anything done that are a hang")
     options = parser.parse_args(arguments)

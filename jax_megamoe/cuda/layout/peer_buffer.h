@@ -33,7 +33,8 @@ constexpr size_t kPeerHeaderBytes =
 struct PeerView {
   uint64_t epoch;      // launches that every CTA of this rank has begun
   uint64_t ids_bytes;  // of each half
-  // By rank: the address of the part of its buffer behind header and ids. After a failure it is this rank's own for all.
+  // By rank: the address of the part of its buffer behind header and ids. Once a launch has missed ids, this rank's own
+  // for all.
   uint64_t workspace[kMaxRanks];
 };
 
