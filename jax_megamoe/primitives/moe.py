@@ -42,9 +42,9 @@ def moe(operands: Operands, *, mesh: AbstractMesh, axes: Axes, **params: Any) ->
     operands = Operands.of([transforms.without_derivative(value) for value in operands.row])
     if set(mesh.manual_axes) == set(mesh.axis_names):
         return _per_device(operands, mesh=mesh, axes=axes, **params)
-    # A region inside a region; JAX runs none outside of `jax.jit`.
-    nested = jax.jit(_map_over_mesh, static_argnames=("mesh", "axes", *params), inline=True)
-    y, load = nested(operands, mesh=mesh, axes=axes, **params)
+    # A region inside a region; JAX runs none outside of `jax.jit`. Each call has a function of its own: what is traced
+    # once has one identity (moe_peers.py).
+    y, load = jax.jit(functools.partial(_map_over_mesh, mesh=mesh, axes=axes, **params), inline=True)(operands)
     return y, load
 
 
