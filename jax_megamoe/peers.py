@@ -31,6 +31,7 @@ from jax_megamoe.primitives.wire_test import WireTest
 _ADDRESS, _PROCESS = "MEGAMOE_PEERS_ADDRESS", "MEGAMOE_PEERS_PROCESS"
 _AXES = ("expert",)
 _MOST_PROCESSES = 32  # of a group
+_SECONDS_TO_SAY = 10.0  # until the others are ended, once a process has failed: they know something, too
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,21 +79,20 @@ def _launch(processes: int, arguments: list[str]) -> int:
         )
         for process in range(processes)
     ]
-    deadline = time.monotonic() + 540
-    status = 0
+    end = time.monotonic() + 540
     try:
-        running = list(children)
-        while running and not status:
+        while True:
+            status = max(abs(child.poll() or 0) for child in children)
+            if all(child.returncode is not None for child in children):
+                return status
+            if time.monotonic() > end:
+                return status or 1
             time.sleep(0.1)
-            ended = [child for child in running if child.poll() is not None]
-            status = max((abs(child.returncode) for child in ended), default=0)
-            if time.monotonic() > deadline:
-                status = status or 1
-            running = [child for child in running if child not in ended]
+            if status:
+                end = min(end, time.monotonic() + _SECONDS_TO_SAY)
     finally:
         for child in children:
             child.kill()
-    return status
 
 
 def _report(options: argparse.Namespace) -> int:

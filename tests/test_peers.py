@@ -57,6 +57,7 @@ def test_a_process_that_fails_ends_the_others(monkeypatch):
         return children[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start_another)
+    monkeypatch.setattr(peers, "_SECONDS_TO_SAY", 0.5)
     assert peers._launch(2, []) == 3
     assert children[0].wait(timeout=10) < 0, "rank 0 was to be ended"
 
