@@ -145,7 +145,7 @@ def test_a_layer_of_many_small_experts(tmp_path):
         name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * at, 4 * at + 4]} for at, name in enumerate(names)
     }
     (tmp_path / "x.safetensors").write_bytes(file_of(json.dumps(held), bytes(4 * len(names))))
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": count}))
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": count, "decoder_sparse_step": 1}))
     StockModel(tmp_path).layer(1)  # What is imported or compiled, once.
     peak, problem = peak_of(lambda: StockModel(tmp_path).layer(1))
     assert not problem and peak <= (tmp_path / "x.safetensors").stat().st_size + 500_000
@@ -159,7 +159,7 @@ def test_a_layer_of_many_experts_in_one_tensor(tmp_path):
         stem + "down_proj": {"dtype": "F32", "shape": [count, 1, 1], "data_offsets": [8 * count, 12 * count]},
     }
     (tmp_path / "x.safetensors").write_bytes(file_of(json.dumps(held), bytes(12 * count)))
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": count}))
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": count, "decoder_sparse_step": 1}))
     peak, problem = peak_of(lambda: StockModel(tmp_path).layer(1))
     assert not problem and peak < 500_000
 

@@ -105,6 +105,8 @@ def test_some_axes_manual(manual, kind, check_vma):
 
 @pytest.mark.parametrize(("check_vma", "axis"), one_in(2, [True, False], ["data", "expert"]))
 def test_some_axes_manual_eager(axis, check_vma):
+    if not check_vma and jax.__version_info__ < (0, 12):
+        pytest.skip("jax 0.11 takes no array that is split over automatic axes there, whatever the function is")
     mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
     experts = P("expert") if axis == "expert" else P()
     f = jax.shard_map(
