@@ -1,7 +1,11 @@
 """The layer inside shard_map: manual axes, alone and beside automatic and explicit ones."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_megamoe as mm
@@ -87,29 +91,10 @@ def test_wrong_out_specs_are_refused():
         jax.jit(f)(*place_all(mesh, layer))
 
 
-@pytest.mark.parametrize(("check_vma", "kind", "manual"), one_in(2, [True, False], KINDS, [{"data"}, {"expert"}]))
-def test_some_axes_manual(manual, kind, check_vma):
-    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
-    (axis,) = manual
+def mapped_over(axis: str, mesh: Mesh, check_vma: bool) -> Callable[..., Any]:
+    """The layer in a region that is manual over one axis of two."""
     experts = P("expert") if axis == "expert" else P()
-    f = jax.shard_map(
-        moe_and_load,
-        mesh=mesh,
-        in_specs=(P(axis), experts, P(axis), P(axis)),
-        out_specs=(P(axis), experts),
-        axis_names=manual,
-        check_vma=check_vma,
-    )
-    assert_both_match_model(jax.jit(f)(*place_all(mesh, layer, tokens=(axis, *({"data", "expert"} - manual)))), layer)
-
-
-@pytest.mark.parametrize(("check_vma", "axis"), one_in(2, [True, False], ["data", "expert"]))
-def test_some_axes_manual_eager(axis, check_vma):
-    if not check_vma and jax.__version_info__ < (0, 12):
-        pytest.skip("jax 0.11 takes no array that is split over automatic axes there, whatever the function is")
-    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
-    experts = P("expert") if axis == "expert" else P()
-    f = jax.shard_map(
+    return jax.shard_map(
         moe_and_load,
         mesh=mesh,
         in_specs=(P(axis), experts, P(axis), P(axis)),
@@ -117,7 +102,22 @@ def test_some_axes_manual_eager(axis, check_vma):
         axis_names={axis},
         check_vma=check_vma,
     )
-    assert_both_match_model(f(*place_all(mesh, layer)), layer)
+
+
+@pytest.mark.parametrize(("check_vma", "kind", "axis"), one_in(2, [True, False], KINDS, ["data", "expert"]))
+def test_some_axes_manual(axis, kind, check_vma):
+    mesh, layer = make_mesh(MESHES["data x expert"], kind), make_layer()
+    (other,) = {"data", "expert"} - {axis}
+    f = jax.jit(mapped_over(axis, mesh, check_vma))
+    assert_both_match_model(f(*place_all(mesh, layer, tokens=(axis, other))), layer)
+
+
+@pytest.mark.parametrize(("check_vma", "axis"), one_in(2, [True, False], ["data", "expert"]))
+def test_some_axes_manual_eager(axis, check_vma):
+    if not check_vma and jax.__version_info__ < (0, 12):
+        pytest.skip("jax 0.11 takes no array that is split over automatic axes there, whatever the function is")
+    mesh, layer = make_mesh(MESHES["data x expert"], AUTO), make_layer()
+    assert_both_match_model(mapped_over(axis, mesh, check_vma)(*place_all(mesh, layer)), layer)
 
 
 def test_vmap_inside_and_outside_of_shard_map():

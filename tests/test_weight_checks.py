@@ -161,6 +161,18 @@ def floats() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("format", ["fp8_block", "fp8_channel", "mxfp4"])
+def test_sizes_beyond_what_int32_counts(format):
+    size = (1 << 33) + 32
+    matrices = [np.broadcast_to(np.float32(1), shape) for shape in ((1, size, H), (1, size, H), (1, H, size))]
+    with pytest.raises(ShapeError, match=rf"intermediate size I is {size}, wanted at most 2\^29"):
+        mm.quantize_experts(*matrices, format=format, pad=True)
+    codes = [np.broadcast_to(np.uint8(1), shape) for shape in ((1, 2 * size, H // 2), (1, H, size // 2))]
+    exponents = [np.broadcast_to(np.uint8(127), shape) for shape in ((1, 2 * size, H // 32), (1, H, size // 32))]
+    with pytest.raises(ShapeError, match=rf"intermediate size I is {size}, wanted at most 2\^29"):
+        mm.pack_experts(codes[0], exponents[0], codes[1], exponents[1], pad=True)
+
+
 @pytest.mark.parametrize(
     ("convert", "dtype"),
     one_in(2, {"numpy": np.asarray, "jax": jnp.asarray}, {"float32": jnp.float32, "bfloat16": jnp.bfloat16}),

@@ -22,8 +22,7 @@ def check_layers(config: Config, family: Family, held: Sequence[int]) -> None:
     num_layers, sparse = config.count("num_layers"), set(config.moe_layers())
     # Who wants no multi-token prediction says 0, and has its layers in the files all the same.
     num_mtp_layers = config.stated("num_mtp_layers") or None
-    has_dense_layers = family.size != "only_size"
-    if held and held[0] > 0 and has_dense_layers and not config.says_which_are_dense():
+    if held and held[0] > 0 and family.has_dense_layers and not config.says_which_are_dense():
         raise config.error(
             f"does not say which layers are dense, and layer {held[0]} of the files is the first with experts: give it "
             f"{config.key('num_dense_layers')} = {held[0]}, or download all files of the checkpoint."

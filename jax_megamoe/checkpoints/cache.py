@@ -108,7 +108,7 @@ class CachedModel:
         self.config = Config(read_json(folder / CONFIG, _ANEW), str(folder / CONFIG))
         if not any(self._manifest.get("family") == family.name for family in FAMILIES):
             raise CheckpointError(self._path, None, f"has no family of models: {_ANEW}.")
-        if self._manifest.get("format") not in list(get_args(Format)):
+        if self._manifest.get("format") not in get_args(Format):
             raise CheckpointError(self._path, None, f"has no format of weights: {_ANEW}.")
         self.name = str(self._manifest["family"])
         layers = self._manifest.get("layers")

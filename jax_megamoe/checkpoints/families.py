@@ -48,6 +48,11 @@ class Family:
     states_groups: bool = False  # whether it has to say how many: code that loads it has eight if it does not
     refusal: str | None = None
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether models may have layers without experts, to which `intermediate_size` belongs then."""
+        return self.size != "only_size"
+
 
 _CORRECTION = "gate.e_score_correction_bias"
 

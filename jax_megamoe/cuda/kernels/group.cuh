@@ -343,6 +343,7 @@ struct PeerRanks {
     const size_t place = static_cast<size_t>(args.peers.rank) * args.problem.num_routes() + route;
     ptx::store_relaxed_system(PeerBuffer::ids(workspace, ids_bytes, epoch % 2) + place, word);
   }
+
   // Once ids are missing: what this rank's next launches send goes nowhere but into its own memory. Nobody waits for it,
   // and another rank's memory may be that of a process which is gone.
   __device__ static void leave_group(const MoeArguments& args) {
