@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.support.native_program import compile_program
 
-NORMAL, WIDE = 128, 256  # tokens of a chunk; the wide orientation always shares tokens
+CHUNK = 128  # tokens
 WARPGROUP = 64
 
 
@@ -16,16 +16,12 @@ def program(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    experts=st.lists(
-        st.tuples(st.integers(1, 1500), st.integers(1, 29), st.sampled_from((NORMAL, WIDE))), min_size=1, max_size=20
-    )
-)
+@given(experts=st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 29)), min_size=1, max_size=20))
 def test_every_unit_is_one_block_s_and_both_agree_on_what_they_share(program, experts):
-    text = "\n".join(f"{tokens} {tiles} {tile}" for tokens, tiles, tile in experts)
-    for (tokens, tiles, tile_tokens), block in zip(experts, program(text).strip().split("\n\n"), strict=True):
-        chunks = -(-tokens // tile_tokens)
-        sizes = [min(tile_tokens, tokens - tile_tokens * chunk) for chunk in range(chunks)]
+    text = "\n".join(f"{tokens} {tiles}" for tokens, tiles in experts)
+    for (tokens, tiles), block in zip(experts, program(text).strip().split("\n\n"), strict=True):
+        chunks = -(-tokens // CHUNK)
+        sizes = [min(CHUNK, tokens - CHUNK * chunk) for chunk in range(chunks)]
         units = []
         for line in block.splitlines():
             first, second = (list(map(int, line.split()[half : half + 6])) for half in (0, 6))
@@ -36,9 +32,6 @@ def test_every_unit_is_one_block_s_and_both_agree_on_what_they_share(program, ex
                 assert 0 <= chunk < chunks
                 if not idle:
                     units.append((tile, chunk))
-            if tile_tokens == WIDE:
-                assert not shares_weights
-                assert shares_tokens or first[0] == tiles - 1
             if shares_weights:
                 assert first[0] == second[0]
                 assert first[1] != second[1]

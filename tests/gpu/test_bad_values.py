@@ -17,7 +17,7 @@ LAYERS = {
     "swapAB": Layer(6, 3, 4, 256, 128, TOLERANCE),
     # MXFP4: two thread blocks on each SM, from 330 units of 64 columns on.
     "halves": Layer(16, 3, 8, 256, 2688, TOLERANCE),
-    # MXFP4: the wide orientation.
+    # MXFP4: the normal orientation, with decoders.
     "normal": Layer(150, 3, 4, 256, 256, TOLERANCE),
     "clusters": Layer(400, 3, 4, 256, 256, TOLERANCE),
 }

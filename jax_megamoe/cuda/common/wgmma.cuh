@@ -62,7 +62,7 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 // D[64 x kN] (+)= A[64 x 32] * B[kN x 32]^T. Thread (warp w, lane l) holds D[16w + l/4 + 8*(i/2 % 2)][8*(i/4) + 2*(l%4)
 // + i%2] in d[i]. `accumulate` false overwrites D.
 //
-// A is E4M3 in shared memory, or E5M2 in registers: word j of a thread holds row 16w + l/4 + 8*(j%2), K 16*(j/2) +
+// A is E4M3 in shared memory, and B E4M3 or, if `kE5m2`, E5M2. Or A is E5M2 in registers, and B E4M3: word j of a thread holds row 16w + l/4 + 8*(j%2), K 16*(j/2) +
 // 4*(l%4) and the three after it.
 template <int kN>
 struct Multiply;
@@ -91,18 +91,23 @@ struct Multiply;
   "{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32." TYPES \
   " {" MEGAMOE_D##N "}, " A ", " B ", p, 1, 1;\n}\n"
 // Arguments: N, and the six operands after D's as text.
-#define MEGAMOE_DEFINE_MULTIPLY(N, P0, P1, P2, P3, P4, P5, ...)                                                   \
-  template <>                                                                                                     \
-  struct Multiply<N> {                                                                                            \
-    __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {       \
-      asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e4m3", P0, P1, P2) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate)); \
-    }                                                                                                             \
-    __device__ __forceinline__ static void run(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
-                                               int accumulate) {                                                  \
-      asm volatile(MEGAMOE_MULTIPLY(N, "e5m2.e4m3", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5)                   \
-                   : __VA_ARGS__                                                                                  \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                        \
-    }                                                                                                             \
+#define MEGAMOE_DEFINE_MULTIPLY(N, P0, P1, P2, P3, P4, P5, ...)                                                     \
+  template <>                                                                                                       \
+  struct Multiply<N> {                                                                                              \
+    template <bool kE5m2>                                                                                           \
+    __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {         \
+      if constexpr (kE5m2) {                                                                                        \
+        asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e5m2", P0, P1, P2) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate)); \
+      } else {                                                                                                      \
+        asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e4m3", P0, P1, P2) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate)); \
+      }                                                                                                             \
+    }                                                                                                               \
+    __device__ __forceinline__ static void run(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,               \
+                                               int accumulate) {                                                    \
+      asm volatile(MEGAMOE_MULTIPLY(N, "e5m2.e4m3", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5)                     \
+                   : __VA_ARGS__                                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                          \
+    }                                                                                                               \
   }
 
 // clang-format off
@@ -144,12 +149,13 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
 }
 
 // One 128-byte K block (four instructions) or a part of it: `kSteps` instructions starting at K byte `k_begin`.
-template <int kN, int kSteps>
+template <int kN, int kSteps, bool kE5m2 = false>
 __device__ __forceinline__ void multiply_block(float (&d)[kN / 2], Descriptor a, uint32_t a_offset, Descriptor b,
                                                uint32_t b_offset) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    Multiply<kN>::run(d, a.at(a_offset + step * kInstructionK), b.at(b_offset + step * kInstructionK), step != 0);
+    Multiply<kN>::template run<kE5m2>(d, a.at(a_offset + step * kInstructionK), b.at(b_offset + step * kInstructionK),
+                                      step != 0);
   }
 }
 

@@ -24,7 +24,6 @@ bool waits_for_memory(const Problem& p, const Device& device) {
 }
 
 int cluster_ctas(const Problem& p, const Device& device) {
-  if (is_decoded(p.format)) return 2;  // the wide orientation is one of clusters
   const bool wanted = p.num_routes() >= kLeastRoutesPerExpertOfClusters * p.num_local_experts;
   // All have to run at the same time, as their waits for each other need.
   return wanted && device.num_ctas % 2 == 0 && device.num_ctas <= 2 * device.num_clusters ? 2 : 1;

@@ -16,7 +16,7 @@ cudaError_t prepare() {
   const cudaError_t error = for_each_orientation<Format>(
       [](auto orientation) { return Launcher<typename decltype(orientation)::type, Group>::prepare(); });
   // Asked here, so that no launch is the first to ask.
-  if (error == cudaSuccess) Launcher<ForMany<Format>, Group>::num_clusters();
+  if (error == cudaSuccess) Launcher<Normal<Format>, Group>::num_clusters();
   return error;
 }
 
@@ -31,7 +31,7 @@ cudaError_t launch_slice(const MoeArguments& slice, const LaunchChoice& choice, 
 template <typename Format, typename Group>
 cudaError_t launch(const MoeArguments& call, bool has_peers, int most, int num_ctas, cudaStream_t stream) {
   Device device = current_device(num_ctas);
-  device.num_clusters = Launcher<ForMany<Format>, Group>::num_clusters();
+  device.num_clusters = Launcher<Normal<Format>, Group>::num_clusters();
   const int tokens = call.problem.num_tokens;
   // All slices take the side of the first one, for which the workspace was made; a call of one slice the rule's.
   Problem part = call.problem;

@@ -17,11 +17,6 @@ template <typename Format>
 struct SwapAbHalves;
 template <typename Format>
 struct Normal;
-template <typename Format>
-struct Wide;
-// The orientation of many tokens.
-template <typename Format>
-using ForMany = std::conditional_t<Format::kDecodes, Wide<Format>, Normal<Format>>;
 struct OneRank;
 struct PeerRanks;
 
@@ -34,7 +29,7 @@ struct OrientationTag {
 // Calls `visit` with the orientation of a launch.
 template <typename Format, typename Visit>
 cudaError_t with_orientation(const LaunchChoice& choice, const Visit& visit) {
-  if (!choice.swap_operands) return visit(OrientationTag<ForMany<Format>>());
+  if (!choice.swap_operands) return visit(OrientationTag<Normal<Format>>());
   if constexpr (Format::kDecodes) {
     if (choice.ctas_per_sm == 2) return visit(OrientationTag<SwapAbHalves<Format>>());
   }
@@ -48,7 +43,7 @@ cudaError_t for_each_orientation(const Visit& visit) {
   if constexpr (Format::kDecodes) {
     if (error == cudaSuccess) error = visit(OrientationTag<SwapAbHalves<Format>>());
   }
-  return error == cudaSuccess ? visit(OrientationTag<ForMany<Format>>()) : error;
+  return error == cudaSuccess ? visit(OrientationTag<Normal<Format>>()) : error;
 }
 
 template <typename Orientation, typename Group>

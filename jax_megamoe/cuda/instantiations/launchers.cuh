@@ -16,7 +16,7 @@ class ClusterLaunch {
     attribute_.id = cudaLaunchAttributeClusterDimension;
     attribute_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     config_.gridDim = ctas;
-    config_.blockDim = dim3(kCtaThreads);
+    config_.blockDim = dim3(Orientation::kThreads);
     config_.dynamicSmemBytes = Orientation::kSharedBytes;
     config_.stream = stream;
     config_.attrs = &attribute_;
@@ -77,7 +77,8 @@ LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoi
         static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(plan, rows, choice.assembles_images));
   }
   const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation::kStageWeightBytes);
-  c.stages_in_flight = std::min<int>(wanted, c.stages[Orientation::kTokenTile / 8 - 1]);
+  c.stages_in_flight =
+      std::min<int>(wanted, Orientation::kHasDecoders ? kCodeStages : c.stages[Orientation::kTokenTile / 8 - 1]);
   return c;
 }
 

@@ -26,7 +26,7 @@ struct LaunchConstants {
   bool gathers_rows;      // instead of images of tokens (kernels/row_gather.cuh)
   bool assembles_images;  // while units run (kernels/image_assembly.cuh)
   int stages_in_flight;   // at most, of weights
-  uint8_t stages[kWideTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
+  uint8_t stages[kNormalTokenTile / 8];  // of the ring, by the largest chunk's rows / 8 - 1
   // Where images are assembled: of both rings.
   Divisor image_slots;
   Divisor activation_slots;

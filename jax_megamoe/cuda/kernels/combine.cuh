@@ -251,10 +251,7 @@ class CombineStream {
 
     // The warp's items.
     const int warps = static_cast<int>(gridDim.x) * kConsumerWarps;
-    int warp_in_cta = threadIdx.x / 32;
-    // In a group the same number is worked out at the start, and would be kept until now.
-    if constexpr (Normal::kWide) asm volatile("" : "+r"(warp_in_cta));
-    const int warp = warp_in_cta * gridDim.x + blockIdx.x;
+    const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     const int groups = ceil_div(args.problem.num_tokens, kCombineTokens);
     const int warps_per_group = warps / groups;
     int items;

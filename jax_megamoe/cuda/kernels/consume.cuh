@@ -14,7 +14,6 @@
 #include "kernels/signals.cuh"
 #include "kernels/swap_consumer.cuh"
 #include "kernels/trace.cuh"
-#include "kernels/wide_consumer.cuh"
 
 namespace megamoe {
 
@@ -23,9 +22,7 @@ template <typename Orientation, typename Group, int kN = 8>
 __device__ __forceinline__ void consume_unit(const MoeArguments& args, const SharedMap<Orientation>& map,
                                              const UnitNote& note, Signaller<Orientation>& signaller, Tracer& tracer,
                                              StageCursor& cursor) {
-  if constexpr (Orientation::kWide) {
-    WideConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
-  } else if constexpr (!Orientation::kSwapsOperands) {
+  if constexpr (!Orientation::kSwapsOperands) {
     NormalConsumer<Orientation, Group>(args, map, note, signaller, tracer).run(cursor);
   } else {
     if constexpr (kN < Orientation::kTokenTile) {
@@ -40,7 +37,6 @@ __device__ __forceinline__ void consume_unit(const MoeArguments& args, const Sha
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMap<Orientation>& map,
                                         Signaller<Orientation>& signaller, Tracer& tracer) {
-  if constexpr (Orientation::kWide) BlockTurns::begin();
   StageCursor cursor;
 #pragma unroll 1
   while (true) {
@@ -60,7 +56,16 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
     consume_unit<Orientation, Group>(args, map, note, signaller, tracer, cursor);
     tracer.mark_by_first(TraceEvent::kUnitFinished);
   }
-  if constexpr (Orientation::kWide) BlockTurns::end();
+  if constexpr (Orientation::kHasDecoders) {
+    // The partner has what it is sent from this CTA's stages, whose memory has another use from here on; and no arrival of
+    // its consumers is on the way any more.
+    if (Cluster<Orientation>(args).has_partner()) {
+      for (int i = 1; i < map.num_stages; ++i) {
+        cursor.advance(map.num_stages);
+        await(&map.header().empty[cursor.stage], cursor.parity ^ 1);
+      }
+    }
+  }
   if (threadIdx.x % kWarpgroupThreads == 0) signaller.post(nullptr);
   return true;
 }

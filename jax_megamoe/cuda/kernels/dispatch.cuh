@@ -240,7 +240,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
 
   // Scale and quantise.
   [[maybe_unused]] const uint32_t lanes =
-      Orientation::Format::kDecodes ? __ballot_sync(~0u, column < p.hidden_size) : 0;
+      Orientation::kTransposesColumns ? __ballot_sync(~0u, column < p.hidden_size) : 0;
   if (column >= p.hidden_size) return;
   const float scale = fp8::token_scale(amax);
   const float reciprocal = fp8::reciprocal(scale);
@@ -256,7 +256,7 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   // Store: once as a row, or for every used slot into an image.
   const uint32_t k_block = column / kBlockK;
   int image_column = column;
-  if constexpr (Orientation::Format::kDecodes) transpose_words(lanes, bytes, image_column);
+  if constexpr (Orientation::kTransposesColumns) transpose_words(lanes, bytes, image_column);
   const bool gathers = gathers_rows<Orientation, Group>(args), assembles = assembles_images<Orientation, Group>(args);
   if constexpr (kPieces == 2) {
     const uint4 packed = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);

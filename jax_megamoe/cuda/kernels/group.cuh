@@ -44,6 +44,9 @@ class PeerWait {
   // Whoever notices a failure notes it for the host: also a rank to which another one reported it.
   __device__ static bool has_failed(const Peers& peers) { return is_failure(peers, failure_word()); }
 
+  // Whether a warp of this CTA has noticed one.
+  __device__ static bool knows_failure() { return seen() != 0; }
+
   // The same in two parts, for who has something else to do until the word is here.
   __device__ static uint64_t failure_word() { return ptx::load_relaxed_system(&own_peer_header()->failed); }
   __device__ static bool is_failure(const Peers& peers, uint64_t word) {
@@ -202,6 +205,43 @@ struct PeerRanks {
     if (__any_sync(~0u, vacant_shares.has_requested())) await(&shared_header().vacant_shares_done, 0);
     if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
     __syncwarp();  // before a thread of the warp releases the first tokens to the consumers
+  }
+
+  // The same in two parts, for warps with few registers: the token producer's, which waits, and one beside it that looks
+  // after shares of CTAs that have not started. They meet before tokens go to where these would be dispatched.
+  __device__ static void await_watched_tokens(const MoeArguments& args) {
+    await(&shared_header().dispatched, 0);
+    // By one lane, one rank after the other, and what it compares with loaded anew each time.
+    bool came = true;
+    if (threadIdx.x % 32 == 0) {
+      PeerWait wait(args.peers);
+      int rank = 0;
+#pragma unroll 1
+      while (came && rank < args.peers.num_ranks) {
+        if (ptx::load_acquire_system(own_peer_header()->tokens_sent + rank) >= shared_header().epoch) {
+          ++rank;
+        } else {
+          came = wait.again(PeerFailure::kTokens, rank);
+        }
+      }
+    }
+    ptx::named_barrier_sync(kTokensBarrier, 2 * 32);
+    if (ptx::mbarrier_test_wait(&shared_header().vacant_shares_wanted, 0))
+      await(&shared_header().vacant_shares_done, 0);
+    if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
+    __syncwarp();
+  }
+  __device__ static void watch_vacant_shares(const MoeArguments& args) {
+    await(&shared_header().dispatched, 0);
+    if (threadIdx.x % 32 == 0) {
+      VacantShareWatch vacant_shares(args);
+      while (ptx::load_acquire_system(own_peer_header()->tokens_sent + args.peers.rank) < shared_header().epoch &&
+             !PeerWait::knows_failure()) {
+        vacant_shares.check();
+      }
+    }
+    __syncwarp();
+    ptx::named_barrier_sync(kTokensBarrier, 2 * 32);
   }
 
   // One warp, beside the token producer's: waits for the rows of all ranks. False: some do not come.

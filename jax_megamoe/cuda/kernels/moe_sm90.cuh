@@ -7,6 +7,7 @@
 //   signallers         advance the device-wide counters for the consumers
 //   token producer     images or rows into the same stages once they exist (gate/up: `dispatched_shares` of all CTAs;
 //                      down: `units_done[chunk]`)
+//   decoders           weights that are to be decoded, from their own ring into the consumers' (many tokens of MXFP4)
 //   consumers          multiply, promote; gate/up epilogue -> activation images -> `units_done[chunk]`;
 //                      down epilogue -> BF16 row per (token, slot) -> `down_done[tile]`; then combine
 //
@@ -29,7 +30,6 @@
 #include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
-#include "kernels/maxima_exchange.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/prefetch.cuh"
@@ -38,8 +38,22 @@
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
 #include "kernels/trace.cuh"
+#include "kernels/weight_decoder.cuh"
 
 namespace megamoe {
+
+// One warp completes the plan.
+template <typename Orientation>
+__device__ __forceinline__ void make_plan(const MoeArguments& args, const Plan& plan) {
+  lay_out_chunks<Orientation>(args, plan, plan.first_expert());
+  ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
+}
+
+// ... and the thread that has claimed the CTA's place looks whether it has it.
+__device__ __forceinline__ void settle_place(const MoeArguments& args, const OwnPlace& place) {
+  place.settle(args.control);
+  ptx::mbarrier_arrive(&shared_header().planned);
+}
 
 // The consumers' wait for the plan. In a group they work out where the rows of other ranks' experts lie meanwhile.
 template <typename Orientation, typename Group>
@@ -84,13 +98,13 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     if (threadIdx.x == kWeightProducerWarp * 32) prefetch_likely_unit<Orientation>(args);
   }
   OwnPlace place;
-  const bool claims = warp == kSecondRowWarp && ptx::elect_one();  // the warp that has the least to do here
+  const bool claims = warp == Orientation::kClaimWarp && ptx::elect_one();
   if (claims) place.claim(args.control);
 
   // Barriers in shared memory, and in a group the own ids to all ranks.
   if (threadIdx.x == kTokenProducerWarp * 32) {
-    if constexpr (Orientation::kWide) MaximaExchange<Orientation>::init(shared_header());
-    init_pipeline(shared_header(), Cluster<Orientation>(args).ctas(), gathers_rows<Orientation, Group>(args));
+    init_pipeline<Orientation>(shared_header(), Cluster<Orientation>(args).ctas(),
+                               gathers_rows<Orientation, Group>(args));
     // `ids_missing`, which the cluster's other CTA may set.
     if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands) ptx::fence_cluster();
   }
@@ -108,25 +122,40 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   if constexpr (Group::kHasPeers) Cluster<Orientation>(args).agree_on_missing_ids(shared_header());
   tracer.mark_by_first(TraceEvent::kCounted);
 
-  // Produce and consume. The producers complete the plan: one warp lays the chunks out, and the thread that has claimed
-  // the CTA's place looks whether it has it.
-  if (warp >= kConsumerWarps) {
-    ptx::decrease_registers<Orientation::kProducerRegisters>();
-    if (warp == kWeightProducerWarp) {
-      lay_out_chunks<Orientation>(args, plan, plan.first_expert());
-      ptx::mbarrier_arrive(&shared_header().planned);  // every lane, for what it wrote
-    } else if (claims) {
-      place.settle(args.control);
-      ptx::mbarrier_arrive(&shared_header().planned);
+  // Produce and consume. Two warps complete the plan. Where there are decoders, producers have so few registers that
+  // others do what does not have to be theirs.
+  if (warp >= kFirstDecoderWarp) {
+    if constexpr (Orientation::kHasDecoders) {
+      ptx::decrease_registers<Orientation::kDecoderRegisters>();
+      if (claims) settle_place(args, place);
+      __syncwarp();
+      await(&shared_header().planned, 0);
+      const SharedMap<Orientation> map(args, plan);
+      WeightDecoder<Orientation>(args, map).run();
     }
-    __syncwarp();
+  } else if (warp >= kConsumerWarps) {
+    ptx::decrease_registers<Orientation::kProducerRegisters>();
+    if constexpr (!Orientation::kHasDecoders) {
+      if (warp == kWeightProducerWarp) {
+        make_plan<Orientation>(args, plan);
+      } else if (claims) {
+        settle_place(args, place);
+      }
+      __syncwarp();
+    }
     await(&shared_header().planned, 0);
     if constexpr (Group::kHasPeers) {
-      if (warp == kTokenProducerWarp) Group::await_tokens(args);
+      if constexpr (Orientation::kHasDecoders) {
+        if (warp == kTokenProducerWarp) Group::await_watched_tokens(args);
+        if (warp == kFirstSignalWarp + 1) Group::watch_vacant_shares(args);
+      } else if (warp == kTokenProducerWarp) {
+        Group::await_tokens(args);
+      }
     }
     produce<Orientation, Group>(args, plan);
   } else {
     ptx::increase_registers<Orientation::kConsumerRegisters>();
+    if (Orientation::kHasDecoders && warp == 0) make_plan<Orientation>(args, plan);
     await_plan<Orientation, Group>(args, plan);
     const SharedMap<Orientation> map(args, plan);
     tracer.mark_by_first(TraceEvent::kPlanned);
@@ -152,14 +181,14 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
 }
 
 template <typename Orientation, typename Group>
-__global__ void __launch_bounds__(kCtaThreads, Orientation::kCtasPerSm)
+__global__ void __launch_bounds__(Orientation::kThreads, Orientation::kCtasPerSm)
     moe_sm90(const __grid_constant__ MoeArguments args) {
   run_moe<Orientation, Group>(args);
 }
 
 // Several ranks on one GPU, a row of CTAs each.
 template <typename Orientation>
-__global__ void __launch_bounds__(kCtaThreads, Orientation::kCtasPerSm)
+__global__ void __launch_bounds__(Orientation::kThreads, Orientation::kCtasPerSm)
     moe_virtual_ranks(const __grid_constant__ VirtualRanksArguments args) {
   run_moe<Orientation, VirtualRanks>(args.of_rank[blockIdx.y]);
 }

@@ -11,8 +11,10 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/fp8.cuh"
+#include "common/ptx/async_copy.cuh"
 #include "common/ptx/l2.cuh"
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
@@ -32,10 +34,14 @@ class NormalConsumer {
  public:
   __device__ __forceinline__ NormalConsumer(const MoeArguments& args, const SharedMap<Normal>& map,
                                             const UnitNote& note, Signaller<Normal>& signaller, Tracer& tracer)
-      : args_(args), map_(map), note_(note), signaller_(signaller), tracer_(tracer) {
+      : args_(args), map_(map), note_(kept(map, note)), signaller_(signaller), tracer_(tracer) {
     static_assert(Normal::kUnitTiles == kConsumerWarpgroups && Normal::kStageBlocks == 1);
     static_assert(Normal::kActivationScaleColumns == kBlockK,
                   "a gate/up unit's columns are one K block of the down projection");
+    if constexpr (kKeepsUnit) {
+      fetch_sources();
+      return;
+    }
     if (threadIdx.x % kWarpgroupThreads == 0) map.header().kept[warpgroup()] = note.chunk;
     const bool shares_tokens = note.rows() <= kWarpgroupTokens;
     first_row_ = shares_tokens ? 0 : warpgroup() * kWarpgroupTokens;
@@ -62,6 +68,8 @@ class NormalConsumer {
 
  private:
   static constexpr bool kRowScales = Normal::Format::kRowScales;
+  static constexpr bool kKeepsUnit = Normal::kHasDecoders;
+  using Note = std::conditional_t<kKeepsUnit, UnitNote&, UnitNote>;
   static constexpr int kN = 2 * kPlaneRows;
   static constexpr int kAccumulators = kN / 2;
   template <int kTiles>
@@ -71,7 +79,51 @@ class NormalConsumer {
   __device__ static int quad_lane() { return threadIdx.x % 4; }
   // The chunk's row that this thread holds in the low or high half of a fragment.
   __device__ int token(int half) const {
-    return first_row_ + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+    return first_row() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+  }
+
+  // The unit's note where the multiply leaves room for it.
+  __device__ __forceinline__ static Note kept(const SharedMap<Normal>& map, const UnitNote& note) {
+    if constexpr (kKeepsUnit) {
+      UnitNote& place = map.kept_unit(threadIdx.x / 32).note;
+      __syncwarp();  // all have read the last unit's
+      if (threadIdx.x % 32 == 0) place = note;
+      __syncwarp();
+      return place;
+    } else {
+      return note;
+    }
+  }
+
+  // Sources of the warp's rows, by copies that end while it multiplies.
+  __device__ __forceinline__ void fetch_sources() const {
+    const int lane = threadIdx.x % 32, row = first_row() + threadIdx.x / 32 % 4 * 16 + 2 * lane;
+    if (lane < 8 && row < note_.rows()) {
+      ptx::copy_async_16(map_.kept_unit(threadIdx.x / 32).source + 2 * lane,
+                         Group::own(args_.workspace.row_sources) + note_.row_base + row, true);
+    }
+    ptx::commit_copies();
+  }
+
+  // ... for the epilogue.
+  __device__ __forceinline__ void take_sources() {
+    if constexpr (kKeepsUnit) {
+      ptx::wait_copies<0>();
+      __syncwarp();
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        source_[half] = map_.kept_unit(threadIdx.x / 32).source[threadIdx.x % 32 / 4 + 8 * half];
+    }
+  }
+
+  // The chunk's first row, and the unit's first tile, that this warpgroup has.
+  __device__ int first_row() const {
+    if constexpr (kKeepsUnit) return note_.rows() <= kWarpgroupTokens ? 0 : warpgroup() * kWarpgroupTokens;
+    return first_row_;
+  }
+  __device__ int first_tile() const {
+    if constexpr (kKeepsUnit) return note_.rows() <= kWarpgroupTokens ? warpgroup() : 0;
+    return first_tile_;
   }
 
   template <int kTiles>
@@ -85,13 +137,15 @@ class NormalConsumer {
     if (note_.down()) {
       accumulate<true, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
+      take_sources();
       if constexpr (kRowScales) apply_row_terms<true, kTiles>(acc);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile_ + t);
+      for (int t = 0; t < kTiles; ++t) finish_down(acc[t], note_.tile * Normal::kUnitTiles + first_tile() + t);
       announce<true>();
     } else {
       accumulate<false, kTiles>(cursor, acc);
       tracer_.mark_by_first(TraceEvent::kUnitMultiplied);
+      take_sources();
       if constexpr (kRowScales) apply_row_terms<false, kTiles>(acc);
       finish_gate_up<kTiles>(acc);
       ptx::fence_proxy_async_global();  // the copy engine reads what was just written
@@ -108,7 +162,7 @@ class NormalConsumer {
     const CounterSet& counters = map_.counters(args_);
     if (kDown) signaller_.post(counters.down_done(note_.tile));
     if (!kDown || assembles_images<Normal, Group>(args_)) {
-      signaller_.post(counters.units_done(map_.header().kept[warpgroup()]));
+      signaller_.post(counters.units_done(kKeepsUnit ? note_.chunk : map_.header().kept[warpgroup()]));
     }
   }
 
@@ -127,7 +181,7 @@ class NormalConsumer {
   __device__ __forceinline__ void apply_row_terms(Sums<kTiles>& acc) const {
     ptx::named_barrier_sync(kFirstWarpgroupBarrier + warpgroup(), kWarpgroupThreads);
     constexpr int kPlanePairs = kPlaneRows / 2, kTilePairs = kPlaneRowTerms;  // 2 planes of scales and biases
-    const float2* terms = reinterpret_cast<const float2*>(map_.kept_row_terms(warpgroup())) + first_tile_ * kTilePairs;
+    const float2* terms = reinterpret_cast<const float2*>(map_.kept_row_terms(warpgroup())) + first_tile() * kTilePairs;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -164,8 +218,8 @@ class NormalConsumer {
     uint32_t tokens, weights;
   };
   __device__ __forceinline__ StageWords stage_words(int stage) const {
-    return {wgmma::Descriptor::low_word(map_.tokens(stage) + first_row_ * kBlockK),
-            wgmma::Descriptor::low_word(map_.weights(stage) + first_tile_ * Normal::kBlockWeightBytes)};
+    return {wgmma::Descriptor::low_word(map_.tokens(stage) + first_row() * kBlockK),
+            wgmma::Descriptor::low_word(map_.weights(stage) + first_tile() * Normal::kOperandTileBytes)};
   }
 
   // One partial sum at a time: with 64 x 256 sums there are no registers for two. The other warpgroup fills the gap, as
@@ -184,7 +238,7 @@ class NormalConsumer {
       const wgmma::Descriptor tokens(words.tokens), weights(words.weights);
       const float* token_scales = map_.token_scales(stage) + token(0);
       const float* weight_scales =
-          map_.header().weight_scale[stage] + (kDown ? first_tile_ * kScaleVectorFloats + block % 2 : 0);
+          map_.header().weight_scale[stage] + (kDown ? first_tile() * kScaleVectorFloats + block % 2 : 0);
       if constexpr (kRowScales) {
         if (block == 0) keep_row_terms(stage);
       }
@@ -195,8 +249,8 @@ class NormalConsumer {
         float partial[kAccumulators];
         wgmma::pin(partial);
         wgmma::fence();
-        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK>(partial, tokens, 0, weights,
-                                                                  t * Normal::kBlockWeightBytes);
+        wgmma::multiply_block<kN, kBlockK / wgmma::kInstructionK, Normal::kHasDecoders>(partial, tokens, 0, weights,
+                                                                                        t * Normal::kOperandTileBytes);
         wgmma::commit();
         if (t == kTiles - 1) {
           // After the last block comes the same one again, which nobody multiplies.
@@ -270,13 +324,13 @@ class NormalConsumer {
         }
         transpose_in_quad(words);
         if (!stores) continue;
-        const int column = (first_tile_ + t) * kGateUpTileColumns + 16 * quad_lane();
+        const int column = (first_tile() + t) * kGateUpTileColumns + 16 * quad_lane();
         ptx::store(plane + swizzled_offset(token(half), column),
                    make_uint4(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
                               __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632)),
                    args_.constants.activations_stay);
       }
-      if (stores && first_tile_ == 0 && quad_lane() == 0) scales[token(half)] = scale;
+      if (stores && first_tile() == 0 && quad_lane() == 0) scales[token(half)] = scale;
     }
   }
 
@@ -342,7 +396,7 @@ class NormalConsumer {
 
   const MoeArguments& args_;
   const SharedMap<Normal>& map_;
-  UnitNote note_;
+  Note note_;
   Signaller<Normal>& signaller_;
   Tracer& tracer_;
   int first_row_;   // of the chunk

@@ -65,7 +65,7 @@ __device__ __forceinline__ void count_route(const Plan& plan, int expert, bool b
 template <typename Orientation, typename Group>
 __device__ __forceinline__ void count_routes(const MoeArguments& args, const Plan& plan, int first_route, int expert) {
 #pragma unroll 1
-  for (int e = threadIdx.x; e < plan.group_experts(); e += kCtaThreads) plan.count(e) = plan.before(e) = 0;
+  for (int e = threadIdx.x; e < plan.group_experts(); e += Orientation::kThreads) plan.count(e) = plan.before(e) = 0;
   __syncthreads();
   constexpr int kIdsInFlight = Orientation::kIdsInFlight;
   if constexpr (Group::kHasPeers) {
@@ -74,31 +74,32 @@ __device__ __forceinline__ void count_routes(const MoeArguments& args, const Pla
     const uint64_t* ids = Group::words(epoch);
     constexpr int kWordsInFlight = 8;  // there are more of them than of one rank
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kWordsInFlight * Orientation::kThreads) {
       uint64_t words[kWordsInFlight];
       bool all_there = false;
       for (int tries = 0; !all_there && tries < Group::kQuickTries; ++tries) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int route = first + i * kCtaThreads;
+          const int route = first + i * Orientation::kThreads;
           words[i] = route < num_routes ? ptx::load_relaxed_system(ids + route) : 0;
         }
         all_there = true;
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          if (first + i * kCtaThreads < num_routes) all_there = all_there && Group::is_there(args, epoch, words[i]);
+          if (first + i * Orientation::kThreads < num_routes)
+            all_there = all_there && Group::is_there(args, epoch, words[i]);
         }
       }
       if (all_there) {
 #pragma unroll
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int route = first + i * kCtaThreads;
+          const int route = first + i * Orientation::kThreads;
           if (route < num_routes) count_route(plan, Group::id_of_word(words[i]), route < first_route);
         }
       } else {
 #pragma unroll 1
         for (int i = 0; i < kWordsInFlight; ++i) {
-          const int route = first + i * kCtaThreads;
+          const int route = first + i * Orientation::kThreads;
           if (route < num_routes) count_route(plan, Group::await_id(args, epoch, route), route < first_route);
         }
       }
@@ -106,15 +107,16 @@ __device__ __forceinline__ void count_routes(const MoeArguments& args, const Pla
   } else {
     const int num_routes = args.problem.num_routes();
 #pragma unroll 1
-    for (int first = threadIdx.x; first < num_routes; first += kIdsInFlight * kCtaThreads) {
+    for (int first = threadIdx.x; first < num_routes; first += kIdsInFlight * Orientation::kThreads) {
       int experts[kIdsInFlight];
 #pragma unroll
       for (int i = 0; i < kIdsInFlight; ++i) {
-        const int route = first + i * kCtaThreads;
+        const int route = first + i * Orientation::kThreads;
         experts[i] = route == threadIdx.x ? expert : route < num_routes ? __ldg(args.topk_ids + route) : -1;
       }
 #pragma unroll
-      for (int i = 0; i < kIdsInFlight; ++i) count_route(plan, experts[i], first + i * kCtaThreads < first_route);
+      for (int i = 0; i < kIdsInFlight; ++i)
+        count_route(plan, experts[i], first + i * Orientation::kThreads < first_route);
     }
   }
   __syncthreads();

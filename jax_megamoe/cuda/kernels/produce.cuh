@@ -54,7 +54,7 @@ __device__ __forceinline__ void produce(const MoeArguments& args, const Plan& pl
   if (!ptx::elect_one()) return;
   if (warp == kWeightProducerWarp) {
     const SharedMap<Orientation> map(args, plan);
-    if constexpr (Group::kHasPeers && kMayGatherRows<Orientation, Group>) {
+    if constexpr (Group::kHasPeers && !Orientation::kSwapsOperands) {
       // A plan of its own: the thread has no registers to spare, and these numbers are in constant memory.
       const Plan own(args.problem.num_local_experts, Group::num_ranks(args), Group::rank(args));
       WeightProducer<Orientation>(args, map).run(UnitSchedule<Orientation>(args, own));

@@ -25,16 +25,47 @@ struct StageCursor {
   }
 };
 
+// A warp's arrivals count for all of its lanes.
+constexpr int kDecoderArrivals = kEveryLaneArrives ? kDecoderWarps * 32 : kDecoderWarps;
+
+// Where the weight producer's copies land: the consumers' ring, or one that is decoded into it.
+template <typename Orientation>
+struct LandingRing {
+  __device__ static uint64_t* full(int stage) {
+    return Orientation::kHasDecoders ? &shared_header().codes.full[stage] : &shared_header().weights_full[stage];
+  }
+  __device__ static uint64_t* empty(int stage) {
+    return Orientation::kHasDecoders ? &shared_header().codes.empty[stage] : &shared_header().empty[stage];
+  }
+  __device__ static UnitNote& note(int stage) {
+    return Orientation::kHasDecoders ? shared_header().codes.note[stage] : shared_header().note[stage];
+  }
+  __device__ static int stages(int num_stages) { return Orientation::kHasDecoders ? kCodeStages : num_stages; }
+};
+
 // One thread. (Several lanes side by side take 2 us longer: only a thread that is alone gets the fast kind of
 // initialisation.) A stage is shared by `ctas` CTAs, whose consumers all leave it before it is free. Its tokens come by
 // one thread's copies, or also by those of the warps that gather rows.
+template <typename Orientation>
 __device__ __forceinline__ void init_pipeline(SharedHeader& header, uint32_t ctas, bool gathers_rows) {
 #pragma unroll
   for (int stage = 0; stage < kMaxStages; ++stage) {
-    ptx::mbarrier_init(&header.weights_full[stage], 1);
+    ptx::mbarrier_init(&header.weights_full[stage], Orientation::kHasDecoders ? kDecoderArrivals : 1);
     ptx::mbarrier_init(&header.tokens_full[stage], gathers_rows ? kRowWarps * 32 : 1);
     ptx::mbarrier_init(&header.empty[stage], ctas * (kEveryLaneArrives ? kConsumerThreads : kConsumerWarps));
     ptx::mbarrier_init(&header.claimed[stage], 1);
+  }
+  if constexpr (Orientation::kHasDecoders) {
+#pragma unroll
+    for (int stage = 0; stage < kCodeStages; ++stage) {
+      ptx::mbarrier_init(&header.codes.full[stage], 1);
+      ptx::mbarrier_init(&header.codes.empty[stage], kDecoderArrivals);
+    }
+#pragma unroll
+    for (int note = 0; note < kUnitNotes; ++note) {
+      ptx::mbarrier_init(&header.codes.note_full[note], 1);
+      ptx::mbarrier_init(&header.codes.note_empty[note], 1);
+    }
   }
 #pragma unroll
   for (SignalQueue& queue : header.signals) {

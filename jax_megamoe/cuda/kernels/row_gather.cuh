@@ -18,7 +18,7 @@ namespace megamoe {
 
 // Not for swapAB, whose chunks are too small to gain.
 template <typename Orientation, typename Group>
-constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::kWide;
+constexpr bool kMayGatherRows = !Orientation::kSwapsOperands && !Orientation::Format::kDecodes;
 
 template <typename Orientation, typename Group>
 __device__ __forceinline__ bool gathers_rows(const MoeArguments& args) {

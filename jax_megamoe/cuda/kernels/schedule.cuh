@@ -90,7 +90,7 @@ class UnitSchedule {
     ClusterShare share{place.group, place.member};
     if (cluster_.has_partner()) {
       const Divisor& tiles = u.down ? constants_.down_units : constants_.gate_up_units;
-      share = cluster_share(count, tiles.value(), place.group, place.member, rank, !Orientation::kWide);
+      share = cluster_share(count, tiles.value(), place.group, place.member, rank);
     }
     u.tile = share.tile;
     u.only_chunk = plan_.chunk_base(u.expert + 1) - first_chunk == 1;

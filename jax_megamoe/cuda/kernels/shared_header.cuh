@@ -47,6 +47,18 @@ struct VacantUnits {
   uint32_t deferred_ticket;         // drawn, and kept until a vacant unit is done
 };
 
+// Where a warpgroup decodes weights: the ring of what it decodes, and notes of units for the token producer, which fills
+// stages of the consumers' ring.
+struct CodeRing {
+  uint64_t full[kCodeStages];
+  uint64_t empty[kCodeStages];
+  uint64_t note_full[kUnitNotes];
+  uint64_t note_empty[kUnitNotes];
+  alignas(16) UnitNote note[kCodeStages];
+  uint32_t shared[kCodeStages];  // with the cluster's other CTA: each decodes a tile for both
+  alignas(16) UnitNote unit_note[kUnitNotes];
+};
+
 // Fixed part of shared memory.
 struct SharedHeader {
   uint64_t weights_full[kMaxStages];  // the stage's weights have landed
@@ -76,7 +88,10 @@ struct SharedHeader {
   uint64_t ids_bytes;
   uint8_t* workspace[kMaxRanks];
   uint8_t* own_workspace;
-  alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
+  union {
+    alignas(16) float weight_scale[kMaxStages][2 * kScaleVectorFloats];  // destinations of bulk copies
+    CodeRing codes;                                                      // of weights that have none
+  };
   alignas(16) UnitNote note[kMaxStages];
 };
 

@@ -28,6 +28,12 @@ struct alignas(16) RowTerms {
   }
 };
 
+// What a warp has no registers for while it multiplies a unit: its note, and where the warp's rows came from.
+struct alignas(16) KeptUnit {
+  UnitNote note;
+  RowSource source[kWarpgroupTokens / 4];
+};
+
 // Map of a CTA's shared memory: header, plan, epilogue scratch, then as many stages as fit. The token part of a stage
 // is sized by the largest chunk of this launch, which every CTA knows from its plan.
 template <typename Orientation>
@@ -47,7 +53,9 @@ class SharedMap {
 
   // How many stages fit; computed on the host.
   __host__ __device__ static int stages_that_fit(const Plan& plan, int rows, bool assembles_images) {
-    const int fit = (Orientation::kSharedBytes - ring_begin(plan, rows, assembles_images)) / stage_bytes(rows);
+    const int fit =
+        (Orientation::kSharedBytes - Orientation::kCodeRingBytes - ring_begin(plan, rows, assembles_images)) /
+        stage_bytes(rows);
     return fit < kMaxStages ? fit : kMaxStages;
   }
 
@@ -73,6 +81,10 @@ class SharedMap {
   __device__ float* kept_row_terms(int warpgroup) const {
     return reinterpret_cast<float*>(scratch() + kScratchBytes + warpgroup * Orientation::kRowTermBytes);
   }
+  // normal, where weights are decoded: by warp, behind these terms
+  __device__ KeptUnit& kept_unit(int warp) const {
+    return reinterpret_cast<KeptUnit*>(scratch() + kScratchBytes + kNormalRowTermBytes)[warp];
+  }
   // normal: where images are assembled, behind all else
   __device__ uint8_t* assembly_buffer() const { return scratch() + kScratchBytes + kNormalRowTermBytes; }
   // swapAB: [warpgroups][max_rows]
@@ -83,42 +95,29 @@ class SharedMap {
            warpgroup * max_rows * kDownTileRowBytes;
   }
 
-  // halves: behind these terms; wide: in front of them. What a warp keeps of its unit while it is multiplied.
+  // halves: behind these terms. What a warp keeps of its unit while it is multiplied.
   __device__ UnitNote& kept_note(int warp) const {
-    if constexpr (Orientation::kHalves) {
-      return reinterpret_cast<UnitNote*>(scratch() + kConsumerThreads / 4 * sizeof(RowTerms))[warp];
-    } else {
-      return wide_fixed().note[warp];
-    }
+    return reinterpret_cast<UnitNote*>(scratch() + kConsumerThreads / 4 * sizeof(RowTerms))[warp];
   }
   // Weights on M, where rows have scales: of this quad of lanes, which have the same two rows; until the unit's
   // epilogue.
-  __device__ RowTerms& quad_row_terms() const {
-    return (Orientation::kWide ? wide_fixed().row_terms : reinterpret_cast<RowTerms*>(scratch()))[threadIdx.x / 4];
-  }
-  // wide, behind the tokens' targets: by warp, [max_rows]
-  __device__ float* wide_amax(int warp) const { return reinterpret_cast<float*>(wide_scratch()) + warp * max_rows; }
-  // wide: what the cluster's other CTA sends, by turn, [max_rows]
-  __device__ float* wide_partner_amax(int turn) const { return wide_amax(kConsumerWarps + turn); }
-  // wide: [max_rows] routing weight, 1 / scale
-  __device__ float2* wide_factors() const { return reinterpret_cast<float2*>(wide_amax(kConsumerWarps + 2)); }
-  // wide: by warpgroup, [max_rows]
-  __device__ RowSource* wide_sources(int warpgroup) const {
-    return reinterpret_cast<RowSource*>(wide_factors() + max_rows) + warpgroup * max_rows;
-  }
-  // wide: by warpgroup, [kWarpgroupTokens][kDownTileRowBytes] of a down unit; both: [max_rows][kGateUpTileColumns]
-  __device__ uint8_t* wide_tile(int warpgroup) const {
-    return reinterpret_cast<uint8_t*>(wide_sources(kConsumerWarpgroups)) +
-           warpgroup * kWarpgroupTokens * kDownTileRowBytes;
-  }
-
+  __device__ RowTerms& quad_row_terms() const { return reinterpret_cast<RowTerms*>(scratch())[threadIdx.x / 4]; }
   __device__ uint8_t* weights(int stage) const {
     return shared_memory() + ring_offset_ + stage * stage_bytes(max_rows);
+  }
+  // What the weight producer brings; it waits there to be decoded, or is multiplied as it is.
+  __device__ uint8_t* landing(int stage) const {
+    if constexpr (Orientation::kHasDecoders) {
+      return shared_memory() + Orientation::kSharedBytes - Orientation::kCodeRingBytes +
+             stage * Orientation::kCodeStageBytes;
+    } else {
+      return weights(stage);
+    }
   }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightRoom; }
   // Of a unit's first stage: [planes][scales, then biases][kPlaneRows]
   __device__ const float* row_terms(int stage) const {
-    return reinterpret_cast<const float*>(weights(stage) + Orientation::kStageWeightBytes);
+    return reinterpret_cast<const float*>(weights(stage) + Orientation::kOperandBytes);
   }
   __device__ float* token_scales(int stage) const {
     return reinterpret_cast<float*>(tokens(stage) + token_bytes(max_rows));
@@ -131,6 +130,8 @@ class SharedMap {
   // normal: `kept_row_terms`.
   static constexpr int kNormalRowTermBytes =
       Orientation::kSwapsOperands ? 0 : kConsumerWarpgroups * Orientation::kRowTermBytes;
+  static constexpr int kKeptUnitBytes =
+      Orientation::kHasDecoders ? kConsumerWarps * static_cast<int>(sizeof(KeptUnit)) : 0;
   static constexpr int kAssemblyBytes = 2 * kAssemblyPlanes * kAssemblyPieceRows * kBlockK;
 
   // swapAB: `quad_row_terms`, and in halves `kept_note`, in front of the maxima.
@@ -138,19 +139,6 @@ class SharedMap {
                                             ? kConsumerThreads / 4 * static_cast<int>(sizeof(RowTerms)) +
                                                   (Orientation::kHalves ? kConsumerWarps * sizeof(UnitNote) : 0)
                                             : 0;
-
-  // Of a row of the wide orientation's chunks, beside its tile.
-  static constexpr int kWideRowBytes = (kConsumerWarps + 2) * static_cast<int>(sizeof(float)) + sizeof(float2) +
-                                       kConsumerWarpgroups * static_cast<int>(sizeof(RowSource));
-  static constexpr int kWideTileBytes = kConsumerWarpgroups * kWarpgroupTokens * kDownTileRowBytes;
-  static_assert(kWideTileBytes >= kWideTokenTile * kGateUpTileColumns);
-  // What does not depend on the rows.
-  struct WideFixed {
-    UnitNote note[kConsumerWarps];
-    RowTerms row_terms[kConsumerThreads / 4];
-  };
-  __device__ WideFixed& wide_fixed() const { return *reinterpret_cast<WideFixed*>(scratch() + kScratchBytes); }
-  __device__ uint8_t* wide_scratch() const { return scratch() + kScratchBytes + sizeof(WideFixed); }
 
   // The normal orientation's consumers have no register for it.
   __device__ uint8_t* scratch() const {
@@ -161,13 +149,10 @@ class SharedMap {
   }
 
   __host__ __device__ static int ring_begin(const Plan& plan, int rows, bool assembles_images) {
-    const int targets = kScratchBytes + kNormalRowTermBytes +
+    const int targets = kScratchBytes + kNormalRowTermBytes + kKeptUnitBytes +
                         (Orientation::kMayAssembleImages && assembles_images ? kAssemblyBytes : 0);
     constexpr int kRowBytes = kConsumerWarps * static_cast<int>(sizeof(float)) +
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
-    if constexpr (Orientation::kWide) {
-      return round_up(plan.end() + kScratchBytes + sizeof(WideFixed) + rows * kWideRowBytes + kWideTileBytes, 1024);
-    }
     const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes + kSwapTermBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
   }

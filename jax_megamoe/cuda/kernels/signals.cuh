@@ -40,7 +40,7 @@ class Signaller {
 
  private:
   // In shared memory, since there are no registers for the cursor from unit to unit.
-  static constexpr bool kKeepsCount = Orientation::kHalves;
+  static constexpr bool kKeepsCount = Orientation::kHalves || Orientation::kHasDecoders;
   __device__ static int& count() {
     uint32_t warpgroup = threadIdx.x / kWarpgroupThreads;
     asm volatile("" : "+r"(warpgroup));  // lest its address is kept in a register

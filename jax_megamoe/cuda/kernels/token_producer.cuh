@@ -33,8 +33,7 @@ class TokenProducer {
   __device__ __forceinline__ void run() {
     await(&header().dispatched, 0);
     while (true) {
-      await_claim();
-      const UnitNote note = header().note[cursor_.stage];
+      const UnitNote note = await_unit();
       if (note.end()) break;
       if (!note.down() && !tokens_ready_) await_all_shares();
       if (note.rows() == 0) {
@@ -78,8 +77,28 @@ class TokenProducer {
 
   // The stage at the cursor.
   __device__ __forceinline__ void await_claim() {
-    await(&header().claimed[cursor_.stage], cursor_.parity);
-    if constexpr (kRows) __syncwarp();
+    if constexpr (Orientation::kHasDecoders) {
+      await(&header().empty[cursor_.stage], cursor_.parity ^ 1);
+    } else {
+      await(&header().claimed[cursor_.stage], cursor_.parity);
+      if constexpr (kRows) __syncwarp();
+    }
+  }
+
+  // The next unit, whose first stage is at the cursor.
+  __device__ __forceinline__ UnitNote await_unit() {
+    if constexpr (Orientation::kHasDecoders) {
+      CodeRing& codes = header().codes;
+      await(&codes.note_full[notes_.stage], notes_.parity);
+      const UnitNote note = codes.unit_note[notes_.stage];
+      ptx::mbarrier_arrive(&codes.note_empty[notes_.stage]);
+      notes_.advance(kUnitNotes);
+      await_claim();
+      return note;
+    } else {
+      await_claim();
+      return header().note[cursor_.stage];
+    }
   }
 
   __device__ __forceinline__ void await_tokens(const UnitNote& note) {
@@ -217,6 +236,7 @@ class TokenProducer {
   bool tokens_ready_;
   Tracer tracer_;
   StageCursor cursor_;
+  StageCursor notes_;
 };
 
 }  // namespace megamoe

@@ -64,14 +64,20 @@ class WeightProducer {
     }
     // A last stage, which says that there are no more units.
     claim();
-    map_.header().note[cursor_.stage].set_end();
-    ptx::mbarrier_arrive(&map_.header().weights_full[cursor_.stage]);
+    Landing::note(cursor_.stage).set_end();
+    if constexpr (Orientation::kHasDecoders) {
+      UnitNote end = {};
+      end.set_end();
+      tell_token_producer(end);
+    }
+    ptx::mbarrier_arrive(Landing::full(cursor_.stage));
     announce();
     if (cluster_.has_partner()) await_last_releases();
   }
 
  private:
   using Format = typename Orientation::Format;
+  using Landing = LandingRing<Orientation>;
   static constexpr int kPlaneBytes = Format::kPlaneBytes;
   static constexpr bool kRowScales = Format::kRowScales;
   static constexpr int kTileRowTerms = 2 * kPlaneRowTerms;  // floats
@@ -111,7 +117,13 @@ class WeightProducer {
         while (yields && in_flight_ > 0) await_oldest();
       }
       claim();
-      if (block == 0) map_.header().note[cursor_.stage] = note;
+      if (block == 0) {
+        Landing::note(cursor_.stage) = note;
+        if constexpr (Orientation::kHasDecoders) {
+          map_.header().codes.shared[cursor_.stage] = s.shared;
+          tell_token_producer(note);
+        }
+      }
       load_stage(s, block, rank);
       announce();
     }
@@ -163,8 +175,8 @@ class WeightProducer {
 
   // Waits for the oldest copies in flight.
   __device__ __forceinline__ void await_oldest() {
-    await(&map_.header().weights_full[oldest_.stage], oldest_.parity);
-    oldest_.advance(map_.num_stages);
+    await(Landing::full(oldest_.stage), oldest_.parity);
+    oldest_.advance(num_stages());
     --in_flight_;
   }
 
@@ -173,14 +185,14 @@ class WeightProducer {
     if (in_flight_ >= (claimed_ < kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
     ++in_flight_;
-    await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+    await(Landing::empty(cursor_.stage), cursor_.parity ^ 1);
   }
 
   // The stage with the end mark is never released; every other stage is. Wait for those, so that no arrival from the
   // partner hits a CTA that has exited.
   __device__ __forceinline__ void await_last_releases() {
-    for (int i = 1; i < map_.num_stages; ++i, cursor_.advance(map_.num_stages)) {
-      await(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1);
+    for (int i = 1; i < num_stages(); ++i, cursor_.advance(num_stages())) {
+      await(Landing::empty(cursor_.stage), cursor_.parity ^ 1);
     }
   }
 
@@ -192,16 +204,27 @@ class WeightProducer {
     for (int prefetched = 0; prefetched + kPieceBytes <= bytes; prefetched += kPieceBytes) {
       const int64_t begin = clock64();
       while (clock64() - begin < kCyclesPerStageAheadOfRing) {
-        if (ptx::mbarrier_test_wait(&map_.header().empty[cursor_.stage], cursor_.parity ^ 1)) return;
+        if (ptx::mbarrier_test_wait(Landing::empty(cursor_.stage), cursor_.parity ^ 1)) return;
       }
       ptx::bulk_prefetch(s.weights + prefetched, kPieceBytes);
     }
   }
 
+  __device__ int num_stages() const { return Landing::stages(map_.num_stages); }
+
+  // Of units whose weights land elsewhere than its tokens.
+  __device__ __forceinline__ void tell_token_producer(const UnitNote& note) {
+    CodeRing& codes = map_.header().codes;
+    await(&codes.note_empty[notes_.stage], notes_.parity ^ 1);
+    codes.unit_note[notes_.stage] = note;
+    ptx::mbarrier_arrive(&codes.note_full[notes_.stage]);
+    notes_.advance(kUnitNotes);
+  }
+
   // The stage is claimed: the token producer may fill its part.
   __device__ __forceinline__ void announce() {
-    ptx::mbarrier_arrive(&map_.header().claimed[cursor_.stage]);
-    cursor_.advance(map_.num_stages);
+    if constexpr (!Orientation::kHasDecoders) ptx::mbarrier_arrive(&map_.header().claimed[cursor_.stage]);
+    cursor_.advance(num_stages());
   }
 
   // One copy of weights, with what the L2 is to do with them.
@@ -209,7 +232,7 @@ class WeightProducer {
                                               uint64_t* full) {
     if (s.once) {
       ptx::bulk_stream_global_to_shared(destination, source, bytes, full);
-    } else if (!Orientation::kSwapsOperands && s.shared) {
+    } else if (!Orientation::kSwapsOperands && !Orientation::kHasDecoders && s.shared) {
       ptx::bulk_copy_global_to_cluster(destination, source, bytes, full, kBothCtas);
     } else {
       ptx::bulk_copy_global_to_shared(destination, source, bytes, full);
@@ -244,8 +267,11 @@ class WeightProducer {
   __device__ __forceinline__ void load_stage(Stream& s, int block, uint32_t rank) {
     const auto brings = [&](int tile) { return !s.shared || static_cast<int>(rank) == tile; };
     const int whole = min(Orientation::kStageBlocks, s.k_blocks - block);
-    uint64_t* full = &map_.header().weights_full[cursor_.stage];
-    uint8_t* stage = map_.weights(cursor_.stage);
+    uint64_t* full = Landing::full(cursor_.stage);
+    // Where weights are decoded, what the other CTA brings stays there until then.
+    const int bytes =
+        Orientation::kHasDecoders && s.shared ? Orientation::kStageWeightBytes / 2 : Orientation::kStageWeightBytes;
+    uint8_t* stage = map_.landing(cursor_.stage);
     float* scales = map_.header().weight_scale[cursor_.stage];
     // Those that come with each stage, or for all rows with the first one.
     const int row_term_bytes = kRowScales && block == 0 ? Orientation::kRowTermBytes : 0;
@@ -253,8 +279,7 @@ class WeightProducer {
     if (s.down) {
       // Down: for each tile its two planes, each with all K blocks of the stage, and scales for two K blocks.
       ptx::mbarrier_arrive_expect_tx(
-          full,
-          Orientation::kStageWeightBytes + (kRowScales ? row_term_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
+          full, bytes + (kRowScales ? row_term_bytes : Orientation::kUnitTiles * kScaleVectorBytes));
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
 #pragma unroll
@@ -273,7 +298,7 @@ class WeightProducer {
     } else {
       // Gate/up: for each tile K block after K block, of two planes each, and scales that the tiles share.
       const int scale_bytes = kRowScales ? row_term_bytes : whole * kScaleVectorBytes;
-      ptx::mbarrier_arrive_expect_tx(full, Orientation::kStageWeightBytes + scale_bytes);
+      ptx::mbarrier_arrive_expect_tx(full, bytes + scale_bytes);
 #pragma unroll
       for (int t = 0; t < Orientation::kUnitTiles; ++t) {
         if (!brings(t)) continue;
@@ -295,6 +320,7 @@ class WeightProducer {
   ExpertNumbers experts_;
   int most_in_flight_ = 1;
   StageCursor cursor_;
+  StageCursor notes_;   // of the units that the token producer has been told of
   StageCursor oldest_;  // of the stages whose copies are in flight
   int claimed_ = 0;
   int in_flight_ = 0;

@@ -16,19 +16,4 @@ __device__ __forceinline__ void transpose_words(uint32_t lanes, uint32_t (&words
   column += (lane % 2 * 2 + upper) * 16 + lane / 4 * 8 - lane * 8;
 }
 
-// Of four lanes: a lane's words go where its columns were.
-__device__ __forceinline__ void transpose_words(uint32_t lanes, uint32_t (&words)[4], int&) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (threadIdx.x & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & distance) != 0) continue;
-      uint32_t &low = words[i], &high = words[i + distance];
-      const uint32_t other = __shfl_xor_sync(lanes, upper ? low : high, distance);
-      (upper ? low : high) = other;
-    }
-  }
-}
-
 }  // namespace megamoe

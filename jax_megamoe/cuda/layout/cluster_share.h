@@ -18,9 +18,8 @@ struct ClusterShare {
 // An expert with `tokens` tokens has a group of tickets for every two of its `tiles`, as many as it has chunks. The
 // first are, tile by tile, for two full chunks each: those of more tokens than a warpgroup multiplies, since a smaller
 // one would wait for its neighbour in every stage. The others are for two tiles of one chunk, full ones first.
-__host__ __device__ inline ClusterShare cluster_share(int tokens, int tiles, int group, int member, int rank,
-                                                      bool may_share_weights) {
-  const int full_chunks = may_share_weights ? (tokens + kNormalTokenTile - kWarpgroupTokens - 1) / kNormalTokenTile : 0;
+__host__ __device__ inline ClusterShare cluster_share(int tokens, int tiles, int group, int member, int rank) {
+  const int full_chunks = (tokens + kNormalTokenTile - kWarpgroupTokens - 1) / kNormalTokenTile;
   const int of_two_chunks = full_chunks / 2;     // tickets, for each tile
   const bool two_tiles = 2 * group + 1 < tiles;  // the last group has only one of an odd number
   ClusterShare share;

@@ -34,7 +34,7 @@ struct Problem {
   }
   int most_tokens_swapped() const { return most_routes_per_expert_swapped() * num_local_experts / top_k; }
   int most_routes_per_expert_swapped() const {
-    if (is_decoded(format)) return kMostRoutesPerExpertBeforeWide;
+    if (is_decoded(format)) return kMostRoutesPerExpertSwappedDecoded;
     for (const SwapLimit& limit : kSwapLimits) {
       if (normal_units() < limit.units_per_sm * kMeasuredSms) return limit.routes_per_expert;
     }
@@ -56,7 +56,7 @@ struct Problem {
   int token_tile() const {
     if (in_halves()) return kHalvesTokenTile;
     if (swap_operands()) return kSwapTokenTile;
-    return is_decoded(format) ? kWideTokenTile : kNormalTokenTile;
+    return kNormalTokenTile;
   }
   // In a group: images of tokens are put together from rows on the expert's rank (kernels/image_assembly.cuh),
   // instead of written by the token's.

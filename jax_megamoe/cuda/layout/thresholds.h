@@ -23,9 +23,9 @@ constexpr int kMeasuredSms = 132;
 constexpr SwapLimit kSwapLimits[] = {{1, 46}, {2, 34}, {8, 28}};
 constexpr int kLeastSwapLimit = 18;
 
-// swapAB serves so many of weights that are decoded, and the wide orientation more: beyond 56, experts have two chunks.
-// Unit: routes per expert. Measured: "Many tokens of MXFP4".
-constexpr int kMostRoutesPerExpertBeforeWide = 52;
+// swapAB serves so many of weights that are decoded, whatever the number of units.
+// Unit: routes per expert. Measured: "Many tokens of MXFP4: a warpgroup that decodes".
+constexpr int kMostRoutesPerExpertSwappedDecoded = 47;
 
 // swapAB serves up to so many of weights that are decoded with two CTAs on each SM. With 36 of Flash and 32 of Pro one
 // CTA was faster: of more than 40 tokens, experts have two chunks.

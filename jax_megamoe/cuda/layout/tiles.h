@@ -31,12 +31,11 @@ constexpr int kDownUnitColumns = 2 * kDownTileColumns;
 // the larger of two neighbours' serves both with the same FP8 values, but for those that get subnormal.
 constexpr int activation_scale_columns(bool swap_operands) { return (swap_operands ? 1 : 2) * kGateUpTileColumns; }
 
-// Tokens of one expert that one unit of work multiplies. swapAB and the wide orientation put them on the WGMMA N
-// dimension, the normal orientation on M.
+// Tokens of one expert that one unit of work multiplies. swapAB puts them on the WGMMA N dimension,
+// the normal orientation on M.
 constexpr int kSwapTokenTile = 56;    // 64 would spill registers
 constexpr int kHalvesTokenTile = 40;  // with half of an SM's registers for a CTA, 48 would
 constexpr int kNormalTokenTile = 128;
-constexpr int kWideTokenTile = 256;
 // Where images go through rings, gate/up and down units take so many chunks of an expert one after the other, and then
 // the next, and both take turns after so many chunks.
 constexpr int kRunChunks = 8;

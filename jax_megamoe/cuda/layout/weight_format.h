@@ -15,7 +15,7 @@ struct Fp8Block {
   static constexpr WeightFormat kFormat = WeightFormat::kFp8Block;
   // Bytes of 64 rows times 128 columns.
   static constexpr int kPlaneBytes = kPlaneRows * kBlockK;
-  // Whether the multiply reads weights from registers, where they have been decoded, instead of from shared memory.
+  // Whether weights are decoded before they are multiplied.
   static constexpr bool kDecodes = false;
   // Whether a row's sum is scaled once, when it is complete, instead of block by block, and a bias added.
   static constexpr bool kRowScales = false;
@@ -37,8 +37,8 @@ struct Mxfp4 {
   static constexpr bool kRowScales = true;
 };
 
-// Weights that are decoded on their way come from registers, which only WGMMA's A operand does: they are always on M,
-// and many tokens have the wide orientation instead of the normal one.
+// swapAB decodes them on their way to the registers that WGMMA takes its A operand from; in the normal orientation they are
+// the B operand, which it takes from shared memory alone, and a warpgroup decodes them there.
 constexpr bool is_decoded(WeightFormat format) { return format == WeightFormat::kMxfp4; }
 static_assert(is_decoded(Fp8Block::kFormat) == Fp8Block::kDecodes);
 static_assert(is_decoded(Fp8Channel::kFormat) == Fp8Channel::kDecodes);

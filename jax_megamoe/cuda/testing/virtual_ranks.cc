@@ -12,7 +12,7 @@ cudaError_t prepare_virtual_ranks(WeightFormat format) {
     using Format = decltype(f);
     const cudaError_t error = for_each_orientation<Format>(
         [](auto orientation) { return VirtualRanksLauncher<typename decltype(orientation)::type>::prepare(); });
-    if (error == cudaSuccess) VirtualRanksLauncher<ForMany<Format>>::num_clusters();  // as in host/launch.cc
+    if (error == cudaSuccess) VirtualRanksLauncher<Normal<Format>>::num_clusters();  // as in host/launch.cc
     return error;
   });
 }
@@ -23,7 +23,7 @@ cudaError_t launch_virtual_ranks(const VirtualRanksArguments& arguments, int pre
   return with_format(problem.format, [&](auto f) {
     using Format = decltype(f);
     Device device = current_device(ctas_per_rank);
-    device.num_clusters = VirtualRanksLauncher<ForMany<Format>>::num_clusters() / present;
+    device.num_clusters = VirtualRanksLauncher<Normal<Format>>::num_clusters() / present;
     const LaunchChoice choice = choose(problem, problem, device, /*has_peers=*/true);
     const int ctas = ctas_of_launch(choice, device);
     if (ctas == 0) return cudaErrorNotSupported;

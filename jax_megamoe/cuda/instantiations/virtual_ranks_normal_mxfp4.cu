@@ -2,4 +2,4 @@
 #define MEGAMOE_OUTLINE_TRAPS    // common/bounded_wait.cuh says why
 #include "instantiations/launchers.cuh"
 
-template struct megamoe::VirtualRanksLauncher<megamoe::Wide<megamoe::Mxfp4>>;
+template struct megamoe::VirtualRanksLauncher<megamoe::Normal<megamoe::Mxfp4>>;
