@@ -225,6 +225,7 @@ struct PeerRanks {
         }
       }
     }
+    __syncwarp();
     ptx::named_barrier_sync(kTokensBarrier, 2 * 32);
     if (ptx::mbarrier_test_wait(&shared_header().vacant_shares_wanted, 0))
       await(&shared_header().vacant_shares_done, 0);
