@@ -94,7 +94,7 @@ struct Multiply;
 #define MEGAMOE_DEFINE_MULTIPLY(N, P0, P1, P2, P3, P4, P5, ...)                                                     \
   template <>                                                                                                       \
   struct Multiply<N> {                                                                                              \
-    template <bool kE5m2>                                                                                           \
+    template <bool kE5m2 = false>                                                                                   \
     __device__ __forceinline__ static void run(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {         \
       if constexpr (kE5m2) {                                                                                        \
         asm volatile(MEGAMOE_MULTIPLY(N, "e4m3.e5m2", P0, P1, P2) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate)); \
