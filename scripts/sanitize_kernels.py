@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FORMATS = ("fp8_block", "fp8_channel", "mxfp4")
-# What the launches are, and the program with its arguments. Many tokens are served by the normal orientation with
-# weights in FP8, and by the wide one in MXFP4. Late CTAs in clusters are left out: the other CTA's copies are ordered
+# What the launches are, and the program with its arguments. Many tokens are served by the normal orientation, in
+# MXFP4 with decoders. Late CTAs in clusters are left out: the other CTA's copies are ordered
 # after the dispatch of vacant shares by a counter in device memory, which racecheck does not follow.
 CASES = {
     "swapAB": "probe check 512 384 8 4 5",

@@ -62,8 +62,8 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 // D[64 x kN] (+)= A[64 x 32] * B[kN x 32]^T. Thread (warp w, lane l) holds D[16w + l/4 + 8*(i/2 % 2)][8*(i/4) + 2*(l%4)
 // + i%2] in d[i]. `accumulate` false overwrites D.
 //
-// A is E4M3 in shared memory, and B E4M3 or, if `kE5m2`, E5M2. Or A is E5M2 in registers, and B E4M3: word j of a thread holds row 16w + l/4 + 8*(j%2), K 16*(j/2) +
-// 4*(l%4) and the three after it.
+// A is E4M3 in shared memory, and B E4M3 or, if `kE5m2`, E5M2. Or A is E5M2 in registers, and B E4M3: word j of a thread
+// holds row 16w + l/4 + 8*(j%2), K 16*(j/2) + 4*(l%4) and the three after it.
 template <int kN>
 struct Multiply;
 

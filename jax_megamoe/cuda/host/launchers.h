@@ -3,8 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <type_traits>
-
 #include "host/choices.h"
 #include "kernels/arguments.h"
 #include "layout/weight_format.h"

@@ -38,7 +38,7 @@ __device__ __forceinline__ void join_group(const MoeArguments& args, const typen
       }
     }
     Group::inject_delay(args, DelayPoint::kBeforeIds);
-    if (warp < kFirstDecoderWarp) Group::send_ids(args, opening);
+    if (warp < kFirstDecoderWarp) Group::send_ids(args, opening);  // the others send all ids
     if (warp == kWeightProducerWarp) prefetch_certain_weights<Orientation>(args, Group::rank(args));
   }
 }

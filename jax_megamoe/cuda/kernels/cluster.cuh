@@ -1,6 +1,7 @@
 // Two CTAs, a cluster, that take the same tickets and go through the same stages, each with a chunk of its own of one
 // expert: one brings half of the weights' bytes to both, the other one the other half. Where an expert has no two full
 // chunks left, each has a tile of its own of the same chunk, and brings its weights alone and half of the tokens.
+// Shared weights that have to be decoded are decoded by the CTA that brings them, which copies them to the other.
 //
 // What the two must agree on: a stage is free when the consumers of both have left it; the CTA of rank 0 draws the
 // tickets and publishes them to its partner; neither ends before the partner's last arrival is here

@@ -57,8 +57,8 @@ __device__ __forceinline__ bool consume(const MoeArguments& args, const SharedMa
     tracer.mark_by_first(TraceEvent::kUnitFinished);
   }
   if constexpr (Orientation::kHasDecoders) {
-    // The partner has what it is sent from this CTA's stages, whose memory has another use from here on; and no arrival of
-    // its consumers is on the way any more.
+    // The partner has what it is sent from this CTA's stages, whose memory has another use from here on; and no arrival
+    // of its consumers is on the way any more.
     if (Cluster<Orientation>(args).has_partner()) {
       for (int i = 1; i < map.num_stages; ++i) {
         cursor.advance(map.num_stages);

@@ -1,4 +1,4 @@
-// MXFP4 weights from a stage to the registers of WGMMA's A operand.
+// MXFP4 weights from a stage to registers: of WGMMA's A operand in swapAB, of the decoders in the normal orientation.
 //
 // A plane (jax_megamoe/weight_layout.py) has the words of a thread side by side, each with eight weights of one row and
 // group: one fragment word's four in the low half, another's in the high half. A nibble's low three bits are the code of

@@ -25,7 +25,7 @@ struct StageCursor {
   }
 };
 
-// A warp's arrivals count for all of its lanes.
+// Of the decoders, one for each warp, at a stage that they have decoded or filled.
 constexpr int kDecoderArrivals = kEveryLaneArrives ? kDecoderWarps * 32 : kDecoderWarps;
 
 // Where the weight producer's copies land: the consumers' ring, or one that is decoded into it.

@@ -49,7 +49,7 @@ constexpr bool kEveryLaneArrives = false;
 #endif
 
 constexpr int kMaxStages = 8;
-// Of weights that wait to be decoded, and notes of units that the token producer has not read yet.
+// Stages of weights that wait to be decoded, and notes of units that the token producer has not read yet.
 constexpr int kCodeStages = 3;
 constexpr int kUnitNotes = 4;
 constexpr int kSignalSlots = 4;
@@ -111,6 +111,7 @@ struct OrientationConstants {
   // Loads that a thread issues before it uses the first: nothing hides the latency of counting ids, quantising tokens
   // and adding slots up, and with thousands of tokens they add up to microseconds.
   static constexpr int kIdsInFlight = kSwapsOperands ? 1 : 16;
+  // With decoders there are fewer stages, whose token parts hold the items.
   static constexpr int kItemsInFlight = kSwapsOperands || kHasDecoders ? 2 : 4;
   static constexpr int kSlotsInFlight = kSwapsOperands ? 4 : 8;
   // Per thread: warpgroups pass on to each other what they have at the start. The normal consumers hold 64 x 256 sums

@@ -47,8 +47,8 @@ struct VacantUnits {
   uint32_t deferred_ticket;         // drawn, and kept until a vacant unit is done
 };
 
-// Where a warpgroup decodes weights: the ring of what it decodes, and notes of units for the token producer, which fills
-// stages of the consumers' ring.
+// Where a warpgroup decodes weights: the ring of what it decodes, and notes of units for the token producer, which
+// fills stages of the consumers' ring.
 struct CodeRing {
   uint64_t full[kCodeStages];
   uint64_t empty[kCodeStages];

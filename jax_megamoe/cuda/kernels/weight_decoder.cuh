@@ -1,6 +1,6 @@
-// The decoders: a warpgroup that turns MXFP4 weights into E5M2 numbers, from a stage of codes to a stage of the consumers'
-// ring, as WGMMA reads its B operand from shared memory. One K block at a time, and as far ahead of the consumers as
-// there are stages.
+// The decoders: a warpgroup that turns MXFP4 weights into E5M2 numbers, from a stage of codes to a stage of the
+// consumers' ring, as WGMMA reads its B operand from shared memory. One K block at a time, and as far ahead of the
+// consumers as there are stages.
 #pragma once
 
 #include <cstdint>
@@ -104,8 +104,8 @@ class WeightDecoder {
         reinterpret_cast<const float4*>(from)[thread()];
   }
 
-  // Where a thread reads and writes in each plane. It has two rows, and of these 16 columns of each half, which are side by
-  // side and of one group. Odd rows begin with the second half: so eight lanes' pieces of 16 bytes meet all banks.
+  // Where a thread reads and writes in each plane. It has two rows, and of these 16 columns of each half, which are side
+  // by side and of one group. Odd rows begin with the second half: so eight lanes' pieces of 16 bytes meet all banks.
   struct Lane {
     uint32_t source;     // of the words that are decoded first
     uint32_t exponents;  // of both rows and halves
@@ -133,8 +133,8 @@ class WeightDecoder {
             *reinterpret_cast<const uint32_t*>(plane + lane.exponents)};
   }
 
-  // Planes from `first` on. `next`: the words of the first. Those of a plane are loaded before the last one's weights are
-  // stored.
+  // Planes from `first` on. `next`: the words of the first. Those of a plane are loaded before the last one's weights
+  // are stored.
   template <int kCount>
   __device__ __forceinline__ void decode(Words& next, int first) const {
     const Lane lane;

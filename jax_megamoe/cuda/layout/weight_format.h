@@ -37,8 +37,8 @@ struct Mxfp4 {
   static constexpr bool kRowScales = true;
 };
 
-// swapAB decodes them on their way to the registers that WGMMA takes its A operand from; in the normal orientation they are
-// the B operand, which it takes from shared memory alone, and a warpgroup decodes them there.
+// swapAB decodes them on their way to the registers that WGMMA takes its A operand from; in the normal orientation they
+// are the B operand, which it takes from shared memory alone, and a warpgroup decodes them there.
 constexpr bool is_decoded(WeightFormat format) { return format == WeightFormat::kMxfp4; }
 static_assert(is_decoded(Fp8Block::kFormat) == Fp8Block::kDecodes);
 static_assert(is_decoded(Fp8Channel::kFormat) == Fp8Channel::kDecodes);
