@@ -144,42 +144,25 @@ struct PeerRanks {
     __syncwarp();  // before a thread of the warp releases the first tokens to the consumers
   }
 
-  // The same in two parts, for warps with few registers: the token producer's, which waits, and one beside it that looks
-  // after shares of CTAs that have not started. They meet before tokens go to where these would be dispatched.
-  __device__ static void await_watched_tokens(const MoeArguments& args) {
+  // The same for warps with few registers, in two parts: the token producer's warp waits, and one beside it (`watches`)
+  // looks after shares of CTAs that have not started. They meet before tokens go to where these would be dispatched.
+  __device__ static void await_watched_tokens(const MoeArguments& args, bool watches) {
     await(&shared_header().dispatched, 0);
-    // By one lane, one rank after the other, and what it compares with loaded anew each time.
     bool came = true;
     if (threadIdx.x % 32 == 0) {
-      PeerWait wait(args.peers);
-      int rank = 0;
-#pragma unroll 1
-      while (came && rank < args.peers.num_ranks) {
-        if (ptx::load_acquire_system(own_peer_header()->tokens_sent + rank) >= shared_header().epoch) {
-          ++rank;
-        } else {
-          came = wait.again(PeerFailure::kTokens, rank);
-        }
+      if (watches) {
+        watch_vacant_shares(args);
+      } else {
+        came = await_tokens_in_turn(args);
       }
     }
     __syncwarp();
-    ptx::named_barrier_sync(kTokensBarrier, 2 * 32);
+    ptx::named_barrier_sync(kTokensBarrier, 2 * 32);  // one instruction for both warps: synccheck wants it so
+    if (watches) return;
     if (ptx::mbarrier_test_wait(&shared_header().vacant_shares_wanted, 0))
       await(&shared_header().vacant_shares_done, 0);
     if (threadIdx.x % 32 == 0) shared_header().tokens_missing = !came || shared_header().ids_missing != 0;
     __syncwarp();
-  }
-  __device__ static void watch_vacant_shares(const MoeArguments& args) {
-    await(&shared_header().dispatched, 0);
-    if (threadIdx.x % 32 == 0) {
-      VacantShareWatch vacant_shares(args);
-      while (ptx::load_acquire_system(own_peer_header()->tokens_sent + args.peers.rank) < shared_header().epoch &&
-             !PeerWait::knows_failure()) {
-        vacant_shares.check();
-      }
-    }
-    __syncwarp();
-    ptx::named_barrier_sync(kTokensBarrier, 2 * 32);
   }
 
   // One warp, beside the token producer's: waits for the rows of all ranks. False: some do not come.
@@ -308,6 +291,30 @@ struct PeerRanks {
   __device__ static void inject_delay(const MoeArguments&, DelayPoint) {}
 
  private:
+  // One thread: one rank after the other, and what it compares with loaded anew each time. False: some do not come.
+  __device__ __forceinline__ static bool await_tokens_in_turn(const MoeArguments& args) {
+    PeerWait wait(args.peers);
+    bool came = true;
+    int rank = 0;
+#pragma unroll 1
+    while (came && rank < args.peers.num_ranks) {
+      if (ptx::load_acquire_system(own_peer_header()->tokens_sent + rank) >= shared_header().epoch) {
+        ++rank;
+      } else {
+        came = wait.again(PeerFailure::kTokens, rank);
+      }
+    }
+    return came;
+  }
+  // One thread, until this rank's tokens are sent or a wait has failed.
+  __device__ __forceinline__ static void watch_vacant_shares(const MoeArguments& args) {
+    VacantShareWatch vacant_shares(args);
+    while (ptx::load_acquire_system(own_peer_header()->tokens_sent + args.peers.rank) < shared_header().epoch &&
+           !PeerWait::knows_failure()) {
+      vacant_shares.check();
+    }
+  }
+
   __device__ static uint32_t word_tag(const MoeArguments& args, uint64_t epoch) {
     return static_cast<uint32_t>(epoch) ^ args.peers.call_tag;
   }

@@ -146,8 +146,10 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
     await(&shared_header().planned, 0);
     if constexpr (Group::kHasPeers) {
       if constexpr (Orientation::kHasDecoders) {
-        if (warp == kTokenProducerWarp) Group::await_watched_tokens(args);
-        if (warp == kFirstSignalWarp + 1) Group::watch_vacant_shares(args);
+        constexpr int kWatchingWarp = kFirstSignalWarp + 1;
+        if (warp == kTokenProducerWarp || warp == kWatchingWarp) {
+          Group::await_watched_tokens(args, warp == kWatchingWarp);
+        }
       } else if (warp == kTokenProducerWarp) {
         Group::await_tokens(args);
       }
