@@ -28,6 +28,7 @@ FORMATS = ("fp8_block", "fp8_channel", "mxfp4")
 # after the dispatch of vacant shares by a counter in device memory, which racecheck does not follow.
 CASES = {
     "swapAB": "probe check 512 384 8 4 5",
+    "one token, in each CTA if decoded": "probe check 640 384 8 4 1",
     "swapAB, full chunks": "probe check 512 384 8 4 70",
     "swapAB, few tokens, in halves if decoded": "probe check 640 1408 16 4 9",
     "swapAB, larger chunks, in halves if decoded": "probe check 640 1408 16 4 36 one",

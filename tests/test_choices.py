@@ -45,6 +45,7 @@ class Choice(NamedTuple):
     activations_stay: bool
     bytes_in_flight: int
     ctas_per_sm: int = 1
+    has_lone_token: bool = False
 
 
 H100, H200 = Device(), Device(bytes_per_microsecond=4_916_736)
@@ -75,7 +76,9 @@ def ask(tmp_path_factory):
 @pytest.fixture(scope="module")
 def choose(ask):
     """From (problem, device) pairs to choices."""
-    return lambda calls: [Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), *n[5:7]) for n in ask(calls)]
+    return lambda calls: [
+        Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), *n[5:7], bool(n[7])) for n in ask(calls)
+    ]
 
 
 # Every branch, at its edges. By problem and device: swap, cluster_ctas, gathers_rows, assembles_images,
@@ -192,6 +195,27 @@ def test_where_two_ctas_share_an_sm(ask, choose, problem, per_sm, device):
     assert all(choice.ctas_per_sm == 1 for choice in choose([(problem._replace(format=f), device) for f in (0, 1)]))
 
 
+@pytest.mark.parametrize(
+    "problem, lone",
+    [
+        (flash(1), True),
+        (flash(1, has_peers=True), False),  # other ranks' tokens come as images
+        (flash(2), False),
+        (pro(1), True),
+        (pro(1, top_k=7), False),  # 336 gate/up units: two CTAs on an SM, which have no room for it
+        (flash(1, top_k=8, inter=1024), True),
+        (flash(1, top_k=9, inter=1024), False),  # an expert could be named nine times
+        (flash(1, hidden=8192), True),
+        (flash(1, hidden=8320), False),
+        (flash(1, order=NORMAL), False),
+        (flash(1, order=SWAPPED), True),  # the last launch of a call of many
+    ],
+)
+def test_where_each_cta_quantises_a_lone_token(choose, problem, lone):
+    calls = [(problem._replace(format=f), H200) for f in (MXFP4, 0, 1)]
+    assert [choice.has_lone_token for choice in choose(calls)] == [lone, False, False]
+
+
 problems = st.builds(
     Problem,
     tokens=st.integers(1, 1 << 20),
@@ -267,7 +291,7 @@ def test_all_ranks_have_images_of_one_kind(choose, problem, device, other):
 @settings(deadline=None, max_examples=50)
 @given(problem=problems, device=devices, format=st.integers(0, MXFP4), has_peers=st.booleans())
 def test_ctas_of_a_launch_run_at_the_same_time(ask, problem, device, format, has_peers):
-    ((_, cluster_ctas, *_, per_sm, ctas),) = ask([(problem._replace(format=format, has_peers=has_peers), device)])
+    ((_, cluster_ctas, *_, per_sm, _, ctas),) = ask([(problem._replace(format=format, has_peers=has_peers), device)])
     if cluster_ctas == 1:
         assert ctas == per_sm * device.ctas
     else:
@@ -314,6 +338,7 @@ def test_the_module_tells_it_too():
         "activations_stay",
         "weight_bytes_in_flight",
         "ctas_per_sm",
+        "has_lone_token",
     )
     assert found == dict(zip(names, wanted, strict=True))
     device = {"num_sms": 132, "bytes_per_microsecond": 3_352_320}
@@ -329,6 +354,7 @@ def test_the_module_tells_it_too():
     assert [decoded(tokens)["ctas_per_sm"] for tokens in (1, 2, 160, 161, 251)] == [1, 2, 2, 1, 1]
     assert [decoded(tokens)["cluster_ctas"] for tokens in (251, 1023, 1024)] == [1, 1, 2]
     assert not decoded(251)["gathers_rows"]
+    assert [decoded(tokens)["has_lone_token"] for tokens in (1, 2)] == [True, False]
     assert not decoded(8192, num_sms=131)["swap_operands"] and decoded(8192, num_sms=131)["cluster_ctas"] == 1
 
 

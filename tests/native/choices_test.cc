@@ -1,6 +1,7 @@
 // What a launch is like. In, a line each: "T k H I E R peers format order sms ctas clusters bytes_per_microsecond".
 // Out: whether tokens and weights change places, CTAs of a cluster, whether rows are gathered, whether images are
-// assembled, whether activations stay, bytes of weights in flight of a CTA, CTAs of an SM and of the launch.
+// assembled, whether activations stay, bytes of weights in flight of a CTA, CTAs of an SM, whether each
+// CTA quantises a lone token, CTAs of the launch.
 #include <iostream>
 
 #include "host/choices.h"
@@ -18,6 +19,7 @@ int main() {
     const megamoe::LaunchChoice choice = megamoe::choose(p, p, device, has_peers);
     std::cout << choice.swap_operands << ' ' << choice.cluster_ctas << ' ' << choice.gathers_rows << ' '
               << choice.assembles_images << ' ' << choice.activations_stay << ' ' << choice.weight_bytes_in_flight
-              << ' ' << choice.ctas_per_sm << ' ' << megamoe::ctas_of_launch(choice, device) << '\n';
+              << ' ' << choice.ctas_per_sm << ' ' << choice.has_lone_token << ' '
+              << megamoe::ctas_of_launch(choice, device) << '\n';
   }
 }

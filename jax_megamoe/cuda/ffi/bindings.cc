@@ -151,6 +151,7 @@ py::dict launch_choice(int num_tokens, int top_k, int hidden_size, int intermedi
   entries["activations_stay"] = choice.activations_stay;
   entries["weight_bytes_in_flight"] = choice.weight_bytes_in_flight;
   entries["ctas_per_sm"] = choice.ctas_per_sm;
+  entries["has_lone_token"] = choice.has_lone_token;
   return entries;
 }
 

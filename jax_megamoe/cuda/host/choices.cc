@@ -51,6 +51,8 @@ LaunchChoice choose(const Problem& p, const Problem& largest, const Device& devi
   choice.ctas_per_sm = p.in_halves() ? 2 : 1;
   choice.cluster_ctas = 1;
   choice.weight_bytes_in_flight = weight_bytes_in_flight(device) / choice.ctas_per_sm;
+  choice.has_lone_token = choice.swap_operands && choice.ctas_per_sm == 1 && !has_peers && is_decoded(p.format) &&
+                          p.num_tokens == 1 && p.top_k <= kLoneTokenRows && p.hidden_size <= kMostColumnsOfLoneToken;
   if (choice.swap_operands) return choice;  // its chunks are too small for the rest
   choice.cluster_ctas = cluster_ctas(p, device);
   choice.assembles_images = largest.assembles_images();

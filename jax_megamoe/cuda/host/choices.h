@@ -29,6 +29,8 @@ struct LaunchChoice {
   bool assembles_images;
   // Activations stay in the L2 until they are used: gate/up weights of experts with one chunk leave it first.
   bool activations_stay;
+  // Each CTA quantises the only token for itself (kernels/lone_token.cuh).
+  bool has_lone_token;
   // Bytes of weights that a CTA has on their way, at most.
   int weight_bytes_in_flight;
 };

@@ -56,10 +56,12 @@ int most_clusters() {
 template <typename Orientation, typename Group>
 LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoice& choice, int num_ctas) {
   const Problem& p = arguments.problem;
-  LaunchConstants c;
+  LaunchConstants c = {};
   for (int set = 0; set < 2; ++set) c.counters[set] = CounterSet(p, arguments.control, set, arguments.counter_words);
   c.dispatch_blocks = Divisor(ceil_div(p.hidden_size, Orientation::kDispatchColumns));
-  c.dispatch_items_per_cta = ceil_div(p.num_tokens * static_cast<int>(c.dispatch_blocks.value()), num_ctas);
+  c.has_lone_token = choice.has_lone_token;
+  c.dispatch_items_per_cta =
+      ceil_div(p.num_tokens * static_cast<int>(c.dispatch_blocks.value()), choice.has_lone_token ? 1 : num_ctas);
   c.gate_up_units = Divisor(p.intermediate_size / (kGateUpTileColumns * Orientation::kUnitTiles));
   c.down_units = Divisor(ceil_div(p.hidden_size, kDownUnitColumns * Orientation::kUnitTiles));
   c.cluster_ctas = choice.cluster_ctas;
@@ -72,13 +74,13 @@ LaunchConstants launch_constants(const MoeArguments& arguments, const LaunchChoi
   c.turns = Turns(p.chunks_ahead(), kTurnChunks, c.gate_up_tickets.value(), c.down_tickets.value());
   c.activations_stay = choice.activations_stay;
   const Plan plan(p.num_local_experts, p.num_ranks, 0);
-  for (int rows = 8; rows <= Orientation::kTokenTile; rows += 8) {
-    c.stages[rows / 8 - 1] =
-        static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(plan, rows, choice.assembles_images));
+  const int most_rows = choice.has_lone_token ? kLoneTokenRows : Orientation::kTokenTile;  // of a chunk
+  for (int rows = 8; rows <= most_rows; rows += 8) {
+    c.stages[rows / 8 - 1] = static_cast<uint8_t>(SharedMap<Orientation>::stages_that_fit(
+        plan, rows, choice.assembles_images, choice.has_lone_token ? p.hidden_size : 0));
   }
   const int wanted = ceil_div(choice.weight_bytes_in_flight, Orientation::kStageWeightBytes);
-  c.stages_in_flight =
-      std::min<int>(wanted, Orientation::kHasDecoders ? kCodeStages : c.stages[Orientation::kTokenTile / 8 - 1]);
+  c.stages_in_flight = std::min<int>(wanted, Orientation::kHasDecoders ? kCodeStages : c.stages[most_rows / 8 - 1]);
   return c;
 }
 

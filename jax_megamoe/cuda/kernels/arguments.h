@@ -31,6 +31,7 @@ struct LaunchConstants {
   Divisor image_slots;
   Divisor activation_slots;
   Turns turns;
+  bool has_lone_token;  // quantised by each CTA for itself (kernels/lone_token.cuh)
 };
 
 struct MoeArguments {

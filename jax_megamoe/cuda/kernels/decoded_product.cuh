@@ -22,7 +22,8 @@
 
 namespace megamoe {
 
-template <int kN, typename Orientation, bool kDown>
+// `kMayBeLone`: the tokens may be a lone one, whose image is in shared memory beside the ring.
+template <int kN, typename Orientation, bool kDown, bool kMayBeLone>
 class DecodedProduct {
  public:
   using Partial = float[kN / 2];
@@ -41,17 +42,27 @@ class DecodedProduct {
     for (float& value : acc) value = 0.0f;
     if constexpr (Orientation::kHalves) {
       run_in_halves(cursor, acc);
+    } else if (kMayBeLone && args_.constants.has_lone_token) {
+      run_alone<kMayBeLone>(cursor, acc);
     } else {
-      run_alone(cursor, acc);
+      run_alone<false>(cursor, acc);
     }
   }
 
  private:
   // Two sets of fragments take turns.
+  template <bool kLone>
   __device__ __forceinline__ void run_alone(StageCursor& cursor, Partial& acc) const {
     const int num_stages = this->num_stages();
     Fragments even, odd;
-    wgmma::Descriptor tokens(map_.tokens(cursor.stage));
+    [[maybe_unused]] const Image lone = map_.lone_token(args_.problem.hidden_size);
+    const auto tokens_of = [&](int stage, int i) {
+      return wgmma::Descriptor(kLone ? lone.plane(i * kStageBlocks) : map_.tokens(stage));
+    };
+    const auto scales_of = [&](int stage, int i, int block) {
+      return kLone ? lone.scales(i * kStageBlocks + block) + threadIdx.x % 4 * 2 : token_scales(stage, block);
+    };
+    wgmma::Descriptor tokens = tokens_of(cursor.stage, 0);
     keep_row_terms(map_, cursor.stage);
     Words first = load(cursor.stage, 0), second = load(cursor.stage, 1);
     const E2m1Constants constants = E2m1Constants::in_registers();
@@ -62,13 +73,13 @@ class DecodedProduct {
       // After the last stage comes a step that nobody reads: its own loop iteration would double the code.
       if (i < num_stages - 1) cursor.advance(map_.num_stages);
       const StageQuery next(map_.header(), cursor);
-      step(here, 0, tokens, even, acc, [&] {
+      step(scales_of(here, i, 0), tokens, even, acc, [&] {
         next.wait_at_once();
         first = load(cursor.stage, 0);
         second.decode(odd, constants);
       });
-      const wgmma::Descriptor next_tokens(map_.tokens(cursor.stage));
-      step(here, 1, tokens.further(token_plane_bytes_), odd, acc, [&] {
+      const wgmma::Descriptor next_tokens = tokens_of(cursor.stage, i + 1);
+      step(scales_of(here, i, 1), tokens.further(token_plane_bytes_), odd, acc, [&] {
         second = load(cursor.stage, 1);
         first.decode(even, constants);
       });
@@ -115,9 +126,9 @@ class DecodedProduct {
         if (left > 1) cursor.advance(map_.num_stages);
         const StageQuery next(map_.header(), cursor);
         words.decode(fragments);
-        step(here, 0, tokens, fragments, acc, load_second);
+        step(token_scales(here, 0), tokens, fragments, acc, load_second);
         words.decode(fragments);
-        step(here, 1, tokens.further(token_plane_bytes_), fragments, acc, [&] {
+        step(token_scales(here, 1), tokens.further(token_plane_bytes_), fragments, acc, [&] {
           next.wait_at_once();
           words = load(cursor.stage, 0);
         });
@@ -153,11 +164,15 @@ class DecodedProduct {
     }
   }
 
+  // Of a stage's K block, those of the thread's first tokens.
+  __device__ __forceinline__ const float* token_scales(int stage, int block) const {
+    return map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
+  }
+
   // Multiplies a block and adds it up; does `meanwhile` while the tensor core is busy.
   template <typename Meanwhile>
-  __device__ __forceinline__ void step(int stage, int block, const wgmma::Descriptor& tokens, Fragments& fragments,
+  __device__ __forceinline__ void step(const float* token_scales, const wgmma::Descriptor& tokens, Fragments& fragments,
                                        Partial& acc, const Meanwhile& meanwhile) const {
-    const float* token_scales = map_.token_scales(stage) + block * kParts * padded_rows_ + threadIdx.x % 4 * 2;
     const auto token_scale = [&](int part, int j) {
       return *reinterpret_cast<const float2*>(token_scales + part * padded_rows_ + 8 * j);
     };

@@ -209,21 +209,12 @@ __device__ __forceinline__ void place_routes(const MoeArguments& args, const Pla
   }
 }
 
-// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it:
-// as a row, or for each of the token's used slots into an image. Where rows are gathered, they go to each rank once, and
-// their scales into images.
-template <typename Orientation, typename Group>
-__device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
-                                              const ItemPieces<Orientation>& item,
-                                              const typename SharedMap<Orientation>::Target* token_targets) {
+// An item's columns of a lane as numbers, and the largest magnitude of the 128 columns that they are among. A warp.
+template <typename Orientation>
+__device__ __forceinline__ float item_values(const ItemPieces<Orientation>& item,
+                                             float (&values)[8 * ItemPieces<Orientation>::kPieces]) {
   constexpr int kPieces = ItemPieces<Orientation>::kPieces;
   constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
-  const Problem& p = args.problem;
-  const int lane = threadIdx.x % 32;
-  const int column = at.block * Orientation::kDispatchColumns + lane * 8 * kPieces;
-
-  // The largest of the lane's columns, then of the 128.
-  float values[8 * kPieces];
   float amax = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -237,21 +228,44 @@ __device__ __forceinline__ void dispatch_item(const MoeArguments& args, const Di
   for (int offset = kLanesPerScale / 2; offset > 0; offset /= 2) {
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
   }
+  return amax;
+}
 
-  // Scale and quantise.
-  [[maybe_unused]] const uint32_t lanes =
-      Orientation::kTransposesColumns ? __ballot_sync(~0u, column < p.hidden_size) : 0;
-  if (column >= p.hidden_size) return;
-  const float scale = fp8::token_scale(amax);
+template <int kWords>
+__device__ __forceinline__ void quantize_values(const float (&values)[4 * kWords], float scale,
+                                                uint32_t (&bytes)[kWords]) {
   const float reciprocal = fp8::reciprocal(scale);
-  uint32_t bytes[2 * kPieces];
 #pragma unroll
-  for (int i = 0; i < 2 * kPieces; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     float q[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) q[j] = fp8::quotient(values[4 * i + j], scale, reciprocal);
     bytes[i] = fp8::pack2(q[0], q[1]) | static_cast<uint32_t>(fp8::pack2(q[2], q[3])) << 16;
   }
+}
+
+// Quantises one item of a token (lane: 8 or 16 columns; as many lanes as have 128 columns: one scale) and stores it:
+// as a row, or for each of the token's used slots into an image. Where rows are gathered, they go to each rank once, and
+// their scales into images.
+template <typename Orientation, typename Group>
+__device__ __forceinline__ void dispatch_item(const MoeArguments& args, const DispatchCursor& at,
+                                              const ItemPieces<Orientation>& item,
+                                              const typename SharedMap<Orientation>::Target* token_targets) {
+  constexpr int kPieces = ItemPieces<Orientation>::kPieces;
+  constexpr int kLanesPerScale = kBlockK / (8 * kPieces);
+  const Problem& p = args.problem;
+  const int lane = threadIdx.x % 32;
+  const int column = at.block * Orientation::kDispatchColumns + lane * 8 * kPieces;
+
+  // Scale and quantise.
+  float values[8 * kPieces];
+  const float amax = item_values<Orientation>(item, values);
+  [[maybe_unused]] const uint32_t lanes =
+      Orientation::kTransposesColumns ? __ballot_sync(~0u, column < p.hidden_size) : 0;
+  if (column >= p.hidden_size) return;
+  const float scale = fp8::token_scale(amax);
+  uint32_t bytes[2 * kPieces];
+  quantize_values(values, scale, bytes);
 
   // Store: once as a row, or for every used slot into an image.
   const uint32_t k_block = column / kBlockK;

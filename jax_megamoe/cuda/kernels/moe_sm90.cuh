@@ -3,6 +3,7 @@
 //   all warps          begin: load what comes from memory, send ids to other ranks; then count the ids
 //   a producer warp    make the plan: lay out chunks and units
 //   consumers (2 WGs)  dispatch: quantise a share of the tokens, into images or row by row -> `dispatched_shares`
+//                      (a lone token: each CTA all of it, for itself)
 //   weight producer    ticket -> unit -> weights into the ring, from the moment the plan exists
 //   signallers         advance the device-wide counters for the consumers
 //   token producer     images or rows into the same stages once they exist (gate/up: `dispatched_shares` of all CTAs;
@@ -30,6 +31,7 @@
 #include "kernels/consume.cuh"
 #include "kernels/dispatch.cuh"
 #include "kernels/group.cuh"
+#include "kernels/lone_token.cuh"
 #include "kernels/places.cuh"
 #include "kernels/plan.cuh"
 #include "kernels/prefetch.cuh"
@@ -88,10 +90,12 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   tracer.mark_by_first(TraceEvent::kStart);
 
   // Begin. Loads come first, before the weights fill the memory's queues.
-  const DispatchShare share(args, blockIdx.x);
+  const DispatchShare share(args, has_lone_token<Orientation, Group>(args) ? 0 : blockIdx.x);
   const typename Group::Opening opening(args);
   ItemPieces<Orientation> first_item;
   if (warp < kConsumerWarps) first_item = load_first_item<Orientation>(args, share);
+  LoneToken<Orientation, Group> lone_token;
+  if (warp < kConsumerWarps) lone_token.load(args);
   RoutesAhead first_routes;
   if (warp == 0) first_routes.load(args, share.first_token() * p.top_k, share.end_token() * p.top_k);
   if constexpr (Orientation::kSwapsOperands && !Group::kHasPeers) {
@@ -158,13 +162,21 @@ __device__ __forceinline__ void run_moe(const MoeArguments& args) {
   } else {
     ptx::increase_registers<Orientation::kConsumerRegisters>();
     if (Orientation::kHasDecoders && warp == 0) make_plan<Orientation>(args, plan);
+    lone_token.quantize(args, first_item);
     await_plan<Orientation, Group>(args, plan);
     const SharedMap<Orientation> map(args, plan);
     tracer.mark_by_first(TraceEvent::kPlanned);
 
     Group::inject_delay(args, DelayPoint::kBeforeDispatch);
     Signaller<Orientation> signaller(shared_header().signals[threadIdx.x / kWarpgroupThreads]);
-    if (expected(shared_header().has_share != 0)) {
+    bool dispatches = expected(shared_header().has_share != 0);
+    if constexpr (kMayHaveLoneToken<Orientation, Group>) {
+      if (args.constants.has_lone_token) {
+        dispatch_lone_token<Orientation, Group>(args, plan, share, first_routes, map);
+        dispatches = false;
+      }
+    }
+    if (dispatches) {
       dispatch_share<Orientation, Group>(args, plan, share, first_item, first_routes, map, signaller, tracer);
     }
     end_dispatch<Orientation>(args);

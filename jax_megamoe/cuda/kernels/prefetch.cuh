@@ -90,8 +90,9 @@ template <typename Orientation>
 __device__ __forceinline__ void prefetch_first_unit(const MoeArguments& args, int expert, int first_chunk, int chunks) {
   const int tiles = args.constants.gate_up_units.value();
   const int within = static_cast<int>(blockIdx.x) - first_chunk * tiles;
-  if (args.constants.dispatch_items_per_cta > kMostItemsBesidePrefetch || within < 0 || within >= chunks * tiles)
-    return;
+  const bool has_little_to_dispatch = args.constants.dispatch_items_per_cta <= kMostItemsBesidePrefetch ||
+                                      (Orientation::kMayHaveLoneToken && args.constants.has_lone_token);
+  if (!has_little_to_dispatch || within < 0 || within >= chunks * tiles) return;
   const int tile = chunks == 1 ? within : within / chunks;
   prefetch_unit<Orientation>(args, expert, tile, Orientation::kStageBlocks);
 }

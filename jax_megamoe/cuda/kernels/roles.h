@@ -76,6 +76,9 @@ struct OrientationConstants {
   static constexpr bool kSwapsOperands = kKind == OrientationKind::kSwapAb || kHalves;
   // Images of tokens may be put together from rows (kernels/image_assembly.cuh), in groups.
   static constexpr bool kMayAssembleImages = kKind == OrientationKind::kNormal && !Format::kDecodes;
+  // A launch's only token may be quantised by each CTA (kernels/lone_token.cuh), on one rank. Weights that are not decoded
+  // take longer to come than tokens do.
+  static constexpr bool kMayHaveLoneToken = kKind == OrientationKind::kSwapAb && Format::kDecodes;
   // With the weights on N, which WGMMA takes from shared memory alone, a warpgroup more decodes them from one ring of
   // stages into another.
   static constexpr bool kHasDecoders = kKind == OrientationKind::kNormal && Format::kDecodes;

@@ -51,11 +51,11 @@ class SharedMap {
     num_stages = args.constants.stages[max_rows / 8 - 1];
   }
 
-  // How many stages fit; computed on the host.
-  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows, bool assembles_images) {
-    const int fit =
-        (Orientation::kSharedBytes - Orientation::kCodeRingBytes - ring_begin(plan, rows, assembles_images)) /
-        stage_bytes(rows);
+  // How many stages fit; computed on the host. `lone_columns`: of a lone token, if there is one.
+  __host__ __device__ static int stages_that_fit(const Plan& plan, int rows, bool assembles_images, int lone_columns) {
+    const int fit = (Orientation::kSharedBytes - Orientation::kCodeRingBytes - lone_token_bytes(lone_columns) -
+                     ring_begin(plan, rows, assembles_images)) /
+                    stage_bytes(rows);
     return fit < kMaxStages ? fit : kMaxStages;
   }
 
@@ -115,6 +115,12 @@ class SharedMap {
     }
   }
   __device__ uint8_t* tokens(int stage) const { return weights(stage) + Orientation::kStageWeightRoom; }
+  // The image of a lone token, at the very end: a whole number of stages of it (kernels/lone_token.cuh).
+  __device__ static Image lone_token(int columns) {
+    uint8_t* const planes = shared_memory() + Orientation::kSharedBytes - lone_token_bytes(columns);
+    float* const scales = reinterpret_cast<float*>(planes + kLoneTokenRows * round_up(columns, kStageColumns));
+    return {planes, scales, 0, kLoneTokenRows, columns, columns / kBlockK};
+  }
   // Of a unit's first stage: [planes][scales, then biases][kPlaneRows]
   __device__ const float* row_terms(int stage) const {
     return reinterpret_cast<const float*>(weights(stage) + Orientation::kOperandBytes);
@@ -124,6 +130,7 @@ class SharedMap {
   }
 
  private:
+  static constexpr int kStageColumns = Orientation::kStageBlocks * kBlockK;
   // Of the tokens' targets, and whatever else there is one after the other.
   static constexpr int kScratchBytes = kRouteBatch * static_cast<int>(sizeof(Target));
 
@@ -155,6 +162,10 @@ class SharedMap {
                               kConsumerWarpgroups * (static_cast<int>(sizeof(RowSource)) + kDownTileRowBytes);
     const int epilogue = Orientation::kSwapsOperands ? rows * kRowBytes + kSwapTermBytes : 0;
     return round_up(plan.end() + (targets > epilogue ? targets : epilogue), 1024);
+  }
+  __host__ __device__ static int lone_token_bytes(int columns) {
+    const int whole = round_up(columns, kStageColumns);
+    return round_up(kLoneTokenRows * (whole + whole / kBlockK * static_cast<int>(sizeof(float))), 1024);
   }
   __host__ __device__ static int token_bytes(int rows) { return Orientation::kStageBlocks * rows * kBlockK; }
   __host__ __device__ static int stage_bytes(int rows) {

@@ -20,6 +20,7 @@
 #include "common/wgmma.cuh"
 #include "kernels/decoded_product.cuh"
 #include "kernels/images.cuh"
+#include "kernels/lone_token.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_map.cuh"
 #include "kernels/signals.cuh"
@@ -183,7 +184,8 @@ class SwapConsumer {
   template <bool kDown>
   __device__ __forceinline__ void accumulate(StageCursor& cursor, Partial& acc) {
     if constexpr (Format::kDecodes) {
-      DecodedProduct<kN, Orientation, kDown>(args_, map_, note()).run(cursor, acc);
+      constexpr bool kMayBeLone = kN == kLoneTokenRows && !kDown && kMayHaveLoneToken<Orientation, Group>;
+      DecodedProduct<kN, Orientation, kDown, kMayBeLone>(args_, map_, note()).run(cursor, acc);
       return;
     }
     constexpr int kSteps = kStageBlocks * kStepsPerBlock<kDown>;

@@ -9,6 +9,7 @@
 #include "common/ptx/memory_order.cuh"
 #include "common/ptx/warp.cuh"
 #include "kernels/images.cuh"
+#include "kernels/lone_token.cuh"
 #include "kernels/places.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/row_gather.cuh"
@@ -17,8 +18,9 @@
 
 namespace megamoe {
 
-// Gate/up units need all tokens dispatched, down units the activations of their chunk. One thread; with `kRows` the two
-// warps that gather the rows of gate/up units, of which the first brings what are images.
+// Gate/up units need all tokens dispatched, or none brought where there is a lone one; down units the activations of
+// their chunk. One thread; with `kRows` the two warps that gather the rows of gate/up units, of which the first brings
+// what are images.
 template <typename Orientation, typename Group, bool kRows>
 class TokenProducer {
  public:
@@ -27,7 +29,8 @@ class TokenProducer {
         map_(map),
         row_warp_(row_warp),
         rank_(Cluster<Orientation>(args).rank()),
-        tokens_ready_(Group::kHasPeers),  // other ranks' have been waited for
+        // Waited for already, or not at all.
+        tokens_ready_(Group::kHasPeers || has_lone_token<Orientation, Group>(args)),
         tracer_(args, TraceRole::kTokenProducer) {}
 
   __device__ __forceinline__ void run() {
@@ -36,7 +39,7 @@ class TokenProducer {
       const UnitNote note = await_unit();
       if (note.end()) break;
       if (!note.down() && !tokens_ready_) await_all_shares();
-      if (note.rows() == 0) {
+      if (note.rows() == 0 || (has_lone_token<Orientation, Group>(args_) && !note.down())) {
         skip_unit(note);
         continue;
       }

@@ -37,6 +37,12 @@ class WeightProducer {
     // weights.
     const bool few_units = Orientation::kSwapsOperands && schedule.num_gate_up() <= kFewUnitsPerCta * gridDim.x;
     most_in_flight_ = few_units ? Orientation::kLeastStagesInFlight : args_.constants.stages_in_flight;
+    if constexpr (Orientation::kMayHaveLoneToken) {
+      if (args_.constants.has_lone_token) {
+        most_in_flight_ = Orientation::kLeastStagesInFlight;
+        stages_at_start_ = 0;  // no tokens are on their way
+      }
+    }
     UnitTickets<Orientation> tickets(args_, cluster_, schedule);
     const bool no_units = cluster_.has_partner() && map_.header().ids_missing != 0;
     uint32_t ticket = no_units ? tickets.kEnd : tickets.first();
@@ -182,7 +188,7 @@ class WeightProducer {
 
   // Waits until one more stage of copies may be in flight, and until the stage at the cursor is free.
   __device__ __forceinline__ void claim() {
-    if (in_flight_ >= (claimed_ < kStagesAtStart ? 1 : most_in_flight_)) await_oldest();
+    if (in_flight_ >= (claimed_ < stages_at_start_ ? 1 : most_in_flight_)) await_oldest();
     ++claimed_;
     ++in_flight_;
     await(Landing::empty(cursor_.stage), cursor_.parity ^ 1);
@@ -319,6 +325,7 @@ class WeightProducer {
   Cluster<Orientation> cluster_;
   ExpertNumbers experts_;
   int most_in_flight_ = 1;
+  int stages_at_start_ = kStagesAtStart;
   StageCursor cursor_;
   StageCursor notes_;   // of the units that the token producer has been told of
   StageCursor oldest_;  // of the stages whose copies are in flight

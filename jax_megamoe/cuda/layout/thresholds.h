@@ -37,6 +37,11 @@ constexpr int kMostRoutesPerExpertInHalves = 30;
 // Unit: gate/up units. Measured: "Two CTAs on an SM".
 constexpr int kLeastUnitsInHalves = 5 * kMeasuredSms / 2;
 
+// One token of weights that are decoded is quantised by each CTA for itself, into shared memory, if it has no more
+// columns than that leaves room for seven stages of weights.
+// Unit: hidden columns. Measured: "One token: quantised by each CTA".
+constexpr int kMostColumnsOfLoneToken = 8192;
+
 // From so many on, CTAs work in clusters of two, which share the weights of experts with two full chunks.
 // Unit: routes per expert. Measured: "The producer, and pairs".
 constexpr int kLeastRoutesPerExpertOfClusters = 192;

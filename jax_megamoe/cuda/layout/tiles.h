@@ -36,6 +36,7 @@ constexpr int activation_scale_columns(bool swap_operands) { return (swap_operan
 constexpr int kSwapTokenTile = 56;    // 64 would spill registers
 constexpr int kHalvesTokenTile = 40;  // with half of an SM's registers for a CTA, 48 would
 constexpr int kNormalTokenTile = 128;
+constexpr int kLoneTokenRows = 8;  // of the image of a launch's only token (kernels/lone_token.cuh)
 // Where images go through rings, gate/up and down units take so many chunks of an expert one after the other, and then
 // the next, and both take turns after so many chunks.
 constexpr int kRunChunks = 8;

@@ -45,8 +45,8 @@ __device__ __forceinline__ void store_in_cluster(uint32_t* word, uint32_t value,
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(word, rank)), "r"(value) : "memory");
 }
 
-// Bytes of this CTA's shared memory to the same place in the CTA `rank`, counted on the barrier at the same place
-// there.
+// Bytes of this CTA's shared memory to the same place in the CTA `rank`, which has to be another one, counted on the
+// barrier at the same place there.
 __device__ __forceinline__ void bulk_copy_in_cluster(const void* source, uint32_t bytes, uint64_t* barrier,
                                                      uint32_t rank) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
