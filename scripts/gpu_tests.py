@@ -30,6 +30,7 @@ ONE_GPU = (
     "tests/gpu/test_bad_values.py",
     "tests/gpu/test_formats.py",
     "tests/gpu/test_halves.py",
+    "tests/gpu/test_lone_token.py",
     "tests/gpu/test_checkpoints.py",
     "tests/gpu/test_shared_experts.py",
     "tests/gpu/test_batch_invariant.py",

@@ -77,7 +77,7 @@ def ask(tmp_path_factory):
 def choose(ask):
     """From (problem, device) pairs to choices."""
     return lambda calls: [
-        Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), *n[5:7], bool(n[7])) for n in ask(calls)
+        Choice(bool(n[0]), n[1], bool(n[2]), bool(n[3]), bool(n[4]), n[5], n[6], bool(n[7])) for n in ask(calls)
     ]
 
 
