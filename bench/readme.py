@@ -75,7 +75,7 @@ RANKS = (Column("one kernel", _of("us")), Column("collectives", _of("collective_
 ONE_H200 = ("h200-2026-11-30-2ca5d4c-flash.json", "h200-2026-11-30-2ca5d4c-pro.json")
 ONE_H200_COMMAND = "python -m bench --weights all --rivals"
 # After the kernels of MXFP4 alone were changed.
-MXFP4_H200 = ("h200-2026-11-30-3b9faa1-flash.json", "h200-2026-11-30-3b9faa1-pro.json")
+MXFP4_H200 = ("h200-2026-12-01-b0f2186-flash.json", "h200-2026-12-01-b0f2186-pro.json")
 MXFP4_H200_COMMAND = "python -m bench --weights fp8_block,mxfp4"
 TABLES = {
     "few": Table(ONE_H200, ONE_H200_COMMAND, (US, FLOOR), most=256),
