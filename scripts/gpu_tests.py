@@ -62,6 +62,7 @@ ALL_GPUS = (
 # What compares times, which other work on the GPUs would move.
 ALONE = "tests/gpu/test_failures.py::test_killed"
 
+NO_TESTS = 5  # pytest's status where none is selected, as by -k
 SECONDS_TO_SAY = 10.0  # after the limit, until a process is killed
 
 
@@ -85,7 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
         [("all GPUs, alone", ",".join(gpus), "0.5", [ALONE])],
     ]
     statuses = [status for jobs in rounds for status in run(jobs, pytest_options, options.limit)]
-    return max(statuses, default=0)
+    return overall(statuses)
+
+
+def overall(statuses: Iterable[int]) -> int:
+    """The worst of the processes' statuses; pytest's own where none of them had a test to run."""
+    ran = [status for status in statuses if status != NO_TESTS]
+    return max(ran, default=NO_TESTS)
 
 
 def visible_gpus() -> list[str]:
@@ -162,14 +169,15 @@ def start(pytest_arguments: list[str], gpus: str, share: str, log: Path) -> "sub
 
 
 def report(title: str, process: "subprocess.Popen[bytes]", log: Path, was_ended: bool) -> int:
-    """Prints what a process wrote; its status: 0, 1, or 2 where it had to be ended."""
-    status = 2 if was_ended else int(process.returncode != 0)  # a signal is a negative number
+    """Prints what a process wrote; its status: 0, 1, 2 where it had to be ended, or NO_TESTS."""
+    code = process.returncode  # a signal is a negative number
+    status = 2 if was_ended else code if code == NO_TESTS else int(code != 0)
     lines = [line for line in log.read_text().splitlines() if not line.startswith("SKIPPED")]
     what = "did not end in time" if was_ended else f"status {status}"
     # What a library logs at exit comes after pytest's summary.
     summary = [line for line in lines if re.search(r"\d+ (passed|skipped|deselected)", line)][-1:]
     first = next((number for number, line in enumerate(lines) if re.match("=+ (FAILURES|ERRORS) =+", line)), -60)
-    print(f"== {title}: {what}", *(summary if status == 0 else lines[first:]), sep="\n", flush=True)
+    print(f"== {title}: {what}", *(summary if status in (0, NO_TESTS) else lines[first:]), sep="\n", flush=True)
     return status
 
 

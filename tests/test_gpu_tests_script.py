@@ -91,6 +91,15 @@ def test_status_is_that_of_the_tests(body, status, tmp_path, capsys):
     assert f"GPU 0: status {status}" in capsys.readouterr().out
 
 
+def test_a_process_without_selected_tests_has_not_failed(tmp_path, capsys):
+    (tmp_path / "test_one.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one(): pass\n")
+    jobs = [("GPU 0", "", "0.1", [os.fspath(tmp_path / "test_one.py")])]
+    options = ["-k", "other", "-c", os.fspath(SCRIPT.parent.parent / "pyproject.toml")]
+    assert script.run(jobs, options, limit=60.0) == [script.NO_TESTS]
+    assert "1 deselected" in capsys.readouterr().out
+    assert [script.overall(statuses) for statuses in ([0, 5], [5, 1, 0], [2, 5, 1], [5, 5])] == [0, 1, 2, 5]
+
+
 def test_summary_is_shown_whatever_is_logged_after_it(tmp_path, capsys):
     body = "import atexit; atexit.register(print, 'a library says goodbye')"
     (tmp_path / "test_one.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one(): {body}\n")
